@@ -1,0 +1,48 @@
+"""What a Mochi model looks like. The defaults are the released Mochi 1; every other size works the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AsymmDiTConfig:
+    """Shape of the denoiser. `_x` is the visual stream, `_y` the text stream."""
+
+    depth: int = 48
+    hidden_size_x: int = 3072
+    hidden_size_y: int = 1536
+    num_heads: int = 24
+    in_channels: int = 12
+    patch_size: int = 2
+    text_width: int = 4096
+    pool_heads: int = 8
+    mlp_size_x: int = 8192
+    mlp_size_y: int = 4096
+    timestep_features: int = 256
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size_x // self.num_heads
+
+
+@dataclass(frozen=True)
+class AsymmVAEConfig:
+    """Shape of the autoencoder.
+
+    Decoder entries go from the latents to the pixels, encoder entries from the pixels to the latents. `*_blocks` counts
+    residual blocks: before, inside and after the resampling stages. `encoder_attention` says for the same five places
+    whether each residual block is followed by causal temporal attention.
+    """
+
+    latent_channels: int = 12
+    decoder_channels: tuple[int, ...] = (768, 512, 256, 128)
+    decoder_blocks: tuple[int, ...] = (3, 6, 4, 3, 3)
+    temporal_expansions: tuple[int, ...] = (3, 2, 1)
+    spatial_expansions: tuple[int, ...] = (2, 2, 2)
+    encoder_channels: tuple[int, ...] = (64, 128, 256, 384)
+    encoder_blocks: tuple[int, ...] = (3, 3, 4, 6, 3)
+    encoder_attention: tuple[bool, ...] = (False, True, True, True, True)
+    temporal_reductions: tuple[int, ...] = (1, 2, 3)
+    spatial_reductions: tuple[int, ...] = (2, 2, 2)
+    attention_head_dim: int = 32

@@ -1,0 +1,74 @@
+"""Sizes: pixels, latents and tokens, and which of them Mochi accepts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LATENT_CHANNELS = 12
+SPATIAL_COMPRESSION = 8
+TEMPORAL_COMPRESSION = 6
+SIZE_STEP = 16  # one latent patch: 8 pixels per latent cell, 2 cells per patch
+
+
+def frames_to_latents(num_frames: int) -> int:
+    """Number of latent frames that hold `num_frames` = 6k + 1 video frames."""
+    return (num_frames - 1) // TEMPORAL_COMPRESSION + 1
+
+
+def latents_to_frames(num_latents: int) -> int:
+    """Number of video frames that `num_latents` latent frames decode to."""
+    return TEMPORAL_COMPRESSION * (num_latents - 1) + 1
+
+
+@dataclass(frozen=True)
+class VideoSize:
+    """A video that Mochi can make.
+
+    Raises:
+        ValueError: height or width is no positive multiple of 16, or num_frames is not 6k + 1; names the nearest
+            valid values.
+    """
+
+    height: int = 480
+    width: int = 848
+    num_frames: int = 163
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            if problem := size_problem(name, getattr(self, name)):
+                raise ValueError(problem)
+        if problem := frames_problem(self.num_frames):
+            raise ValueError(problem)
+
+    @property
+    def num_latents(self) -> int:
+        return frames_to_latents(self.num_frames)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_latents * (self.height // SIZE_STEP) * (self.width // SIZE_STEP)
+
+    def latent_shape(self, batch: int = 1) -> tuple[int, int, int, int, int]:
+        """(B, 12, T, H, W) of the latents."""
+        height, width = self.height // SPATIAL_COMPRESSION, self.width // SPATIAL_COMPRESSION
+        return batch, LATENT_CHANNELS, self.num_latents, height, width
+
+
+def size_problem(name: str, value: int) -> str | None:
+    """Why `value` cannot be the height or width, or None if it can."""
+    if value > 0 and value % SIZE_STEP == 0:
+        return None
+    return f"{name} is {value}, but Mochi needs a multiple of {SIZE_STEP}; use {_nearest(value, SIZE_STEP, 0)}."
+
+
+def frames_problem(num_frames: int) -> str | None:
+    """Why `num_frames` cannot be the length, or None if it can."""
+    if num_frames > 0 and num_frames % TEMPORAL_COMPRESSION == 1:
+        return None
+    nearest = _nearest(num_frames, TEMPORAL_COMPRESSION, 1)
+    return f"num_frames is {num_frames}, but Mochi needs 6k + 1 frames (7, 13, 19, ... 163); use {nearest}."
+
+
+def _nearest(value: int, step: int, offset: int) -> str:
+    below = (value - offset) // step * step + offset
+    return f"{below} or {below + step}" if below > 0 else f"{below + step if below + step > 0 else step + offset}"

@@ -1,0 +1,38 @@
+"""The two scales of the latents.
+
+The autoencoder speaks VAE space, the denoiser DiT space: VAE space = DiT space * std + mean, per channel. The statistics
+are the ones published with Mochi 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LATENTS_MEAN = (
+    -0.06730895953510081, -0.038011381506090416, -0.07477820912866141, -0.05565264470995561,
+    0.012767231469026969, -0.04703542746246419, 0.043896967884726704, -0.09346305707025976,
+    -0.09918314763016893, -0.008729793427399178, -0.011931556316503654, -0.0321993391887285,
+)  # fmt: skip
+LATENTS_STD = (
+    0.9263795028493863, 0.9248894543193766, 0.9393059390890617, 0.959253732819592,
+    0.8244560132752793, 0.917259975397747, 0.9294154431013696, 1.3720942357788521,
+    0.881393668867029, 0.9168315692124348, 0.9185249279345552, 0.9274757570805041,
+)  # fmt: skip
+
+
+def normalize_latents(latents: Tensor) -> Tensor:
+    """VAE space to DiT space, (B, 12, T, H, W)."""
+    mean, std = _statistics(latents)
+    return (latents - mean) / std
+
+
+def denormalize_latents(latents: Tensor) -> Tensor:
+    """DiT space to VAE space, (B, 12, T, H, W)."""
+    mean, std = _statistics(latents)
+    return latents * std + mean
+
+
+def _statistics(like: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (1, len(LATENTS_MEAN), 1, 1, 1)
+    return like.new_tensor(LATENTS_MEAN).view(shape), like.new_tensor(LATENTS_STD).view(shape)
