@@ -18,8 +18,8 @@ def linear_quadratic_schedule(
         float32 (num_steps + 1,), from 1.0 down to 0.0.
 
     Raises:
-        ValueError: num_steps < 1, threshold_noise outside (0, 1), linear_steps outside 1 ... num_steps (or, for the
-            default, a single step).
+        ValueError: num_steps < 1, threshold_noise outside (0, 1), linear_steps outside 1 ... num_steps, or a
+            combination for which sigma would not fall all the way.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}, but sampling needs at least 1 step.")
@@ -40,6 +40,11 @@ def linear_quadratic_schedule(
     slope = threshold_noise / linear_steps
     # u(s) = threshold + slope * s + curvature * s^2, s steps after the linear part, with u(quadratic_steps) = 1.
     curvature = (1.0 - threshold_noise - slope * quadratic_steps) / quadratic_steps**2
+    if slope + 2 * curvature * quadratic_steps < 0:
+        raise ValueError(
+            f"threshold_noise {threshold_noise} over {linear_steps} linear steps leaves too little noise for the other "
+            f"{quadratic_steps} steps, so sigma would rise again; lower threshold_noise or raise linear_steps."
+        )
     s = torch.arange(1, quadratic_steps + 1, dtype=torch.float64)
     removed[linear_steps + 1 :] = threshold_noise + slope * s + curvature * s**2
     removed[-1] = 1.0

@@ -1,0 +1,295 @@
+"""AsymmDiT, the denoiser of Mochi 1.
+
+Module and parameter names are those of Genmo's checkpoint. Suffix _x is the visual stream, _y the text stream.
+Shapes: B batch, C 12 latent channels, T latent frames, H W latent rows and columns, N = T * H/2 * W/2 visual tokens,
+L text tokens, Dx 3072, Dy 1536, K 24 heads of D 128.
+
+Whatever does not depend on the noisy latents comes in as an argument: `prepare_text`, `modulation` and `rope` compute it,
+`denoise` uses it. `forward` does all four; a sampler prepares once for a whole schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attention import Attention, sdpa
+from .config import AsymmDiTConfig
+from .layers import (
+    AttentionPool,
+    FeedForward,
+    FinalLayer,
+    PatchEmbed,
+    TimestepEmbedder,
+    gated_residual,
+    modulated_norm,
+)
+from .rope import Rope, rope_table, rotate
+
+QK_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prompts, cropped to their valid tokens and projected."""
+
+    tokens: Tensor
+    """(B, L, Dy), L the longest prompt of the batch; rows past a prompt's own length are never attended to."""
+    lengths: tuple[int, ...]
+    """Valid tokens of each prompt."""
+    pooled: Tensor
+    """(B, Dx)."""
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Scales and gates of every block and of the final layer; leading axes (B,) or (steps, B)."""
+
+    blocks: tuple[tuple[Tensor, Tensor], ...]
+    final: Tensor
+
+    def at(self, step: int) -> Modulation:
+        """The modulation of one step of a schedule."""
+        return Modulation(tuple((x[step], y[step]) for x, y in self.blocks), self.final[step])
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What all blocks of one forward share."""
+
+    lengths: tuple[int, ...]
+    rope: Rope
+    attention: Attention
+
+
+class AsymmetricAttention(nn.Module):
+    """Joint attention over the visual tokens and the valid text tokens, with separate projections."""
+
+    def __init__(self, config: AsymmDiTConfig, *, update_y: bool, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        dx, dy, self.num_heads = config.hidden_size_x, config.hidden_size_y, config.num_heads
+        # Tiny, and decisive for sharp attention: the norm weights stay float32 in a bf16 model.
+        norm = {**factory, "dtype": torch.float32}
+        self.qkv_x = ops.Linear(dx, 3 * dx, bias=False, **factory)
+        self.qkv_y = ops.Linear(dy, 3 * dx, bias=False, **factory)
+        self.q_norm_x = ops.RMSNorm(config.head_dim, eps=QK_NORM_EPS, **norm)
+        self.k_norm_x = ops.RMSNorm(config.head_dim, eps=QK_NORM_EPS, **norm)
+        self.q_norm_y = ops.RMSNorm(config.head_dim, eps=QK_NORM_EPS, **norm)
+        self.k_norm_y = ops.RMSNorm(config.head_dim, eps=QK_NORM_EPS, **norm)
+        self.proj_x = ops.Linear(dx, dx, **factory)
+        self.proj_y = ops.Linear(dx, dy, **factory) if update_y else None
+
+    def forward(self, x: Tensor, y: Tensor, context: BlockContext) -> tuple[Tensor, Tensor | None]:
+        q_x, k_x, v_x = self._heads(self.qkv_x(x))                          # (B, N, K, D)
+        q_y, k_y, v_y = self._heads(self.qkv_y(y))                          # (B, L, K, D)
+        q_x = rotate(self.q_norm_x(q_x.float()), context.rope).to(x.dtype)
+        k_x = rotate(self.k_norm_x(k_x.float()), context.rope).to(x.dtype)
+        q_y = self.q_norm_y(q_y.float()).to(x.dtype)
+        k_y = self.k_norm_y(k_y.float()).to(x.dtype)
+        visual, text = (q_x, k_x, v_x), (q_y, k_y, v_y)
+        out_x, out_y = joint_attention(visual, text, context)               # (B, N, Dx), (B, L, Dx)
+        return self.proj_x(out_x), None if self.proj_y is None else self.proj_y(out_y)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def joint_attention(visual: QKV, text: QKV, context: BlockContext) -> tuple[Tensor, Tensor]:
+    """Attend over [visual, valid text]; (B, N, K, D) and (B, L, K, D) triples to (B, N, K*D) and (B, L, K*D).
+
+    Prompts of different lengths are attended to one sample at a time, so that no padding takes part.
+    """
+    longest = text[0].shape[1]
+    if all(length == longest for length in context.lengths):
+        return _attend(visual, text, context.attention)
+    samples = [
+        _attend(
+            _map(visual, lambda t, b=b: t[b : b + 1]),
+            _map(text, lambda t, b=b, n=n: t[b : b + 1, :n]),
+            context.attention,
+        )
+        for b, n in enumerate(context.lengths)
+    ]
+    out_y = [F.pad(sample_y, (0, 0, 0, longest - sample_y.shape[1])) for _, sample_y in samples]
+    return torch.cat([sample_x for sample_x, _ in samples]), torch.cat(out_y)
+
+
+def _attend(visual: QKV, text: QKV, attention: Attention) -> tuple[Tensor, Tensor]:
+    q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(visual, text, strict=True))
+    out = rearrange(attention(q, k, v), "b k l d -> b l (k d)")
+    num_tokens = visual[0].shape[1]
+    return out[:, :num_tokens], out[:, num_tokens:]
+
+
+def _map(tensors: QKV, crop: Callable[[Tensor], Tensor]) -> QKV:
+    q, k, v = tensors
+    return crop(q), crop(k), crop(v)
+
+
+class AsymmetricJointBlock(nn.Module):
+    """Attention and feed-forward for both streams; the last block leaves the text as it is."""
+
+    def __init__(self, config: AsymmDiTConfig, *, update_y: bool, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        dx, dy = config.hidden_size_x, config.hidden_size_y
+        self.mod_x = ops.Linear(dx, 4 * dx, **factory)
+        self.mod_y = ops.Linear(dx, 4 * dy if update_y else dy, **factory)
+        self.attn = AsymmetricAttention(config, update_y=update_y, ops=ops, **factory)
+        self.mlp_x = FeedForward(dx, config.mlp_size_x, ops=ops, **factory)
+        self.mlp_y = FeedForward(dy, config.mlp_size_y, ops=ops, **factory) if update_y else None
+
+    def forward(
+        self, x: Tensor, y: Tensor, modulation: tuple[Tensor, Tensor], context: BlockContext
+    ) -> tuple[Tensor, Tensor]:
+        """`x` (B, N, Dx), `y` (B, L, Dy), `modulation` the outputs of mod_x and mod_y, to the new x and y."""
+        mod_x, mod_y = modulation
+        scale_attn_x, gate_attn_x, scale_mlp_x, gate_mlp_x = mod_x.chunk(4, dim=-1)
+        if self.mlp_y is None:
+            attn_x, _ = self.attn(modulated_norm(x, scale_attn_x), modulated_norm(y, mod_y), context)
+        else:
+            scale_attn_y, gate_attn_y, scale_mlp_y, gate_mlp_y = mod_y.chunk(4, dim=-1)
+            attn_x, attn_y = self.attn(modulated_norm(x, scale_attn_x), modulated_norm(y, scale_attn_y), context)
+            y = gated_residual(y, attn_y, gate_attn_y)
+            y = gated_residual(y, self.mlp_y(modulated_norm(y, scale_mlp_y)), gate_mlp_y)
+        x = gated_residual(x, attn_x, gate_attn_x)
+        x = gated_residual(x, self.mlp_x(modulated_norm(x, scale_mlp_x)), gate_mlp_x)
+        return x, y
+
+
+RunBlock = Callable[
+    [AsymmetricJointBlock, int, Tensor, Tensor, tuple[Tensor, Tensor], BlockContext], tuple[Tensor, Tensor]
+]
+"""(block, index, x, y, modulation, context) -> (x, y): how `denoise` calls each block, for hosts that wrap blocks."""
+
+
+def run_block(
+    block: AsymmetricJointBlock,
+    index: int,  # noqa: ARG001 - part of the contract, for hosts that treat blocks differently
+    x: Tensor,
+    y: Tensor,
+    modulation: tuple[Tensor, Tensor],
+    context: BlockContext,
+) -> tuple[Tensor, Tensor]:
+    """Just call the block."""
+    return block(x, y, modulation, context)
+
+
+class AsymmDiT(nn.Module):
+    """Predicts velocity = data - noise from noisy latents, noise level and prompt."""
+
+    def __init__(
+        self,
+        config: AsymmDiTConfig = AsymmDiTConfig(),  # noqa: B008 - frozen
+        *,
+        ops: Any = nn,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype or torch.get_default_dtype()
+        factory = {"ops": ops, "device": device, "dtype": dtype}
+        dx, dy, patch = config.hidden_size_x, config.hidden_size_y, config.patch_size
+        self.x_embedder = PatchEmbed(config.in_channels, patch, dx, **factory)
+        self.t_embedder = TimestepEmbedder(config.timestep_features, dx, **factory)
+        self.t5_y_embedder = AttentionPool(config.text_width, config.pool_heads, dx, **factory)
+        self.t5_yproj = ops.Linear(config.text_width, dy, device=device, dtype=dtype)
+        frequencies = torch.empty(3, config.num_heads, config.head_dim // 2, device=device, dtype=torch.float32)
+        self.pos_frequencies = nn.Parameter(frequencies)
+        last = config.depth - 1
+        self.blocks = nn.ModuleList(
+            AsymmetricJointBlock(config, update_y=i < last, **factory) for i in range(config.depth)
+        )
+        self.final_layer = FinalLayer(dx, patch * patch * config.in_channels, **factory)
+
+    def forward(
+        self, latents: Tensor, sigma: Tensor, text_embeds: Tensor, text_mask: Tensor, *, attention: Attention = sdpa
+    ) -> Tensor:
+        """Velocity, shape and dtype of `latents`.
+
+        Args:
+            latents: (B, C, T, H, W) noisy latents in DiT space; any H and W.
+            sigma: (B,) noise level in [0, 1].
+            text_embeds: (B, L, text_width) T5 output.
+            text_mask: (B, L) bool, True for valid tokens; may be all False (an empty prompt).
+            attention: see `attention.Attention`.
+        """
+        text = self.prepare_text(text_embeds.to(self.dtype), text_mask)
+        modulation = self.modulation(sigma, text.pooled)
+        rope = self.rope(latents.shape, latents.device)
+        return self.denoise(latents.to(self.dtype), text, modulation, rope, attention=attention).to(latents.dtype)
+
+    def prepare_text(self, text_embeds: Tensor, text_mask: Tensor) -> Text:
+        """Drop padding, pool and project: (B, L, text_width) and (B, L) bool to `Text`."""
+        tokens, mask = crop_to_valid(text_embeds, text_mask)
+        lengths = tuple(mask.sum(dim=1).tolist())
+        return Text(self.t5_yproj(tokens), lengths, self.t5_y_embedder(tokens, mask))
+
+    def modulation(self, sigma: Tensor, pooled: Tensor) -> Modulation:
+        """`sigma` (B,) and `pooled` (B, Dx) to `Modulation`; with `sigma` (steps, 1), that of a whole schedule."""
+        conditioning = F.silu(self.t_embedder(sigma, pooled.dtype) + pooled)            # (..., B, Dx)
+        blocks = tuple((block.mod_x(conditioning), block.mod_y(conditioning)) for block in self.joint_blocks())
+        return Modulation(blocks, self.final_layer.mod(conditioning))
+
+    def rope(self, latent_shape: torch.Size, device: torch.device) -> Rope:
+        """Rotary table for latents of shape (B, C, T, H, W)."""
+        num_latents, height, width = latent_shape[2:]
+        patch = self.config.patch_size
+        return rope_table(self.pos_frequencies.to(device), num_latents, -(-height // patch), -(-width // patch))
+
+    def denoise(
+        self,
+        latents: Tensor,
+        text: Text,
+        modulation: Modulation,
+        rope: Rope,
+        *,
+        attention: Attention = sdpa,
+        run_block: RunBlock = run_block,
+    ) -> Tensor:
+        """Velocity from prepared conditioning, in the dtype of `latents` (B, C, T, H, W)."""
+        _, _, num_latents, height, width = latents.shape
+        context = BlockContext(text.lengths, rope, attention)
+        latents = pad_to_patches(latents, self.config.patch_size)
+        rows = latents.shape[-2] // self.config.patch_size
+        x, y = self.x_embedder(latents), text.tokens                                    # (B, N, Dx), (B, L, Dy)
+        for i, block in enumerate(self.joint_blocks()):
+            x, y = run_block(block, i, x, y, modulation.blocks[i], context)
+        x = self.final_layer(x, modulation.final)                                       # (B, N, patch * patch * C)
+        velocity = self._unpatchify(x, num_latents, rows)                               # (B, C, T, H, W), padded
+        return velocity[..., :height, :width]
+
+    def joint_blocks(self) -> list[AsymmetricJointBlock]:
+        return list(self.blocks)  # pyright: ignore[reportReturnType] - ModuleList forgets its element type
+
+    def _unpatchify(self, tokens: Tensor, num_latents: int, rows: int) -> Tensor:
+        patch = self.config.patch_size
+        pattern = "b (t h w) (p q c) -> b c t (h p) (w q)"
+        return rearrange(tokens, pattern, t=num_latents, h=rows, p=patch, q=patch)
+
+
+def crop_to_valid(text_embeds: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move each prompt's valid tokens to the front, cut to the longest prompt and zero what is left of padding.
+
+    (B, L, W) and (B, L) bool to (B, longest, W) and (B, longest) bool; longest may be 0.
+    """
+    valid = [embeds[mask] for embeds, mask in zip(text_embeds, text_mask.bool(), strict=True)]
+    lengths = torch.tensor([len(tokens) for tokens in valid])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return nn.utils.rnn.pad_sequence(valid, batch_first=True), mask.to(text_embeds.device)
+
+
+def pad_to_patches(latents: Tensor, patch_size: int) -> Tensor:
+    """Repeat the last row and column where H or W is no multiple of the patch size."""
+    height, width = latents.shape[-2:]
+    bottom, right = -height % patch_size, -width % patch_size
+    return F.pad(latents, (0, right, 0, bottom, 0, 0), mode="replicate") if bottom or right else latents
