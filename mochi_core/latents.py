@@ -6,7 +6,6 @@ are the ones published with Mochi 1.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 LATENTS_MEAN = (

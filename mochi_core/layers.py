@@ -25,12 +25,12 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def modulated_norm(x: Tensor, scale: Tensor) -> Tensor:
     """rms_norm(x) * (1 + scale) in the dtype of `x` (B, L, D); `scale` (B, D)."""
-    return rms_norm(x).mul_(1 + scale.float()[:, None]).to(x.dtype)
+    return (rms_norm(x) * (1 + scale.float()[:, None])).to(x.dtype)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x + rms_norm(branch) * tanh(gate), rounded once; `x` and `branch` (B, L, D), `gate` (B, D)."""
-    return rms_norm(branch).mul_(gate.float().tanh()[:, None]).add_(x).to(x.dtype)
+    return torch.addcmul(x.float(), rms_norm(branch), gate.float().tanh()[:, None]).to(x.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -108,4 +108,4 @@ class FinalLayer(nn.Module):
         """`x` (B, N, width), `modulation` (B, 2 * width) to (B, N, patch_features)."""
         shift, scale = modulation.float()[:, None].chunk(2, dim=-1)
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
-        return self.linear(normed.mul_(1 + scale).add_(shift).to(x.dtype))
+        return self.linear((normed * (1 + scale) + shift).to(x.dtype))

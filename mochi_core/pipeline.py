@@ -1,0 +1,119 @@
+"""Prompt to video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dit import AsymmDiT
+from .geometry import VideoSize
+from .latents import denormalize_latents
+from .sample import OnStep, sample
+from .schedule import linear_quadratic_schedule
+from .text_encoder import TextEncoder
+from .vae import AsymmVAE
+from .video import to_unit_range
+
+OUTPUT_TYPES = ("np", "pt", "latent")
+
+
+class MochiPipeline:
+    """The three models of Mochi, run one after the other.
+
+    With `offload`, the models wait on the CPU and only the one at work is on `device`; otherwise each works where it is.
+    """
+
+    def __init__(
+        self,
+        dit: AsymmDiT,
+        vae: AsymmVAE,
+        text_encoder: TextEncoder,
+        *,
+        offload: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if offload and device is None:
+            raise ValueError("offload=True needs device=..., the device on which the models take turns.")
+        self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
+        self.work_device = device if offload else None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = "",
+        height: int = 480,
+        width: int = 848,
+        num_frames: int = 85,
+        num_inference_steps: int = 64,
+        guidance_scale: float | Sequence[float] = 4.5,
+        seed: int = 0,
+        latents: Tensor | None = None,
+        output_type: str = "np",
+        sigmas: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Any:
+        """Make one video per prompt.
+
+        Args:
+            prompt, negative_prompt: one string, or one per video; an empty negative prompt means no text at all.
+            height, width: pixels, multiples of 16.
+            num_frames: 6k + 1, played at 30 frames per second.
+            guidance_scale: one number, or one per step; a step with 1 costs one forward instead of two.
+            seed: of the noise, which is made on the CPU: the same seed gives the same video on every device.
+            latents: (B, 12, T, H, W) starting noise in DiT space, instead of `seed`.
+            output_type: "np" for float32 (B, F, H, W, 3) in [0, 1], "pt" for a (B, F, 3, H, W) tensor in [0, 1], "latent"
+                for VAE-space latents (B, 12, T, H, W).
+            sigmas: noise levels, instead of the linear-quadratic schedule of `num_inference_steps`.
+            on_step: see `sample.sample`.
+
+        Raises:
+            ValueError: a size that Mochi cannot make, or arguments that do not fit together.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}.")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        shape = VideoSize(height, width, num_frames).latent_shape(len(prompts))
+        noise = initial_noise(shape, seed) if latents is None else latents
+        if noise.shape != shape:
+            raise ValueError(f"latents have shape {tuple(noise.shape)}; this size and number of prompts need {shape}.")
+        if sigmas is None:
+            sigmas = linear_quadratic_schedule(num_inference_steps)
+
+        with self._working(self.text_encoder):
+            cond = self.text_encoder.encode(prompts)
+            uncond = self.text_encoder.encode(negative_prompt)
+        with self._working(self.dit):
+            denoised = sample(self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step)
+        denoised = denormalize_latents(denoised)
+        return denoised if output_type == "latent" else self._decode(denoised, output_type)
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        with self._working(self.vae):
+            video = to_unit_range(self.vae.decode(latents))
+        if output_type == "pt":
+            return video.transpose(1, 2)
+        return video.permute(0, 2, 3, 4, 1).cpu().numpy()
+
+    @contextmanager
+    def _working(self, model: AsymmDiT | AsymmVAE | TextEncoder) -> Iterator[None]:
+        """Have `model` on the working device for the duration, if models take turns there."""
+        if self.work_device is None:
+            yield
+            return
+        try:
+            model.to(self.work_device)
+            yield
+        finally:
+            model.to("cpu")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Standard normal float32 noise from a generator of its own on the CPU."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

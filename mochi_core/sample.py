@@ -1,0 +1,115 @@
+"""Sampling: guidance and Euler steps as plain functions over a velocity.
+
+The state is x = sigma * noise + (1 - sigma) * data, so its derivative along falling sigma is velocity = data - noise, and
+an Euler step is x + (sigma_i - sigma_{i+1}) * velocity. State and guidance are float32 whatever the network computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .attention import Attention, sdpa
+from .dit import AsymmDiT, Text
+
+Velocity = Callable[[Tensor, int], Tensor]
+"""(latents, step) -> velocity at the noise level of that step."""
+OnStep = Callable[[int, Tensor], bool | None]
+"""(step, latents after it) -> True to stop there."""
+Condition = tuple[Tensor, Tensor]
+"""text_embeds (B or 1, L, text_width) and text_mask (B or 1, L) bool."""
+
+
+def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+    """Walk from sigmas[0] to sigmas[-1]; one call of `velocity` per step. Returns float32."""
+    levels = sigmas.tolist()
+    latents = latents.float()
+    for step in range(len(levels) - 1):
+        latents = latents + (levels[step] - levels[step + 1]) * velocity(latents, step).float()
+        if on_step is not None and on_step(step, latents):
+            break
+    return latents
+
+
+def guided(cond: Velocity, uncond: Velocity, scales: Sequence[float]) -> Velocity:
+    """Classifier-free guidance, uncond + scale * (cond - uncond) with one scale per step; scale 1 asks only `cond`."""
+
+    def velocity(latents: Tensor, step: int) -> Tensor:
+        positive = cond(latents, step).float()
+        if scales[step] == 1:
+            return positive
+        negative = uncond(latents, step).float()
+        return negative + scales[step] * (positive - negative)
+
+    return velocity
+
+
+def scale_per_step(guidance_scale: float | Sequence[float], num_steps: int) -> list[float]:
+    """One guidance scale per step.
+
+    Raises:
+        ValueError: a sequence of another length than the number of steps.
+    """
+    if isinstance(guidance_scale, int | float):
+        return [float(guidance_scale)] * num_steps
+    scales = [float(scale) for scale in guidance_scale]
+    if len(scales) != num_steps:
+        raise ValueError(f"guidance_scale has {len(scales)} entries; {num_steps} steps need one each, or a single number.")
+    return scales
+
+
+def prepared_velocity(
+    dit: AsymmDiT, noise: Tensor, sigmas: Tensor, condition: Condition, attention: Attention = sdpa
+) -> Velocity:
+    """The network's velocity with everything that does not depend on the latents computed once for all steps."""
+    embeds, mask = condition
+    batch = noise.shape[0]
+    if len(embeds) not in (1, batch):
+        raise ValueError(f"There are prompts for {len(embeds)} videos but noise for {batch}; give one prompt each, or one.")
+    text = dit.prepare_text(embeds.to(noise.device, dit.dtype), mask.to(noise.device))
+    schedule = dit.modulation(sigmas[:-1, None].to(noise.device), text.pooled)          # of (steps, B or 1) rows
+    rope = dit.rope(noise.shape, noise.device)
+    if len(embeds) < batch:
+        text = Text(text.tokens.expand(batch, -1, -1), text.lengths * batch, text.pooled)
+
+    def velocity(latents: Tensor, step: int) -> Tensor:
+        return dit.denoise(latents.to(dit.dtype), text, schedule.at(step), rope, attention=attention)
+
+    return velocity
+
+
+@torch.no_grad()
+def sample(
+    dit: AsymmDiT,
+    noise: Tensor,
+    sigmas: Tensor,
+    cond: Condition,
+    uncond: Condition | None = None,
+    guidance_scale: float | Sequence[float] = 4.5,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Denoise with Euler steps and classifier-free guidance, on the device of `dit`.
+
+    Args:
+        noise: (B, C, T, H, W) latents in DiT space at noise level sigmas[0]; pure noise for text to video.
+        sigmas: (steps + 1,) falling noise levels.
+        cond, uncond: see `Condition`; `uncond` may be None when every guidance scale is 1.
+        guidance_scale: one number, or one per step. Steps with 1 cost a single forward.
+        on_step: called as on_step(step, latents) after each step; returning True stops the run.
+
+    Returns:
+        DiT-space latents, float32, on the device of `noise`.
+
+    Raises:
+        ValueError: guidance without `uncond`, or lengths that do not fit.
+    """
+    scales = scale_per_step(guidance_scale, len(sigmas) - 1)
+    state = noise.to(dit.pos_frequencies.device, torch.float32)
+    velocity = prepared_velocity(dit, state, sigmas, cond)
+    if any(scale != 1 for scale in scales):
+        if uncond is None:
+            raise ValueError("guidance_scale is not 1, so `uncond` is needed; pass the encoded negative prompt.")
+        velocity = guided(velocity, prepared_velocity(dit, state, sigmas, uncond), scales)
+    return euler(velocity, state, sigmas, on_step).to(noise.device)

@@ -1,0 +1,138 @@
+"""Prompts to T5 features, with the T5 encoder of `transformers`.
+
+This is the only file of the core that uses `transformers`, and it imports it when a text encoder is loaded: that takes
+seconds, which the rest of the core should not cost.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .checkpoints import find_part, load_into, open_tensors
+from .checkpoints.reader import StoredTensor
+
+if TYPE_CHECKING:
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+MAX_TOKENS = 256
+EMBEDDING = "shared.weight"
+EMBEDDING_COPY = "encoder.embed_tokens.weight"
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
+
+class TextEncoder:
+    """A T5 encoder and its tokenizer."""
+
+    def __init__(self, model: T5EncoderModel, tokenizer: T5TokenizerFast) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def encode(self, prompts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features of each prompt as Mochi wants them, on the device of the model.
+
+        An empty prompt has no valid token at all (T5's end token included). A prompt of more than 256 tokens is cut, with
+        a warning that quotes what was lost.
+
+        Returns:
+            (B, 256, width) features, zero where nothing is valid, and the (B, 256) bool mask of valid tokens.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        device, width = self.model.device, self.model.config.d_model
+        embeds = torch.zeros(len(prompts), MAX_TOKENS, width, device=device, dtype=self.model.dtype)
+        mask = torch.zeros(len(prompts), MAX_TOKENS, device=device, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            if prompt:
+                ids = torch.tensor([self.tokenize(prompt)], device=device)
+                length = ids.shape[1]
+                embeds[row, :length] = self.model(input_ids=ids).last_hidden_state[0]
+                mask[row, :length] = True
+        return embeds, mask
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """At most 256 token ids, the end token last."""
+        ids: list[int] = self.tokenizer(prompt).input_ids
+        if len(ids) <= MAX_TOKENS:
+            return ids
+        kept, cut, end = ids[: MAX_TOKENS - 1], ids[MAX_TOKENS - 1 : -1], ids[-1:]
+        lost = self.tokenizer.decode(cut)
+        warnings.warn(f"The prompt has {len(ids)} tokens and Mochi reads {MAX_TOKENS}; cut off: “{lost}”", stacklevel=3)
+        return kept + end
+
+    def to(self, device: torch.device | str) -> TextEncoder:
+        self.model.to(device)  # pyright: ignore[reportArgumentType]
+        return self
+
+
+def load_text_encoder(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> TextEncoder:
+    """Load a T5 encoder of any size from a file or a (sharded) folder.
+
+    Args:
+        path: weights, in Hugging Face's names.
+        tokenizer: tokenizer file, or folder with one; by default looked for beside the weights.
+        dtype: T5 overflows in float16 on some prompts; Genmo runs it in float32.
+
+    Raises:
+        ValueError: the weights are not those of a T5 encoder, or there is no tokenizer.
+    """
+    from transformers import T5EncoderModel
+
+    path = Path(path)
+    tensors = find_part(open_tensors(path).tensors, "t5", path.name)
+    with torch.device("meta"):
+        model = T5EncoderModel(t5_config(tensors))
+    # Files hold the token embedding under one of two names, or under both.
+    model.encoder.embed_tokens = model.shared
+    tensors.setdefault(EMBEDDING, tensors.pop(EMBEDDING_COPY, tensors.get(EMBEDDING)))  # pyright: ignore[reportArgumentType]
+    load_into(model, tensors, dtype, device)
+    return TextEncoder(model.eval(), _load_tokenizer(path, tokenizer))
+
+
+def t5_config(tensors: dict[str, StoredTensor]) -> T5Config:
+    """Read the sizes of a T5 v1.1 encoder from its tensors."""
+    from transformers import T5Config
+
+    attention, feed_forward = "encoder.block.{}.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
+    vocabulary, width = (tensors.get(EMBEDDING) or tensors[EMBEDDING_COPY]).shape
+    buckets, heads = tensors[attention.format(0) + ".relative_attention_bias.weight"].shape
+    depth = sum(attention.format(i) + ".q.weight" in tensors for i in range(len(tensors)))
+    return T5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=tensors[attention.format(0) + ".q.weight"].shape[0] // heads,
+        d_ff=tensors[feed_forward + ".wo.weight"].shape[1],
+        num_layers=depth,
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu" if feed_forward + ".wi_0.weight" in tensors else "relu",
+        dropout_rate=0.0,
+    )
+
+
+def _load_tokenizer(weights: Path, tokenizer: str | Path | None) -> T5TokenizerFast:
+    from transformers import T5TokenizerFast
+
+    if tokenizer is None:
+        beside = weights if weights.is_dir() else weights.parent
+        places = [beside, beside / "tokenizer", beside.parent / "tokenizer"]
+    else:
+        given = Path(tokenizer)
+        places = [given.parent if given.is_file() else given]
+    for folder in places:
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return T5TokenizerFast.from_pretrained(folder, local_files_only=True)
+    raise ValueError(
+        f"There is no T5 tokenizer in {', '.join(map(str, places))}; pass tokenizer=... with a folder that holds "
+        "tokenizer.json, for example comfy/text_encoders/t5_tokenizer inside ComfyUI."
+    )
