@@ -240,7 +240,7 @@ class AsymmDiT(nn.Module):
         blocks = tuple((block.mod_x(conditioning), block.mod_y(conditioning)) for block in self.joint_blocks())
         return Modulation(blocks, self.final_layer.mod(conditioning))
 
-    def rope(self, latent_shape: torch.Size, device: torch.device) -> Rope:
+    def rope(self, latent_shape: tuple[int, ...], device: torch.device) -> Rope:
         """Rotary table for latents of shape (B, C, T, H, W)."""
         num_latents, height, width = latent_shape[2:]
         patch = self.config.patch_size

@@ -26,6 +26,8 @@ RGB = 3
 FOURIER_EXPONENTS = (6, 7)
 FOURIER_CHANNELS = RGB * (1 + 2 * len(FOURIER_EXPONENTS))
 LOGVAR_RANGE = (-30.0, 20.0)
+# One latent frame's worth: fewer frames are slower (weights are read anew for each group), more cost memory.
+FRAMES_AT_ONCE = 6
 
 StageCache = list[ResBlockCache] | None
 
@@ -198,7 +200,7 @@ class AsymmVAE(nn.Module):
         self.encoder = Encoder(config, **factory) if encoder else None
         self.decoder = Decoder(config, **factory) if decoder else None
 
-    def decode(self, latents: Tensor, *, frames_at_once: int = 1) -> Tensor:
+    def decode(self, latents: Tensor, *, frames_at_once: int = FRAMES_AT_ONCE) -> Tensor:
         """Latents (B, 12, T, H, W) to video (B, 3, 6(T - 1) + 1, 8H, 8W), not clamped, on the device of `latents`.
 
         Raises:
@@ -207,7 +209,7 @@ class AsymmVAE(nn.Module):
         pieces = [piece.to(latents.device) for piece in self.decode_stream(latents, frames_at_once=frames_at_once)]
         return torch.cat(pieces, dim=2)
 
-    def decode_stream(self, latents: Tensor, *, frames_at_once: int = 1) -> Iterator[Tensor]:
+    def decode_stream(self, latents: Tensor, *, frames_at_once: int = FRAMES_AT_ONCE) -> Iterator[Tensor]:
         """As `decode`, but yields (B, 3, f, 8H, 8W) pieces as they are finished, on the device of the model."""
         if self.decoder is None:
             raise ValueError("This autoencoder has no decoder; load a file that has one, such as mochi_vae.safetensors.")

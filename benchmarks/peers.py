@@ -1,0 +1,68 @@
+"""The models that ours is measured against, all with random weights of the released sizes."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from torch import nn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use_comfyui() -> None:
+    """Make ComfyUI at COMFYUI_PATH importable, on the CPU if there is no GPU."""
+    path = os.environ.get("COMFYUI_PATH")
+    if not path:
+        raise SystemExit("Set COMFYUI_PATH to a ComfyUI folder; `python dev.py test` prepares one in .dev.")
+    if path not in sys.path:
+        sys.path.insert(0, path)
+    from comfy.cli_args import args
+
+    args.cpu = DEVICE == "cpu"
+
+
+@torch.no_grad()
+def fill(module: nn.Module) -> nn.Module:
+    """Random weights that keep activations in range."""
+    for parameter in module.parameters():
+        bound = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        parameter.uniform_(-bound, bound)
+    return module.requires_grad_(False).eval()
+
+
+def comfy_dit(depth: int, dtype: torch.dtype) -> nn.Module:
+    use_comfyui()
+    import comfy.ops
+    from comfy.ldm.genmo.joint_model.asymm_models_joint import AsymmDiTJoint
+
+    return fill(
+        AsymmDiTJoint(
+            depth=depth, patch_size=2, num_heads=24, hidden_size_x=3072, hidden_size_y=1536, mlp_ratio_x=4.0,
+            mlp_ratio_y=4.0, learn_sigma=False, in_channels=12, qk_norm=True, qkv_bias=False, out_bias=True,
+            patch_embed_bias=True, timestep_mlp_bias=True, timestep_scale=1000.0, use_t5=True, t5_feat_dim=4096,
+            t5_token_length=256, attend_to_padding=False, rope_theta=10000.0, device=DEVICE, dtype=dtype,
+            operations=comfy.ops.disable_weight_init,
+        )
+    )  # fmt: skip
+
+
+def diffusers_dit(depth: int, dtype: torch.dtype) -> nn.Module:
+    from diffusers import MochiTransformer3DModel
+
+    with torch.device(DEVICE):
+        return fill(MochiTransformer3DModel(num_layers=depth).to(dtype))
+
+
+def comfy_vae(dtype: torch.dtype) -> nn.Module:
+    use_comfyui()
+    from comfy.ldm.genmo.vae.model import VideoVAE
+
+    return fill(VideoVAE().to(DEVICE, dtype))
+
+
+def diffusers_vae(dtype: torch.dtype) -> nn.Module:
+    from diffusers import AutoencoderKLMochi
+
+    return fill(AutoencoderKLMochi().to(DEVICE, dtype))

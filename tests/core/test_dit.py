@@ -1,0 +1,129 @@
+"""AsymmDiT against itself: every shortcut must change nothing."""
+
+import pytest
+import torch
+
+from mochi_core import AsymmDiT, sdpa
+from mochi_core.dit import crop_to_valid
+from tests.harness.tiny_models import DIT, random_dit
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return random_dit()
+
+
+def inputs(lengths, size=(2, 6, 8), seed=0, tokens=16):
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(len(lengths), 12, *size, generator=generator)
+    embeds = torch.randn(len(lengths), tokens, DIT.text_width, generator=generator)
+    mask = torch.arange(tokens) < torch.tensor(lengths)[:, None]
+    sigma = torch.linspace(0.9, 0.3, len(lengths))
+    return latents, sigma, embeds, mask
+
+
+def test_default_configuration_is_released_mochi():
+    dit = AsymmDiT(device="meta")
+    assert sum(p.numel() for p in dit.parameters()) == 10_027_677_744
+    shapes = {name: tuple(p.shape) for name, p in dit.named_parameters()}
+    assert shapes["blocks.0.mod_y.weight"] == (6144, 3072)
+    assert shapes["blocks.47.mod_y.weight"] == (1536, 3072)
+    assert shapes["t5_y_embedder.to_kv.weight"] == (8192, 4096)
+    assert shapes["pos_frequencies"] == (3, 24, 64)
+    assert "blocks.47.attn.proj_y.weight" not in shapes
+    assert "blocks.47.mlp_y.w1.weight" not in shapes
+
+
+def test_prompts_of_different_lengths_do_not_touch_each_other(dit):
+    latents, sigma, embeds, mask = inputs([16, 5, 0, 1])
+    together = dit(latents, sigma, embeds, mask)
+    for i in range(4):
+        one = slice(i, i + 1)
+        torch.testing.assert_close(together[one], dit(latents[one], sigma[one], embeds[one], mask[one]), **TOLERANCE)
+
+
+def test_padding_never_matters(dit):
+    latents, sigma, embeds, mask = inputs([7, 3])
+    expected = dit(latents, sigma, embeds, mask)
+    garbage = torch.where(mask[..., None], embeds, torch.full_like(embeds, 1e4))
+    assert torch.equal(dit(latents, sigma, garbage, mask), expected)
+    torch.testing.assert_close(dit(latents, sigma, embeds[:, :7], mask[:, :7]), expected, **TOLERANCE)
+
+
+def test_valid_tokens_may_be_anywhere(dit):
+    latents, sigma, embeds, mask = inputs([5])
+    expected = dit(latents, sigma, embeds, mask)
+    torch.testing.assert_close(dit(latents, sigma, embeds.roll(4, dims=1), mask.roll(4, dims=1)), expected, **TOLERANCE)
+
+
+def test_empty_prompt_has_no_text_tokens_but_a_pooled_vector(dit):
+    latents, sigma, embeds, mask = inputs([0])
+    text = dit.prepare_text(embeds, mask)
+    assert text.tokens.shape == (1, 0, DIT.hidden_size_y)
+    pooler = dit.t5_y_embedder
+    value_of_zero_token = pooler.to_kv(torch.zeros(1, DIT.text_width))[:, DIT.text_width :]
+    torch.testing.assert_close(text.pooled, pooler.to_out(value_of_zero_token))
+    assert dit(latents, sigma, embeds, mask).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(1, 5, 8), (2, 6, 7), (1, 1, 3)])
+def test_odd_latents_are_padded_and_cropped(dit, size):
+    latents, sigma, embeds, mask = inputs([4], size)
+    height, width = size[1:]
+    padded = torch.nn.functional.pad(latents, (0, width % 2, 0, height % 2, 0, 0), mode="replicate")
+    velocity = dit(latents, sigma, embeds, mask)
+    assert velocity.shape == latents.shape
+    torch.testing.assert_close(velocity, dit(padded, sigma, embeds, mask)[..., :height, :width])
+
+
+def test_modulation_of_a_whole_schedule_equals_one_step_at_a_time(dit):
+    _, _, embeds, mask = inputs([4, 9])
+    pooled = dit.prepare_text(embeds, mask).pooled
+    sigmas = torch.tensor([1.0, 0.7, 0.2])
+    schedule = dit.modulation(sigmas[:, None], pooled)
+    for i, sigma in enumerate(sigmas):
+        step, expected = schedule.at(i), dit.modulation(sigma.expand(2), pooled)
+        torch.testing.assert_close(step.final, expected.final, **TOLERANCE)
+        for ours, theirs in zip(step.blocks, expected.blocks, strict=True):
+            torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+def test_attention_is_passed_down_the_call(dit):
+    shapes = []
+
+    def recording(q, k, v):
+        shapes.append((tuple(q.shape), tuple(k.shape)))
+        return sdpa(q, k, v)
+
+    latents, sigma, embeds, mask = inputs([4])
+    expected = dit(latents, sigma, embeds, mask)
+    assert torch.equal(dit(latents, sigma, embeds, mask, attention=recording), expected)
+    assert shapes == [((1, 3, 24 + 4, 32), (1, 3, 24 + 4, 32))] * DIT.depth
+
+
+def test_velocity_depends_on_everything(dit):
+    latents, sigma, embeds, mask = inputs([6])
+    base = dit(latents, sigma, embeds, mask)
+    for changed in (
+        dit(latents + 0.1, sigma, embeds, mask),
+        dit(latents, sigma - 0.1, embeds, mask),
+        dit(latents, sigma, embeds + 0.1, mask),
+        dit(latents, sigma, embeds, mask & (torch.arange(16) != 5)),
+    ):
+        assert (changed - base).abs().max() > 1e-3
+
+
+def test_bf16_model_keeps_positions_and_qk_norms_in_float32():
+    dit = AsymmDiT(DIT, dtype=torch.bfloat16, device="meta")
+    kept = {name.split(".")[-2:][0] for name, p in dit.named_parameters() if p.dtype == torch.float32}
+    assert kept == {"pos_frequencies", "q_norm_x", "k_norm_x", "q_norm_y", "k_norm_y"}
+
+
+def test_crop_to_valid():
+    embeds = torch.arange(12.0).view(2, 3, 2)
+    mask = torch.tensor([[False, True, False], [True, False, True]])
+    tokens, valid = crop_to_valid(embeds, mask)
+    assert tokens.tolist() == [[[2, 3], [0, 0]], [[6, 7], [10, 11]]]
+    assert valid.tolist() == [[True, False], [True, True]]

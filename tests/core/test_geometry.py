@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from mochi_core import VideoSize, denormalize_latents, normalize_latents
+from mochi_core.geometry import frames_to_latents, latents_to_frames
+
+
+def test_released_size():
+    size = VideoSize(480, 848, 163)
+    assert size.latent_shape(2) == (2, 12, 28, 60, 106)
+    assert size.num_tokens == 44520
+
+
+@pytest.mark.parametrize("num_latents", range(1, 41))
+def test_frames_round_trip(num_latents):
+    assert frames_to_latents(latents_to_frames(num_latents)) == num_latents
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((470, 848, 25), "height is 470.* 464 or 480"),
+        ((480, 850, 25), "width is 850.* 848 or 864"),
+        ((480, 7, 25), "width is 7.* use 16"),
+        ((-3, 848, 25), "height is -3.* use 16"),
+        ((480, 848, 24), "num_frames is 24.* 19 or 25"),
+        ((480, 848, 0), "num_frames is 0.* use 1"),
+    ],
+)
+def test_invalid_sizes_name_the_nearest_valid_ones(size, message):
+    with pytest.raises(ValueError, match=message):
+        VideoSize(*size)
+
+
+def test_latent_spaces_round_trip():
+    latents = torch.randn(2, 12, 2, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(denormalize_latents(normalize_latents(latents)), latents)
+    zero = denormalize_latents(torch.zeros(1, 12, 1, 1, 1))
+    assert zero[0, 7, 0, 0, 0] == pytest.approx(-0.09346305707025976)

@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from mochi_core import euler, guided, linear_quadratic_schedule, sample
+from mochi_core.sample import prepared_velocity
+from tests.harness.tiny_models import DIT, random_dit
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return random_dit()
+
+
+def prompt(length, seed=0, batch=1):
+    embeds = torch.randn(batch, 16, DIT.text_width, generator=torch.Generator().manual_seed(seed))
+    return embeds, (torch.arange(16) < length).expand(batch, -1)
+
+
+NOISE = torch.randn(1, 12, 2, 4, 4, generator=torch.Generator().manual_seed(7))
+SIGMAS = linear_quadratic_schedule(5)
+
+
+def test_euler_recovers_data_from_the_true_velocity():
+    data = torch.randn_like(NOISE)
+    torch.testing.assert_close(euler(lambda *_: data - NOISE, NOISE, SIGMAS), data)
+
+
+def test_euler_calls_the_model_once_per_step_and_keeps_float32():
+    calls = []
+    result = euler(lambda x, step: (calls.append((step, x.dtype)), x.bfloat16())[1], NOISE, SIGMAS)
+    assert calls == [(i, torch.float32) for i in range(5)]
+    assert result.dtype == torch.float32
+
+
+def test_guidance_formula_and_cost():
+    calls = []
+    cond = lambda x, _: (calls.append("cond"), x * 2)[1]  # noqa: E731
+    uncond = lambda x, _: (calls.append("uncond"), x * 5)[1]  # noqa: E731
+    velocity = guided(cond, uncond, [3.0, 1.0])
+    torch.testing.assert_close(velocity(NOISE, 0), NOISE * (5 + 3 * (2 - 5)))
+    torch.testing.assert_close(velocity(NOISE, 1), NOISE * 2)
+    assert calls == ["cond", "uncond", "cond"]
+
+
+def test_sample_equals_the_plain_loop(dit):
+    cond, uncond = prompt(6), prompt(0)
+    x = NOISE
+    for here, after in zip(SIGMAS, SIGMAS[1:], strict=False):
+        positive, negative = (dit(x, here.view(1), *condition) for condition in (cond, uncond))
+        x = x + (here - after) * (negative + 4.5 * (positive - negative))
+    torch.testing.assert_close(sample(dit, NOISE, SIGMAS, cond, uncond), x, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_may_change_per_step(dit):
+    cond, uncond = prompt(6), prompt(2, seed=1)
+    constant = sample(dit, NOISE, SIGMAS, cond, uncond, 3.0)
+    assert torch.equal(sample(dit, NOISE, SIGMAS, cond, uncond, [3.0] * 5), constant)
+    assert not torch.equal(sample(dit, NOISE, SIGMAS, cond, uncond, [3.0, 3.0, 1.0, 1.0, 1.0]), constant)
+
+
+def test_without_guidance_no_negative_prompt_is_needed(dit):
+    cond = prompt(6)
+    torch.testing.assert_close(
+        sample(dit, NOISE, SIGMAS, cond, None, 1.0), euler(prepared_velocity(dit, NOISE, SIGMAS, cond), NOISE, SIGMAS)
+    )
+    with pytest.raises(ValueError, match="negative prompt"):
+        sample(dit, NOISE, SIGMAS, cond, None, 2.0)
+
+
+def test_one_prompt_serves_a_batch(dit):
+    noise = torch.cat((NOISE, NOISE.flip(-1)))
+    together = sample(dit, noise, SIGMAS, prompt(6), prompt(0))
+    for i in range(2):
+        alone = sample(dit, noise[i : i + 1], SIGMAS, prompt(6), prompt(0))
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_count_must_fit(dit):
+    with pytest.raises(ValueError, match="prompts for 2 videos but noise for 3"):
+        sample(dit, NOISE.repeat(3, 1, 1, 1, 1), SIGMAS, prompt(6, batch=2), None, 1.0)
+
+
+def test_scale_count_must_fit(dit):
+    with pytest.raises(ValueError, match="2 entries; 5 steps"):
+        sample(dit, NOISE, SIGMAS, prompt(6), prompt(0), [1.0, 2.0])
+
+
+def test_on_step_sees_every_step_and_can_stop(dit):
+    seen = []
+    full = sample(dit, NOISE, SIGMAS, prompt(6), None, 1.0, on_step=lambda i, x: seen.append((i, x.clone())))
+    assert [i for i, _ in seen] == list(range(5))
+    assert torch.equal(seen[-1][1], full)
+    stopped = sample(dit, NOISE, SIGMAS, prompt(6), None, 1.0, on_step=lambda i, _: i == 2)
+    assert torch.equal(stopped, seen[2][1])
+
+
+def test_inputs_are_left_alone(dit):
+    noise, (embeds, mask) = NOISE.clone(), prompt(6)
+    before = embeds.clone()
+    sample(dit, noise, SIGMAS, (embeds, mask), prompt(0))
+    assert torch.equal(noise, NOISE)
+    assert torch.equal(embeds, before)

@@ -1,0 +1,156 @@
+"""AsymmVAE: streaming equals one pass, the past never sees the future, float32 pixels stay float32."""
+
+import math
+
+import pytest
+import torch
+
+from mochi_core import AsymmVAE, AsymmVAEConfig
+from mochi_core.causal import causal_conv
+from mochi_core.vae import fourier_features
+from tests.harness.tiny_models import VAE, random_vae
+
+ALL_FRAMES = 10_000
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return random_vae(dtype=torch.float64)
+
+
+def latents(num_latents, height=4, width=6, batch=1):
+    generator = torch.Generator().manual_seed(num_latents)
+    return torch.randn(batch, 12, num_latents, height, width, generator=generator, dtype=torch.float64)
+
+
+def test_default_configuration_is_released_mochi():
+    vae = AsymmVAE(device="meta")
+    decoder = sum(p.numel() for p in vae.decoder.parameters())
+    encoder = sum(p.numel() for p in vae.encoder.parameters())
+    assert (round(decoder / 1e6, 1), round(encoder / 1e6, 1)) == (362.5, 97.2)
+
+
+@pytest.mark.parametrize("frames_at_once", [1, 2, 3, 5])
+def test_streamed_decode_equals_one_pass(vae, frames_at_once):
+    z = latents(7, batch=2)
+    whole = vae.decode(z, frames_at_once=ALL_FRAMES)
+    streamed = vae.decode(z, frames_at_once=frames_at_once)
+    assert (streamed - whole).abs().max() <= 1e-12 * whole.abs().max()
+
+
+@pytest.mark.parametrize("num_latents", range(1, 13))
+def test_number_of_frames(vae, num_latents):
+    video = vae.decode(latents(num_latents, 2, 2))
+    assert video.shape == (1, 3, 6 * (num_latents - 1) + 1, 16, 16)
+
+
+def test_stages_never_see_more_frames_than_asked_for(vae, monkeypatch):
+    seen = []
+    original = vae.decoder._stage
+    monkeypatch.setattr(vae.decoder, "_stage", lambda i, x, cache: (seen.append(x.shape[2]), original(i, x, cache))[1])
+    vae.decode(latents(3, 2, 2), frames_at_once=2)
+    assert max(seen) == 2
+
+
+def test_decoder_is_causal(vae):
+    z = latents(4)
+    changed = z.clone()
+    changed[:, :, 2:] += 1
+    a, b = vae.decode(z), vae.decode(changed)
+    assert torch.equal(a[:, :, :7], b[:, :, :7])
+    assert not torch.equal(a[:, :, 7:], b[:, :, 7:])
+
+
+def test_latent_does_not_know_later_frames(vae):
+    generator = torch.Generator().manual_seed(0)
+    video = torch.rand(1, 3, 19, 16, 16, generator=generator, dtype=torch.float64) * 2 - 1
+    whole = vae.encode(video).mean
+    assert whole.shape == (1, 12, 4, 2, 2)
+    for num_latents in (1, 2, 3):
+        alone = vae.encode(video[:, :, : 6 * (num_latents - 1) + 1]).mean
+        torch.testing.assert_close(alone, whole[:, :, :num_latents], rtol=1e-12, atol=1e-12)
+
+
+def test_fourier_features_of_a_bf16_model_are_computed_in_float32():
+    video = torch.rand(1, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    features = fourier_features(video)
+    assert features.dtype == torch.float32
+    exact = video.double()
+    angles = [exact[:, c] * 2 * math.pi * frequency for c in range(3) for frequency in (64, 128)]
+    expected = torch.cat((exact, torch.stack([a.sin() for a in angles], 1), torch.stack([a.cos() for a in angles], 1)), 1)
+    assert (features - expected).abs().max() < 1e-4
+
+
+def test_bf16_encoder_sees_unrounded_pixels():
+    vae, half = random_vae(), random_vae(dtype=torch.bfloat16)
+    video = torch.rand(1, 3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected, mean = vae.encode(video).mean, half.encode(video).mean.float()
+    rounded = half.encode(video.bfloat16().float()).mean.float()
+    assert (mean - expected).norm() < 0.05 * expected.norm()
+    assert (rounded - expected).norm() > 0.2 * expected.norm()
+
+
+def test_convolution_cache_is_two_frames():
+    conv = torch.nn.Conv3d(2, 2, 3)
+    x = torch.randn(1, 2, 5, 4, 4)
+    whole, cache = causal_conv(conv, x, None)
+    assert whole.shape == x.shape
+    assert torch.equal(cache, x[:, :, 3:])
+    first, cache = causal_conv(conv, x[:, :, :2], None)
+    second, _ = causal_conv(conv, x[:, :, 2:], cache)
+    torch.testing.assert_close(torch.cat((first, second), 2), whole)
+
+
+def test_strided_convolution_can_be_streamed_too():
+    conv = torch.nn.Conv3d(2, 2, (3, 2, 2), stride=(3, 2, 2))
+    x = torch.randn(1, 2, 7, 4, 4)
+    whole, _ = causal_conv(conv, x, None)
+    first, cache = causal_conv(conv, x[:, :, :1], None)
+    second, _ = causal_conv(conv, x[:, :, 1:], cache)
+    assert whole.shape == (1, 2, 3, 2, 2)
+    torch.testing.assert_close(torch.cat((first, second), 2), whole)
+
+
+def test_posterior(vae):
+    posterior = vae.encode(torch.zeros(1, 3, 7, 16, 16, dtype=torch.float64))
+    assert posterior.mode() is posterior.mean
+    state = torch.get_rng_state()
+    a, b = (posterior.sample(torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), state)
+    spread = ((a - posterior.mean) / (0.5 * posterior.logvar).exp()).std()
+    assert spread == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 6, 16, 16), "6 frames.*6k \\+ 1"),
+        ((1, 3, 7, 16, 20), "20 x 16 pixels.*multiples of 8"),
+        ((1, 4, 7, 16, 16), "\\(1, 4, 7, 16, 16\\)"),
+    ],
+)
+def test_encoder_refuses_what_it_cannot_hold(vae, shape, message):
+    with pytest.raises(ValueError, match=message):
+        vae.encode(torch.zeros(shape))
+
+
+def test_decoder_refuses_other_latents(vae):
+    with pytest.raises(ValueError, match="needs \\(batch, 12"):
+        vae.decode(torch.zeros(1, 16, 2, 4, 4))
+
+
+def test_half_a_model_says_what_is_missing():
+    decoder_only = AsymmVAE(VAE, encoder=False, device="meta")
+    with pytest.raises(ValueError, match="no encoder"):
+        decoder_only.encode(torch.zeros(1, 3, 7, 16, 16))
+    with pytest.raises(ValueError, match="no decoder"):
+        AsymmVAE(VAE, decoder=False, device="meta").decode(latents(1))
+
+
+def test_other_shapes_of_model():
+    config = AsymmVAEConfig(
+        decoder_channels=(64, 32, 32), decoder_blocks=(2, 1, 0, 1), temporal_expansions=(2, 1), spatial_expansions=(2, 2)
+    )
+    video = AsymmVAE(config, encoder=False).decode(torch.randn(1, 12, 3, 2, 2))
+    assert video.shape == (1, 3, 5, 8, 8)

@@ -1,0 +1,71 @@
+"""Peers built from our weights."""
+
+import torch
+
+from mochi_core import AsymmDiT, AsymmVAE
+from mochi_core.checkpoints import AUTOENCODER_RULES, TRANSFORMER_RULES, from_state_dict, to_diffusers
+
+
+def diffusers_dit(dit: AsymmDiT):
+    from diffusers import MochiTransformer3DModel
+
+    config = dit.config
+    with torch.device("meta"):
+        peer = MochiTransformer3DModel(
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.head_dim,
+            num_layers=config.depth,
+            pooled_projection_dim=config.hidden_size_y,
+            in_channels=config.in_channels,
+            text_embed_dim=config.text_width,
+            time_embed_dim=config.timestep_features,
+            max_sequence_length=256,
+        )
+    return _load(peer, dit, TRANSFORMER_RULES)
+
+
+def diffusers_vae(vae: AsymmVAE):
+    from diffusers import AutoencoderKLMochi
+
+    config = vae.config
+    with torch.device("meta"):
+        peer = AutoencoderKLMochi(
+            encoder_block_out_channels=config.encoder_channels,
+            decoder_block_out_channels=tuple(reversed(config.decoder_channels)),
+            layers_per_block=config.encoder_blocks,
+        )
+    return _load(peer, vae, AUTOENCODER_RULES)
+
+
+def _load(peer, ours, rules):
+    tensors = to_diffusers(from_state_dict(ours.state_dict()), rules)
+    peer.load_state_dict({name: tensor.read() for name, tensor in tensors.items()}, strict=True, assign=True)
+    return peer.eval()
+
+
+def comfy_dit(dit: AsymmDiT):
+    import comfy.ops
+    from comfy.ldm.genmo.joint_model.asymm_models_joint import AsymmDiTJoint
+
+    config = dit.config
+    peer = AsymmDiTJoint(
+        depth=config.depth, patch_size=2, num_heads=config.num_heads, hidden_size_x=config.hidden_size_x,
+        hidden_size_y=config.hidden_size_y, mlp_ratio_x=4.0, mlp_ratio_y=4.0, learn_sigma=False, in_channels=12,
+        qk_norm=True, qkv_bias=False, out_bias=True, patch_embed_bias=True, timestep_mlp_bias=True, timestep_scale=1000.0,
+        use_t5=True, t5_feat_dim=config.text_width, t5_token_length=256, attend_to_padding=False, rope_theta=10000.0,
+        device="cpu", dtype=dit.dtype, operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    peer.load_state_dict(dit.state_dict(), strict=True)
+    return peer.eval()
+
+
+def comfy_vae(vae: AsymmVAE):
+    from comfy.ldm.genmo.vae.model import VideoVAE
+
+    peer = VideoVAE()
+    peer.load_state_dict(vae.state_dict(), strict=True)
+    return peer.eval()
+
+
+def relative_error(result, expected) -> float:
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -1,0 +1,106 @@
+"""The denoiser against diffusers' and ComfyUI's own."""
+
+import pytest
+import torch
+
+from mochi_core import AsymmDiTConfig
+from tests.harness.tiny_models import DIT, random_dit
+from tests.peers.builders import comfy_dit, diffusers_dit, relative_error
+
+FULL_WIDTH = AsymmDiTConfig(depth=2)
+REAL_GRID = (1, 60, 106)
+
+
+def inputs(width, latent=(2, 16, 20), batch=1):
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(batch, 12, *latent, generator=generator)
+    embeds = torch.randn(batch, 256, width, generator=generator)
+    return latents, torch.full((batch,), 0.7375), embeds
+
+
+def prefix_mask(*lengths):
+    return torch.arange(256) < torch.tensor(lengths)[:, None]
+
+
+def from_diffusers(peer, latents, sigma, embeds, mask):
+    dtype = next(peer.parameters()).dtype
+    timestep = (1 - sigma) * 1000
+    return peer(latents.to(dtype), embeds.to(dtype), timestep, mask, return_dict=False)[0]
+
+
+def from_comfyui(peer, latents, sigma, embeds, mask):
+    dtype = next(peer.parameters()).dtype
+    return -peer(latents.to(dtype), sigma, embeds.to(dtype), mask, max(1, int(mask.sum())))
+
+
+@pytest.fixture(scope="module", params=["tiny", "full width"])
+def model(request):
+    return random_dit(DIT if request.param == "tiny" else FULL_WIDTH)
+
+
+@pytest.fixture(scope="module")
+def diffusers_peer(model):
+    return diffusers_dit(model)
+
+
+@pytest.fixture(scope="module")
+def comfy_peer(model, comfyui):  # noqa: ARG001
+    return comfy_dit(model)
+
+
+@pytest.mark.parametrize("valid", [0, 20, 256])
+def test_equals_diffusers(model, diffusers_peer, valid):
+    latents, sigma, embeds = inputs(model.config.text_width)
+    mask = prefix_mask(valid)
+    expected = from_diffusers(diffusers_peer, latents, sigma, embeds, mask)
+    assert relative_error(model(latents, sigma, embeds, mask), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("valid", [1, 20, 256])
+def test_equals_comfyui(model, comfy_peer, valid):
+    latents, sigma, embeds = inputs(model.config.text_width)
+    mask = prefix_mask(valid)
+    expected = from_comfyui(comfy_peer, latents, sigma, embeds, mask)
+    assert relative_error(model(latents, sigma, embeds, mask), expected) <= 1e-5
+
+
+def test_empty_prompt_follows_genmo_where_comfyui_keeps_one_token(model, diffusers_peer, comfy_peer):
+    latents, sigma, embeds = inputs(model.config.text_width)
+    mask = prefix_mask(0)
+    ours = model(latents, sigma, embeds, mask)
+    assert relative_error(ours, from_diffusers(diffusers_peer, latents, sigma, embeds, mask)) <= 1e-5
+    assert relative_error(from_comfyui(comfy_peer, latents, sigma, embeds, mask), ours) > 1e-3
+
+
+def test_unequal_prompts_in_a_batch_where_comfyui_attends_to_padding(model, diffusers_peer, comfy_peer):
+    latents, sigma, embeds = inputs(model.config.text_width, batch=2)
+    mask = prefix_mask(77, 20)
+    ours = model(latents, sigma, embeds, mask)
+    assert relative_error(ours, from_diffusers(diffusers_peer, latents, sigma, embeds, mask)) <= 1e-5
+    theirs = -comfy_peer(latents, sigma, embeds, mask, 77)
+    assert relative_error(theirs[0], ours[0]) <= 1e-5
+    assert relative_error(theirs[1], ours[1]) > 1e-3
+
+
+@pytest.mark.parametrize("sharpness", [1, 2, 3])
+def test_bf16_error_on_the_real_grid_is_the_smallest(comfyui, sharpness):  # noqa: ARG001
+    """Errors of bf16 models against one float32 model; sharper q/k norms make attention less forgiving."""
+    exact = random_dit(FULL_WIDTH)
+    for block in exact.joint_blocks():
+        for norm in (block.attn.q_norm_x, block.attn.k_norm_x, block.attn.q_norm_y, block.attn.k_norm_y):
+            norm.weight.mul_(sharpness)
+    exact.pos_frequencies.copy_(torch.rand(exact.pos_frequencies.shape, generator=torch.Generator().manual_seed(1)))
+    latents, sigma, embeds = inputs(4096, REAL_GRID)
+    mask = prefix_mask(77)
+    expected = exact(latents, sigma, embeds, mask)
+
+    ours = random_dit(FULL_WIDTH, dtype=torch.bfloat16)
+    ours.load_state_dict(exact.state_dict())
+    error = relative_error(ours(latents, sigma, embeds, mask), expected)
+    half = diffusers_dit(exact).to(torch.bfloat16)
+    diffusers_error = relative_error(from_diffusers(half, latents, sigma, embeds, mask), expected)
+    del half
+    comfyui_error = relative_error(from_comfyui(comfy_dit(ours), latents, sigma, embeds, mask), expected)
+    print(f"bf16 error x{sharpness}: ours {error:.2e}, diffusers {diffusers_error:.2e}, ComfyUI {comfyui_error:.2e}")
+    assert error <= 0.0075
+    assert error <= min(diffusers_error, comfyui_error)

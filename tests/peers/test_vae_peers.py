@@ -1,0 +1,57 @@
+"""The autoencoder against diffusers' and ComfyUI's own, at the released sizes."""
+
+import pytest
+import torch
+
+from tests.harness.tiny_models import AsymmVAEConfig, random_vae
+from tests.peers.builders import comfy_vae, diffusers_vae, relative_error
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return random_vae(AsymmVAEConfig())
+
+
+@pytest.fixture(scope="module")
+def comfy_peer(vae, comfyui):  # noqa: ARG001
+    return comfy_vae(vae)
+
+
+@pytest.fixture(scope="module")
+def diffusers_peer(vae):
+    return diffusers_vae(vae)
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return torch.randn(1, 12, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def video():
+    return torch.rand(1, 3, 7, 48, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_decoder_equals_comfyui(vae, comfy_peer, latents):
+    assert relative_error(vae.decode(latents), comfy_peer.decode(latents)) <= 1e-4
+
+
+def test_decoder_follows_genmo_where_diffusers_drops_frames_too_late(vae, comfy_peer, diffusers_peer, latents):
+    expected, ours = comfy_peer.decode(latents), vae.decode(latents)
+    theirs = diffusers_peer.decode(latents, return_dict=False)[0]
+    assert theirs.shape == ours.shape
+    assert relative_error(ours[:, :, 0], expected[:, :, 0]) <= 1e-4
+    assert relative_error(theirs[:, :, 0], expected[:, :, 0]) > 0.1
+
+
+def test_encoder_equals_diffusers(vae, diffusers_peer, video):
+    posterior = diffusers_peer.encode(video).latent_dist
+    ours = vae.encode(video)
+    assert relative_error(ours.mean, posterior.mean) <= 1e-4
+    assert relative_error(ours.logvar, posterior.logvar) <= 1e-4
+
+
+def test_encoder_follows_genmo_where_comfyui_lets_the_future_in(vae, comfy_peer, video):
+    first_frame = vae.encode(video[:, :, :1]).mean[:, :, 0]
+    assert relative_error(vae.encode(video).mean[:, :, 0], first_frame) <= 1e-5
+    assert relative_error(comfy_peer.encode(video)[:, :, 0], first_frame) > 0.01
