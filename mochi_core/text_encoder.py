@@ -91,11 +91,13 @@ def load_text_encoder(
     path = Path(path)
     tensors = find_part(open_tensors(path).tensors, "t5", path.name)
     with torch.device("meta"):
-        model = T5EncoderModel(t5_config(tensors))
+        model = T5EncoderModel(t5_config(tensors)).to(dtype)
     # Files hold the token embedding under one of two names, or under both.
     model.encoder.embed_tokens = model.shared
-    tensors.setdefault(EMBEDDING, tensors.pop(EMBEDDING_COPY, tensors.get(EMBEDDING)))  # pyright: ignore[reportArgumentType]
-    load_into(model, tensors, dtype, device)
+    copy = tensors.pop(EMBEDDING_COPY, None)
+    if copy is not None:
+        tensors.setdefault(EMBEDDING, copy)
+    load_into(model, tensors, path.name, device)
     return TextEncoder(model.eval(), _load_tokenizer(path, tokenizer))
 
 

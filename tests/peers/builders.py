@@ -3,7 +3,7 @@
 import torch
 
 from mochi_core import AsymmDiT, AsymmVAE
-from mochi_core.checkpoints import AUTOENCODER_RULES, TRANSFORMER_RULES, from_state_dict, to_diffusers
+from mochi_core.checkpoints import TRANSFORMER_RULES, autoencoder_rules, from_state_dict, to_diffusers
 
 
 def diffusers_dit(dit: AsymmDiT):
@@ -34,7 +34,8 @@ def diffusers_vae(vae: AsymmVAE):
             decoder_block_out_channels=tuple(reversed(config.decoder_channels)),
             layers_per_block=config.encoder_blocks,
         )
-    return _load(peer, vae, AUTOENCODER_RULES)
+    head, *stages, _ = config.encoder_blocks
+    return _load(peer, vae, autoencoder_rules(head, len(stages), len(config.temporal_expansions)))
 
 
 def _load(peer, ours, rules):

@@ -1,0 +1,28 @@
+"""Read, recognise, convert and load weight files."""
+
+from .detect import describe, dit_config, find_part, has_decoder, has_encoder, vae_config
+from .diffusers import AUTOENCODER_RULES, TRANSFORMER_RULES, autoencoder_rules, to_canonical, to_diffusers
+from .loading import check_tensors, load_into, load_transformer, load_vae
+from .reader import StoredTensor, TensorFile, from_state_dict, open_tensors
+
+__all__ = [
+    "AUTOENCODER_RULES",
+    "TRANSFORMER_RULES",
+    "StoredTensor",
+    "TensorFile",
+    "autoencoder_rules",
+    "check_tensors",
+    "describe",
+    "dit_config",
+    "find_part",
+    "from_state_dict",
+    "has_decoder",
+    "has_encoder",
+    "load_into",
+    "load_transformer",
+    "load_vae",
+    "open_tensors",
+    "to_canonical",
+    "to_diffusers",
+    "vae_config",
+]

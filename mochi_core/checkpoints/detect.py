@@ -1,0 +1,203 @@
+"""What a file is, and where in it the wanted model lies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from ..config import AsymmDiTConfig, AsymmVAEConfig
+from .diffusers import TRANSFORMER_RULES, autoencoder_rules, to_canonical
+from .reader import Tensors
+
+PREFIXES = {
+    "transformer": ("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "module.", "_orig_mod."),
+    "vae": ("", "vae.", "first_stage_model.", "model.", "module.", "_orig_mod."),
+    "t5": ("", "text_encoders.t5xxl.transformer.", "text_encoder.", "t5xxl.transformer.", "transformer.", "model.", "module."),
+}  # fmt: skip
+SIGNATURES = {
+    "transformer": ("t5_yproj.weight", "time_embed.caption_proj.weight"),
+    "vae": (
+        "decoder.blocks.0.0.weight", "encoder.layers.0.weight", "blocks.0.0.weight", "layers.0.weight",
+        "decoder.block_in.resnets.0.conv1.conv.weight", "encoder.block_in.resnets.0.conv1.conv.weight",
+    ),
+    "t5": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
+}  # fmt: skip
+NAMES = {
+    "transformer": ("a Mochi transformer", "mochi_preview_bf16.safetensors"),
+    "vae": ("a Mochi autoencoder", "mochi_vae.safetensors"),
+    "t5": ("a T5 text encoder", "t5xxl_fp16.safetensors"),
+}
+# How other files are known: a phrase, and tensor names (as patterns) that all occur.
+STRANGERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("a LoRA", (r".*(lora_A|lora_B|lora_down|lora_up)(\.weight)?",)),
+    ("a HunyuanVideo transformer", (r".*double_blocks\.0\..*", r".*txt_in\.individual_token_refiner.*")),
+    ("a FLUX transformer", (r".*double_blocks\.0\.img_attn.*",)),
+    ("a Wan transformer", (r".*blocks\.0\.cross_attn\..*", r".*patch_embedding\..*")),
+    ("an LTX transformer", (r".*transformer_blocks\.0\.scale_shift_table", r".*caption_projection\..*")),
+    ("a CogVideoX transformer", (r".*transformer_blocks\.0\.norm1\.linear.*", r".*patch_embed\.text_proj.*")),
+    ("an SD3 transformer", (r".*joint_blocks\.0\..*",)),
+    ("a Stable Diffusion UNet", (r".*input_blocks\.0\.0\.weight",)),
+    ("a CLIP text encoder", (r".*text_model\.encoder\.layers\.0\..*",)),
+    ("an image autoencoder", (r".*decoder\.(mid|mid_block|up_blocks\.0\.resnets\.0\.norm1)\..*",)),
+)
+SCALED_FP8 = re.compile(r".*(scaled_fp8|\.scale_weight|\.weight_scale|\.comfy_quant)")
+GGML_BLOCKS = re.compile(r".*\.Q\d\w*_qweight")
+
+
+def find_part(tensors: Tensors, part: str, file_name: str) -> Tensors:
+    """The tensors of "transformer", "vae" or "t5" under their canonical names, whatever the file calls them.
+
+    Prefixes are stripped, diffusers' names converted, tensors of other models left out. Names of the autoencoder always
+    begin with `encoder.` or `decoder.`.
+
+    Raises:
+        ValueError: the file holds no such model, or holds it in a form that cannot be loaded.
+    """
+    found = _strip(tensors, part)
+    if found is None:
+        wanted, example = NAMES[part]
+        raise ValueError(f"{file_name} holds {describe(tensors)}, not {wanted}; choose a file such as {example}.")
+    _refuse_quantised(found, file_name)
+    return CONVERT[part](found)
+
+
+def describe(tensors: Tensors) -> str:
+    """One phrase for what a file holds."""
+    parts = [_describe_part(part, found) for part in PREFIXES if (found := _strip(tensors, part)) is not None]
+    if parts:
+        return " and ".join(parts)
+    for phrase, patterns in STRANGERS:
+        if all(any(re.fullmatch(pattern, name) for name in tensors) for pattern in patterns):
+            return phrase
+    if any(GGML_BLOCKS.fullmatch(name) for name in tensors):
+        return "a model in GGML blocks"
+    return f"an unknown model of {len(tensors)} tensors (e.g. {', '.join(list(tensors)[:3])})"
+
+
+def _describe_part(part: str, tensors: Tensors) -> str:
+    layout = " in diffusers layout" if any("resnets." in n or n.startswith("time_embed.") for n in tensors) else ""
+    blocks = {m[2] for name in tensors if (m := re.match(r"(transformer_blocks|blocks|encoder\.block)\.(\d+)\.", name))}
+    depth = f", {len(blocks)} blocks" if part != "vae" else ""
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
+    return f"{NAMES[part][0]}{layout}{depth}, {' and '.join(dtypes)}"
+
+
+def _strip(tensors: Tensors, part: str) -> Tensors | None:
+    for prefix in PREFIXES[part]:
+        if any(prefix + signature in tensors for signature in SIGNATURES[part]):
+            found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            return found if part != "vae" or _is_mochi_vae(found) else None
+    return None
+
+
+def _is_mochi_vae(tensors: Tensors) -> bool:
+    marks = (r"(decoder\.)?blocks\.0\.1\.stack\.2\.weight", r"(encoder\.)?layers\.1\.stack\.2\.weight")
+    peers = (r"decoder\.block_in\.resnets\.0\.conv1\.conv\.weight", r"encoder\.block_in\.resnets\.0\.conv1\.conv\.weight")
+    return any(re.fullmatch(mark, name) for mark in marks + peers for name in tensors)
+
+
+def _refuse_quantised(tensors: Tensors, file_name: str) -> None:
+    for pattern, what in ((SCALED_FP8, "scaled fp8 weights"), (GGML_BLOCKS, "GGML blocks")):
+        if any(pattern.fullmatch(name) for name in tensors):
+            raise ValueError(f"{file_name} has {what}, which cannot be loaded yet; use mochi_preview_bf16.safetensors.")
+
+
+def _canonical_transformer(tensors: Tensors) -> Tensors:
+    return tensors if "t5_yproj.weight" in tensors else to_canonical(tensors, TRANSFORMER_RULES)
+
+
+def _canonical_vae(tensors: Tensors) -> Tensors:
+    if "blocks.0.0.weight" in tensors:
+        return {f"decoder.{name}": tensor for name, tensor in tensors.items()}
+    if "layers.0.weight" in tensors:
+        return {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+    halves = {name: tensor for name, tensor in tensors.items() if name.startswith(("encoder.", "decoder."))}
+    if not any(".resnets." in name for name in halves):
+        return halves
+    head = _count(halves, r"encoder\.block_in\.resnets\.(\d+)\..*")
+    stages = _count(halves, r"encoder\.down_blocks\.(\d+)\..*"), _count(halves, r"decoder\.up_blocks\.(\d+)\..*")
+    return to_canonical(halves, autoencoder_rules(head, *stages))
+
+
+CONVERT: dict[str, Callable[[Tensors], Tensors]] = {
+    "transformer": _canonical_transformer,
+    "vae": _canonical_vae,
+    "t5": dict,
+}
+
+
+def dit_config(tensors: Tensors) -> AsymmDiTConfig:
+    """Read the sizes of a denoiser from its canonical tensors."""
+    dx, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight")
+    dy, text_width = _shape(tensors, "t5_yproj.weight")
+    last_y = _shape(tensors, "blocks.0.mlp_y.w2.weight")[1] if "blocks.0.mlp_y.w2.weight" in tensors else 0
+    return AsymmDiTConfig(
+        depth=_count(tensors, r"blocks\.(\d+)\..*"),
+        hidden_size_x=dx,
+        hidden_size_y=dy,
+        num_heads=_shape(tensors, "pos_frequencies")[1],
+        in_channels=channels,
+        patch_size=patch,
+        text_width=text_width,
+        mlp_size_x=_shape(tensors, "blocks.0.mlp_x.w2.weight")[1],
+        mlp_size_y=last_y,
+        timestep_features=_shape(tensors, "t_embedder.mlp.0.weight")[1],
+    )
+
+
+def vae_config(tensors: Tensors) -> AsymmVAEConfig:
+    """Read the sizes of an autoencoder from its canonical tensors; a half that is not there keeps the defaults."""
+    sizes = _encoder_sizes(tensors) if has_encoder(tensors) else {}
+    return AsymmVAEConfig(**sizes, **(_decoder_sizes(tensors) if has_decoder(tensors) else {}))
+
+
+def has_encoder(tensors: Tensors) -> bool:
+    return any(name.startswith("encoder.") for name in tensors)
+
+
+def has_decoder(tensors: Tensors) -> bool:
+    return any(name.startswith("decoder.") for name in tensors)
+
+
+def _decoder_sizes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """Every stage doubles height and width; what is left of a projection's rows is its temporal expansion."""
+    stages = _count(tensors, r"decoder\.blocks\.(\d+)\.proj\.weight")
+    projections = [_shape(tensors, f"decoder.blocks.{i + 1}.proj.weight") for i in range(stages)]
+    widths = (*(columns for _, columns in projections), _shape(tensors, "decoder.output_proj.weight")[1])
+    counts = [_count(tensors, rf"decoder\.blocks\.{i + 1}\.blocks\.(\d+)\..*") for i in range(stages)]
+    head = _count(tensors, r"decoder\.blocks\.0\.(\d+)\..*") - 1
+    tail = _count(tensors, rf"decoder\.blocks\.{stages + 1}\.(\d+)\..*")
+    return {
+        "decoder_channels": widths,
+        "decoder_blocks": (head, *counts, tail),
+        "temporal_expansions": tuple(rows // (4 * w) for (rows, _), w in zip(projections, widths[1:], strict=True)),
+        "spatial_expansions": (2,) * stages,
+    }
+
+
+def _encoder_sizes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    stage_of = re.compile(r"encoder\.layers\.(\d+)\.layers\.0\.weight")
+    stages = sorted(int(m[1]) for name in tensors if (m := stage_of.fullmatch(name)))
+    total = _count(tensors, r"encoder\.layers\.(\d+)\..*")
+    convs = [_shape(tensors, f"encoder.layers.{i}.layers.0.weight") for i in stages]
+    inside = [_count(tensors, rf"encoder\.layers\.{i}\.layers\.(\d+)\..*") - 1 for i in stages]
+    head, tail = (stages[0] - 1, total - stages[-1] - 1) if stages else (total - 1, 0)
+    places = ["1", *(f"{i}.layers.1" for i in stages), str(total - 1)]
+    return {
+        "encoder_channels": (_shape(tensors, "encoder.layers.0.weight")[0], *(conv[0] for conv in convs)),
+        "encoder_blocks": (head, *inside, tail),
+        "encoder_attention": tuple(f"encoder.layers.{p}.attn_block.norm.weight" in tensors for p in places),
+        "temporal_reductions": tuple(conv[2] for conv in convs),
+        "spatial_reductions": tuple(conv[3] for conv in convs),
+    }
+
+
+def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(f"The file lacks {name}, which every Mochi model has; download it again.")
+    return tensors[name].shape
+
+
+def _count(tensors: Tensors, pattern: str) -> int:
+    """How many different numbers stand where the pattern's group is."""
+    return len({match[1] for name in tensors if (match := re.fullmatch(pattern, name))})

@@ -1,0 +1,94 @@
+"""Put tensors into models: everything fits, or one error says what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..dit import AsymmDiT
+from ..vae import AsymmVAE
+from .detect import dit_config, find_part, has_decoder, has_encoder, vae_config
+from .reader import Tensors, open_tensors
+
+EXAMPLES = 6
+
+
+def load_transformer(
+    path: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> AsymmDiT:
+    """Load a denoiser from a file or folder in any known layout, ready for inference.
+
+    `pos_frequencies` and the q/k norm weights stay float32 whatever `dtype` is.
+
+    Raises:
+        ValueError: the file is not a whole Mochi transformer.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    tensors = find_part(open_tensors(path).tensors, "transformer", path.name)
+    dit = AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
+    load_into(dit, tensors, path.name, device)
+    return dit.eval()
+
+
+def load_vae(
+    path: str | Path | Sequence[str | Path], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> AsymmVAE:
+    """Load an autoencoder from one file or folder, or from separate encoder and decoder files.
+
+    Raises:
+        ValueError: the files are not a Mochi autoencoder or halves of one, or bring the same half twice.
+        FileNotFoundError: there is no such file.
+    """
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(p) for p in path]
+    tensors: Tensors = {}
+    for file in paths:
+        half = find_part(open_tensors(file).tensors, "vae", file.name)
+        if twice := sorted(set(tensors) & set(half)):
+            raise ValueError(f"{file.name} brings {twice[0]} a second time; give each half of the autoencoder once.")
+        tensors |= half
+    halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
+    vae = AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
+    load_into(vae, tensors, " and ".join(file.name for file in paths), device)
+    return vae.eval()
+
+
+def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch.device | str) -> None:
+    """Give a module built on the meta device its weights, in the dtypes that it was built with.
+
+    Tensors are read, cast and moved one by one, so a second copy of the model never exists.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of the wrong shape.
+    """
+    check_tensors(module, tensors, file_name)
+    for name, parameter in list(module.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        value = tensors[name].read().to(device, parameter.dtype)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def check_tensors(module: nn.Module, tensors: Tensors, file_name: str) -> None:
+    """Raise one ValueError that names every kind of misfit between the parameters of `module` and `tensors`."""
+    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    shapes = (
+        f"{name} is {tensors[name].shape} instead of {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    )
+    problems = [
+        *_listed("missing", (name for name in expected if name not in tensors)),
+        *_listed("unexpected", (name for name in tensors if name not in expected)),
+        *_listed("of the wrong shape", shapes),
+    ]
+    if problems:
+        raise ValueError(f"{file_name} does not fit the model: {'; '.join(problems)}. Download it again or use another file.")
+
+
+def _listed(kind: str, names: Iterable[str]) -> list[str]:
+    names = sorted(names)
+    more = ", ..." if len(names) > EXAMPLES else ""
+    return [f"{len(names)} {kind} ({', '.join(names[:EXAMPLES])}{more})"] if names else []

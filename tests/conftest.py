@@ -1,0 +1,19 @@
+"""Fixtures: where ComfyUI is, and one real server with tiny models for the tests that want one."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# At the end: ComfyUI has a module `nodes` of its own, which our folder of that name must not hide.
+sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT] + [str(ROOT)]
+
+
+@pytest.fixture(scope="session")
+def comfy_path():
+    """ComfyUI's folder, prepared by `python dev.py test`."""
+    path = os.environ.get("COMFYUI_PATH")
+    assert path, "COMFYUI_PATH is not set; run the tests with `python dev.py test`"
+    return Path(path)
