@@ -17,3 +17,22 @@ def comfy_path():
     path = os.environ.get("COMFYUI_PATH")
     assert path, "COMFYUI_PATH is not set; run the tests with `python dev.py test`"
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def comfy_server(comfy_path, tmp_path_factory):
+    """A real server with the pack and tiny models in a folder of its own."""
+    from tests.harness.server import ComfyServer
+    from tests.harness.tiny_models import write_models
+
+    base = tmp_path_factory.mktemp("comfyui")
+    write_models(base / "models")
+    with ComfyServer(comfy_path, base) as server:
+        yield server
+
+
+@pytest.fixture
+def comfy_client(comfy_server):
+    from tests.harness.client import ComfyClient
+
+    return ComfyClient(comfy_server.url)

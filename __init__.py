@@ -1,0 +1,7 @@
+"""Mochi Nodes: Genmo's Mochi 1 for ComfyUI."""
+
+
+async def comfy_entrypoint():
+    from .nodes import MochiExtension
+
+    return MochiExtension()

