@@ -86,7 +86,10 @@ def make_environment() -> None:
         return
     shutil.rmtree(VENV, ignore_errors=True)
     with step("Making a virtual environment in .dev/venv (seconds)"):
-        run([sys.executable, "-m", "venv", str(VENV)], "install Python's venv module (Debian: apt install python3-venv).")
+        run(
+            [sys.executable, "-m", "venv", str(VENV)],
+            "install Python's venv module (Debian: apt install python3-venv).",
+        )
 
 
 def find_comfyui() -> Path:
@@ -129,7 +132,9 @@ def install(requirements: list[str], what: str) -> None:
     if stamp.exists():
         return
     with step(f"Installing {what}"):
-        run([*pip("install"), "--quiet", *requirements], "check the network and the free disk space, then run it again.")
+        run(
+            [*pip("install"), "--quiet", *requirements], "check the network and the free disk space, then run it again."
+        )
     stamp.touch()
 
 

@@ -86,14 +86,14 @@ class AsymmetricAttention(nn.Module):
         self.proj_y = ops.Linear(dx, dy, **factory) if update_y else None
 
     def forward(self, x: Tensor, y: Tensor, context: BlockContext) -> tuple[Tensor, Tensor | None]:
-        q_x, k_x, v_x = self._heads(self.qkv_x(x))                          # (B, N, K, D)
-        q_y, k_y, v_y = self._heads(self.qkv_y(y))                          # (B, L, K, D)
+        q_x, k_x, v_x = self._heads(self.qkv_x(x))  # (B, N, K, D)
+        q_y, k_y, v_y = self._heads(self.qkv_y(y))  # (B, L, K, D)
         q_x = rotate(self.q_norm_x(q_x.float()), context.rope).to(x.dtype)
         k_x = rotate(self.k_norm_x(k_x.float()), context.rope).to(x.dtype)
         q_y = self.q_norm_y(q_y.float()).to(x.dtype)
         k_y = self.k_norm_y(k_y.float()).to(x.dtype)
         visual, text = (q_x, k_x, v_x), (q_y, k_y, v_y)
-        out_x, out_y = joint_attention(visual, text, context)               # (B, N, Dx), (B, L, Dx)
+        out_x, out_y = joint_attention(visual, text, context)  # (B, N, Dx), (B, L, Dx)
         return self.proj_x(out_x), None if self.proj_y is None else self.proj_y(out_y)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
@@ -236,7 +236,7 @@ class AsymmDiT(nn.Module):
 
     def modulation(self, sigma: Tensor, pooled: Tensor) -> Modulation:
         """`sigma` (B,) and `pooled` (B, Dx) to `Modulation`; with `sigma` (steps, 1), that of a whole schedule."""
-        conditioning = F.silu(self.t_embedder(sigma, pooled.dtype) + pooled)            # (..., B, Dx)
+        conditioning = F.silu(self.t_embedder(sigma, pooled.dtype) + pooled)  # (..., B, Dx)
         blocks = tuple((block.mod_x(conditioning), block.mod_y(conditioning)) for block in self.joint_blocks())
         return Modulation(blocks, self.final_layer.mod(conditioning))
 
@@ -261,11 +261,11 @@ class AsymmDiT(nn.Module):
         context = BlockContext(text.lengths, rope, attention)
         latents = pad_to_patches(latents, self.config.patch_size)
         rows = latents.shape[-2] // self.config.patch_size
-        x, y = self.x_embedder(latents), text.tokens                                    # (B, N, Dx), (B, L, Dy)
+        x, y = self.x_embedder(latents), text.tokens  # (B, N, Dx), (B, L, Dy)
         for i, block in enumerate(self.joint_blocks()):
             x, y = run_block(block, i, x, y, modulation.blocks[i], context)
-        x = self.final_layer(x, modulation.final)                                       # (B, N, patch * patch * C)
-        velocity = self._unpatchify(x, num_latents, rows)                               # (B, C, T, H, W), padded
+        x = self.final_layer(x, modulation.final)  # (B, N, patch * patch * C)
+        velocity = self._unpatchify(x, num_latents, rows)  # (B, C, T, H, W), padded
         return velocity[..., :height, :width]
 
     def joint_blocks(self) -> list[AsymmetricJointBlock]:

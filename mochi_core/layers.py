@@ -50,9 +50,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, features: int, width: int, *, ops: Any, **factory: Any) -> None:
         super().__init__()
         self.features = features
-        self.mlp = nn.Sequential(
-            ops.Linear(features, width, **factory), nn.SiLU(), ops.Linear(width, width, **factory)
-        )
+        self.mlp = nn.Sequential(ops.Linear(features, width, **factory), nn.SiLU(), ops.Linear(width, width, **factory))
 
     def forward(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
         """(...) noise levels in [0, 1] to (..., width); the sinusoids are float32 whatever `dtype` is."""
@@ -76,12 +74,12 @@ class AttentionPool(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """`tokens` (B, L, text_width), zero where `mask` (B, L) is False, to (B, width). L may be 0."""
         count = mask.sum(dim=1, keepdim=True).clamp(min=1)
-        mean = (tokens.float().sum(dim=1) / count).to(tokens.dtype)[:, None]           # (B, 1, text_width)
-        keys = torch.cat((mean, tokens), dim=1)                                        # (B, 1 + L, text_width)
-        valid = F.pad(mask, (1, 0), value=True)[:, None, None]                         # (B, 1, 1, 1 + L)
+        mean = (tokens.float().sum(dim=1) / count).to(tokens.dtype)[:, None]  # (B, 1, text_width)
+        keys = torch.cat((mean, tokens), dim=1)  # (B, 1 + L, text_width)
+        valid = F.pad(mask, (1, 0), value=True)[:, None, None]  # (B, 1, 1, 1 + L)
         k, v = rearrange(self.to_kv(keys), "b l (kv h d) -> kv b h l d", kv=2, h=self.num_heads)
         q = rearrange(self.to_q(mean), "b l (h d) -> b h l d", h=self.num_heads)
-        pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=valid)              # (B, heads, 1, head_dim)
+        pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=valid)  # (B, heads, 1, head_dim)
         return self.to_out(pooled.flatten(1))
 
 

@@ -44,8 +44,8 @@ def rope_table(pos_frequencies: Tensor, num_latents: int, rows: int, columns: in
         for positions, frequency in zip(axis_positions(num_latents, rows, columns), frequencies, strict=True)
         for angles in [positions[:, None, None] * frequency]
     ]
-    t, h, w = turns                                                               # (positions, heads, head_dim / 2)
-    table = (t[:, None, None] * h[:, None] * w).flatten(0, 2)                     # (N, heads, head_dim / 2)
+    t, h, w = turns  # (positions, heads, head_dim / 2)
+    table = (t[:, None, None] * h[:, None] * w).flatten(0, 2)  # (N, heads, head_dim / 2)
     return table.real.contiguous(), table.imag.contiguous()
 
 

@@ -56,7 +56,9 @@ def scale_per_step(guidance_scale: float | Sequence[float], num_steps: int) -> l
         return [float(guidance_scale)] * num_steps
     scales = [float(scale) for scale in guidance_scale]
     if len(scales) != num_steps:
-        raise ValueError(f"guidance_scale has {len(scales)} entries; {num_steps} steps need one each, or a single number.")
+        raise ValueError(
+            f"guidance_scale has {len(scales)} entries; {num_steps} steps need one each, or a single number."
+        )
     return scales
 
 
@@ -67,9 +69,11 @@ def prepared_velocity(
     embeds, mask = condition
     batch = noise.shape[0]
     if len(embeds) not in (1, batch):
-        raise ValueError(f"There are prompts for {len(embeds)} videos but noise for {batch}; give one prompt each, or one.")
+        raise ValueError(
+            f"There are prompts for {len(embeds)} videos but noise for {batch}; give one prompt each, or one."
+        )
     text = dit.prepare_text(embeds.to(noise.device, dit.dtype), mask.to(noise.device))
-    schedule = dit.modulation(sigmas[:-1, None].to(noise.device), text.pooled)          # of (steps, B or 1) rows
+    schedule = dit.modulation(sigmas[:-1, None].to(noise.device), text.pooled)  # of (steps, B or 1) rows
     rope = dit.rope(noise.shape, noise.device)
     if len(embeds) < batch:
         text = Text(text.tokens.expand(batch, -1, -1), text.lengths * batch, text.pooled)

@@ -24,7 +24,9 @@ def linear_quadratic_schedule(
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}, but sampling needs at least 1 step.")
     if not 0.0 < threshold_noise < 1.0:
-        raise ValueError(f"threshold_noise is {threshold_noise}, but it is a share of the noise; use a value in (0, 1).")
+        raise ValueError(
+            f"threshold_noise is {threshold_noise}, but it is a share of the noise; use a value in (0, 1)."
+        )
     if linear_steps is None:
         linear_steps = max(1, num_steps // 2)
     if not 1 <= linear_steps <= num_steps:

@@ -145,9 +145,9 @@ class Encoder(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Fourier features (B, 15, F, 8H, 8W) to mean and log-variance, each (B, 12, T, H, W)."""
         first, *layers = self.layers
-        x = first(features.movedim(1, -1)).movedim(-1, 1)                  # (B, C, F, 8H, 8W)
+        x = first(features.movedim(1, -1)).movedim(-1, 1)  # (B, C, F, 8H, 8W)
         for layer in layers:
-            x = layer(x)[0] if isinstance(layer, ResBlock) else layer(x)   # (B, C, T, H, W) in the end
+            x = layer(x)[0] if isinstance(layer, ResBlock) else layer(x)  # (B, C, T, H, W) in the end
         x = F.silu(frame_norm(self.output_norm, x))
         mean, logvar = self.output_proj(x.movedim(1, -1)).movedim(-1, 1).chunk(2, dim=1)
         return mean, logvar
@@ -211,13 +211,9 @@ class AsymmVAE(nn.Module):
 
     def decode_stream(self, latents: Tensor, *, frames_at_once: int = FRAMES_AT_ONCE) -> Iterator[Tensor]:
         """As `decode`, but yields (B, 3, f, 8H, 8W) pieces as they are finished, on the device of the model."""
-        if self.decoder is None:
-            raise ValueError("This autoencoder has no decoder; load a file that has one, such as mochi_vae.safetensors.")
-        channels = self.config.latent_channels
-        if latents.ndim != 5 or latents.shape[1] != channels:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}; the decoder needs (batch, {channels}, T, H, W).")
-        device = next(self.decoder.parameters()).device
-        return self.decoder.stream(latents.to(device, self.dtype), frames_at_once)
+        decoder = self.check_decoder(latents)
+        device = next(decoder.parameters()).device
+        return decoder.stream(latents.to(device, self.dtype), frames_at_once)
 
     def encode(self, video: Tensor) -> Posterior:
         """Video (B, 3, 6k + 1, 8H, 8W) in [-1, 1] to the `Posterior` of its latents, on the device of `video`.
@@ -225,19 +221,38 @@ class AsymmVAE(nn.Module):
         Raises:
             ValueError: the model has no encoder, or the video's size does not fit it.
         """
-        if self.encoder is None:
-            raise ValueError("This autoencoder has no encoder; load a file that has one, such as mochi_vae.safetensors.")
-        self._check_video(video)
-        device = next(self.encoder.parameters()).device
-        mean, logvar = self.encoder(fourier_features(video.to(device)).to(self.dtype))
+        encoder = self.check_encoder(video)
+        device = next(encoder.parameters()).device
+        mean, logvar = encoder(fourier_features(video.to(device)).to(self.dtype))
         return Posterior(mean.to(video.device), logvar.to(video.device))
 
-    def _check_video(self, video: Tensor) -> None:
+    def check_decoder(self, latents: Tensor) -> Decoder:
+        """The decoder, if there is one and `latents` fit it; ValueError otherwise."""
+        if self.decoder is None:
+            raise ValueError(
+                "This autoencoder has no decoder; load a file that has one, such as mochi_vae.safetensors."
+            )
+        channels = self.config.latent_channels
+        if latents.ndim != 5 or latents.shape[1] != channels:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}; the decoder needs (batch, {channels}, T, H, W)."
+            )
+        return self.decoder
+
+    def check_encoder(self, video: Tensor) -> Encoder:
+        """The encoder, if there is one and `video` fits it; ValueError otherwise."""
+        if self.encoder is None:
+            raise ValueError(
+                "This autoencoder has no encoder; load a file that has one, such as mochi_vae.safetensors."
+            )
         if video.ndim != 5 or video.shape[1] != RGB:
-            raise ValueError(f"video has shape {tuple(video.shape)}; the encoder needs (batch, 3, frames, height, width).")
+            raise ValueError(
+                f"video has shape {tuple(video.shape)}; the encoder needs (batch, 3, frames, height, width)."
+            )
         frames, height, width = video.shape[2:]
         temporal, spatial = math.prod(self.config.temporal_reductions), math.prod(self.config.spatial_reductions)
         if frames % temporal != 1 % temporal:
             raise ValueError(f"video has {frames} frames; the encoder needs {temporal}k + 1, such as {temporal + 1}.")
         if height % spatial or width % spatial:
             raise ValueError(f"video is {width} x {height} pixels; the encoder needs multiples of {spatial}.")
+        return self.encoder

@@ -92,7 +92,10 @@ def _strip(tensors: Tensors, part: str) -> Tensors | None:
 
 def _is_mochi_vae(tensors: Tensors) -> bool:
     marks = (r"(decoder\.)?blocks\.0\.1\.stack\.2\.weight", r"(encoder\.)?layers\.1\.stack\.2\.weight")
-    peers = (r"decoder\.block_in\.resnets\.0\.conv1\.conv\.weight", r"encoder\.block_in\.resnets\.0\.conv1\.conv\.weight")
+    peers = (
+        r"decoder\.block_in\.resnets\.0\.conv1\.conv\.weight",
+        r"encoder\.block_in\.resnets\.0\.conv1\.conv\.weight",
+    )
     return any(re.fullmatch(mark, name) for mark in marks + peers for name in tensors)
 
 

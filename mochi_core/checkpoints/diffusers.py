@@ -162,7 +162,7 @@ def to_diffusers(tensors: Tensors, rules: tuple[Rule, ...]) -> Tensors:
 def _belongs(rule: Rule, numbers: dict[str, int], tensors: Tensors) -> bool:
     """Whether a numbered encoder layer lies before or after the down stages, as the rule says."""
     place = rule.foreign[0]
-    if ".block_in." not in place and ".block_out." not in place or not place.startswith("encoder."):
+    if (".block_in." not in place and ".block_out." not in place) or not place.startswith("encoder."):
         return True
     index = int(_fill(rule.canonical, numbers).split(".")[2])
     stages = [int(name.split(".")[2]) for name in tensors if re.match(r"encoder\.layers\.\d+\.layers\.", name)]
@@ -208,7 +208,9 @@ def _swap_halves(tensor: StoredTensor) -> StoredTensor:
 
 def _require(parts: list[str], tensors: Tensors) -> None:
     if missing := [part for part in parts if part not in tensors]:
-        raise ValueError(f"The file lacks {', '.join(missing)}, without which {parts[0]} is of no use; download it again.")
+        raise ValueError(
+            f"The file lacks {', '.join(missing)}, without which {parts[0]} is of no use; download it again."
+        )
 
 
 def _refuse_unknown(names: set[str]) -> None:

@@ -85,7 +85,9 @@ def check_tensors(module: nn.Module, tensors: Tensors, file_name: str) -> None:
         *_listed("of the wrong shape", shapes),
     ]
     if problems:
-        raise ValueError(f"{file_name} does not fit the model: {'; '.join(problems)}. Download it again or use another file.")
+        raise ValueError(
+            f"{file_name} does not fit the model: {'; '.join(problems)}. Download it again or use another file."
+        )
 
 
 def _listed(kind: str, names: Iterable[str]) -> list[str]:

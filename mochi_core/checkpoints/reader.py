@@ -87,7 +87,9 @@ def _open_safetensors(path: Path) -> TensorFile:
 
 def _dtype(path: Path, name: str, entry: dict[str, Any]) -> torch.dtype:
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"{path.name} stores {name} as {entry['dtype']}, which cannot be read; use a bf16 or fp16 file.")
+        raise ValueError(
+            f"{path.name} stores {name} as {entry['dtype']}, which cannot be read; use a bf16 or fp16 file."
+        )
     return DTYPES[entry["dtype"]]
 
 
@@ -140,7 +142,9 @@ def _open_folder(folder: Path) -> TensorFile:
     if len(files) == 1:
         return _open_safetensors(files[0])
     found = ", ".join(file.name for file in indexes or files) or "none"
-    raise ValueError(f"{folder} must hold one .safetensors file or one shard index, found: {found}; name the file itself.")
+    raise ValueError(
+        f"{folder} must hold one .safetensors file or one shard index, found: {found}; name the file itself."
+    )
 
 
 def _open_shards(folder: Path, index: Path) -> TensorFile:

@@ -77,7 +77,9 @@ def test_fourier_features_of_a_bf16_model_are_computed_in_float32():
     assert features.dtype == torch.float32
     exact = video.double()
     angles = [exact[:, c] * 2 * math.pi * frequency for c in range(3) for frequency in (64, 128)]
-    expected = torch.cat((exact, torch.stack([a.sin() for a in angles], 1), torch.stack([a.cos() for a in angles], 1)), 1)
+    expected = torch.cat(
+        (exact, torch.stack([a.sin() for a in angles], 1), torch.stack([a.cos() for a in angles], 1)), 1
+    )
     assert (features - expected).abs().max() < 1e-4
 
 
@@ -150,7 +152,10 @@ def test_half_a_model_says_what_is_missing():
 
 def test_other_shapes_of_model():
     config = AsymmVAEConfig(
-        decoder_channels=(64, 32, 32), decoder_blocks=(2, 1, 0, 1), temporal_expansions=(2, 1), spatial_expansions=(2, 2)
+        decoder_channels=(64, 32, 32),
+        decoder_blocks=(2, 1, 0, 1),
+        temporal_expansions=(2, 1),
+        spatial_expansions=(2, 2),
     )
     video = AsymmVAE(config, encoder=False).decode(torch.randn(1, 12, 3, 2, 2))
     assert video.shape == (1, 3, 5, 8, 8)

@@ -24,7 +24,9 @@ class PromptRefused(Exception):  # noqa: N818 - it is what the server did
     def __init__(self, details: dict[str, Any]) -> None:
         self.details = details
         reasons = [details.get("error", {}).get("message", "refused")]
-        reasons += [f"{e['message']}: {e['details']}" for n in details.get("node_errors", {}).values() for e in n["errors"]]
+        reasons += [
+            f"{e['message']}: {e['details']}" for n in details.get("node_errors", {}).values() for e in n["errors"]
+        ]
         super().__init__("; ".join(reasons))
 
 

@@ -38,6 +38,11 @@ def test_latents_agree_with_diffusers(pipelines, negative_prompt):
     size = {"height": 64, "width": 96, "num_frames": 13, "num_inference_steps": 8, "guidance_scale": 4.5}
     latents = ours(PROMPT, negative_prompt, seed=3, output_type="latent", **size)
     expected = theirs(
-        PROMPT, negative_prompt, generator=torch.Generator().manual_seed(3), output_type="latent", return_dict=False, **size
+        PROMPT,
+        negative_prompt,
+        generator=torch.Generator().manual_seed(3),
+        output_type="latent",
+        return_dict=False,
+        **size,
     )[0]
     assert relative_error(normalize_latents(latents), expected) <= 1e-4

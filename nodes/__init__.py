@@ -1,0 +1,26 @@
+"""The nodes: schemas and thin translation; the work is done in bridge/ and in mochi_core."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .loaders import LoadT5, LoadTransformer, LoadVAE
+from .sampling import Sampler, Sigmas
+from .text import T5Encode
+from .vae import TiledVAEDecode, VAEEncode
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadTransformer,
+    LoadVAE,
+    LoadT5,
+    T5Encode,
+    Sigmas,
+    Sampler,
+    TiledVAEDecode,
+    VAEEncode,
+]
+
+
+class MochiExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

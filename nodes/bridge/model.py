@@ -1,0 +1,150 @@
+"""AsymmDiT as the host's MODEL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+
+from ...mochi_core import AsymmDiT, AsymmDiTConfig
+from ...mochi_core.checkpoints import check_tensors, dit_config, find_part, from_state_dict, open_tensors
+from ...mochi_core.dit import run_block
+
+COMPUTE_DTYPES = [torch.bfloat16, torch.float32]
+
+
+class HostAsymmDiT(AsymmDiT):
+    """The denoiser under the host's calling convention."""
+
+    def __init__(self, config: AsymmDiTConfig, dtype=None, device=None, operations=None, **_: Any) -> None:
+        super().__init__(config, ops=operations, device=device, dtype=dtype)
+        if dtype is not None and dtype.itemsize == 1:
+            self._keep_small_parts_exact()
+
+    def _keep_small_parts_exact(self) -> None:
+        """8 bits are for the large matrices of the blocks only."""
+        for name, parameter in self.named_parameters():
+            if parameter.dtype.itemsize == 1 and (parameter.ndim == 1 or not name.startswith("blocks.")):
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+    def forward(self, x, timestep, context, attention_mask=None, control=None, transformer_options=None, **_: Any):
+        """`x` (B, 12, T, H, W), `timestep` = sigma (B,), `context` (B, L, width); returns noise - data.
+
+        `control` is part of the host's call and has no meaning for Mochi.
+        """
+        options = transformer_options if transformer_options is not None else {}
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timestep, context, attention_mask, options)
+
+    def _forward(self, x, timestep, context, attention_mask, transformer_options):
+        if attention_mask is None:
+            attention_mask = context.new_ones(context.shape[:2])
+        text = self.prepare_text(context, attention_mask.bool())
+        modulation = self.modulation(timestep, text.pooled)
+        rope = self.rope(x.shape, x.device)
+        attention = host_attention(transformer_options)
+        run = host_run_block(transformer_options, self.config.depth)
+        # The host's flow models return noise - data.
+        return -self.denoise(x, text, modulation, rope, attention=attention, run_block=run)
+
+
+def host_attention(transformer_options: dict):
+    """The host's attention, with its per-call override."""
+
+    def attention(q, k, v):
+        return optimized_attention(
+            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=transformer_options
+        )
+
+    return attention
+
+
+def host_run_block(transformer_options: dict, depth: int):
+    """Tell the host which block runs, and let its patches replace a block (skip-layer guidance and others)."""
+    replacements = transformer_options.get("patches_replace", {}).get("dit", {})
+
+    def run(block, index, x, y, modulation, context):
+        transformer_options.update(block_index=index, total_blocks=depth, block_type="double")
+        replacement = replacements.get(("double_block", index))
+        if replacement is None:
+            return run_block(block, index, x, y, modulation, context)
+
+        def original(args):
+            img, txt = run_block(block, index, args["img"], args["txt"], args["vec"], context)
+            return {"img": img, "txt": txt}
+
+        args = {"img": x, "txt": y, "vec": modulation, "transformer_options": transformer_options}
+        out = replacement(args, {"original_block": original})
+        return out["img"], out["txt"]
+
+    return run
+
+
+class HostMochi(comfy.model_base.GenmoMochi):
+    """The host's Mochi with our denoiser; the base class is what LoRA loaders and merges know it by."""
+
+    def __init__(self, model_config, device=None) -> None:
+        comfy.model_base.BaseModel.__init__(
+            self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostAsymmDiT
+        )
+
+    def extra_conds(self, **kwargs):
+        """Text and mask at full length, so that prompts of any lengths may share a batch: the denoiser crops each."""
+        out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
+        for key, source in (("c_crossattn", "cross_attn"), ("attention_mask", "attention_mask")):
+            if kwargs.get(source) is not None:
+                out[key] = comfy.conds.CONDRegular(kwargs[source])
+        return out
+
+
+class MochiConfig(comfy.supported_models.GenmoMochi):
+    """What the host wants to know of a model before it is built."""
+
+    def get_model(self, state_dict, prefix="", device=None):  # noqa: ARG002 - the host's signature
+        return HostMochi(self, device=device)
+
+
+def load_model(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+    """A MODEL from a Mochi transformer file in any known layout.
+
+    Raises:
+        ValueError: the file is no whole Mochi transformer.
+    """
+    name = Path(path).name
+    open_tensors(path)  # a broken file gets our sentence, before the host reads it
+    state_dict = comfy.utils.load_torch_file(path)
+    tensors = find_part(from_state_dict(state_dict), "transformer", name)
+    config = dit_config(tensors)
+    check_tensors(AsymmDiT(config, device="meta"), tensors, name)
+    weights = {key: tensor.read() for key, tensor in tensors.items()}
+    patcher = _build(config, weights, dtype, disable_dynamic)
+    patcher.cached_patcher_init = (load_model, (path, dtype))
+    return patcher
+
+
+def _build(config: AsymmDiTConfig, weights: dict, dtype: torch.dtype | None, disable_dynamic: bool):
+    load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
+    supported = [torch.float16, *COMPUTE_DTYPES] if dtype == torch.float16 else COMPUTE_DTYPES
+    if dtype is None:
+        count, stored = comfy.utils.calculate_parameters(weights), comfy.utils.weight_dtype(weights)
+        dtype = mm.unet_dtype(model_params=count, supported_dtypes=supported, weight_dtype=stored)
+    model_config = MochiConfig({"image_model": "mochi_preview", "config": config})
+    cast = mm.unet_manual_cast(dtype, load_device, supported)
+    model_config.set_inference_dtype(dtype, cast, device=load_device)
+    model = model_config.get_model(weights, device=offload_device)
+    # Looked up now: the host replaces CoreModelPatcher at start-up when it manages memory dynamically.
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    model.load_model_weights(weights, "", assign=patcher.is_dynamic())
+    return patcher

@@ -1,0 +1,95 @@
+"""T5 as the host's CLIP, and prompts as Genmo conditions on them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import comfy.model_management as mm
+import comfy.sd
+import comfy.supported_models_base
+import comfy.text_encoders.genmo
+import comfy.utils
+import torch
+
+from ...mochi_core.checkpoints import find_part, from_state_dict, open_tensors
+from ...mochi_core.text_encoder import MAX_TOKENS, t5_config
+
+TOKENS_KEY = "t5xxl"
+END_TOKEN, PAD_TOKEN = 1, 0
+
+
+class MochiTokenizer(comfy.text_encoders.genmo.MochiT5Tokenizer):
+    """The host's T5 tokenizer, held to the 256 tokens that Mochi was trained with."""
+
+    def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
+        tokens = super().tokenize_with_weights(text, return_word_ids, **kwargs)
+        return {TOKENS_KEY: limit_tokens(tokens[TOKENS_KEY], self)}
+
+
+def limit_tokens(batches: list[list[tuple]], tokenizer) -> list[list[tuple]]:
+    """Cut every prompt at 256 tokens, the end token kept, and say what was lost."""
+    return [_limit(tokens, tokenizer) for tokens in batches]
+
+
+def _limit(tokens: list[tuple], tokenizer) -> list[tuple]:
+    if len(tokens) <= MAX_TOKENS:
+        return tokens
+    kept, cut = tokens[: MAX_TOKENS - 1], tokens[MAX_TOKENS - 1 :]
+    ids = [token[0] for token in cut if isinstance(token[0], int) and token[0] not in (END_TOKEN, PAD_TOKEN)]
+    logging.warning(
+        "The prompt has %d tokens and Mochi reads %d; cut off: “%s”", len(tokens), MAX_TOKENS, tokenizer.decode(ids)
+    )
+    return [*kept, cut[-1]]
+
+
+def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "default") -> comfy.sd.CLIP:
+    """A CLIP from a T5 encoder of any size, on the host's own T5 classes (so that it is cast and offloaded by it).
+
+    Raises:
+        ValueError: the file is no T5 encoder.
+    """
+    name = Path(path).name
+    open_tensors(path)
+    tensors = find_part(from_state_dict(comfy.utils.load_torch_file(path, safe_load=True)), "t5", name)
+    sizes = t5_config(tensors).to_dict()
+    keys = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
+    options = {"t5xxl_model_config": {key: sizes[key] for key in keys}}
+    if dtype is not None:
+        options["dtype"] = dtype
+    if device == "cpu":
+        options["load_device"] = options["offload_device"] = torch.device("cpu")
+    weights = {key: tensor.read() for key, tensor in tensors.items() if key != "encoder.embed_tokens.weight"}
+    target = comfy.supported_models_base.ClipTarget(MochiTokenizer, comfy.text_encoders.genmo.MochiT5XXL)
+    if dtype is None:
+        options["dtype"] = _stored_dtype(weights)
+    return comfy.sd.CLIP(
+        target, parameters=comfy.utils.calculate_parameters(weights), state_dict=[weights], model_options=options
+    )
+
+
+def _stored_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
+    """The file's own precision, as the host loads T5 too; the arithmetic is float32 either way."""
+    return weights["encoder.final_layer_norm.weight"].dtype
+
+
+def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:
+    """CONDITIONING exactly as Genmo's: plain text, at most 256 tokens, and no token at all for an empty prompt.
+
+    Raises:
+        ValueError: `clip` is not a T5 for Mochi.
+    """
+    tokens = clip.tokenize(prompt, disable_weights=True)
+    if set(tokens) != {TOKENS_KEY}:
+        raise ValueError("This CLIP is not Mochi's T5; use Load Mochi T5, or Load CLIP with type mochi.")
+    tokens = {TOKENS_KEY: limit_tokens(tokens[TOKENS_KEY], clip.tokenizer)[:1]}
+    if not prompt:
+        width = clip.cond_stage_model.t5xxl.transformer.get_input_embeddings().embedding_dim
+        mask = torch.zeros(1, MAX_TOKENS, dtype=torch.long, device=mm.intermediate_device())
+        return [
+            [torch.zeros(1, MAX_TOKENS, width, device=mask.device), {"attention_mask": mask, "pooled_output": None}]
+        ]
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    if any("attention_mask" not in extra for _, extra in conditioning):
+        raise ValueError("This CLIP returns no attention mask; use Load Mochi T5, or Load CLIP with type mochi.")
+    return conditioning

@@ -1,0 +1,141 @@
+"""Load Mochi Transformer, Load Mochi VAE, Load Mochi T5."""
+
+from __future__ import annotations
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from .bridge.model import load_model
+from .bridge.text import load_clip
+from .bridge.vae import load_vae
+
+CATEGORY = "Mochi"
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES_WITH_FP8 = {**DTYPES, "fp8_e4m3fn": torch.float8_e4m3fn}
+NO_SECOND_FILE = "none"
+
+
+def files(*kinds: str) -> list[str]:
+    return sorted({name for kind in kinds for name in folder_paths.get_filename_list(kind)})
+
+
+def full_path(name: str, *kinds: str) -> str:
+    """The file of that name in the host's model folders, and nowhere else."""
+    for kind in kinds:
+        if path := folder_paths.get_full_path(kind, name):
+            return path
+    raise ValueError(f"{name} is in none of the model folders {', '.join(kinds)}; put it there and press R.")
+
+
+class LoadTransformer(io.ComfyNode):
+    KINDS = ("diffusion_models", "checkpoints")
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Mochi1LoadTransformer",
+            display_name="Load Mochi Transformer",
+            category=CATEGORY,
+            description="Loads Mochi's denoiser from a single file: original, ComfyUI or diffusers layout, or all-in-one.",
+            search_aliases=["mochi model", "mochi unet", "MochiModelLoader"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=files(*cls.KINDS),
+                    tooltip="A file in models/diffusion_models or models/checkpoints, such as mochi_preview_bf16.safetensors.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(DTYPES_WITH_FP8),
+                    default="auto",
+                    tooltip="Precision of the weights. auto keeps bf16 where the device can; fp8_e4m3fn halves the memory "
+                    "of the blocks and changes the result a little.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="Works with every sampler, LoRA loader and model patch of ComfyUI.")],
+        )
+
+    @classmethod
+    def execute(cls, model_name, weight_dtype="auto"):
+        return io.NodeOutput(load_model(full_path(model_name, *cls.KINDS), DTYPES_WITH_FP8[weight_dtype]))
+
+
+class LoadVAE(io.ComfyNode):
+    KINDS = ("vae", "checkpoints")
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Mochi1LoadVAE",
+            display_name="Load Mochi VAE",
+            category=CATEGORY,
+            description="Loads Mochi's autoencoder. Decoding streams through it exactly, without tiles or seams.",
+            search_aliases=["mochi vae", "MochiVAELoader", "MochiVAEEncoderLoader"],
+            inputs=[
+                io.Combo.Input(
+                    "vae_name",
+                    options=files(*cls.KINDS),
+                    tooltip="A file in models/vae or models/checkpoints, such as mochi_vae.safetensors; also a decoder or an "
+                    "encoder alone.",
+                ),
+                io.Combo.Input(
+                    "second_file",
+                    options=[NO_SECOND_FILE, *files(*cls.KINDS)],
+                    default=NO_SECOND_FILE,
+                    advanced=True,
+                    tooltip="The other half, if encoder and decoder are separate files.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="auto",
+                    tooltip="Precision of the autoencoder. fp32 is the most exact; auto takes bf16 where the device can.",
+                ),
+            ],
+            outputs=[io.Vae.Output(tooltip="Works with ComfyUI's own VAE Decode and VAE Encode, too.")],
+        )
+
+    @classmethod
+    def execute(cls, vae_name, second_file=NO_SECOND_FILE, dtype="auto"):
+        names = [vae_name] if second_file == NO_SECOND_FILE else [vae_name, second_file]
+        return io.NodeOutput(load_vae([full_path(name, *cls.KINDS) for name in names], DTYPES[dtype]))
+
+
+class LoadT5(io.ComfyNode):
+    KINDS = ("text_encoders", "checkpoints")
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Mochi1LoadT5",
+            display_name="Load Mochi T5",
+            category=CATEGORY,
+            description="Loads the T5 text encoder that Mochi reads prompts with.",
+            search_aliases=["mochi clip", "mochi text encoder", "t5xxl"],
+            inputs=[
+                io.Combo.Input(
+                    "t5_name",
+                    options=files(*cls.KINDS),
+                    tooltip="A file in models/text_encoders or models/checkpoints, such as t5xxl_fp16.safetensors.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES_WITH_FP8),
+                    default="auto",
+                    tooltip="Precision of the weights; auto keeps that of the file. The arithmetic is fp32 either way.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=["default", "cpu"],
+                    default="default",
+                    advanced=True,
+                    tooltip="cpu leaves the graphics memory to the other models; a prompt then takes some seconds.",
+                ),
+            ],
+            outputs=[io.Clip.Output(tooltip="Works with T5 Encode (Mochi) and with CLIP Text Encode.")],
+        )
+
+    @classmethod
+    def execute(cls, t5_name, dtype="auto", device="default"):
+        return io.NodeOutput(load_clip(full_path(t5_name, *cls.KINDS), DTYPES_WITH_FP8[dtype], device))

@@ -1,0 +1,135 @@
+"""Mochi Sigmas and Mochi Sampler."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..mochi_core.geometry import frames_problem, size_problem
+from .bridge.sampling import empty_latent, make_sigmas, sample
+
+CATEGORY = "Mochi"
+DENOISE = io.Float.Input(
+    "denoise",
+    default=1.0,
+    min=0.01,
+    max=1.0,
+    step=0.01,
+    tooltip="Share of the noise to start from. Below 1, the last `steps` steps of a longer schedule are taken: lower values "
+    "stay closer to the LATENT.",
+)
+
+
+class Sigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Mochi1Sigmas",
+            display_name="Mochi Sigmas",
+            category=CATEGORY,
+            description="Genmo's linear-quadratic noise schedule with all its settings.",
+            search_aliases=["linear quadratic", "mochi scheduler", "MochiSigmaSchedule"],
+            inputs=[
+                io.Int.Input("steps", default=64, min=1, max=1000, tooltip="Number of sampling steps."),
+                io.Float.Input(
+                    "threshold_noise",
+                    default=0.025,
+                    min=0.001,
+                    max=0.999,
+                    step=0.001,
+                    tooltip="Share of the noise that the linear steps remove. FastMochi: 0.1.",
+                ),
+                io.Int.Input(
+                    "linear_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="How many steps are linear before the quadratic ones; 0 is half of all. FastMochi: 6 of 8.",
+                ),
+                DENOISE,
+            ],
+            outputs=[io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def execute(cls, steps, threshold_noise=0.025, linear_steps=0, denoise=1.0):
+        return io.NodeOutput(make_sigmas(steps, denoise, threshold_noise, linear_steps))
+
+
+class Sampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Mochi1Sampler",
+            display_name="Mochi Sampler",
+            category=CATEGORY,
+            description="Makes the latents of a video from noise, or from a LATENT (video to video).",
+            search_aliases=["mochi text to video", "MochiSampler"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Mochi Transformer, or any other Mochi MODEL."),
+                io.Conditioning.Input("positive", tooltip="What the video shows."),
+                io.Conditioning.Input("negative", tooltip="What it does not show; usually an empty prompt."),
+                io.Int.Input("width", default=848, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input(
+                    "num_frames",
+                    default=163,
+                    min=1,
+                    max=6001,
+                    step=6,
+                    tooltip="Frames at 30 per second, always 6k + 1: 31 is one second, 163 is what Mochi was trained for.",
+                ),
+                io.Int.Input("steps", default=64, min=1, max=1000, tooltip="More steps are slower and finer."),
+                io.Float.Input(
+                    "cfg",
+                    default=4.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance: how strictly the prompt is followed. 1 is off, and twice as fast.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The same seed makes the same video, here and in KSampler.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip="Videos made at once from one prompt.",
+                ),
+                DENOISE,
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="Start from this video; its size replaces width, height and num_frames.",
+                ),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels that replace steps and denoise."),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width=None, height=None, num_frames=None):
+        """Linked values are None here and are checked when the node runs."""
+        sizes = [
+            size_problem(name, value) for name, value in (("width", width), ("height", height)) if value is not None
+        ]
+        frames = [frames_problem(num_frames)] if num_frames is not None else []
+        return " ".join(problem for problem in sizes + frames if problem) or True
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, width, height, num_frames, steps, cfg, seed,
+        batch_size=1, denoise=1.0, latent=None, sigmas=None,
+    ):  # fmt: skip
+        if latent is None:
+            latent = empty_latent(width, height, num_frames, batch_size)
+        if sigmas is None:
+            sigmas = make_sigmas(steps, denoise)
+        return io.NodeOutput(sample(model, positive, negative, latent, sigmas, cfg, seed))
