@@ -63,7 +63,7 @@ def test(arguments: list[str]) -> int:
 
 def prepare(extra: list[str] | None = None) -> Path:
     """A virtual environment with ComfyUI's requirements; returns ComfyUI's folder."""
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs this file may have any Python
         raise SetupError(f"this is Python {sys.version.split()[0]}; run dev.py with Python 3.10 or newer.")
     DEV.mkdir(exist_ok=True)
     make_environment()

@@ -18,7 +18,7 @@ from .checkpoints import find_part, load_into, open_tensors
 from .checkpoints.reader import StoredTensor
 
 if TYPE_CHECKING:
-    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+    from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 MAX_TOKENS = 256
 EMBEDDING = "shared.weight"
@@ -29,7 +29,7 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 class TextEncoder:
     """A T5 encoder and its tokenizer."""
 
-    def __init__(self, model: T5EncoderModel, tokenizer: T5TokenizerFast) -> None:
+    def __init__(self, model: T5EncoderModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
 
@@ -91,7 +91,7 @@ def load_text_encoder(
     path = Path(path)
     tensors = find_part(open_tensors(path).tensors, "t5", path.name)
     with torch.device("meta"):
-        model = T5EncoderModel(t5_config(tensors)).to(dtype)
+        model = T5EncoderModel(t5_config(tensors)).to(dtype=dtype)  # pyright: ignore[reportCallIssue]
     # Files hold the token embedding under one of two names, or under both.
     model.encoder.embed_tokens = model.shared
     copy = tensors.pop(EMBEDDING_COPY, None)
@@ -122,8 +122,8 @@ def t5_config(tensors: dict[str, StoredTensor]) -> T5Config:
     )
 
 
-def _load_tokenizer(weights: Path, tokenizer: str | Path | None) -> T5TokenizerFast:
-    from transformers import T5TokenizerFast
+def _load_tokenizer(weights: Path, tokenizer: str | Path | None) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
 
     if tokenizer is None:
         beside = weights if weights.is_dir() else weights.parent
@@ -133,7 +133,7 @@ def _load_tokenizer(weights: Path, tokenizer: str | Path | None) -> T5TokenizerF
         places = [given.parent if given.is_file() else given]
     for folder in places:
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            return T5TokenizerFast.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     raise ValueError(
         f"There is no T5 tokenizer in {', '.join(map(str, places))}; pass tokenizer=... with a folder that holds "
         "tokenizer.json, for example comfy/text_encoders/t5_tokenizer inside ComfyUI."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from ..config import AsymmDiTConfig, AsymmVAEConfig
 from .diffusers import TRANSFORMER_RULES, autoencoder_rules, to_canonical
@@ -162,7 +163,7 @@ def has_decoder(tensors: Tensors) -> bool:
     return any(name.startswith("decoder.") for name in tensors)
 
 
-def _decoder_sizes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+def _decoder_sizes(tensors: Tensors) -> dict[str, Any]:
     """Every stage doubles height and width; what is left of a projection's rows is its temporal expansion."""
     stages = _count(tensors, r"decoder\.blocks\.(\d+)\.proj\.weight")
     projections = [_shape(tensors, f"decoder.blocks.{i + 1}.proj.weight") for i in range(stages)]
@@ -178,7 +179,7 @@ def _decoder_sizes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _encoder_sizes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+def _encoder_sizes(tensors: Tensors) -> dict[str, Any]:
     stage_of = re.compile(r"encoder\.layers\.(\d+)\.layers\.0\.weight")
     stages = sorted(int(m[1]) for name in tensors if (m := stage_of.fullmatch(name)))
     total = _count(tensors, r"encoder\.layers\.(\d+)\..*")

@@ -37,10 +37,10 @@ class HostAsymmDiT(AsymmDiT):
             if parameter.dtype.itemsize == 1 and (parameter.ndim == 1 or not name.startswith("blocks.")):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
-    def forward(self, x, timestep, context, attention_mask=None, control=None, transformer_options=None, **_: Any):
+    def forward(self, x, timestep, context, attention_mask=None, transformer_options=None, **_: Any):
         """`x` (B, 12, T, H, W), `timestep` = sigma (B,), `context` (B, L, width); returns noise - data.
 
-        `control` is part of the host's call and has no meaning for Mochi.
+        The host also passes what other models need (ControlNets and the like).
         """
         options = transformer_options if transformer_options is not None else {}
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -45,7 +47,7 @@ def test_guidance_formula_and_cost():
 def test_sample_equals_the_plain_loop(dit):
     cond, uncond = prompt(6), prompt(0)
     x = NOISE
-    for here, after in zip(SIGMAS, SIGMAS[1:], strict=False):
+    for here, after in pairwise(SIGMAS):
         positive, negative = (dit(x, here.view(1), *condition) for condition in (cond, uncond))
         x = x + (here - after) * (negative + 4.5 * (positive - negative))
     torch.testing.assert_close(sample(dit, NOISE, SIGMAS, cond, uncond), x, rtol=1e-4, atol=1e-4)

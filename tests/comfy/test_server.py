@@ -1,0 +1,299 @@
+"""A real ComfyUI server, driven over its API as a client would."""
+
+import io
+import shutil
+import threading
+import time
+from itertools import count
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.harness.client import PromptRefused
+from tests.harness.demo import small_prompt
+from tests.harness.tiny_models import DIT, random_dit
+
+MODEL, T5, VAE, POSITIVE, NEGATIVE, SAMPLER, DECODE = "1234567"
+SIZE = {"width": 96, "height": 64, "num_frames": 13, "steps": 4}
+FRESH_SEEDS = count(1000)
+
+
+def prompt(**inputs):
+    """The shipped workflow, small, with a seed that no result is cached for."""
+    return small_prompt(**{**SIZE, "seed": next(FRESH_SEEDS), **inputs})
+
+
+def upto_sampler(**inputs):
+    graph = prompt(**inputs)
+    for node in ("7", "8", "9"):
+        del graph[node]
+    return graph
+
+
+def node(class_type, **inputs):
+    return {"class_type": class_type, "inputs": inputs}
+
+
+@pytest.fixture
+def latents_of(comfy_client, comfy_server):
+    """Run graphs that end in LATENTs, and read what SaveLatent wrote for each."""
+
+    def run(graph, *sources):
+        saves = {f"save{i}": node("SaveLatent", samples=source, filename_prefix="t") for i, source in enumerate(sources)}
+        done = comfy_client.run({**graph, **saves})
+        assert done.outcome == "execution_success", done.error
+        files = [done.outputs[name]["latents"][0] for name in saves]
+        return [load_file(comfy_server.base / "output" / f["subfolder"] / f["filename"])["latent_tensor"] for f in files]
+
+    return run
+
+
+def assert_healthy(client):
+    assert client.run(prompt()).outcome == "execution_success"
+
+
+def test_workflow_makes_an_mp4_of_the_right_size_length_and_rate(comfy_client):
+    run = comfy_client.run(prompt(num_frames=19))
+    assert run.outcome == "execution_success", run.error
+    with av.open(io.BytesIO(comfy_client.download(run.files[0]))) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height) == (96, 64)
+        assert stream.average_rate == 30
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    assert len(frames) == 19
+    assert frames[0].std() > 5
+
+
+def test_run_shows_progress_and_previews(comfy_client):
+    run = comfy_client.run(prompt())
+    steps = [data["value"] for name, data in run.events if name == "progress" and data["node"] == SAMPLER]
+    assert steps == [1, 2, 3, 4]
+    assert run.previews >= 4
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"width": 100}, "width is 100, but Mochi needs a multiple of 16; use 96 or 112."),
+        ({"height": 50}, "height is 50, but Mochi needs a multiple of 16; use 48 or 64."),
+        ({"num_frames": 24}, "use 19 or 25."),
+    ],
+)
+def test_invalid_sizes_are_refused_with_the_nearest_valid_ones(comfy_client, inputs, message):
+    with pytest.raises(PromptRefused, match=message.replace(".", r"\.")):
+        comfy_client.run(prompt(**inputs))
+    assert_healthy(comfy_client)
+
+
+def test_missing_file_is_refused(comfy_client):
+    graph = prompt()
+    graph[MODEL]["inputs"]["model_name"] = "nowhere.safetensors"
+    with pytest.raises(PromptRefused, match="nowhere"):
+        comfy_client.run(graph)
+
+
+def test_file_names_cannot_leave_the_model_folders(comfy_client, comfy_server):
+    graph = prompt()
+    graph[MODEL]["inputs"]["model_name"] = "../vae/mochi_vae.safetensors"
+    assert (comfy_server.base / "models/vae/mochi_vae.safetensors").is_file()
+    with pytest.raises(PromptRefused, match="not in list"):
+        comfy_client.run(graph)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda source, target: target.write_bytes(source.read_bytes()[:-1000]), "is incomplete"),
+        (lambda _, target: target.write_text("<html>Not found</html>"), "is not a safetensors file"),
+        (lambda source, target: shutil.copy(source.parents[1] / "vae/mochi_vae.safetensors", target), "not a Mochi transf"),
+    ],
+    ids=["truncated", "web page", "wrong kind"],
+)
+def test_bad_files_are_told_what_is_wrong(comfy_client, comfy_server, make, message):
+    models = comfy_server.base / "models" / "diffusion_models"
+    make(models / "mochi_preview_bf16.safetensors", models / "bad.safetensors")
+    graph = prompt()
+    graph[MODEL]["inputs"]["model_name"] = "bad.safetensors"
+    run = comfy_client.run(graph)
+    assert run.outcome == "execution_error"
+    assert message in run.error
+    assert run.error.count(".") <= 4
+    assert_healthy(comfy_client)
+
+
+def test_cancel_ends_within_a_step_and_leaves_the_server_healthy(comfy_client):
+    pressed = []
+
+    def press_cancel(name, data):
+        if name == "progress" and data["node"] == SAMPLER and data["value"] == 2 and not pressed:
+            pressed.append(time.monotonic())
+            threading.Thread(target=comfy_client.interrupt).start()
+
+    run = comfy_client.run(prompt(steps=300, width=256, height=256), on_event=press_cancel)
+    last = max(data["value"] for name, data in run.events if name == "progress" and data["node"] == SAMPLER)
+    assert run.outcome == "execution_interrupted"
+    assert last < 50
+    assert_healthy(comfy_client)
+
+
+def test_ksampler_returns_the_same_latents(latents_of):
+    graph = upto_sampler(seed=77)
+    graph["empty"] = node("EmptyMochiLatentVideo", width=96, height=64, length=13, batch_size=1)
+    graph["ksampler"] = node(
+        "KSampler", model=[MODEL, 0], seed=77, steps=4, cfg=4.5, sampler_name="euler", scheduler="linear_quadratic",
+        positive=[POSITIVE, 0], negative=[NEGATIVE, 0], latent_image=["empty", 0], denoise=1.0,
+    )  # fmt: skip
+    ours, theirs = latents_of(graph, [SAMPLER, 0], ["ksampler", 0])
+    assert ours.shape == (1, 12, 3, 8, 12)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_sampler_custom_advanced_with_our_sigmas_returns_the_same_latents(latents_of):
+    graph = upto_sampler(seed=78)
+    graph["empty"] = node("EmptyMochiLatentVideo", width=96, height=64, length=13, batch_size=1)
+    graph["noise"] = node("RandomNoise", noise_seed=78)
+    graph["euler"] = node("KSamplerSelect", sampler_name="euler")
+    graph["sigmas"] = node("Mochi1Sigmas", steps=4, threshold_noise=0.1, linear_steps=3, denoise=1.0)
+    graph["guider"] = node("CFGGuider", model=[MODEL, 0], positive=[POSITIVE, 0], negative=[NEGATIVE, 0], cfg=4.5)
+    graph["advanced"] = node(
+        "SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], sampler=["euler", 0], sigmas=["sigmas", 0],
+        latent_image=["empty", 0],
+    )  # fmt: skip
+    graph[SAMPLER]["inputs"]["sigmas"] = ["sigmas", 0]
+    ours, theirs = latents_of(graph, [SAMPLER, 0], ["advanced", 0])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_python_pipeline_returns_the_same_latents(latents_of, comfy_server, comfy_path):
+    from mochi_core import MochiPipeline, load_text_encoder, load_transformer, load_vae
+
+    graph = upto_sampler(seed=79)
+    (ours,) = latents_of(graph, [SAMPLER, 0])
+    models = comfy_server.base / "models"
+    pipe = MochiPipeline(
+        load_transformer(models / "diffusion_models/mochi_preview_bf16.safetensors", torch.float32),
+        load_vae(models / "vae/mochi_vae.safetensors"),
+        load_text_encoder(models / "text_encoders/t5xxl_fp16.safetensors", comfy_path / "comfy/text_encoders/t5_tokenizer"),
+    )
+    words = graph[POSITIVE]["inputs"]["prompt"]
+    latents = pipe(words, height=64, width=96, num_frames=13, num_inference_steps=4, seed=79, output_type="latent")
+    torch.testing.assert_close(ours, latents, rtol=1e-3, atol=1e-3)
+
+
+def test_video_to_video_and_batches(latents_of):
+    graph = upto_sampler(batch_size=2)
+    (batch,) = latents_of(graph, [SAMPLER, 0])
+    assert batch.shape == (2, 12, 3, 8, 12)
+    graph = upto_sampler()
+    again = {**graph[SAMPLER]["inputs"], "latent": [SAMPLER, 0], "denoise": 0.3}
+    graph["again"] = node("Mochi1Sampler", **again)
+    graph["other"] = node("Mochi1Sampler", **{**again, "denoise": 0.9})
+    first, near, far = latents_of(graph, [SAMPLER, 0], ["again", 0], ["other", 0])
+    assert (near - first).norm() < (far - first).norm()
+
+
+PATCHES = {
+    "EasyCache": {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False},
+    "SkipLayerGuidanceDiT": {
+        "double_layers": "1", "single_layers": "", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0,
+        "rescaling_scale": 0.0,
+    },
+    "ContextWindowsManual": {
+        "context_length": 2, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1,
+        "closed_loop": False, "fuse_method": "pyramid", "dim": 2,
+    },
+    "LoraLoaderModelOnly": {"lora_name": "genmo.safetensors", "strength_model": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_stock_model_patches_change_the_result(latents_of, comfy_server, patch):
+    write_genmo_lora(comfy_server.base / "models" / "loras" / "genmo.safetensors")
+    graph = upto_sampler(steps=12)
+    graph["patch"] = node(patch, model=[MODEL, 0], **PATCHES[patch])
+    graph["patched"] = node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "model": ["patch", 0]})
+    plain, patched = latents_of(graph, [SAMPLER, 0], ["patched", 0])
+    assert patched.isfinite().all()
+    assert not torch.equal(plain, patched)
+
+
+@pytest.mark.parametrize(
+    ("patch", "inputs"),
+    [("TorchCompileModel", {"backend": "inductor"}), ("SelectModelDevice", {"device": "cpu"})],
+)
+def test_stock_model_patches_that_must_not_change_it(latents_of, patch, inputs):
+    graph = upto_sampler()
+    graph["patch"] = node(patch, model=[MODEL, 0], **inputs)
+    graph["patched"] = node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "model": ["patch", 0]})
+    plain, patched = latents_of(graph, [SAMPLER, 0], ["patched", 0])
+    torch.testing.assert_close(plain, patched, rtol=1e-3, atol=1e-3)
+
+
+def write_genmo_lora(path: Path):
+    path.parent.mkdir(exist_ok=True)
+    width, generator = DIT.hidden_size_x, torch.Generator().manual_seed(0)
+    layer = "blocks.0.attn.qkv_x"
+    tensors = {
+        f"{layer}.lora_A": torch.randn(4, width, generator=generator) * 0.1,
+        f"{layer}.lora_B": torch.randn(3 * width, 4, generator=generator) * 0.1,
+    }
+    assert f"{layer}.weight" in dict(random_dit().named_parameters())
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp8_e4m3fn"])
+def test_weight_dtypes(latents_of, dtype):
+    graph = upto_sampler()
+    graph["other"] = node("Mochi1LoadTransformer", model_name="mochi_preview_bf16.safetensors", weight_dtype=dtype)
+    graph["sampled"] = node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "model": ["other", 0]})
+    auto, chosen = latents_of(graph, [SAMPLER, 0], ["sampled", 0])
+    error = (auto - chosen).norm() / auto.norm()
+    assert error < (0.3 if dtype == "fp8_e4m3fn" else 0.02)
+    assert (error > 1e-4) == (dtype == "fp8_e4m3fn")
+
+
+def test_stock_vae_nodes_on_our_vae_equal_ours(latents_of):
+    graph = upto_sampler()
+    graph["ours"] = node("Mochi1TiledVAEDecode", samples=[SAMPLER, 0], vae=[VAE, 0])
+    graph["stock"] = node("VAEDecode", samples=[SAMPLER, 0], vae=[VAE, 0])
+    graph["tiled"] = node(
+        "VAEDecodeTiled", samples=[SAMPLER, 0], vae=[VAE, 0], tile_size=64, overlap=32, temporal_size=8, temporal_overlap=4
+    )
+    names = ("ours", "stock", "tiled")
+    for name in names:
+        graph[f"{name} encoded"] = node("Mochi1VAEEncode", pixels=[name, 0], vae=[VAE, 0])
+    graph["stock encoded by stock"] = node("VAEEncode", pixels=["stock", 0], vae=[VAE, 0])
+    encoded = latents_of(graph, *([f"{name} encoded", 0] for name in names), ["stock encoded by stock", 0])
+    assert encoded[0].shape == (1, 12, 3, 8, 12)
+    for other in encoded[1:]:
+        assert torch.equal(encoded[0], other)
+
+
+def test_stock_text_encode_on_our_clip(latents_of):
+    graph = upto_sampler()
+    graph["stock"] = node("CLIPTextEncode", clip=[T5, 0], text=graph[POSITIVE]["inputs"]["prompt"])
+    graph["sampled"] = node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "positive": ["stock", 0]})
+    ours, stock = latents_of(graph, [SAMPLER, 0], ["sampled", 0])
+    assert torch.equal(ours, stock)
+
+
+def test_empty_prompt_differs_from_the_stock_encoders_end_token(latents_of):
+    graph = upto_sampler()
+    graph["stock"] = node("CLIPTextEncode", clip=[T5, 0], text="")
+    graph["sampled"] = node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "negative": ["stock", 0]})
+    ours, stock = latents_of(graph, [SAMPLER, 0], ["sampled", 0])
+    assert not torch.equal(ours, stock)
+
+
+def test_nodes_are_described(comfy_client):
+    infos = {name: info for name, info in comfy_client.get("/object_info").items() if name.startswith("Mochi1")}
+    assert len(infos) == 8
+    for name, info in infos.items():
+        assert info["description"], name
+        assert info["category"] == "Mochi"
+        for kind in ("required", "optional"):
+            for key, spec in info["input"].get(kind, {}).items():
+                assert spec[1].get("tooltip"), f"{name}.{key}"
