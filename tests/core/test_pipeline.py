@@ -1,0 +1,176 @@
+"""Prompt to mp4 without ComfyUI: text encoder, pipeline, command line."""
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mochi_core import MochiPipeline, denormalize_latents, load_text_encoder, save_video
+from mochi_core.__main__ import main
+from tests.harness.tiny_models import TEXT_WIDTH, random_dit, random_t5, random_vae, write_models
+
+SIZE = {"height": 32, "width": 48, "num_frames": 7, "num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(comfy_path):
+    return comfy_path / "comfy" / "text_encoders" / "t5_tokenizer"
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("t5") / "t5.safetensors"
+    save_file(random_t5(), path)
+    return load_text_encoder(path, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def pipe(t5):
+    return MochiPipeline(random_dit(), random_vae(), t5)
+
+
+def test_text_features_and_mask(t5):
+    embeds, mask = t5.encode(["a red kite", "", "a (blue:1.5) kite"])
+    assert embeds.shape == (3, 256, TEXT_WIDTH)
+    assert mask.dtype == torch.bool
+    assert mask.sum(1).tolist() == [len(t5.tokenizer(p).input_ids) if p else 0 for p in ("a red kite", "", "a (blue:1.5) kite")]
+    assert not embeds[~mask].any()
+
+
+def test_text_equals_the_padded_and_masked_encoder(t5):
+    embeds, mask = t5.encode("a red kite")
+    batch = t5.tokenizer("a red kite", padding="max_length", max_length=256, return_tensors="pt")
+    expected = t5.model(batch.input_ids, batch.attention_mask).last_hidden_state
+    torch.testing.assert_close(embeds[mask], expected[mask], rtol=1e-4, atol=1e-4)
+
+
+def test_long_prompts_are_cut_with_a_quote(t5):
+    words = " ".join(f"w{i}" for i in range(200))
+    with pytest.warns(UserWarning, match="Mochi reads 256; cut off: .*w199"):
+        _, mask = t5.encode(words)
+    assert mask.all()
+    assert t5.tokenize("short")[-1] == t5.tokenizer.eos_token_id
+
+
+def test_embedding_under_either_name(tmp_path, tokenizer, t5):
+    tensors = random_t5()
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].clone()
+    for name in ("both", "copy"):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        embeds, _ = load_text_encoder(tmp_path / f"{name}.safetensors", tokenizer).encode("a kite")
+        assert torch.equal(embeds, t5.encode("a kite")[0])
+        tensors.pop("shared.weight", None)
+
+
+def test_missing_tokenizer_is_explained(tmp_path):
+    save_file(random_t5(), tmp_path / "t5.safetensors")
+    with pytest.raises(ValueError, match="no T5 tokenizer in .*pass tokenizer="):
+        load_text_encoder(tmp_path / "t5.safetensors")
+
+
+def test_outputs(pipe):
+    frames = pipe("a kite", seed=1, **SIZE)
+    assert frames.shape == (1, 7, 32, 48, 3)
+    assert frames.dtype == np.float32
+    assert 0 <= frames.min() < frames.max() <= 1
+    tensor = pipe("a kite", seed=1, output_type="pt", **SIZE)
+    assert np.array_equal(tensor.permute(0, 1, 3, 4, 2).numpy(), frames)
+    latents = pipe("a kite", seed=1, output_type="latent", **SIZE)
+    decoded = pipe.vae.decode(latents) * 0.5 + 0.5
+    torch.testing.assert_close(decoded.clamp(0, 1).transpose(1, 2), tensor)
+
+
+def test_seeds_and_given_noise(pipe):
+    same, again, other = (pipe("a kite", seed=s, output_type="latent", **SIZE) for s in (1, 1, 2))
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other)
+    noise = torch.randn(1, 12, 2, 4, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(pipe("a kite", latents=noise, output_type="latent", **SIZE), same)
+
+
+def test_several_prompts_and_negative_prompt(pipe):
+    noise = torch.randn(2, 12, 2, 4, 6)
+    both = pipe(["a kite", "the deep blue sea at night"], "fog", latents=noise, output_type="latent", **SIZE)
+    alone = pipe("the deep blue sea at night", "fog", latents=noise[1:], output_type="latent", **SIZE)
+    torch.testing.assert_close(both[1:], alone, rtol=1e-3, atol=1e-3)
+    assert (both[1:] - pipe("the deep blue sea at night", latents=noise[1:], output_type="latent", **SIZE)).abs().max() > 1e-3
+
+
+def test_offload_gives_the_same_result(pipe):
+    offloaded = MochiPipeline(pipe.dit, pipe.vae, pipe.text_encoder, offload=True, device="cpu")
+    assert np.array_equal(offloaded("a kite", **SIZE), pipe("a kite", **SIZE))
+    with pytest.raises(ValueError, match="needs device"):
+        MochiPipeline(pipe.dit, pipe.vae, pipe.text_encoder, offload=True)
+
+
+def test_stopping_early(pipe):
+    steps = []
+    pipe("a kite", on_step=lambda i, _: steps.append(i) or i == 1, output_type="latent", **SIZE)
+    assert steps == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"output_type": "gif"}, "output_type is 'gif'"),
+        ({"height": 33}, "height is 33"),
+        ({"latents": torch.zeros(1, 12, 1, 4, 6)}, "need \\(1, 12, 2, 4, 6\\)"),
+    ],
+)
+def test_wrong_arguments(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe("a kite", **{**SIZE, **arguments})
+
+
+def test_saved_video_can_be_read_back(tmp_path):
+    colours = np.zeros((7, 32, 48, 3), np.float32)
+    colours[..., 0] = np.linspace(0, 1, 7)[:, None, None]
+    save_video(colours[None], tmp_path / "x.mp4", fps=24)
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        stream = container.streams.video[0]
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    assert stream.average_rate == 24
+    assert frames.shape == colours.shape
+    assert np.abs(frames[..., 0].mean((1, 2)) - 255 * np.linspace(0, 1, 7)).max() < 8
+    with pytest.raises(ValueError, match="one video is"):
+        save_video(np.zeros((2, 7, 32, 48, 3)), tmp_path / "y.mp4")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return {
+        "--transformer": folder / "diffusion_models/mochi_preview_bf16.safetensors",
+        "--vae": folder / "vae/mochi_vae.safetensors",
+        "--t5": folder / "text_encoders/t5xxl_fp16.safetensors",
+    }
+
+
+def test_command_line_generate(models, tokenizer, tmp_path, capsys):
+    files = [str(part) for pair in models.items() for part in pair]
+    size = ["--height", "32", "--width", "48", "--frames", "7", "--steps", "3", "--dtype", "fp32"]
+    target = tmp_path / "kite.mp4"
+    code = main(["generate", *files, "--tokenizer", str(tokenizer), "--prompt", "a kite", *size, "--offload", "-o", str(target)])
+    assert code == 0
+    assert capsys.readouterr().out.strip() == str(target)
+    with av.open(str(target)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 7
+    assert main(["generate", *files, "--tokenizer", str(tokenizer), "--prompt", "a kite", *size, "--height", "30"]) == 2
+    assert "height is 30" in capsys.readouterr().err
+
+
+def test_command_line_inspect(models, tmp_path, capsys):
+    assert main(["inspect", str(models["--transformer"])]) == 0
+    out = capsys.readouterr().out
+    assert "a Mochi transformer, 3 blocks, bfloat16" in out
+    assert "GB" in out
+    assert main(["inspect", str(tmp_path / "gone.safetensors")]) == 2
+    assert "There is no file" in capsys.readouterr().err
+
+
+def test_latent_output_is_in_vae_space(pipe):
+    noise = torch.randn(1, 12, 2, 4, 6)
+    out = pipe("a kite", latents=noise, output_type="latent", sigmas=torch.tensor([1.0, 1.0]), **SIZE)
+    torch.testing.assert_close(out, denormalize_latents(noise))
