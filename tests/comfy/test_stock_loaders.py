@@ -33,7 +33,7 @@ def test_tiled_decode_on_a_vae_from_the_stock_loader(comfy_client, comfy_server,
     assert (ours - theirs).norm() < 0.05 * ours.norm()
 
 
-def test_a_vae_of_another_model_is_refused(comfy_client, comfy_server):
+def test_a_vae_of_another_model_is_refused(comfy_client):
     graph = upto_sampler()
     graph["pixels"] = node("VAELoader", vae_name="pixel_space")
     graph["decode"] = node("Mochi1TiledVAEDecode", samples=[SAMPLER, 0], vae=["pixels", 0])

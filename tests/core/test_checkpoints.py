@@ -126,7 +126,7 @@ def test_conversion_there_and_back_is_the_identity(module, rules):
         assert torch.equal(back[name], tensor), name
 
 
-def test_released_key_set_equals_diffusers(dit):
+def test_released_key_set_equals_diffusers():
     from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
 
     from mochi_core import AsymmVAE
@@ -136,7 +136,9 @@ def test_released_key_set_equals_diffusers(dit):
         peers = (MochiTransformer3DModel(num_layers=48), TRANSFORMER_RULES), (AutoencoderKLMochi(), AUTOENCODER_RULES)
         for ours, (peer, rules) in zip((AsymmDiT(), AsymmVAE()), peers, strict=True):
             converted = to_canonical(from_state_dict(peer.state_dict()), rules)
-            assert {n: t.shape for n, t in converted.items()} == {n: tuple(t.shape) for n, t in ours.state_dict().items()}
+            assert {n: t.shape for n, t in converted.items()} == {
+                n: tuple(t.shape) for n, t in ours.state_dict().items()
+            }
 
 
 def test_configuration_comes_from_the_shapes(dit, vae):
@@ -162,7 +164,7 @@ def test_misfits_are_named_together(dit, tmp_path):
     tensors["blocks.0.surprise"] = torch.zeros(1)
     tensors["final_layer.linear.weight"] = torch.zeros(3, 3)
     path = save(tmp_path / "odd.safetensors", tensors)
-    with pytest.raises(ValueError, match="odd.safetensors") as error:
+    with pytest.raises(ValueError, match=r"odd.safetensors") as error:
         load_transformer(path)
     for part in ("1 missing (blocks.1.attn.proj_x.weight)", "1 unexpected (blocks.0.surprise)", "instead of (48, 96)"):
         assert part in str(error.value)
@@ -170,7 +172,7 @@ def test_misfits_are_named_together(dit, tmp_path):
 
 def test_unknown_diffusers_names_are_refused(dit, tmp_path):
     tensors = {**as_diffusers(dit, TRANSFORMER_RULES), "transformer_blocks.0.extra.weight": torch.zeros(1)}
-    with pytest.raises(ValueError, match="transformer_blocks.0.extra.weight"):
+    with pytest.raises(ValueError, match=r"transformer_blocks.0.extra.weight"):
         load_transformer(save(tmp_path / "x.safetensors", tensors))
 
 

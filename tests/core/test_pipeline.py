@@ -34,7 +34,9 @@ def test_text_features_and_mask(t5):
     embeds, mask = t5.encode(["a red kite", "", "a (blue:1.5) kite"])
     assert embeds.shape == (3, 256, TEXT_WIDTH)
     assert mask.dtype == torch.bool
-    assert mask.sum(1).tolist() == [len(t5.tokenizer(p).input_ids) if p else 0 for p in ("a red kite", "", "a (blue:1.5) kite")]
+    assert mask.sum(1).tolist() == [
+        len(t5.tokenizer(p).input_ids) if p else 0 for p in ("a red kite", "", "a (blue:1.5) kite")
+    ]
     assert not embeds[~mask].any()
 
 
@@ -65,7 +67,7 @@ def test_embedding_under_either_name(tmp_path, tokenizer, t5):
 
 def test_missing_tokenizer_is_explained(tmp_path):
     save_file(random_t5(), tmp_path / "t5.safetensors")
-    with pytest.raises(ValueError, match="no T5 tokenizer in .*pass tokenizer="):
+    with pytest.raises(ValueError, match=r"no T5 tokenizer in .*pass tokenizer="):
         load_text_encoder(tmp_path / "t5.safetensors")
 
 
@@ -94,7 +96,9 @@ def test_several_prompts_and_negative_prompt(pipe):
     both = pipe(["a kite", "the deep blue sea at night"], "fog", latents=noise, output_type="latent", **SIZE)
     alone = pipe("the deep blue sea at night", "fog", latents=noise[1:], output_type="latent", **SIZE)
     torch.testing.assert_close(both[1:], alone, rtol=1e-3, atol=1e-3)
-    assert (both[1:] - pipe("the deep blue sea at night", latents=noise[1:], output_type="latent", **SIZE)).abs().max() > 1e-3
+    assert (
+        both[1:] - pipe("the deep blue sea at night", latents=noise[1:], output_type="latent", **SIZE)
+    ).abs().max() > 1e-3
 
 
 def test_offload_gives_the_same_result(pipe):
@@ -152,7 +156,9 @@ def test_command_line_generate(models, tokenizer, tmp_path, capsys):
     files = [str(part) for pair in models.items() for part in pair]
     size = ["--height", "32", "--width", "48", "--frames", "7", "--steps", "3", "--dtype", "fp32"]
     target = tmp_path / "kite.mp4"
-    code = main(["generate", *files, "--tokenizer", str(tokenizer), "--prompt", "a kite", *size, "--offload", "-o", str(target)])
+    code = main(
+        ["generate", *files, "--tokenizer", str(tokenizer), "--prompt", "a kite", *size, "--offload", "-o", str(target)]
+    )
     assert code == 0
     assert capsys.readouterr().out.strip() == str(target)
     with av.open(str(target)) as container:
