@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import platform
 import resource
 import statistics
@@ -51,6 +52,8 @@ def compare(module: str, contenders: list[str], cases: list[dict], calls: int) -
 def _in_process(module: str, contender: str, case: dict, calls: int) -> dict:
     command = [sys.executable, "-m", "benchmarks.measure", module, contender, json.dumps(case), str(calls)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "OutOfMemoryError" in done.stderr:
+        return {"seconds": [math.inf], "peak_mib": math.inf}
     if done.returncode:
         raise RuntimeError(f"{contender} failed on {case}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -80,24 +80,25 @@ class LoadVAE(io.ComfyNode):
                     "encoder alone.",
                 ),
                 io.Combo.Input(
-                    "second_file",
-                    options=[NO_SECOND_FILE, *files(*cls.KINDS)],
-                    default=NO_SECOND_FILE,
-                    advanced=True,
-                    tooltip="The other half, if encoder and decoder are separate files.",
-                ),
-                io.Combo.Input(
                     "dtype",
                     options=list(DTYPES),
                     default="auto",
                     tooltip="Precision of the autoencoder. fp32 is the most exact; auto takes bf16 where the device can.",
+                ),
+                io.Combo.Input(
+                    "second_file",
+                    options=[NO_SECOND_FILE, *files(*cls.KINDS)],
+                    default=NO_SECOND_FILE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The other half, if encoder and decoder are separate files.",
                 ),
             ],
             outputs=[io.Vae.Output(tooltip="Works with ComfyUI's own VAE Decode and VAE Encode, too.")],
         )
 
     @classmethod
-    def execute(cls, vae_name, second_file=NO_SECOND_FILE, dtype="auto"):
+    def execute(cls, vae_name, dtype="auto", second_file=NO_SECOND_FILE):
         names = [vae_name] if second_file == NO_SECOND_FILE else [vae_name, second_file]
         return io.NodeOutput(load_vae([full_path(name, *cls.KINDS) for name in names], DTYPES[dtype]))
 
@@ -129,6 +130,7 @@ class LoadT5(io.ComfyNode):
                     "device",
                     options=["default", "cpu"],
                     default="default",
+                    optional=True,
                     advanced=True,
                     tooltip="cpu leaves the graphics memory to the other models; a prompt then takes some seconds.",
                 ),

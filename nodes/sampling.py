@@ -14,6 +14,7 @@ DENOISE = io.Float.Input(
     min=0.01,
     max=1.0,
     step=0.01,
+    optional=True,
     tooltip="Share of the noise to start from. Below 1, the last `steps` steps of a longer schedule are taken: lower values "
     "stay closer to the LATENT.",
 )
@@ -100,6 +101,7 @@ class Sampler(io.ComfyNode):
                     default=1,
                     min=1,
                     max=64,
+                    optional=True,
                     advanced=True,
                     tooltip="Videos made at once from one prompt.",
                 ),

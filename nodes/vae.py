@@ -7,7 +7,7 @@ import logging
 from comfy_api.latest import io
 
 from ..mochi_core.geometry import frames_to_latents, latents_to_frames, size_problem
-from .bridge.vae import require_mochi_vae
+from .bridge.vae import FRAMES_AT_ONCE, decode_video, require_mochi_vae
 
 CATEGORY = "Mochi"
 
@@ -25,15 +25,23 @@ class TiledVAEDecode(io.ComfyNode):
             inputs=[
                 io.Latent.Input("samples", tooltip="From Mochi Sampler or any other sampler."),
                 io.Vae.Input("vae", tooltip="From Load Mochi VAE (exact), or from Load VAE (ComfyUI's own tiles)."),
+                io.Int.Input(
+                    "frames_at_once",
+                    default=FRAMES_AT_ONCE,
+                    min=1,
+                    max=96,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Frames that each layer holds at once. Fewer need less memory, more are a little faster; the "
+                    "video is the same. Has no effect on a VAE from Load VAE.",
+                ),
             ],
             outputs=[io.Image.Output(tooltip="Frames at 30 per second.")],
         )
 
     @classmethod
-    def execute(cls, samples, vae):
-        require_mochi_vae(vae)
-        images = vae.decode_tiled(samples["samples"], tile_x=32, tile_y=32, overlap=8, tile_t=8, overlap_t=2)
-        return io.NodeOutput(images.flatten(0, 1))
+    def execute(cls, samples, vae, frames_at_once=FRAMES_AT_ONCE):
+        return io.NodeOutput(decode_video(vae, samples["samples"], frames_at_once))
 
 
 class VAEEncode(io.ComfyNode):

@@ -29,6 +29,8 @@ WORKING_DTYPES = [torch.bfloat16, torch.float32]
 # Values held at once for each pixel of a frame: convolution caches of all stages, then per frame at work.
 CACHED_PER_PIXEL, WORKING_PER_PIXEL = 3300, 4 * 128
 ENCODED_PER_PIXEL = 400
+# In latents; the host's own autoencoder needs tiles to fit at all, and generous ones to hide their seams.
+HOST_TILES = {"tile_x": 32, "tile_y": 32, "overlap": 8, "tile_t": 8, "overlap_t": 2}
 
 
 class HostAsymmVAE(AsymmVAE):
@@ -123,6 +125,16 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
     weights = {key: tensor.read() for key, tensor in tensors.items()}
     module.load_state_dict(weights, assign=vae.patcher.is_dynamic())
     return vae
+
+
+def decode_video(vae: comfy.sd.VAE, latents: torch.Tensor, frames_at_once: int) -> torch.Tensor:
+    """Latents to IMAGE frames: streamed through our autoencoder, or in the host's tiles through the host's."""
+    require_mochi_vae(vae)
+    if isinstance(vae, HostVAE):
+        video = vae.decode(latents, vae_options={"frames_at_once": frames_at_once})
+    else:
+        video = vae.decode_tiled(latents, **HOST_TILES)
+    return video.flatten(0, 1)
 
 
 def require_mochi_vae(vae: comfy.sd.VAE) -> None:
