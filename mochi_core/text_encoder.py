@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checkpoints import find_part, load_into, open_tensors
+from .checkpoints import find_part, load_into, open_tensors, shape_of
 from .checkpoints.reader import StoredTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 MAX_TOKENS = 256
-EMBEDDING = "shared.weight"
-EMBEDDING_COPY = "encoder.embed_tokens.weight"
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
@@ -92,11 +90,7 @@ def load_text_encoder(
     tensors = find_part(open_tensors(path).tensors, "t5", path.name)
     with torch.device("meta"):
         model = T5EncoderModel(t5_config(tensors)).to(dtype=dtype)  # pyright: ignore[reportCallIssue]
-    # Files hold the token embedding under one of two names, or under both.
-    model.encoder.embed_tokens = model.shared
-    copy = tensors.pop(EMBEDDING_COPY, None)
-    if copy is not None:
-        tensors.setdefault(EMBEDDING, copy)
+    model.encoder.embed_tokens = model.shared  # one table under two names
     load_into(model, tensors, path.name, device)
     return TextEncoder(model.eval(), _load_tokenizer(path, tokenizer))
 
@@ -106,18 +100,18 @@ def t5_config(tensors: dict[str, StoredTensor]) -> T5Config:
     from transformers import T5Config
 
     attention, feed_forward = "encoder.block.{}.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
-    vocabulary, width = (tensors.get(EMBEDDING) or tensors[EMBEDDING_COPY]).shape
-    buckets, heads = tensors[attention.format(0) + ".relative_attention_bias.weight"].shape
+    vocabulary, width = shape_of(tensors, "shared.weight")
+    buckets, heads = shape_of(tensors, attention.format(0) + ".relative_attention_bias.weight")
     depth = sum(attention.format(i) + ".q.weight" in tensors for i in range(len(tensors)))
     return T5Config(
         vocab_size=vocabulary,
         d_model=width,
-        d_kv=tensors[attention.format(0) + ".q.weight"].shape[0] // heads,
-        d_ff=tensors[feed_forward + ".wo.weight"].shape[1],
+        d_kv=shape_of(tensors, attention.format(0) + ".q.weight")[0] // heads,
+        d_ff=shape_of(tensors, feed_forward + ".wo.weight")[1],
         num_layers=depth,
         num_heads=heads,
         relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu" if feed_forward + ".wi_0.weight" in tensors else "relu",
+        feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
 

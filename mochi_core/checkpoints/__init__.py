@@ -1,13 +1,11 @@
 """Read, recognise, convert and load weight files."""
 
-from .detect import describe, dit_config, find_part, has_decoder, has_encoder, vae_config
-from .diffusers import AUTOENCODER_RULES, TRANSFORMER_RULES, autoencoder_rules, to_canonical, to_diffusers
+from .detect import describe, dit_config, find_part, has_decoder, has_encoder, shape_of, vae_config
+from .diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
 from .loading import check_tensors, load_into, load_transformer, load_vae
 from .reader import StoredTensor, TensorFile, from_state_dict, open_tensors
 
 __all__ = [
-    "AUTOENCODER_RULES",
-    "TRANSFORMER_RULES",
     "StoredTensor",
     "TensorFile",
     "autoencoder_rules",
@@ -22,7 +20,9 @@ __all__ = [
     "load_transformer",
     "load_vae",
     "open_tensors",
+    "shape_of",
     "to_canonical",
     "to_diffusers",
+    "transformer_rules",
     "vae_config",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import AsymmDiTConfig, AsymmVAEConfig
-from .diffusers import TRANSFORMER_RULES, autoencoder_rules, to_canonical
+from .diffusers import autoencoder_rules, to_canonical, transformer_rules
 from .reader import Tensors
 
 PREFIXES = {
@@ -58,7 +58,7 @@ def find_part(tensors: Tensors, part: str, file_name: str) -> Tensors:
     if found is None:
         wanted, example = NAMES[part]
         raise ValueError(f"{file_name} holds {describe(tensors)}, not {wanted}; choose a file such as {example}.")
-    _refuse_quantised(found, file_name)
+    _refuse_quantised(found, file_name, NAMES[part][1])
     return CONVERT[part](found)
 
 
@@ -100,14 +100,16 @@ def _is_mochi_vae(tensors: Tensors) -> bool:
     return any(re.fullmatch(mark, name) for mark in marks + peers for name in tensors)
 
 
-def _refuse_quantised(tensors: Tensors, file_name: str) -> None:
+def _refuse_quantised(tensors: Tensors, file_name: str, example: str) -> None:
     for pattern, what in ((SCALED_FP8, "scaled fp8 weights"), (GGML_BLOCKS, "GGML blocks")):
         if any(pattern.fullmatch(name) for name in tensors):
-            raise ValueError(f"{file_name} has {what}, which cannot be loaded yet; use mochi_preview_bf16.safetensors.")
+            raise ValueError(f"{file_name} has {what}, which cannot be loaded yet; use a file such as {example}.")
 
 
 def _canonical_transformer(tensors: Tensors) -> Tensors:
-    return tensors if "t5_yproj.weight" in tensors else to_canonical(tensors, TRANSFORMER_RULES)
+    if "t5_yproj.weight" in tensors:
+        return tensors
+    return to_canonical(tensors, transformer_rules(_count(tensors, r"transformer_blocks\.(\d+)\..*")))
 
 
 def _canonical_vae(tensors: Tensors) -> Tensors:
@@ -118,34 +120,49 @@ def _canonical_vae(tensors: Tensors) -> Tensors:
     halves = {name: tensor for name, tensor in tensors.items() if name.startswith(("encoder.", "decoder."))}
     if not any(".resnets." in name for name in halves):
         return halves
-    head = _count(halves, r"encoder\.block_in\.resnets\.(\d+)\..*")
-    stages = _count(halves, r"encoder\.down_blocks\.(\d+)\..*"), _count(halves, r"decoder\.up_blocks\.(\d+)\..*")
-    return to_canonical(halves, autoencoder_rules(head, *stages))
+    rules = autoencoder_rules(_resnets(halves, "encoder.down_blocks"), _resnets(halves, "decoder.up_blocks"))
+    return to_canonical(halves, rules)
+
+
+def _resnets(tensors: Tensors, stages: str) -> tuple[int, ...]:
+    """How many residual blocks one half of a diffusers autoencoder has before, in and after its stages."""
+    half = stages.partition(".")[0]
+    numbered = [f"{stages}.{i}" for i in range(_count(tensors, re.escape(stages) + r"\.(\d+)\..*"))]
+    places = [f"{half}.block_in", *numbered, f"{half}.block_out"]
+    return tuple(_count(tensors, re.escape(place) + r"\.resnets\.(\d+)\..*") for place in places)
+
+
+def _canonical_t5(tensors: Tensors) -> Tensors:
+    """Files hold the token embedding under one of two names, or under both."""
+    canonical = {name: tensor for name, tensor in tensors.items() if name != "encoder.embed_tokens.weight"}
+    if "encoder.embed_tokens.weight" in tensors:
+        canonical.setdefault("shared.weight", tensors["encoder.embed_tokens.weight"])
+    return canonical
 
 
 CONVERT: dict[str, Callable[[Tensors], Tensors]] = {
     "transformer": _canonical_transformer,
     "vae": _canonical_vae,
-    "t5": dict,
+    "t5": _canonical_t5,
 }
 
 
 def dit_config(tensors: Tensors) -> AsymmDiTConfig:
     """Read the sizes of a denoiser from its canonical tensors."""
-    dx, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight")
-    dy, text_width = _shape(tensors, "t5_yproj.weight")
-    last_y = _shape(tensors, "blocks.0.mlp_y.w2.weight")[1] if "blocks.0.mlp_y.w2.weight" in tensors else 0
+    dx, channels, patch, _ = shape_of(tensors, "x_embedder.proj.weight")
+    dy, text_width = shape_of(tensors, "t5_yproj.weight")
+    last_y = shape_of(tensors, "blocks.0.mlp_y.w2.weight")[1] if "blocks.0.mlp_y.w2.weight" in tensors else 0
     return AsymmDiTConfig(
         depth=_count(tensors, r"blocks\.(\d+)\..*"),
         hidden_size_x=dx,
         hidden_size_y=dy,
-        num_heads=_shape(tensors, "pos_frequencies")[1],
+        num_heads=shape_of(tensors, "pos_frequencies")[1],
         in_channels=channels,
         patch_size=patch,
         text_width=text_width,
-        mlp_size_x=_shape(tensors, "blocks.0.mlp_x.w2.weight")[1],
+        mlp_size_x=shape_of(tensors, "blocks.0.mlp_x.w2.weight")[1],
         mlp_size_y=last_y,
-        timestep_features=_shape(tensors, "t_embedder.mlp.0.weight")[1],
+        timestep_features=shape_of(tensors, "t_embedder.mlp.0.weight")[1],
     )
 
 
@@ -166,8 +183,8 @@ def has_decoder(tensors: Tensors) -> bool:
 def _decoder_sizes(tensors: Tensors) -> dict[str, Any]:
     """Every stage doubles height and width; what is left of a projection's rows is its temporal expansion."""
     stages = _count(tensors, r"decoder\.blocks\.(\d+)\.proj\.weight")
-    projections = [_shape(tensors, f"decoder.blocks.{i + 1}.proj.weight") for i in range(stages)]
-    widths = (*(columns for _, columns in projections), _shape(tensors, "decoder.output_proj.weight")[1])
+    projections = [shape_of(tensors, f"decoder.blocks.{i + 1}.proj.weight") for i in range(stages)]
+    widths = (*(columns for _, columns in projections), shape_of(tensors, "decoder.output_proj.weight")[1])
     counts = [_count(tensors, rf"decoder\.blocks\.{i + 1}\.blocks\.(\d+)\..*") for i in range(stages)]
     head = _count(tensors, r"decoder\.blocks\.0\.(\d+)\..*") - 1
     tail = _count(tensors, rf"decoder\.blocks\.{stages + 1}\.(\d+)\..*")
@@ -183,12 +200,12 @@ def _encoder_sizes(tensors: Tensors) -> dict[str, Any]:
     stage_of = re.compile(r"encoder\.layers\.(\d+)\.layers\.0\.weight")
     stages = sorted(int(m[1]) for name in tensors if (m := stage_of.fullmatch(name)))
     total = _count(tensors, r"encoder\.layers\.(\d+)\..*")
-    convs = [_shape(tensors, f"encoder.layers.{i}.layers.0.weight") for i in stages]
+    convs = [shape_of(tensors, f"encoder.layers.{i}.layers.0.weight") for i in stages]
     inside = [_count(tensors, rf"encoder\.layers\.{i}\.layers\.(\d+)\..*") - 1 for i in stages]
     head, tail = (stages[0] - 1, total - stages[-1] - 1) if stages else (total - 1, 0)
     places = ["1", *(f"{i}.layers.1" for i in stages), str(total - 1)]
     return {
-        "encoder_channels": (_shape(tensors, "encoder.layers.0.weight")[0], *(conv[0] for conv in convs)),
+        "encoder_channels": (shape_of(tensors, "encoder.layers.0.weight")[0], *(conv[0] for conv in convs)),
         "encoder_blocks": (head, *inside, tail),
         "encoder_attention": tuple(f"encoder.layers.{p}.attn_block.norm.weight" in tensors for p in places),
         "temporal_reductions": tuple(conv[2] for conv in convs),
@@ -196,9 +213,10 @@ def _encoder_sizes(tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
+def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
+    """The shape of a tensor that the file must have; ValueError if it has not."""
     if name not in tensors:
-        raise ValueError(f"The file lacks {name}, which every Mochi model has; download it again.")
+        raise ValueError(f"The file lacks {name}, which is needed to tell its size; download it again.")
     return tensors[name].shape
 
 

@@ -1,13 +1,11 @@
 """diffusers' names for the tensors of Mochi, as tables that are read in both directions.
 
 A rule pairs one canonical name with the foreign tensors that make it up: several are concatenated along their rows, and
-`swap_halves` exchanges the two halves of the rows (diffusers keeps gate before value, and scale before shift).
-`{i}` and `{j}` stand for numbers.
+`swap_halves` exchanges the two halves of the rows (diffusers keeps gate after value, and scale before shift).
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -22,170 +20,145 @@ class Rule:
     swap_halves: bool = False
 
 
-def _same(canonical: str, foreign: str, *suffixes: str, swap_halves: bool = False) -> list[Rule]:
-    return [Rule(f"{canonical}.{suffix}", (f"{foreign}.{suffix}",), swap_halves) for suffix in suffixes]
+Rules = list[Rule]
 
 
-WB = ("weight", "bias")
-BLOCK, PEER_BLOCK = "blocks.{i}", "transformer_blocks.{i}"
-ATTN, PEER_ATTN = BLOCK + ".attn", PEER_BLOCK + ".attn1"
-
-TRANSFORMER_RULES: tuple[Rule, ...] = (
-    Rule("pos_frequencies", ("pos_frequencies",)),
-    *_same("x_embedder.proj", "patch_embed.proj", *WB),
-    *_same("t_embedder.mlp.0", "time_embed.timestep_embedder.linear_1", *WB),
-    *_same("t_embedder.mlp.2", "time_embed.timestep_embedder.linear_2", *WB),
-    *(rule for name in ("to_kv", "to_q", "to_out")
-      for rule in _same(f"t5_y_embedder.{name}", f"time_embed.pooler.{name}", *WB)),
-    *_same("t5_yproj", "time_embed.caption_proj", *WB),
-    *_same(f"{BLOCK}.mod_x", f"{PEER_BLOCK}.norm1.linear", *WB),
-    # Two names for one thing: the last block's is called linear_1.
-    *_same(f"{BLOCK}.mod_y", f"{PEER_BLOCK}.norm1_context.linear", *WB),
-    *_same(f"{BLOCK}.mod_y", f"{PEER_BLOCK}.norm1_context.linear_1", *WB),
-    Rule(f"{ATTN}.qkv_x.weight", tuple(f"{PEER_ATTN}.to_{name}.weight" for name in "qkv")),
-    Rule(f"{ATTN}.qkv_y.weight", tuple(f"{PEER_ATTN}.add_{name}_proj.weight" for name in "qkv")),
-    *_same(f"{ATTN}.q_norm_x", f"{PEER_ATTN}.norm_q", "weight"),
-    *_same(f"{ATTN}.k_norm_x", f"{PEER_ATTN}.norm_k", "weight"),
-    *_same(f"{ATTN}.q_norm_y", f"{PEER_ATTN}.norm_added_q", "weight"),
-    *_same(f"{ATTN}.k_norm_y", f"{PEER_ATTN}.norm_added_k", "weight"),
-    *_same(f"{ATTN}.proj_x", f"{PEER_ATTN}.to_out.0", *WB),
-    *_same(f"{ATTN}.proj_y", f"{PEER_ATTN}.to_add_out", *WB),
-    *_same(f"{BLOCK}.mlp_x.w1", f"{PEER_BLOCK}.ff.net.0.proj", "weight", swap_halves=True),
-    *_same(f"{BLOCK}.mlp_x.w2", f"{PEER_BLOCK}.ff.net.2", "weight"),
-    *_same(f"{BLOCK}.mlp_y.w1", f"{PEER_BLOCK}.ff_context.net.0.proj", "weight", swap_halves=True),
-    *_same(f"{BLOCK}.mlp_y.w2", f"{PEER_BLOCK}.ff_context.net.2", "weight"),
-    *_same("final_layer.mod", "norm_out.linear", *WB, swap_halves=True),
-    *_same("final_layer.linear", "proj_out", *WB),
-)  # fmt: skip
-
-
-def _res_block(canonical: str, foreign: str) -> list[Rule]:
-    parts = (("0", "norm1.norm_layer"), ("2", "conv1.conv"), ("3", "norm2.norm_layer"), ("5", "conv2.conv"))
+def transformer_rules(depth: int) -> Rules:
+    """Names of a denoiser with so many blocks."""
     return [
-        rule for index, name in parts for rule in _same(f"{canonical}.stack.{index}", foreign.format(part=name), *WB)
+        Rule("pos_frequencies", ("pos_frequencies",)),
+        *_layer("x_embedder.proj", "patch_embed.proj"),
+        *_layer("t_embedder.mlp.0", "time_embed.timestep_embedder.linear_1"),
+        *_layer("t_embedder.mlp.2", "time_embed.timestep_embedder.linear_2"),
+        *_layer("t5_y_embedder.to_kv", "time_embed.pooler.to_kv"),
+        *_layer("t5_y_embedder.to_q", "time_embed.pooler.to_q"),
+        *_layer("t5_y_embedder.to_out", "time_embed.pooler.to_out"),
+        *_layer("t5_yproj", "time_embed.caption_proj"),
+        *(rule for i in range(depth) for rule in _block(i, is_last=i == depth - 1)),
+        *_layer("final_layer.mod", "norm_out.linear", swap_halves=True),
+        *_layer("final_layer.linear", "proj_out"),
     ]
 
 
-def _attention(canonical: str, place: str, index: str) -> list[Rule]:
-    attention, block = f"{place}.attentions.{index}", f"{canonical}.attn_block"
+def _block(i: int, *, is_last: bool) -> Rules:
+    ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+    attn, attn1 = f"{ours}.attn", f"{theirs}.attn1"
     return [
-        *_same(f"{block}.norm", f"{place}.norms.{index}.norm_layer", *WB),
-        Rule(f"{block}.attn.qkv.weight", tuple(f"{attention}.to_{name}.weight" for name in "qkv")),
-        *_same(f"{block}.attn.out", f"{attention}.to_out.0", *WB),
+        *_layer(f"{ours}.mod_x", f"{theirs}.norm1.linear"),
+        *_layer(f"{ours}.mod_y", f"{theirs}.norm1_context.linear" + ("_1" if is_last else "")),
+        Rule(f"{attn}.qkv_x.weight", tuple(f"{attn1}.to_{part}.weight" for part in "qkv")),
+        Rule(f"{attn}.qkv_y.weight", tuple(f"{attn1}.add_{part}_proj.weight" for part in "qkv")),
+        *_layer(f"{attn}.q_norm_x", f"{attn1}.norm_q"),
+        *_layer(f"{attn}.k_norm_x", f"{attn1}.norm_k"),
+        *_layer(f"{attn}.q_norm_y", f"{attn1}.norm_added_q"),
+        *_layer(f"{attn}.k_norm_y", f"{attn1}.norm_added_k"),
+        *_layer(f"{attn}.proj_x", f"{attn1}.to_out.0"),
+        *_layer(f"{attn}.proj_y", f"{attn1}.to_add_out"),
+        *_layer(f"{ours}.mlp_x.w1", f"{theirs}.ff.net.0.proj", swap_halves=True),
+        *_layer(f"{ours}.mlp_x.w2", f"{theirs}.ff.net.2"),
+        *_layer(f"{ours}.mlp_y.w1", f"{theirs}.ff_context.net.0.proj", swap_halves=True),
+        *_layer(f"{ours}.mlp_y.w2", f"{theirs}.ff_context.net.2"),
     ]
 
 
-def autoencoder_rules(encoder_head: int, encoder_stages: int, decoder_stages: int) -> tuple[Rule, ...]:
-    """Names of an autoencoder with so many residual blocks before, and stages after, the first layer.
-
-    `{i+1}` means a number that is larger by one on the canonical side.
-    """
-    head, middle, tail = 1, 1 + encoder_head, 1 + encoder_head + encoder_stages
-    decoder_tail = decoder_stages + 1
-    return (
-        *_same("decoder.blocks.0.0", "decoder.conv_in", *WB),
-        *_res_block("decoder.blocks.0.{i+1}", "decoder.block_in.resnets.{{i}}.{part}"),
-        *_res_block("decoder.blocks.{i+1}.blocks.{j}", "decoder.up_blocks.{{i}}.resnets.{{j}}.{part}"),
-        *_same("decoder.blocks.{i+1}.proj", "decoder.up_blocks.{i}.proj", *WB),
-        *_res_block(f"decoder.blocks.{decoder_tail}.{{i}}", "decoder.block_out.resnets.{{i}}.{part}"),
-        *_same("decoder.output_proj", "decoder.proj_out", *WB),
-        *_same("encoder.layers.0", "encoder.proj_in", *WB),
-        *_res_block(f"encoder.layers.{{i+{head}}}", "encoder.block_in.resnets.{{i}}.{part}"),
-        *_attention(f"encoder.layers.{{i+{head}}}", "encoder.block_in", "{i}"),
-        *_same(f"encoder.layers.{{i+{middle}}}.layers.0", "encoder.down_blocks.{i}.conv_in.conv", *WB),
-        *_res_block(f"encoder.layers.{{i+{middle}}}.layers.{{j+1}}", "encoder.down_blocks.{{i}}.resnets.{{j}}.{part}"),
-        *_attention(f"encoder.layers.{{i+{middle}}}.layers.{{j+1}}", "encoder.down_blocks.{i}", "{j}"),
-        *_res_block(f"encoder.layers.{{i+{tail}}}", "encoder.block_out.resnets.{{i}}.{part}"),
-        *_attention(f"encoder.layers.{{i+{tail}}}", "encoder.block_out", "{i}"),
-        *_same("encoder.output_norm", "encoder.norm_out.norm_layer", *WB),
-        *_same("encoder.output_proj", "encoder.proj_out", "weight"),
-    )
+def autoencoder_rules(encoder_blocks: tuple[int, ...], decoder_blocks: tuple[int, ...]) -> Rules:
+    """Names of an autoencoder with so many residual blocks before, in and after its stages (see `AsymmVAEConfig`)."""
+    return [*_decoder(*decoder_blocks), *_encoder(*encoder_blocks)]
 
 
-AUTOENCODER_RULES = autoencoder_rules(encoder_head=3, encoder_stages=3, decoder_stages=3)
-NUMBER = re.compile(r"\{(\w)(?:\+(\d+))?\}")
+def _decoder(head: int, *rest: int) -> Rules:
+    *stages, tail = rest
+    return [
+        *_layer("decoder.blocks.0.0", "decoder.conv_in"),
+        *_res_blocks("decoder.blocks.0.{}", 1, "decoder.block_in", head),
+        *(
+            rule
+            for i, count in enumerate(stages)
+            for rule in (
+                *_res_blocks(f"decoder.blocks.{i + 1}.blocks.{{}}", 0, f"decoder.up_blocks.{i}", count),
+                *_layer(f"decoder.blocks.{i + 1}.proj", f"decoder.up_blocks.{i}.proj"),
+            )
+        ),
+        *_res_blocks(f"decoder.blocks.{len(stages) + 1}.{{}}", 0, "decoder.block_out", tail),
+        *_layer("decoder.output_proj", "decoder.proj_out"),
+    ]
 
 
-def to_canonical(tensors: Tensors, rules: tuple[Rule, ...]) -> Tensors:
+def _encoder(head: int, *rest: int) -> Rules:
+    *stages, tail = rest
+    return [
+        *_layer("encoder.layers.0", "encoder.proj_in"),
+        *_res_blocks("encoder.layers.{}", 1, "encoder.block_in", head),
+        *(
+            rule
+            for i, count in enumerate(stages)
+            for rule in (
+                *_layer(f"encoder.layers.{1 + head + i}.layers.0", f"encoder.down_blocks.{i}.conv_in.conv"),
+                *_res_blocks(f"encoder.layers.{1 + head + i}.layers.{{}}", 1, f"encoder.down_blocks.{i}", count),
+            )
+        ),
+        *_res_blocks("encoder.layers.{}", 1 + head + len(stages), "encoder.block_out", tail),
+        *_layer("encoder.output_norm", "encoder.norm_out.norm_layer"),
+        *_layer("encoder.output_proj", "encoder.proj_out"),
+    ]
+
+
+def _res_blocks(canonical: str, first: int, place: str, count: int) -> Rules:
+    return [rule for j in range(count) for rule in _res_block(canonical.format(first + j), place, j)]
+
+
+def _res_block(block: str, place: str, j: int) -> Rules:
+    resnet, attention = f"{place}.resnets.{j}", f"{place}.attentions.{j}"
+    return [
+        *_layer(f"{block}.stack.0", f"{resnet}.norm1.norm_layer"),
+        *_layer(f"{block}.stack.2", f"{resnet}.conv1.conv"),
+        *_layer(f"{block}.stack.3", f"{resnet}.norm2.norm_layer"),
+        *_layer(f"{block}.stack.5", f"{resnet}.conv2.conv"),
+        *_layer(f"{block}.attn_block.norm", f"{place}.norms.{j}.norm_layer"),
+        Rule(f"{block}.attn_block.attn.qkv.weight", tuple(f"{attention}.to_{part}.weight" for part in "qkv")),
+        *_layer(f"{block}.attn_block.attn.out", f"{attention}.to_out.0"),
+    ]
+
+
+def _layer(canonical: str, foreign: str, *, swap_halves: bool = False) -> Rules:
+    return [Rule(f"{canonical}.{kind}", (f"{foreign}.{kind}",), swap_halves) for kind in ("weight", "bias")]
+
+
+def to_canonical(tensors: Tensors, rules: Rules) -> Tensors:
     """Rename, merge and swap diffusers' tensors; merging happens when a tensor is read.
+
+    A rule none of whose tensors occur is passed over: not every layer has a bias, an attention or a text side.
 
     Raises:
         ValueError: names that no rule knows, or a merge of which a part is missing.
     """
     canonical: Tensors = {}
-    used: set[str] = set()
     for rule in rules:
-        pattern = _pattern(rule.foreign[0])
-        for name in tensors:
-            if match := pattern.fullmatch(name):
-                numbers = {key: int(value) for key, value in match.groupdict().items()}
-                parts = [_fill(part, numbers, foreign=True) for part in rule.foreign]
-                _require(parts, tensors)
-                merged = _concatenate([tensors[part] for part in parts])
-                canonical[_fill(rule.canonical, numbers)] = _swap_halves(merged) if rule.swap_halves else merged
-                used.update(parts)
-    _refuse_unknown(set(tensors) - used)
+        parts = [tensors[name] for name in rule.foreign if name in tensors]
+        if parts and len(parts) < len(rule.foreign):
+            missing = ", ".join(name for name in rule.foreign if name not in tensors)
+            raise ValueError(f"The file lacks {missing}, a part of {rule.canonical}; download it again.")
+        if parts:
+            merged = _concatenate(parts)
+            canonical[rule.canonical] = _swap_halves(merged) if rule.swap_halves else merged
+    _refuse_unknown(set(tensors) - {name for rule in rules for name in rule.foreign})
     return canonical
 
 
-def to_diffusers(tensors: Tensors, rules: tuple[Rule, ...]) -> Tensors:
+def to_diffusers(tensors: Tensors, rules: Rules) -> Tensors:
     """The way back: canonical names to diffusers' names.
 
     Raises:
         ValueError: names that no rule knows.
     """
     foreign: Tensors = {}
-    used: set[str] = set()
-    last = max((int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.mod_y", name)), default=None)
     for rule in rules:
-        pattern = _pattern(rule.canonical)
-        for name, tensor in tensors.items():
-            if name in used and ".mod_y." not in name:
-                continue
-            if not (match := pattern.fullmatch(name)):
-                continue
-            numbers = {key: int(value) - _offset(rule.canonical, key) for key, value in match.groupdict().items()}
-            if min(numbers.values(), default=0) < 0:
-                continue
-            if ".mod_y." in name and (numbers["i"] == last) != ("linear_1" in rule.foreign[0]):
-                continue
-            if not _belongs(rule, numbers, tensors):
-                continue
-            used.add(name)
-            source = _swap_halves(tensor) if rule.swap_halves else tensor
-            parts = _split(source, len(rule.foreign))
-            foreign |= {_fill(part, numbers, foreign=True): t for part, t in zip(rule.foreign, parts, strict=True)}
-    _refuse_unknown(set(tensors) - used)
+        if rule.canonical in tensors:
+            source = tensors[rule.canonical]
+            parts = _split(_swap_halves(source) if rule.swap_halves else source, len(rule.foreign))
+            foreign.update(zip(rule.foreign, parts, strict=True))
+    _refuse_unknown(set(tensors) - {rule.canonical for rule in rules})
     return foreign
-
-
-def _belongs(rule: Rule, numbers: dict[str, int], tensors: Tensors) -> bool:
-    """Whether a numbered encoder layer lies before or after the down stages, as the rule says."""
-    place = rule.foreign[0]
-    if (".block_in." not in place and ".block_out." not in place) or not place.startswith("encoder."):
-        return True
-    index = int(_fill(rule.canonical, numbers).split(".")[2])
-    stages = [int(name.split(".")[2]) for name in tensors if re.match(r"encoder\.layers\.\d+\.layers\.", name)]
-    return index < min(stages, default=0) if ".block_in." in place else index > max(stages, default=0)
-
-
-def _pattern(template: str) -> re.Pattern[str]:
-    pieces = NUMBER.split(template)
-    expression = "".join(
-        re.escape(piece) if i % 3 == 0 else rf"(?P<{piece}>\d+)" for i, piece in enumerate(pieces) if i % 3 != 2
-    )
-    return re.compile(expression)
-
-
-def _offset(template: str, key: str) -> int:
-    return next(int(m[2] or 0) for m in NUMBER.finditer(template) if m[1] == key)
-
-
-def _fill(template: str, numbers: dict[str, int], *, foreign: bool = False) -> str:
-    def number(match: re.Match[str]) -> str:
-        return str(numbers[match[1]] + (0 if foreign else int(match[2] or 0)))
-
-    return NUMBER.sub(number, template)
 
 
 def _concatenate(parts: list[StoredTensor]) -> StoredTensor:
@@ -204,13 +177,6 @@ def _split(tensor: StoredTensor, count: int) -> list[StoredTensor]:
 
 def _swap_halves(tensor: StoredTensor) -> StoredTensor:
     return StoredTensor(tensor.shape, tensor.dtype, lambda: torch.cat(tensor.read().chunk(2)[::-1]))
-
-
-def _require(parts: list[str], tensors: Tensors) -> None:
-    if missing := [part for part in parts if part not in tensors]:
-        raise ValueError(
-            f"The file lacks {', '.join(missing)}, without which {parts[0]} is of no use; download it again."
-        )
 
 
 def _refuse_unknown(names: set[str]) -> None:

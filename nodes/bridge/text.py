@@ -6,13 +6,16 @@ import logging
 from pathlib import Path
 
 import comfy.model_management as mm
+import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
 import comfy.text_encoders.genmo
+import comfy.text_encoders.t5
 import comfy.utils
 import torch
 
-from ...mochi_core.checkpoints import find_part, from_state_dict, open_tensors
+from ...mochi_core.checkpoints import check_tensors, find_part, from_state_dict, open_tensors
+from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.text_encoder import MAX_TOKENS, t5_config
 
 TOKENS_KEY = "t5xxl"
@@ -52,20 +55,28 @@ def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "defaul
     name = Path(path).name
     open_tensors(path)
     tensors = find_part(from_state_dict(comfy.utils.load_torch_file(path, safe_load=True)), "t5", name)
-    sizes = t5_config(tensors).to_dict()
-    keys = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
-    options = {"t5xxl_model_config": {key: sizes[key] for key in keys}}
+    config = host_config(tensors)
+    check_tensors(comfy.text_encoders.t5.T5(config, torch.float32, "meta", comfy.ops.manual_cast), tensors, name)
+    options = {"t5xxl_model_config": config}
     if dtype is not None:
         options["dtype"] = dtype
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
-    weights = {key: tensor.read() for key, tensor in tensors.items() if key != "encoder.embed_tokens.weight"}
+    weights = {key: tensor.read() for key, tensor in tensors.items()}
     target = comfy.supported_models_base.ClipTarget(MochiTokenizer, comfy.text_encoders.genmo.MochiT5XXL)
     if dtype is None:
         options["dtype"] = _stored_dtype(weights)
     return comfy.sd.CLIP(
         target, parameters=comfy.utils.calculate_parameters(weights), state_dict=[weights], model_options=options
     )
+
+
+def host_config(tensors: Tensors) -> dict:
+    """The sizes of a T5 v1.1 encoder in the words of the host's T5."""
+    sizes = t5_config(tensors).to_dict()
+    keys = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
+    fixed = {"dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True, "model_type": "t5"}
+    return {**{key: sizes[key] for key in keys}, **fixed}
 
 
 def _stored_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:

@@ -131,6 +131,18 @@ def test_bad_files_are_told_what_is_wrong(comfy_client, comfy_server, make, mess
     assert_healthy(comfy_client)
 
 
+def test_incomplete_t5_is_refused(comfy_client, comfy_server):
+    folder = comfy_server.base / "models" / "text_encoders"
+    tensors = load_file(folder / "t5xxl_fp16.safetensors")
+    del tensors["encoder.block.3.layer.0.SelfAttention.o.weight"]
+    save_file(tensors, folder / "bad.safetensors")
+    graph = prompt()
+    graph[T5]["inputs"]["t5_name"] = "bad.safetensors"
+    run = comfy_client.run(graph)
+    assert run.outcome == "execution_error"
+    assert "1 missing (encoder.block.3.layer.0.SelfAttention.o.weight)" in run.error
+
+
 def test_cancel_ends_within_a_step_and_leaves_the_server_healthy(comfy_client):
     pressed = []
 

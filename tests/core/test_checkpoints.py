@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mochi_core import AsymmDiT, load_transformer, load_vae
+from mochi_core import AsymmDiT, AsymmVAEConfig, load_transformer, load_vae
 from mochi_core.checkpoints import (
-    TRANSFORMER_RULES,
     autoencoder_rules,
     describe,
     dit_config,
@@ -20,11 +19,13 @@ from mochi_core.checkpoints import (
     open_tensors,
     to_canonical,
     to_diffusers,
+    transformer_rules,
     vae_config,
 )
 from tests.harness.tiny_models import DIT, VAE, random_dit, random_t5, random_vae
 
-VAE_RULES = autoencoder_rules(1, 3, 3)
+DIT_RULES = transformer_rules(DIT.depth)
+VAE_RULES = autoencoder_rules(VAE.encoder_blocks, VAE.decoder_blocks)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_original_layout_with_any_prefix(dit, tmp_path, prefix):
 
 
 def test_diffusers_layout_single_file_and_shards(dit, tmp_path):
-    tensors = as_diffusers(dit, TRANSFORMER_RULES)
+    tensors = as_diffusers(dit, DIT_RULES)
     assert_same(load_transformer(save(tmp_path / "one.safetensors", tensors), torch.float32), dit)
     folder, names = tmp_path / "sharded", list(tensors)
     shards = {"a-00001-of-00002.safetensors": names[::2], "a-00002-of-00002.safetensors": names[1::2]}
@@ -117,7 +118,7 @@ def test_all_in_one_file_yields_each_part(dit, vae, tmp_path):
     assert "T5" in text
 
 
-@pytest.mark.parametrize("module, rules", [(random_dit(), TRANSFORMER_RULES), (random_vae(), VAE_RULES)])
+@pytest.mark.parametrize("module, rules", [(random_dit(), DIT_RULES), (random_vae(), VAE_RULES)])
 def test_conversion_there_and_back_is_the_identity(module, rules):
     there = to_diffusers(from_state_dict(module.state_dict()), rules)
     back = read(to_canonical(there, rules))
@@ -130,10 +131,11 @@ def test_released_key_set_equals_diffusers():
     from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
 
     from mochi_core import AsymmVAE
-    from mochi_core.checkpoints import AUTOENCODER_RULES
 
+    released = AsymmVAEConfig()
+    vae_rules = autoencoder_rules(released.encoder_blocks, released.decoder_blocks)
     with torch.device("meta"):
-        peers = (MochiTransformer3DModel(num_layers=48), TRANSFORMER_RULES), (AutoencoderKLMochi(), AUTOENCODER_RULES)
+        peers = (MochiTransformer3DModel(num_layers=48), transformer_rules(48)), (AutoencoderKLMochi(), vae_rules)
         for ours, (peer, rules) in zip((AsymmDiT(), AsymmVAE()), peers, strict=True):
             converted = to_canonical(from_state_dict(peer.state_dict()), rules)
             assert {n: t.shape for n, t in converted.items()} == {
@@ -171,7 +173,7 @@ def test_misfits_are_named_together(dit, tmp_path):
 
 
 def test_unknown_diffusers_names_are_refused(dit, tmp_path):
-    tensors = {**as_diffusers(dit, TRANSFORMER_RULES), "transformer_blocks.0.extra.weight": torch.zeros(1)}
+    tensors = {**as_diffusers(dit, DIT_RULES), "transformer_blocks.0.extra.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"transformer_blocks.0.extra.weight"):
         load_transformer(save(tmp_path / "x.safetensors", tensors))
 

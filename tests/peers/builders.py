@@ -3,7 +3,7 @@
 import torch
 
 from mochi_core import AsymmDiT, AsymmVAE
-from mochi_core.checkpoints import TRANSFORMER_RULES, autoencoder_rules, from_state_dict, to_diffusers
+from mochi_core.checkpoints import autoencoder_rules, from_state_dict, to_diffusers, transformer_rules
 
 
 def diffusers_dit(dit: AsymmDiT):
@@ -21,7 +21,7 @@ def diffusers_dit(dit: AsymmDiT):
             time_embed_dim=config.timestep_features,
             max_sequence_length=256,
         )
-    return _load(peer, dit, TRANSFORMER_RULES)
+    return _load(peer, dit, transformer_rules(config.depth))
 
 
 def diffusers_vae(vae: AsymmVAE):
@@ -34,8 +34,7 @@ def diffusers_vae(vae: AsymmVAE):
             decoder_block_out_channels=tuple(reversed(config.decoder_channels)),
             layers_per_block=config.encoder_blocks,
         )
-    head, *stages, _ = config.encoder_blocks
-    return _load(peer, vae, autoencoder_rules(head, len(stages), len(config.temporal_expansions)))
+    return _load(peer, vae, autoencoder_rules(config.encoder_blocks, config.decoder_blocks))
 
 
 def _load(peer, ours, rules):
