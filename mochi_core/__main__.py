@@ -1,4 +1,4 @@
-"""`python -m mochi_core generate | inspect`: the library from a shell."""
+"""`python -m mochi_core generate | decode | inspect`: the library from a shell."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from .checkpoints import describe, load_transformer, load_vae, open_tensors
+from .latent_files import load_latents, save_latents
 from .pipeline import MochiPipeline
 from .schedule import linear_quadratic_schedule
+from .streaming import GIB, OutOfMemory
 from .text_encoder import load_text_encoder
-from .video import FPS, save_video
+from .vae import AsymmVAE
+from .video import FPS, VideoWriter, save_video, to_unit_range
 
+LATENT_SUFFIXES = (".latent", ".safetensors")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,9 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, OutOfMemory) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -44,8 +50,9 @@ def generate(options: argparse.Namespace) -> None:
         device=options.device,
     )
     sigmas = linear_quadratic_schedule(options.steps, options.threshold_noise, options.linear_steps)
+    as_latents = options.output.suffix in LATENT_SUFFIXES
     with tqdm(total=options.steps, unit="step") as bar:
-        frames = pipe(
+        result = pipe(
             options.prompt,
             options.negative_prompt,
             height=options.height,
@@ -54,10 +61,35 @@ def generate(options: argparse.Namespace) -> None:
             guidance_scale=options.guidance,
             seed=options.seed,
             sigmas=sigmas,
+            output_type="latent" if as_latents else "np",
             on_step=lambda *_: bool(bar.update() and False),
         )
-    save_video(frames, options.output, options.fps)
+    if as_latents:
+        save_latents(result, options.output)
+    else:
+        save_video(result, options.output, options.fps)
     print(options.output)
+
+
+def decode(options: argparse.Namespace) -> None:
+    latents = load_latents(options.latents)
+    vae = load_vae(options.vae, DTYPES[options.vae_dtype], options.device)
+    for i, one in enumerate(latents.split(1)):
+        output = options.output if len(latents) == 1 else options.output.with_stem(f"{options.output.stem}-{i + 1}")
+        decode_to_file(vae, one, output, options)
+        print(output)
+
+
+def decode_to_file(vae: AsymmVAE, latents: torch.Tensor, output: Path, options: argparse.Namespace) -> None:
+    """Write the video while it is decoded: a few frames exist at a time, however long it is."""
+    limit = options.memory_limit and round(options.memory_limit * GIB)
+    with (
+        tqdm(total=vae.decoded_shape(latents.shape)[2], unit="frame") as bar,
+        VideoWriter(output, options.fps) as writer,
+    ):
+        for piece in vae.decode_stream(latents, limit):
+            writer.write(to_unit_range(piece)[0].permute(1, 2, 3, 0))
+            bar.update(piece.shape[2])
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -76,8 +108,9 @@ def inspect(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mochi_core", description="Mochi 1 text to video.")
-    commands = parser.add_subparsers(required=True, metavar="generate | inspect")
+    commands = parser.add_subparsers(required=True, metavar="generate | decode | inspect")
     _add_generate(commands.add_parser("generate", help="make a video from a prompt"))
+    _add_decode(commands.add_parser("decode", help="make a video from latents"))
     command = commands.add_parser("inspect", help="say what a model file is")
     command.add_argument("file", type=Path, help="weights file or folder")
     command.set_defaults(run=inspect)
@@ -85,11 +118,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     add = command.add_argument
     command.set_defaults(run=generate)
     add("--transformer", required=True, type=Path, help="e.g. mochi_preview_bf16.safetensors, or a diffusers folder")
-    add("--vae", required=True, type=Path, nargs="+", help="e.g. mochi_vae.safetensors, or decoder.safetensors")
     add("--t5", required=True, type=Path, help="e.g. t5xxl_fp16.safetensors, or a text_encoder folder")
     add("--tokenizer", type=Path, help="folder with T5's tokenizer.json (default: looked for beside --t5)")
     add("--prompt", required=True)
@@ -103,12 +134,28 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, default=4.5, help="classifier-free guidance scale; 1 is off (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
-    add("--vae-dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
     add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
-    add("--device", default=device, help="(default: %(default)s)")
     add("--offload", action="store_true", help="keep only the model at work on the device")
+    _add_output(command, "mp4 file, or .latent or .safetensors file for latents to decode later")
+
+
+def _add_decode(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=decode)
+    command.add_argument("latents", type=Path, help="from generate -o x.latent, or ComfyUI's SaveLatent")
+    command.add_argument(
+        "--memory-limit", type=float, metavar="GIB", help="besides the weights (default: what is free)"
+    )
+    _add_output(command, "mp4 file; of several videos, each is numbered")
+
+
+def _add_output(command: argparse.ArgumentParser, what: str) -> None:
+    """What every command has that makes a video."""
+    device, add = "cuda" if torch.cuda.is_available() else "cpu", command.add_argument
+    add("--vae", required=True, type=Path, nargs="+", help="e.g. mochi_vae.safetensors, or decoder.safetensors")
+    add("--vae-dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
+    add("--device", default=device, help="(default: %(default)s)")
     add("--fps", type=int, default=FPS, help="(default: %(default)s)")
-    add("-o", "--output", type=Path, default=Path("mochi.mp4"), help="mp4 file (default: %(default)s)")
+    add("-o", "--output", type=Path, default=Path("mochi.mp4"), help=f"{what} (default: %(default)s)")
 
 
 if __name__ == "__main__":

@@ -1,167 +1,29 @@
 """AsymmVAE, the autoencoder of Mochi 1: 8 x 8 pixels and 6 frames per latent.
 
-Module and parameter names are those of Genmo's checkpoints. Video is (B, 3, F, 8H, 8W) with F = 6(T - 1) + 1, nominally in
-[-1, 1]; latents are (B, 12, T, H, W) in VAE space (see latents.py).
-
-The decoder is causal in time, so `decode` streams: frames pass through in small groups, every convolution carries its last
-two input frames to the next group, and the result equals that of one pass over the whole clip.
+Video is (B, 3, F, 8H, 8W) with F = 6(T - 1) + 1, nominally in [-1, 1]; latents are (B, 12, T, H, W) in VAE space (see
+latents.py). Both halves are causal in time and stream: memory depends on the size of a frame, and the result equals that
+of one pass over the whole clip.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from .causal import NORM_GROUPS, ResBlock, ResBlockCache, causal_conv, frame_norm
 from .config import AsymmVAEConfig
+from .decoder import Decoder
+from .encoder import RGB, Encoder
+from .streaming import CPU, GIB, ClipLayer, Footprint, Layer, Layers, OutOfMemory, Plan, Runner, free_memory, stream
 
-RGB = 3
-FOURIER_EXPONENTS = (6, 7)
-FOURIER_CHANNELS = RGB * (1 + 2 * len(FOURIER_EXPONENTS))
 LOGVAR_RANGE = (-30.0, 20.0)
-# One latent frame's worth: fewer frames are slower (weights are read anew for each group), more cost memory.
-FRAMES_AT_ONCE = 6
 
-StageCache = list[ResBlockCache] | None
-
-
-def res_blocks(blocks: nn.ModuleList | list[nn.Module], x: Tensor, cache: StageCache) -> tuple[Tensor, StageCache]:
-    """Run residual blocks one after the other."""
-    caches = []
-    for i, block in enumerate(blocks):
-        x, block_cache = block(x, cache[i] if cache else None)
-        caches.append(block_cache)
-    return x, caches
-
-
-class DecoderStage(nn.Module):
-    """Residual blocks, then a projection whose channels unfold into time and space."""
-
-    def __init__(
-        self, channels: tuple[int, int], num_blocks: int, expansion: tuple[int, int], *, ops: Any, **factory: Any
-    ) -> None:
-        super().__init__()
-        self.temporal_expansion, self.spatial_expansion = expansion
-        unfolded = channels[1] * self.temporal_expansion * self.spatial_expansion**2
-        self.blocks = nn.ModuleList(ResBlock(channels[0], ops=ops, **factory) for _ in range(num_blocks))
-        self.proj = ops.Linear(channels[0], unfolded, **factory)
-
-    def forward(self, x: Tensor, cache: StageCache) -> tuple[Tensor, StageCache]:
-        starts_clip = cache is None
-        x, cache = res_blocks(self.blocks, x, cache)
-        s = self.spatial_expansion
-        pattern = "b t h w (c st sh sw) -> b c (t st) (h sh) (w sw)"
-        x = rearrange(self.proj(x.movedim(1, -1)), pattern, st=self.temporal_expansion, sh=s, sw=s)
-        # The first latent frame holds one video frame: what the others unfold into, it has too much.
-        return (x[:, :, self.temporal_expansion - 1 :] if starts_clip else x), cache
-
-
-class Decoder(nn.Module):
-    def __init__(self, config: AsymmVAEConfig, *, ops: Any, **factory: Any) -> None:
-        super().__init__()
-        widths, counts = config.decoder_channels, config.decoder_blocks
-        expansions = zip(config.temporal_expansions, config.spatial_expansions, strict=True)
-        first = ops.Conv3d(config.latent_channels, widths[0], kernel_size=1, **factory)
-        head = nn.ModuleList([first, *(ResBlock(widths[0], ops=ops, **factory) for _ in range(counts[0]))])
-        stages = [
-            DecoderStage((widths[i], widths[i + 1]), counts[i + 1], expansion, ops=ops, **factory)
-            for i, expansion in enumerate(expansions)
-        ]
-        tail = nn.ModuleList(ResBlock(widths[-1], ops=ops, **factory) for _ in range(counts[-1]))
-        self.blocks = nn.ModuleList([head, *stages, tail])
-        self.output_proj = ops.Linear(widths[-1], RGB, **factory)
-
-    def stream(self, latents: Tensor, frames_at_once: int) -> Iterator[Tensor]:
-        """Decode (B, 12, T, H, W) and yield (B, 3, f, 8H, 8W) pieces in order.
-
-        Every stage takes at most `frames_at_once` frames, and hands them on before it takes the next, so the wide
-        activations near the pixels exist for a few frames only.
-        """
-        yield from self._stream(latents, [None] * len(self.blocks), 0, frames_at_once)
-
-    def _stream(self, x: Tensor, caches: list[StageCache], stage: int, frames_at_once: int) -> Iterator[Tensor]:
-        if stage == len(self.blocks):
-            yield self.output_proj(F.silu(x).movedim(1, -1)).movedim(-1, 1)
-            return
-        for frames in x.split(frames_at_once, dim=2):
-            out, caches[stage] = self._stage(stage, frames, caches[stage])
-            yield from self._stream(out, caches, stage + 1, frames_at_once)
-
-    def _stage(self, stage: int, x: Tensor, cache: StageCache) -> tuple[Tensor, StageCache]:
-        blocks = self.blocks[stage]
-        if isinstance(blocks, DecoderStage):
-            return blocks(x, cache)
-        assert isinstance(blocks, nn.ModuleList)
-        if stage == 0:
-            return res_blocks(list(blocks)[1:], blocks[0](x), cache)
-        return res_blocks(blocks, x, cache)
-
-
-class EncoderStage(nn.Module):
-    """A strided convolution, then residual blocks."""
-
-    def __init__(
-        self, channels: tuple[int, int], reduction: tuple[int, int], num_blocks: int, head_dim: int | None, *,
-        ops: Any, **factory: Any,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        kernel = (reduction[0], reduction[1], reduction[1])
-        down = ops.Conv3d(*channels, kernel_size=kernel, stride=kernel, **factory)
-        blocks = (ResBlock(channels[1], head_dim, ops=ops, **factory) for _ in range(num_blocks))
-        self.layers = nn.ModuleList([down, *blocks])
-
-    def forward(self, x: Tensor) -> Tensor:
-        down, *blocks = self.layers
-        x, _ = causal_conv(down, x, None)  # pyright: ignore[reportArgumentType]
-        return res_blocks(blocks, x, None)[0]
-
-
-class Encoder(nn.Module):
-    def __init__(self, config: AsymmVAEConfig, *, ops: Any, **factory: Any) -> None:
-        super().__init__()
-        widths, counts = config.encoder_channels, config.encoder_blocks
-        head_dims = [config.attention_head_dim if has else None for has in config.encoder_attention]
-        reductions = zip(config.temporal_reductions, config.spatial_reductions, strict=True)
-
-        def blocks(width: int, place: int) -> list[ResBlock]:
-            return [ResBlock(width, head_dims[place], ops=ops, **factory) for _ in range(counts[place])]
-
-        stages = [
-            EncoderStage((widths[i], widths[i + 1]), reduction, counts[i + 1], head_dims[i + 1], ops=ops, **factory)
-            for i, reduction in enumerate(reductions)
-        ]
-        first = ops.Linear(FOURIER_CHANNELS, widths[0], **factory)
-        self.layers = nn.ModuleList([first, *blocks(widths[0], 0), *stages, *blocks(widths[-1], -1)])
-        self.output_norm = ops.GroupNorm(NORM_GROUPS, widths[-1], **factory)
-        self.output_proj = ops.Linear(widths[-1], 2 * config.latent_channels, bias=False, **factory)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Fourier features (B, 15, F, 8H, 8W) to mean and log-variance, each (B, 12, T, H, W)."""
-        first, *layers = self.layers
-        x = first(features.movedim(1, -1)).movedim(-1, 1)  # (B, C, F, 8H, 8W)
-        for layer in layers:
-            x = layer(x)[0] if isinstance(layer, ResBlock) else layer(x)  # (B, C, T, H, W) in the end
-        x = F.silu(frame_norm(self.output_norm, x))
-        mean, logvar = self.output_proj(x.movedim(1, -1)).movedim(-1, 1).chunk(2, dim=1)
-        return mean, logvar
-
-
-def fourier_features(video: Tensor) -> Tensor:
-    """(B, 3, F, H, W) to (B, 15, F, H, W), at least in float32: the pixels, then their sines, then their cosines.
-
-    The frequencies 2^6 and 2^7 turns per unit leave nothing of a pixel that was rounded to 16 bits.
-    """
-    video = video.to(torch.promote_types(video.dtype, torch.float32))
-    turns = video.new_tensor([2.0**exponent for exponent in FOURIER_EXPONENTS]) * (2 * math.pi)
-    angles = rearrange(video[..., None] * turns, "b c f h w k -> b (c k) f h w")
-    return torch.cat((video, angles.sin(), angles.cos()), dim=1)
+OnProgress = Callable[[int, int], object]
+"""Called with the work done and the whole of it, in frames, before every layer; what it raises ends the work."""
 
 
 @dataclass(frozen=True)
@@ -200,31 +62,97 @@ class AsymmVAE(nn.Module):
         self.encoder = Encoder(config, **factory) if encoder else None
         self.decoder = Decoder(config, **factory) if decoder else None
 
-    def decode(self, latents: Tensor, *, frames_at_once: int = FRAMES_AT_ONCE) -> Tensor:
+    def decode(
+        self,
+        latents: Tensor,
+        memory_limit: int | None = None,
+        on_progress: OnProgress | None = None,
+        *,
+        out: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
         """Latents (B, 12, T, H, W) to video (B, 3, 6(T - 1) + 1, 8H, 8W), not clamped, on the device of `latents`.
+
+        Args:
+            memory_limit: bytes to use on the device besides weights and output; None for what is free. The video is the same
+                with any; less is slower, and what one row of a frame needs is taken in any case.
+            on_progress: called often, with finished and all frames; what it raises ends the decode.
+            out: write into this tensor, on any device, instead of a new one.
+            device: where to work; by default where the weights are.
 
         Raises:
             ValueError: the model has no decoder, or `latents` has another shape.
+            OutOfMemory: not even one row of a frame at a time fits.
         """
-        pieces = [piece.to(latents.device) for piece in self.decode_stream(latents, frames_at_once=frames_at_once)]
-        return torch.cat(pieces, dim=2)
+        self.check_decoder(latents)
+        if out is None:
+            out = torch.empty(self.decoded_shape(latents.shape), dtype=self.dtype, device=latents.device)
+        for i, one in enumerate(latents.split(1)):
+            done = 0
+            for piece in self.decode_stream(one, memory_limit, _part(on_progress, i, len(latents)), device):
+                out[i : i + 1, :, done : done + piece.shape[2]] = piece
+                done += piece.shape[2]
+        return out
 
-    def decode_stream(self, latents: Tensor, *, frames_at_once: int = FRAMES_AT_ONCE) -> Iterator[Tensor]:
-        """As `decode`, but yields (B, 3, f, 8H, 8W) pieces as they are finished, on the device of the model."""
+    def decode_stream(
+        self,
+        latents: Tensor,
+        memory_limit: int | None = None,
+        on_progress: OnProgress | None = None,
+        device: torch.device | None = None,
+    ) -> Iterator[Tensor]:
+        """As `decode`, but yields (B, 3, f, 8H, 8W) pieces as they are finished, on the device where it works."""
         decoder = self.check_decoder(latents)
-        device = next(decoder.parameters()).device
-        return decoder.stream(latents.to(device, self.dtype), frames_at_once)
+        height, width = latents.shape[3:]
+        footprint = decoder.footprint(height, width, len(latents) * self.dtype.itemsize)
+        work = self.decoded_shape(latents.shape)[2]
+        job = Job(latents.to(self.dtype), footprint, work, memory_limit, device or self._home())
+        return job.run(decoder.flattened(), on_progress)
 
-    def encode(self, video: Tensor) -> Posterior:
+    def encode(
+        self,
+        video: Tensor,
+        memory_limit: int | None = None,
+        on_progress: OnProgress | None = None,
+        device: torch.device | None = None,
+    ) -> Posterior:
         """Video (B, 3, 6k + 1, 8H, 8W) in [-1, 1] to the `Posterior` of its latents, on the device of `video`.
+
+        The arguments are those of `decode`. Attention in time needs the features of all frames of one layer at a time; they
+        gather in main memory if the device has no room for them.
 
         Raises:
             ValueError: the model has no encoder, or the video's size does not fit it.
+            OutOfMemory: not even one row of a frame at a time fits.
         """
+        self.check_encoder(video)
+        parts = []
+        for i, one in enumerate(video.split(1)):
+            pieces = self._encode_stream(one, memory_limit, _part(on_progress, i, len(video)), device or self._home())
+            parts.append(torch.cat([piece.to(video.device) for piece in pieces], dim=2))
+        return Posterior(*torch.cat(parts).chunk(2, dim=1))
+
+    def _encode_stream(
+        self, video: Tensor, memory_limit: int | None, on_progress: OnProgress | None, device: torch.device
+    ) -> Iterator[Tensor]:
         encoder = self.check_encoder(video)
-        device = next(encoder.parameters()).device
-        mean, logvar = encoder(fourier_features(video.to(device)).to(self.dtype))
-        return Posterior(mean.to(video.device), logvar.to(video.device))
+        frames, height, width = video.shape[2:]
+        footprint = encoder.footprint(frames, height, width, self.dtype.itemsize)
+        return Job(video, footprint, encoder.work(frames), memory_limit, device).run(self.encoder_layers(), on_progress)
+
+    def _home(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def encoder_layers(self) -> list[Layer | ClipLayer]:
+        """What `encode` sends a video through."""
+        return self.encoder.flattened() if self.encoder else []
+
+    def decoded_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int, int]:
+        """(B, 3, F, 8H, 8W) of the video of latents (B, 12, T, H, W)."""
+        batch, _, latents, height, width = shape
+        frames = math.prod(self.config.temporal_expansions) * (latents - 1) + 1
+        scale = math.prod(self.config.spatial_expansions)
+        return batch, RGB, frames, height * scale, width * scale
 
     def check_decoder(self, latents: Tensor) -> Decoder:
         """The decoder, if there is one and `latents` fit it; ValueError otherwise."""
@@ -256,3 +184,39 @@ class AsymmVAE(nn.Module):
         if height % spatial or width % spatial:
             raise ValueError(f"video is {width} x {height} pixels; the encoder needs multiples of {spatial}.")
         return self.encoder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A clip on its way through one half of the autoencoder."""
+
+    x: Tensor
+    footprint: Footprint
+    work: int
+    """In frames."""
+    memory_limit: int | None
+    device: torch.device
+
+    def run(self, layers: Layers, on_progress: OnProgress | None) -> Iterator[Tensor]:
+        limit = free_memory(self.device) if self.memory_limit is None else self.memory_limit
+        report = on_progress or (lambda *_: None)
+        runner = Runner(self.footprint.plan(limit, self.device), lambda finished: report(finished, self.work))
+        try:
+            yield from stream(layers, [self.x], runner)
+        except OutOfMemory as error:
+            raise OutOfMemory(self._shortage(limit)) from error
+        report(self.work, self.work)
+
+    def _shortage(self, available: int) -> str:
+        needed, (height, width) = self.footprint.needs(Plan(self.device, CPU, 1)), self.x.shape[3:]
+        missing = f", {(needed - available) / GIB:.2f} GiB more than there is" if needed > available else ""
+        return (
+            f"Out of memory: frames of {height} x {width} {'pixels' if self.x.shape[1] == RGB else 'latents'} need "
+            f"{needed / GIB:.2f} GiB besides the weights even one row at a time{missing}; make the video smaller or close what "
+            "else uses the device."
+        )
+
+
+def _part(on_progress: OnProgress | None, index: int, count: int) -> OnProgress | None:
+    """Progress of one video of several."""
+    return on_progress and (lambda done, total: on_progress(index * total + done, count * total))

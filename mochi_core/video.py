@@ -30,16 +30,45 @@ def save_video(frames: np.ndarray[Any, Any] | Tensor, path: str | Path, fps: int
     Raises:
         ValueError: another shape.
     """
-    import av  # optional outside ComfyUI, and slow to import
+    with VideoWriter(path, fps) as writer:
+        writer.write(frames)
 
-    images = _as_uint8(frames)
-    with av.open(str(path), mode="w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": CRF})
-        stream.height, stream.width = images.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+
+class VideoWriter:
+    """Context manager that writes an H.264 mp4 while its frames are made; the file is there when all is well at the end."""
+
+    def __init__(self, path: str | Path, fps: int = FPS) -> None:
+        import av  # optional outside ComfyUI, and slow to import
+
+        self.path = Path(path)
+        self.partial = self.path.with_stem(f".{self.path.stem}.partial")
+        self.container = av.open(str(self.partial), mode="w", format="mp4")
+        self.stream = self.container.add_stream("libx264", rate=fps, options={"crf": CRF})
+        self.stream.pix_fmt = "yuv420p"
+
+    def write(self, frames: np.ndarray[Any, Any] | Tensor) -> None:
+        """Append frames, of the shapes that `save_video` takes."""
+        from av import VideoFrame
+
+        images = _as_uint8(frames)
+        if not self.stream.codec_context.is_open:
+            self.stream.height, self.stream.width = images.shape[1:3]
         for image in images:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
+            self.container.mux(self.stream.encode(VideoFrame.from_ndarray(image, format="rgb24")))
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        try:
+            if failure is None:
+                self.container.mux(self.stream.encode())
+        finally:
+            self.container.close()
+        if failure is None:
+            self.partial.replace(self.path)
+        else:
+            self.partial.unlink(missing_ok=True)
 
 
 def _as_uint8(frames: np.ndarray[Any, Any] | Tensor) -> np.ndarray[Any, Any]:

@@ -7,9 +7,10 @@ import logging
 from comfy_api.latest import io
 
 from ..mochi_core.geometry import frames_to_latents, latents_to_frames, size_problem
-from .bridge.vae import FRAMES_AT_ONCE, decode_video, require_mochi_vae
+from .bridge.vae import decode_video, require_mochi_vae
 
 CATEGORY = "Mochi"
+GIB = 2**30
 
 
 class TiledVAEDecode(io.ComfyNode):
@@ -19,20 +20,21 @@ class TiledVAEDecode(io.ComfyNode):
             node_id="Mochi1TiledVAEDecode",
             display_name="Tiled VAE Decode (Mochi)",
             category=CATEGORY,
-            description="Latents to frames. With a VAE from Load Mochi VAE the video streams through in slices of time and "
-            "comes out exactly as if decoded in one piece: no seams, no lost frames, memory that does not grow with length.",
+            description="Latents to frames. With a VAE from Load Mochi VAE the video streams through frame by frame, "
+            "in strips where memory is short, and comes out as if decoded in one piece: no seams, no lost frames, any length.",
             search_aliases=["mochi decode", "MochiDecode", "MochiDecodeSpatialTiling"],
             inputs=[
                 io.Latent.Input("samples", tooltip="From Mochi Sampler or any other sampler."),
                 io.Vae.Input("vae", tooltip="From Load Mochi VAE (exact), or from Load VAE (ComfyUI's own tiles)."),
-                io.Int.Input(
-                    "frames_at_once",
-                    default=FRAMES_AT_ONCE,
-                    min=1,
-                    max=96,
+                io.Float.Input(
+                    "memory",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.1,
                     optional=True,
                     advanced=True,
-                    tooltip="Frames that each layer holds at once. Fewer need less memory, more are a little faster; the "
+                    tooltip="GiB to use besides the weights and the finished frames; 0 takes what is free. Less is slower, the "
                     "video is the same. Has no effect on a VAE from Load VAE.",
                 ),
             ],
@@ -40,8 +42,8 @@ class TiledVAEDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples, vae, frames_at_once=FRAMES_AT_ONCE):
-        return io.NodeOutput(decode_video(vae, samples["samples"], frames_at_once))
+    def execute(cls, samples, vae, memory=0.0):
+        return io.NodeOutput(decode_video(vae, samples["samples"], round(memory * GIB) or None))
 
 
 class VAEEncode(io.ComfyNode):

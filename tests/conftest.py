@@ -22,12 +22,12 @@ def comfy_path():
 @pytest.fixture(scope="session")
 def comfy_server(comfy_path, tmp_path_factory):
     """A real server with the pack and tiny models in a folder of its own."""
-    from tests.harness.server import ComfyServer
+    from tests.harness.server import PROBE, ComfyServer
     from tests.harness.tiny_models import write_models
 
     base = tmp_path_factory.mktemp("comfyui")
     write_models(base / "models")
-    with ComfyServer(comfy_path, base) as server:
+    with ComfyServer(comfy_path, base, packs=(PROBE,)) as server:
         yield server
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -22,13 +23,9 @@ from ...mochi_core.checkpoints import (
     vae_config,
 )
 from ...mochi_core.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
-from ...mochi_core.vae import FRAMES_AT_ONCE, fourier_features
-from ...mochi_core.video import to_unit_range
+from ...mochi_core.streaming import Layer
 
-WORKING_DTYPES = [torch.bfloat16, torch.float32]
-# Values held at once for each pixel of a frame: convolution caches of all stages, then per frame at work.
-CACHED_PER_PIXEL, WORKING_PER_PIXEL = 3300, 4 * 128
-ENCODED_PER_PIXEL = 400
+WORKING_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # In latents; the host's own autoencoder needs tiles to fit at all, and generous ones to hide their seams.
 HOST_TILES = {"tile_x": 32, "tile_y": 32, "overlap": 8, "tile_t": 8, "overlap_t": 2}
 
@@ -36,28 +33,46 @@ HOST_TILES = {"tile_x": 32, "tile_y": 32, "overlap": 8, "tile_t": 8, "overlap_t"
 class HostAsymmVAE(AsymmVAE):
     """The autoencoder under the host's calling convention: it streams, and tiles only by not needing to."""
 
-    def decode(self, latents, *, frames_at_once: int = FRAMES_AT_ONCE):
-        """Latents on the working device to video on the host's output device, with progress and cancel."""
-        self.check_decoder(latents)
-        total = latents_to_frames(latents.shape[2])
-        progress, pieces = comfy.utils.ProgressBar(total), []
-        for piece in self.decoder.stream(latents.to(self.dtype), frames_at_once):
-            mm.throw_exception_if_processing_interrupted()
-            pieces.append(piece.to(mm.intermediate_device()))
-            progress.update(piece.shape[2])
-        return torch.cat(pieces, dim=2)
+    comfy_has_chunked_io = True
 
-    def encode(self, pixels):
-        """Float32 pixels in [-1, 1], (B, 3, F, H, W), to the mean of their latents."""
-        self.check_encoder(pixels)
-        mean, _ = self.encoder(fourier_features(pixels).to(self.dtype))
-        return mean
+    def decode_output_shape(self, shape):
+        return self.decoded_shape(shape)
+
+    def decode(self, latents, output_buffer=None, memory_limit=None):
+        """Latents on the working device to video in [-1, 1] in `output_buffer`, with progress and cancel."""
+        if output_buffer is None:
+            output_buffer = torch.empty(self.decoded_shape(latents.shape), device=mm.intermediate_device())
+        if memory_limit is None:
+            memory_limit = mm.get_free_memory(latents.device)
+        return super().decode(latents, memory_limit, host_progress(), out=output_buffer, device=latents.device)
+
+    def encode(self, pixels, device=None):
+        """Float32 pixels in [0, 1], (B, 3, F, H, W) on any device, to the mean of their latents."""
+        return super().encode(pixels, mm.get_free_memory(device), host_progress(), device).mean
+
+    def encoder_layers(self):
+        """The host's pixels are scaled as they are taken: a clip need not exist a second time for that."""
+        return [Layer(lambda pixels, _, plan: (pixels * 2 - 1, ())), *super().encoder_layers()]  # noqa: ARG005
+
+    # What the host calls when memory runs out before we have the say.
 
     def decode_tiled(self, latents, **_):
         return self.decode(latents)
 
     def encode_tiled(self, pixels, **_):
-        return self.encode(pixels)
+        return self.encode(pixels, pixels.device)
+
+
+def host_progress():
+    """Progress for the node that runs now; every call is a chance to cancel."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def report(done: int, total: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        if (done, total) != (bar.current, bar.total):
+            bar.update_absolute(done, total)
+
+    return report
 
 
 class HostVAE(comfy.sd.VAE):
@@ -74,8 +89,8 @@ class HostVAE(comfy.sd.VAE):
         self.upscale_ratio = (lambda t: max(0, latents_to_frames(t)), space, space)
         self.downscale_ratio = (lambda f: max(0, (f + time - 1) // time), space, space)
         self.upscale_index_formula = self.downscale_index_formula = (time, space, space)
-        self.process_input = lambda image: image * 2.0 - 1.0
-        self.process_output = lambda image: image.copy_(to_unit_range(image))
+        self.process_input = lambda image: image  # the module scales it, see encoder_layers
+        self.process_output = lambda image: image.mul_(0.5).add_(0.5).clamp_(0, 1)
         self.memory_used_decode, self.memory_used_encode = self._decode_bytes, self._encode_bytes
         self.handles_tiling = self.crop_input = True
         self.disable_offload = self.not_video = False
@@ -86,16 +101,26 @@ class HostVAE(comfy.sd.VAE):
         )
         self.model_size()
 
+    def decode_tiled(self, samples, **_):
+        return self.decode(samples)
+
+    def encode_tiled(self, pixel_samples, **_):
+        return self.encode(pixel_samples)
+
     def _decode_bytes(self, shape, _dtype) -> int:
-        """For latents (B, 12, T, H, W): independent of T, because decoding streams."""
-        values = CACHED_PER_PIXEL + FRAMES_AT_ONCE * WORKING_PER_PIXEL
-        pixels = shape[0] * shape[-2] * shape[-1] * SPATIAL_COMPRESSION**2
-        return pixels * values * self.first_stage_model.dtype.itemsize
+        """What the fastest plan for latents (B, 12, T, H, W) uses; videos of a batch are decoded one after the other."""
+        return self._fastest(
+            self.first_stage_model.decoder.footprint(*shape[-2:], self.first_stage_model.dtype.itemsize)
+        )
 
     def _encode_bytes(self, shape, _dtype) -> int:
-        """For pixels (B, 3, F, H, W)."""
-        pixels = shape[0] * shape[-3] * shape[-2] * shape[-1]
-        return pixels * ENCODED_PER_PIXEL * self.first_stage_model.dtype.itemsize
+        """The same for pixels (B, 3, F, H, W)."""
+        return self._fastest(
+            self.first_stage_model.encoder.footprint(*shape[-3:], self.first_stage_model.dtype.itemsize)
+        )
+
+    def _fastest(self, footprint) -> int:
+        return footprint.needs(footprint.plan(sys.maxsize, self.device))
 
 
 def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
@@ -127,11 +152,14 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
     return vae
 
 
-def decode_video(vae: comfy.sd.VAE, latents: torch.Tensor, frames_at_once: int) -> torch.Tensor:
-    """Latents to IMAGE frames: streamed through our autoencoder, or in the host's tiles through the host's."""
+def decode_video(vae: comfy.sd.VAE, latents: torch.Tensor, memory_limit: int | None) -> torch.Tensor:
+    """Latents to IMAGE frames: streamed through our autoencoder, or in the host's tiles through the host's.
+
+    `memory_limit` is in bytes, besides the weights; None for what is free.
+    """
     require_mochi_vae(vae)
     if isinstance(vae, HostVAE):
-        video = vae.decode(latents, vae_options={"frames_at_once": frames_at_once})
+        video = vae.decode(latents, vae_options={"memory_limit": memory_limit})
     else:
         video = vae.decode_tiled(latents, **HOST_TILES)
     return video.flatten(0, 1)

@@ -281,30 +281,6 @@ def test_weight_dtypes(latents_of, dtype):
     assert (error > 1e-4) == (dtype == "fp8_e4m3fn")
 
 
-def test_stock_vae_nodes_on_our_vae_equal_ours(latents_of):
-    graph = upto_sampler()
-    graph["ours"] = node("Mochi1TiledVAEDecode", samples=[SAMPLER, 0], vae=[VAE, 0])
-    graph["stock"] = node("VAEDecode", samples=[SAMPLER, 0], vae=[VAE, 0])
-    graph["tiled"] = node(
-        "VAEDecodeTiled",
-        samples=[SAMPLER, 0],
-        vae=[VAE, 0],
-        tile_size=64,
-        overlap=32,
-        temporal_size=8,
-        temporal_overlap=4,
-    )
-    graph["one"] = node("Mochi1TiledVAEDecode", samples=[SAMPLER, 0], vae=[VAE, 0], frames_at_once=1)
-    names = ("ours", "one", "stock", "tiled")
-    for name in names:
-        graph[f"{name} encoded"] = node("Mochi1VAEEncode", pixels=[name, 0], vae=[VAE, 0])
-    graph["stock encoded by stock"] = node("VAEEncode", pixels=["stock", 0], vae=[VAE, 0])
-    encoded = latents_of(graph, *([f"{name} encoded", 0] for name in names), ["stock encoded by stock", 0])
-    assert encoded[0].shape == (1, 12, 3, 8, 12)
-    for other in encoded[1:]:
-        torch.testing.assert_close(encoded[0], other, rtol=1e-3, atol=1e-3)
-
-
 def test_stock_text_encode_on_our_clip(latents_of):
     graph = upto_sampler()
     graph["stock"] = node("CLIPTextEncode", clip=[T5, 0], text=graph[POSITIVE]["inputs"]["prompt"])

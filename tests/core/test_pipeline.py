@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 
 from mochi_core import MochiPipeline, denormalize_latents, load_text_encoder, save_video
 from mochi_core.__main__ import main
+from mochi_core.latent_files import load_latents, save_latents
+from mochi_core.video import VideoWriter
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit, random_t5, random_vae, write_models
 
 SIZE = {"height": 32, "width": 48, "num_frames": 7, "num_inference_steps": 3}
@@ -165,6 +167,52 @@ def test_command_line_generate(models, tokenizer, tmp_path, capsys):
         assert sum(1 for _ in container.decode(video=0)) == 7
     assert main(["generate", *files, "--tokenizer", str(tokenizer), "--prompt", "a kite", *size, "--height", "30"]) == 2
     assert "height is 30" in capsys.readouterr().err
+
+
+def test_command_line_latents_and_decode(models, tokenizer, tmp_path, capsys):
+    files = [str(part) for pair in models.items() for part in pair]
+    size = ["--height", "32", "--width", "48", "--frames", "13", "--steps", "2", "--dtype", "fp32"]
+    common = ["generate", *files, "--tokenizer", str(tokenizer), "--prompt", "a kite", *size]
+    latents, direct, decoded = tmp_path / "kite.latent", tmp_path / "direct.mp4", tmp_path / "kite.mp4"
+    for output in (latents, direct):
+        assert main([*common, "-o", str(output)]) == 0
+    vae = ["--vae", str(models["--vae"]), "--memory-limit", "0.001"]
+    assert main(["decode", str(latents), *vae, "-o", str(decoded)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(decoded)
+    with av.open(str(direct)) as one, av.open(str(decoded)) as other:
+        videos = [np.stack([f.to_ndarray(format="rgb24") for f in v.decode(video=0)]).astype(int) for v in (one, other)]
+    assert videos[0].shape == (13, 32, 48, 3)
+    assert np.abs(videos[0] - videos[1]).mean() < 1
+    assert main(["decode", str(models["--vae"]), *vae, "-o", str(tmp_path / "x.mp4")]) == 2
+    assert "could be latents; it must hold one" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["direct.mp4", "kite.latent", "kite.mp4"]
+
+
+def test_latent_files(tmp_path):
+    latents = torch.randn(2, 12, 3, 4, 6)
+    save_latents(latents, tmp_path / "a.latent")
+    assert torch.equal(load_latents(tmp_path / "a.latent"), latents)
+    save_file({"latent_tensor": latents * 0.18215}, tmp_path / "old.latent")
+    torch.testing.assert_close(load_latents(tmp_path / "old.latent"), latents)
+    save_file({"anything": latents[0]}, tmp_path / "one.safetensors")
+    assert torch.equal(load_latents(tmp_path / "one.safetensors"), latents[:1])
+    save_file({"latent_tensor": latents[:, :4]}, tmp_path / "other.latent")
+    with pytest.raises(ValueError, match=r"shape \(2, 4, 3, 4, 6\)"):
+        load_latents(tmp_path / "other.latent")
+
+
+def test_a_video_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "x.mp4"
+    path.write_bytes(b"an earlier video")
+
+    def fail():
+        with VideoWriter(path) as writer:
+            writer.write(np.zeros((2, 32, 48, 3)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"an earlier video"]
 
 
 def test_command_line_inspect(models, tmp_path, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "mochi-nodes"
+PROBE = ROOT / "tests" / "harness" / "probe"
 START_SECONDS = 240
 FOLDERS = ("custom_nodes", "input", "models", "output", "temp", "user")
 
@@ -21,11 +22,13 @@ FOLDERS = ("custom_nodes", "input", "models", "output", "temp", "user")
 class ComfyServer:
     """Context manager: the server runs inside, and is gone afterwards.
 
-    `base` gets models/, input/, output/, user/ ... and custom_nodes/ with a link to this repository.
+    `base` gets models/, input/, output/, user/ ... and custom_nodes/ with links to this repository and to `packs`.
     """
 
-    def __init__(self, comfyui: Path, base: Path, arguments: tuple[str, ...] = ("--cpu",)) -> None:
-        self.comfyui, self.base, self.arguments = comfyui, base, arguments
+    def __init__(
+        self, comfyui: Path, base: Path, arguments: tuple[str, ...] = ("--cpu",), packs: tuple[Path, ...] = ()
+    ) -> None:
+        self.comfyui, self.base, self.arguments, self.packs = comfyui, base, arguments, packs
         self.log = base / "server.log"
         self.port = free_port()
 
@@ -36,7 +39,9 @@ class ComfyServer:
     def __enter__(self) -> ComfyServer:
         for folder in FOLDERS:
             (self.base / folder).mkdir(parents=True, exist_ok=True)
-        link_pack(self.base / "custom_nodes" / PACK)
+        link_pack(self.base / "custom_nodes" / PACK, ROOT)
+        for pack in self.packs:
+            link_pack(self.base / "custom_nodes" / pack.name, pack)
         command = [
             sys.executable, str(self.comfyui / "main.py"), "--port", str(self.port), "--base-directory", str(self.base),
             "--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}", *self.arguments,
@@ -84,15 +89,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def link_pack(link: Path) -> None:
-    """Put this repository into custom_nodes: a link where the system allows one, a copy elsewhere."""
+def link_pack(link: Path, pack: Path) -> None:
+    """Put a node pack into custom_nodes: a link where the system allows one, a copy elsewhere."""
     if link.is_symlink():
         link.unlink()
     elif link.exists():
         shutil.rmtree(link)
     try:
-        link.symlink_to(ROOT, target_is_directory=True)
+        link.symlink_to(pack, target_is_directory=True)
     except OSError:
         if os.name != "nt":
             raise
-        shutil.copytree(ROOT, link, ignore=shutil.ignore_patterns(".dev", ".git", "__pycache__"))
+        shutil.copytree(pack, link, ignore=shutil.ignore_patterns(".dev", ".git", "__pycache__"))

@@ -9,11 +9,12 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / "mochi_core"
 # Each layer may use the ones before it.
 LAYERS = (
-    ("config", "geometry", "latents", "schedule", "rope", "attention", "video"),
+    ("config", "geometry", "latents", "schedule", "rope", "attention", "video", "streaming"),
     ("layers", "causal"),
+    ("encoder", "decoder"),
     ("dit", "vae"),
     ("sample", "checkpoints"),
-    ("text_encoder",),
+    ("text_encoder", "latent_files"),
     ("pipeline",),
     ("__init__", "__main__"),
 )

@@ -1,0 +1,222 @@
+"""Frames through a stack of layers, depth first, in a bounded working set.
+
+A layer takes as many whole frames as the working set holds; of frames that do not fit, it makes one strip of rows after the
+other. What it needs from earlier frames comes in as a cache and goes out as the next one. The frames that a layer has made
+go on to the next layer before it takes more, so that wide activations exist for few frames at a time. Only a layer that
+relates all frames to each other lets the whole clip gather in front of it.
+
+The result does not depend on the plan, beyond the order in which sums are rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MIB, GIB = 2**20, 2**30
+# More brings no speed: weights are read often enough for this much work, and caches of processors are small.
+MAX_WORKING_SET = {"cpu": 32 * MIB, "default": 128 * MIB}
+# Less costs speed, so that moving the caches off the device is the better way to save memory.
+MIN_WORKING_SET = 8 * MIB
+# Working sets in memory at once, measured: a padded strip is three frames if it makes one, and convolutions copy it.
+WORKING_SETS = 16
+
+CPU = torch.device("cpu")
+
+Cache = tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many bytes a layer on `device` takes at once, and where caches wait."""
+
+    device: torch.device
+    cache_device: torch.device
+    working_set: int
+
+    def items(self, one: Tensor, growth: float = 1) -> int:
+        """How many things like `one` to take at once; `growth` is values at work per value of it."""
+        return max(1, int(self.working_set // (one.numel() * one.element_size() * growth)))
+
+    def frames(self, x: Tensor, growth: float = 1) -> int:
+        """How many frames of x (B, C, T, H, W) to take at once."""
+        return self.items(x[:, :, :1], growth)
+
+    def rows(self, x: Tensor, growth: float = 1) -> int:
+        """How many rows of x (B, C, T, H, W) to take at once."""
+        return self.items(x[:, :, :, :1], growth)
+
+    def strips(self, x: Tensor, growth: float = 1) -> list[slice]:
+        """The rows of x (B, C, T, H, W) in strips of nearly equal height."""
+        height = x.shape[3]
+        rows = -(-height // -(-height // self.rows(x, growth)))
+        return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
+
+    def smaller(self) -> Plan | None:
+        """Half the working set; when that is small already, caches in main memory; None when nothing is left to save."""
+        if self.working_set <= MIN_WORKING_SET and self.cache_device != CPU:
+            return replace(self, cache_device=CPU)
+        # A working set of one byte means strips of one row.
+        return replace(self, working_set=self.working_set // 2) if self.working_set > 1 else None
+
+
+class Footprint(NamedTuple):
+    """What a stack of layers holds under every plan, in bytes."""
+
+    caches: int
+    frames: int
+
+    def plan(self, limit: int, device: torch.device) -> Plan:
+        """The fastest plan that stays within `limit` bytes on `device`; the smallest one if none does."""
+        most = MAX_WORKING_SET.get(device.type, MAX_WORKING_SET["default"])
+        room = (limit - self.frames - self.caches) // WORKING_SETS
+        if room >= MIN_WORKING_SET:
+            return Plan(device, device, min(room, most))
+        room = (limit - self.frames - (self.caches if device == CPU else 0)) // WORKING_SETS
+        return Plan(device, CPU, min(max(room, 1), most))
+
+    def needs(self, plan: Plan) -> int:
+        """Bytes on the plan's device, weights and output apart."""
+        caches = self.caches if plan.cache_device == plan.device else 0
+        return self.frames + caches + WORKING_SETS * plan.working_set
+
+
+class OutOfMemory(RuntimeError):  # noqa: N818 - as torch's own
+    """The smallest plan did not fit."""
+
+
+class Runner:
+    """Runs steps under a plan, and shrinks the plan for all that follows when a step runs out of memory.
+
+    `on_step` is called before every step with the number of frames finished so far; what it raises ends the work.
+    """
+
+    def __init__(self, plan: Plan, on_step: Callable[[int], object] = lambda _: None) -> None:
+        self.plan, self.on_step = plan, on_step
+        self.finished = 0
+
+    def attempt(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        """What `step(*arguments, plan)` returns, or None if it ran out of memory and is to be tried again.
+
+        Raises:
+            OutOfMemory: it did so under the smallest plan.
+        """
+        self.on_step(self.finished)
+        try:
+            return step(*arguments, self.plan)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            plan = self.plan.smaller()
+            if plan is None:
+                raise OutOfMemory(str(error)) from error
+        # The error is gone by now, and with it what the step had made.
+        self.plan = plan
+        return None
+
+
+class Layer(NamedTuple):
+    """One step of a stack: `run(x, cache, plan)` takes some frames and returns the new ones and the next cache."""
+
+    run: Callable[[Tensor, Cache, Plan], tuple[Tensor, Cache]]
+    growth: float = 1
+    """Values out per value in, if more than 1."""
+
+
+class ClipLayer(NamedTuple):
+    """A step that relates all frames to each other: `run(pieces, runner)` changes the pieces of the whole clip in place."""
+
+    run: Callable[[list[Tensor], Runner], None]
+
+
+Layers = Sequence[Layer | ClipLayer]
+
+
+@torch.no_grad()
+def stream(layers: Layers, pieces: Iterable[Tensor], runner: Runner) -> Iterator[Tensor]:
+    """Send a clip, in `pieces` (B, C, f, H, W) on any device, through `layers` and yield pieces of the result in order.
+
+    Raises:
+        OutOfMemory: a layer ran out of memory under the smallest plan.
+    """
+    barrier = next((i for i, layer in enumerate(layers) if isinstance(layer, ClipLayer)), len(layers))
+    made = _depth_first(layers[:barrier], pieces, runner)  # pyright: ignore[reportArgumentType]
+    if barrier == len(layers):
+        yield from made
+        return
+    gathered = [piece.to(runner.plan.cache_device) for piece in made]
+    layers[barrier].run(gathered, runner)  # pyright: ignore[reportCallIssue]
+    yield from stream(layers[barrier + 1 :], _taken_from(gathered), runner)
+
+
+def _depth_first(layers: Sequence[Layer], pieces: Iterable[Tensor], runner: Runner) -> Iterator[Tensor]:
+    caches: list[Cache] = [None] * len(layers)
+    for piece in pieces:
+        waiting = [(0, piece)]
+        while waiting:
+            index, x = waiting.pop()
+            if index == len(layers):
+                runner.finished += x.shape[2]
+                yield x
+                continue
+            layer, count = layers[index], runner.plan.frames(x, layers[index].growth)
+            if count < x.shape[2]:
+                waiting.append((index, x[:, :, count:]))
+            x = x[:, :, :count]
+            made = runner.attempt(_run, layer, x, caches[index])
+            if made is None:
+                caches = [_moved(cache, runner.plan.cache_device) for cache in caches]
+                waiting.append((index, x))
+                continue
+            x, caches[index] = made
+            if x.shape[2]:
+                waiting.append((index + 1, x))
+
+
+def _run(layer: Layer, x: Tensor, cache: Cache, plan: Plan) -> tuple[Tensor, Cache]:
+    return layer.run(x.to(plan.device), cache, plan)
+
+
+def _taken_from(pieces: list[Tensor]) -> Iterator[Tensor]:
+    """Each piece, given up by the list before it is used, so that it is freed when the next is wanted."""
+    while pieces:
+        yield pieces.pop(0)
+
+
+def by_strips(strips: list[slice], compute: Callable[[slice], Tensor], scale: int = 1) -> Tensor:
+    """Join what `compute` makes of each strip of rows; its rows are `scale` times as many."""
+    if len(strips) == 1:
+        return compute(strips[0])
+    first = compute(strips[0])
+    out = first.new_empty(*first.shape[:3], strips[-1].stop * scale, first.shape[4])
+    out[..., : strips[0].stop * scale, :] = first
+    del first
+    for rows in strips[1:]:
+        out[..., rows.start * scale : rows.stop * scale, :] = compute(rows)
+    return out
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on whatever device: only CUDA has an exception class of its own."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on `device` now."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    import psutil  # only machines without a GPU need it
+
+    return psutil.virtual_memory().available
+
+
+def _moved(cache: Cache, device: torch.device) -> Cache:
+    return cache if cache is None else tuple(tensor.to(device) for tensor in cache)

@@ -1,0 +1,163 @@
+"""Decoding in a real server: by every node the same frames; cancelled or short of memory, nothing is left behind."""
+
+import gc
+import sys
+import time
+from itertools import count
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.comfy.test_server import SAMPLER, VAE, assert_healthy, latents_of, node, upto_sampler  # noqa: F401 - a fixture
+from tests.harness.tiny_models import random_vae
+
+MIB = 2**20
+# Frames of 192 x 256 in two widest tensors of 32 channels are what a decode has to find room for.
+SIZE = {"width": 256, "height": 192, "num_frames": 25, "steps": 1}
+NAMES = (f"frames{i}.safetensors" for i in count())
+
+
+@pytest.fixture
+def frames_of(comfy_client, comfy_server):
+    """Run a graph, and read the IMAGE that comes out of each source."""
+
+    def run(graph, *sources):
+        names = {source[0]: next(NAMES) for source in sources}
+        saves = {f"save {key}": node("ProbeSaveTensor", images=[key, 0], name=name) for key, name in names.items()}
+        done = comfy_client.run({**graph, **saves})
+        assert done.outcome == "execution_success", done.error
+        return [load_file(comfy_server.base / "output" / name)["images"] for name in names.values()]
+
+    return run
+
+
+def decoder(source=SAMPLER, **inputs):
+    return node("Mochi1TiledVAEDecode", samples=[source, 0], vae=[VAE, 0], **inputs)
+
+
+def test_every_node_decodes_to_the_same_frames(frames_of):
+    graph = upto_sampler(**SIZE)
+    graph["ours"] = decoder()
+    graph["little memory"] = decoder(memory=0.1)
+    graph["stock"] = node("VAEDecode", samples=[SAMPLER, 0], vae=[VAE, 0])
+    tiles = {"tile_size": 64, "overlap": 32, "temporal_size": 8, "temporal_overlap": 4}
+    graph["stock tiled"] = node("VAEDecodeTiled", samples=[SAMPLER, 0], vae=[VAE, 0], **tiles)
+    ours, *others = frames_of(graph, *([name] for name in ("ours", "little memory", "stock", "stock tiled")))
+    assert ours.shape == (25, 192, 256, 3)
+    assert ours.dtype == torch.float32
+    assert 0 <= ours.min() < 0.1 < 0.9 < ours.max() <= 1
+    for frames in others:
+        torch.testing.assert_close(frames, ours, rtol=0, atol=1e-4)
+
+
+def test_frames_are_those_of_the_core(frames_of, latents_of):  # noqa: F811
+    graph = upto_sampler(**SIZE, batch_size=2)
+    (latents,) = latents_of(graph, [SAMPLER, 0])
+    graph["ours"] = decoder()
+    (frames,) = frames_of(graph, ["ours"])
+    vae = random_vae()
+    vae.load_state_dict({name: tensor.bfloat16().float() for name, tensor in vae.state_dict().items()})
+    expected = vae.decode(latents).add(1).div(2).clamp(0, 1).permute(0, 2, 3, 4, 1).flatten(0, 1)
+    torch.testing.assert_close(frames, expected, rtol=0, atol=1e-4)
+
+
+def test_stock_encode_is_ours_and_takes_frames_as_they_are(latents_of):  # noqa: F811
+    graph = upto_sampler(**SIZE)
+    graph["frames"] = decoder()
+    graph["ours"] = node("Mochi1VAEEncode", pixels=["frames", 0], vae=[VAE, 0])
+    graph["stock"] = node("VAEEncode", pixels=["frames", 0], vae=[VAE, 0])
+    tiles = {"tile_size": 64, "overlap": 0, "temporal_size": 8, "temporal_overlap": 4}
+    graph["tiled"] = node("VAEEncodeTiled", pixels=["frames", 0], vae=[VAE, 0], **tiles)
+    ours, stock, tiled = latents_of(graph, ["ours", 0], ["stock", 0], ["tiled", 0])
+    assert torch.equal(ours, stock)
+    assert torch.equal(ours, tiled)
+
+
+def resident(server):
+    gc.collect()
+    return psutil.Process(server.process.pid).memory_info().rss
+
+
+def settle(client):
+    """Drop results and models, so that what is held afterwards is held by mistake."""
+    client.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(2)
+
+
+def test_progress_counts_frames_and_cancel_ends_within_one(comfy_client, comfy_server):
+    settle(comfy_client)
+    before = resident(comfy_server)
+    graph = upto_sampler(**{**SIZE, "num_frames": 163})
+    graph["decode"] = decoder()
+    graph["save"] = node("ProbeSaveTensor", images=["decode", 0], name=next(NAMES))
+    seen, pressed = [], []
+
+    def press_cancel(name, data):
+        if name == "progress" and data["node"] == "decode":
+            seen.append((data["value"], data["max"]))
+            if data["value"] >= 5 and not pressed:
+                pressed.append(data["value"])
+                comfy_client.interrupt()
+
+    run = comfy_client.run(graph, on_event=press_cancel)
+    assert run.outcome == "execution_interrupted"
+    assert {total for _, total in seen} == {163}
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1][0] <= pressed[0] + 12
+    settle(comfy_client)
+    assert resident(comfy_server) - before < 64 * MIB
+    assert_healthy(comfy_client)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
+@pytest.mark.parametrize("mib", [400, 250, 150])
+def test_decodes_the_same_with_too_little_memory_for_its_plan(frames_of, comfy_client, mib):
+    graph = upto_sampler(**SIZE)
+    graph["plenty"] = decoder()
+    graph["scarce"] = node("ProbeLimitMemory", value=[SAMPLER, 0], mib=mib)
+    graph["decode"] = decoder("scarce")
+    graph["again"] = node("ProbeLimitMemory", value=["decode", 0], mib=0)
+    try:
+        plenty, scarce = frames_of(graph, ["plenty"], ["again"])
+    finally:
+        lift_limit(comfy_client)
+    torch.testing.assert_close(plenty, scarce, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
+def test_hopeless_lack_of_memory_is_one_sentence_and_leaves_nothing(comfy_client, comfy_server):
+    settle(comfy_client)
+    before = resident(comfy_server)
+    graph = upto_sampler(**{**SIZE, "width": 1600, "height": 1280, "num_frames": 1})
+    graph["scarce"] = node("ProbeLimitMemory", value=[SAMPLER, 0], mib=100)
+    graph["decode"] = decoder("scarce")
+    graph["save"] = node("ProbeSaveTensor", images=["decode", 0], name=next(NAMES))
+    try:
+        run = comfy_client.run(graph)
+    finally:
+        lift_limit(comfy_client)
+    assert run.outcome == "execution_error"
+    assert "Out of memory: frames of 160 x 200 latents need" in run.error
+    settle(comfy_client)
+    assert resident(comfy_server) - before < 64 * MIB
+    assert_healthy(comfy_client)
+
+
+def lift_limit(client):
+    graph = {"make": node("EmptyImage", width=16, height=16, batch_size=1, color=0)}
+    graph["lift"] = node("ProbeLimitMemory", value=["make", 0], mib=0)
+    graph["save"] = node("ProbeSaveTensor", images=["lift", 0], name=next(NAMES))
+    assert client.run(graph).outcome == "execution_success"
+
+
+def test_two_in_a_row_hold_no_more_than_one(frames_of, comfy_client, comfy_server):
+    held = []
+    for _ in range(3):
+        graph = upto_sampler(**SIZE)
+        graph["decode"] = decoder()
+        frames_of(graph, ["decode"])
+        settle(comfy_client)
+        held.append(resident(comfy_server))
+    assert held[2] - held[1] < 32 * MIB

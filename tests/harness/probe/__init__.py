@@ -1,0 +1,50 @@
+"""A node pack for the tests alone: it writes tensors where a test can read them, and makes memory scarce."""
+
+import resource
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import ComfyExtension, io
+from safetensors.torch import save_file
+
+MIB = 2**20
+
+
+class SaveTensor(io.ComfyNode):
+    """IMAGE, bit for bit."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Image.Input("images"), io.String.Input("name")]
+        return io.Schema(node_id="ProbeSaveTensor", inputs=inputs, is_output_node=True)
+
+    @classmethod
+    def execute(cls, images, name):
+        path = Path(folder_paths.get_output_directory()) / name
+        save_file({"images": images.contiguous()}, path)
+        return io.NodeOutput(ui={"path": [str(path)]})
+
+
+class LimitMemory(io.ComfyNode):
+    """From here on, the process gets only so much more address space; 0 lifts the limit."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.AnyType.Input("value"), io.Int.Input("mib", min=0, max=10**6)]
+        return io.Schema(node_id="ProbeLimitMemory", inputs=inputs, outputs=[io.AnyType.Output()], not_idempotent=True)
+
+    @classmethod
+    def execute(cls, value, mib):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + mib * MIB if mib else hard, hard))
+        return io.NodeOutput(value)
+
+
+class Probe(ComfyExtension):
+    async def get_node_list(self):
+        return [SaveTensor, LimitMemory]
+
+
+async def comfy_entrypoint():
+    return Probe()
