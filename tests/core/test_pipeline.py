@@ -196,7 +196,7 @@ def test_latent_files(tmp_path):
     torch.testing.assert_close(load_latents(tmp_path / "old.latent"), latents)
     save_file({"anything": latents[0]}, tmp_path / "one.safetensors")
     assert torch.equal(load_latents(tmp_path / "one.safetensors"), latents[:1])
-    save_file({"latent_tensor": latents[:, :4]}, tmp_path / "other.latent")
+    save_file({"latent_tensor": latents[:, :4].contiguous()}, tmp_path / "other.latent")
     with pytest.raises(ValueError, match=r"shape \(2, 4, 3, 4, 6\)"):
         load_latents(tmp_path / "other.latent")
 

@@ -29,8 +29,8 @@ def test_default_configuration_is_released_mochi():
 
 @pytest.mark.parametrize("num_latents", range(1, 41))
 def test_number_of_frames(vae, num_latents):
-    video = vae.decode(latents(num_latents, 1, 1))
-    assert video.shape == (1, 3, 6 * (num_latents - 1) + 1, 8, 8)
+    video = vae.decode(latents(num_latents, 2, 1))
+    assert video.shape == (1, 3, 6 * (num_latents - 1) + 1, 16, 8)
 
 
 def test_decoder_is_causal(vae):
