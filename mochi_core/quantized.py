@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ggml
+from .ggml import columns, dequantize, quantize_q4_0
 
 FP8 = torch.float8_e4m3fn
 
@@ -35,13 +35,13 @@ class QuantizedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self.values.shape
-        return rows, ggml.columns(columns, self.block_type) if self.block_type else columns
+        rows, stored = self.values.shape
+        return rows, columns(stored, self.block_type) if self.block_type else stored
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(rows, columns), computed in float32 and rounded once."""
         if self.block_type:
-            return ggml.dequantize(self.values, self.block_type).to(dtype)
+            return dequantize(self.values, self.block_type).to(dtype)
         if self.scale is None:
             return self.values.to(dtype)
         return self.values.to(torch.float32).mul_(self.scale).to(dtype)
@@ -98,6 +98,6 @@ def _nonzero(scale: Tensor) -> Tensor:
 QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "fp8": lambda weight: QuantizedWeight(*quantize_fp8(weight)),
     "int8": lambda weight: QuantizedWeight(*quantize_int8(weight)),
-    "q4_0": lambda weight: QuantizedWeight(ggml.quantize_q4_0(weight), block_type="Q4_0"),
+    "q4_0": lambda weight: QuantizedWeight(quantize_q4_0(weight), block_type="Q4_0"),
 }
 """How a (rows, columns) weight can be quantised while it is loaded."""
