@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def resolve(tensors: Tensors) -> Tensors:
 def ggml_weight(stored: StoredTensor, block_type: str) -> StoredTensor:
     """(rows, bytes of a row) uint8 as the matrix that it stands for."""
     shape = (stored.shape[0], columns(stored.shape[1], block_type))
-    return _weight(shape, stored.dtype, lambda: QuantizedWeight(stored.read(), block_type=block_type))
+    weight = _weight(shape, stored.dtype, lambda: QuantizedWeight(stored.read(), block_type=block_type))
+    return replace(weight, block_type=block_type)
 
 
 def quantize_large(tensors: Tensors, kind: str | None) -> Tensors:
