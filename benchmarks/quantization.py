@@ -27,7 +27,7 @@ NOTE = (
     "scale per layer or row feels more than blocks do). `bf16` computes in bf16, as one would; `float32` shows the "
     "quantisation alone. Quantised are the matrices of the blocks; everything else is bf16. Sizes are those of the released "
     "model, computed from its shapes; file and memory are the same, because weights are widened only while a layer works. "
-    "K types: no package writes them, so only their sizes are known here."
+    "The gguf package cannot write the K types, so only their sizes are given."
 )
 
 
