@@ -81,7 +81,7 @@ def open_tensors(path: str | Path) -> TensorFile:
         return _open_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the name.")
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         from .gguf import open_gguf  # it makes use of this module
 
         return open_gguf(path)
