@@ -1,6 +1,7 @@
 """Every quantised form of every part loads, stays quantised in memory and computes what its numbers mean."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def test_layers_of_a_scaled_file_may_stay_in_high_precision(dit, tmp_path):
 
 
 def test_scaled_all_in_one_file(dit, tmp_path, comfy_path):
-    parts = {"model.diffusion_model.": dit.state_dict(), "text_encoders.t5xxl.transformer.": random_t5()}
+    parts = {"model.diffusion_model.": dit.state_dict(), "text_encoders.t5xxl.transformer.": shallow_t5()}
     tensors, meaning = {}, {}
     for prefix, part in parts.items():
         meaning[prefix] = SAFETENSORS["scaled fp8, older"](part, tmp_path / "part.safetensors")
@@ -264,9 +265,14 @@ T5_FORMS = {
 }
 
 
+def shallow_t5():
+    """Two blocks."""
+    return {name: tensor for name, tensor in random_t5().items() if not re.match(r"encoder\.block\.([2-9]|\d\d)", name)}
+
+
 @pytest.fixture(scope="module")
 def t5():
-    return random_t5()
+    return shallow_t5()
 
 
 @pytest.mark.parametrize("form", T5_FORMS)
