@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .checkpoints import describe, load_transformer, load_vae, open_tensors
 from .latent_files import load_latents, save_latents
 from .pipeline import MochiPipeline
+from .quantized import QUANTIZERS
 from .schedule import linear_quadratic_schedule
 from .streaming import GIB, OutOfMemory
 from .text_encoder import load_text_encoder
@@ -43,7 +44,7 @@ def generate(options: argparse.Namespace) -> None:
     home = "cpu" if options.offload else options.device
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
     pipe = MochiPipeline(
-        load_transformer(options.transformer, DTYPES[options.dtype], home),
+        load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize),
         load_vae(options.vae, DTYPES[options.vae_dtype], home),
         text_encoder,
         offload=options.offload,
@@ -97,9 +98,8 @@ def inspect(options: argparse.Namespace) -> None:
     print(f"{options.file}: {describe(file.tensors)}")
     counts, sizes = Counter[str](), Counter[str]()
     for tensor in file.tensors.values():
-        name = str(tensor.dtype).removeprefix("torch.")
-        counts[name] += 1
-        sizes[name] += torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+        counts[tensor.form] += 1
+        sizes[tensor.form] += tensor.num_bytes
     for name, count in counts.most_common():
         print(f"{name}: {count} tensors, {sizes[name] / 1e9:.3f} GB")
     for key, value in file.metadata.items():
@@ -134,6 +134,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, default=4.5, help="classifier-free guidance scale; 1 is off (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
+    add("--quantize", choices=QUANTIZERS, help="keep the matrices of the transformer in 8 or 4 bits")
     add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
     add("--offload", action="store_true", help="keep only the model at work on the device")
     _add_output(command, "mp4 file, or .latent or .safetensors file for latents to decode later")
