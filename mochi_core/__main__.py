@@ -36,8 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> None:
     home = "cpu" if options.offload else options.device
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
+    transformer = load_transformer(options.transformer, DTYPES[options.dtype], home)
+    for path, strength in options.lora:
+        transformer.load_lora(path, strength)
     pipe = MochiPipeline(
-        load_transformer(options.transformer, DTYPES[options.dtype], home),
+        transformer,
         load_vae(options.vae, DTYPES[options.vae_dtype], home),
         text_encoder,
         offload=options.offload,
@@ -84,6 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def lora_option(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH; a colon that no number follows belongs to the file, as in C:\\a.safetensors."""
+    path, _, strength = text.rpartition(":")
+    try:
+        return (path, float(strength)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def _add_generate(command: argparse.ArgumentParser) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = command.add_argument
@@ -92,6 +104,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--vae", required=True, type=Path, nargs="+", help="e.g. mochi_vae.safetensors, or decoder.safetensors")
     add("--t5", required=True, type=Path, help="e.g. t5xxl_fp16.safetensors, or a text_encoder folder")
     add("--tokenizer", type=Path, help="folder with T5's tokenizer.json (default: looked for beside --t5)")
+    add("--lora", type=lora_option, action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
     add("--prompt", required=True)
     add("--negative-prompt", default="")
     add("--height", type=int, default=480, help="pixels, a multiple of 16 (default: %(default)s)")
