@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mochi_core import AsymmDiT, load_transformer
-from mochi_core.__main__ import lora_option, main
+from mochi_core import AsymmDiT
+from mochi_core.__main__ import lora_option
 from tests.core.test_dit import inputs
 from tests.harness.lora_files import (
     ALPHA,
@@ -66,7 +66,12 @@ def test_parts_of_fused_layers_and_swapped_halves(dit, tmp_path, layers):
 def test_genmos_alphas_are_in_its_notes(dit, tmp_path):
     weights = own_names(dit)
     adapter = random_adapter(weights, *ATTENTION)
-    notes = {"qkv_proj_lora_rank": RANK, "qkv_proj_lora_alpha": 10, "out_proj_lora_rank": RANK, "out_proj_lora_alpha": 2}
+    notes = {
+        "qkv_proj_lora_rank": RANK,
+        "qkv_proj_lora_alpha": 10,
+        "out_proj_lora_rank": RANK,
+        "out_proj_lora_alpha": 2,
+    }
     path = write_adapter(tmp_path / "a.safetensors", adapter, "genmo", metadata={"kwargs": notes})
     qkv = {layer: factors for layer, factors in adapter.items() if "qkv" in layer}
     expected = merged(merged(weights, adapter, scale=2 / RANK), {}) | {
@@ -181,7 +186,9 @@ def test_names_without_a_place_are_reported(dit, tmp_path):
     adapter = random_adapter(weights, "qkv_x")
     strays = random_adapter({"blocks.7.attn.qkv_x.weight": torch.zeros(4, 4)})
     path = write_adapter(tmp_path / "a.safetensors", adapter | strays, "genmo")
-    with pytest.warns(UserWarning, match=r"a.safetensors: 1 names are unknown to Mochi and left out: blocks.7.attn.qkv_x"):
+    with pytest.warns(
+        UserWarning, match=r"a.safetensors: 1 names are unknown to Mochi and left out: blocks.7.attn.qkv_x"
+    ):
         dit.load_lora(path)
     assert relative_error(dit(*INPUTS), with_weights(dit, merged(weights, adapter))(*INPUTS)) <= 1e-5
 

@@ -54,12 +54,14 @@ def random_adapter(weights: dict[str, Tensor], *endings: str, seed: int = 0, dor
             rows, columns = weight.shape
             down = torch.randn(RANK, columns, generator=generator) * columns**-0.5
             up = torch.randn(rows, RANK, generator=generator) * 0.2
-            lengths = weight.float().norm(dim=1) * (1 + 0.2 * torch.randn(rows, generator=generator))
-            adapter[layer] = Factors(down, up, lengths if dora else None)
+            stretch = 1 + 0.2 * torch.randn(rows, generator=generator)
+            adapter[layer] = Factors(down, up, weight.float().norm(dim=1) * stretch if dora else None)
     return adapter
 
 
-def merged(weights: dict[str, Tensor], adapter: Adapter, scale: float = 1.0, strength: float = 1.0) -> dict[str, Tensor]:
+def merged(
+    weights: dict[str, Tensor], adapter: Adapter, scale: float = 1.0, strength: float = 1.0
+) -> dict[str, Tensor]:
     """The definition of a LoRA, in float32."""
     result = dict(weights)
     for layer, factors in adapter.items():
