@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .checkpoints import describe, load_transformer, load_vae, open_tensors
 from .pipeline import MochiPipeline
+from .quantized import QUANTIZERS
 from .schedule import linear_quadratic_schedule
 from .text_encoder import load_text_encoder
 from .video import FPS, save_video
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> None:
     home = "cpu" if options.offload else options.device
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
-    transformer = load_transformer(options.transformer, DTYPES[options.dtype], home)
+    transformer = load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize)
     for path, strength in options.lora:
         transformer.load_lora(path, strength)
     pipe = MochiPipeline(
@@ -116,6 +117,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, default=4.5, help="classifier-free guidance scale; 1 is off (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
+    add("--quantize", choices=QUANTIZERS, help="keep the matrices of the transformer in 8 or 4 bits")
     add("--vae-dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
     add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
     add("--device", default=device, help="(default: %(default)s)")

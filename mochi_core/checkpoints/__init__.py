@@ -4,6 +4,7 @@ from .detect import describe, dit_config, find_part, has_decoder, has_encoder, s
 from .diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
 from .loading import check_tensors, load_into, load_transformer, load_vae
 from .lora import LoraFile, LoraUpdate, read_lora
+from .quantization import quantize_large
 from .reader import StoredTensor, TensorFile, from_state_dict, open_tensors
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "load_transformer",
     "load_vae",
     "open_tensors",
+    "quantize_large",
     "read_lora",
     "shape_of",
     "to_canonical",

@@ -14,7 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..quantized import QuantizedWeight
+
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+QUANTIZATION, NOTE = "_quantization_metadata", "comfy_quant"
+"""A metadata entry and a tensor's last name, which both tell the form of quantised layers."""
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -29,7 +33,10 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    """Of what is stored."""
     read: Callable[[], Tensor]
+    quantized: Callable[[], QuantizedWeight] | None = None
+    """For a quantised weight, reads its stored form; `read` then widens it."""
 
 
 Tensors = dict[str, StoredTensor]
@@ -45,7 +52,7 @@ class TensorFile:
 
 
 def open_tensors(path: str | Path) -> TensorFile:
-    """Open a .safetensors file, a torch.save file (weights only) or a folder with a sharded or single file.
+    """Open a .safetensors or .gguf file, a torch.save file (weights only) or a folder with a sharded or single file.
 
     Raises:
         FileNotFoundError: there is nothing at `path`, or a shard is missing.
@@ -57,7 +64,9 @@ def open_tensors(path: str | Path) -> TensorFile:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the name.")
     if path.suffix == ".gguf":
-        raise ValueError(f"{path.name} is a GGUF file, which cannot be loaded yet; use a .safetensors file.")
+        from .gguf import open_gguf  # it makes use of this module
+
+        return open_gguf(path)
     if path.suffix in TORCH_SUFFIXES:
         return TensorFile(path, _open_torch(path), {})
     return _open_safetensors(path)
@@ -82,7 +91,17 @@ def _open_safetensors(path: Path) -> TensorFile:
         name: StoredTensor(tuple(entry["shape"]), _dtype(path, name, entry), lambda name=name: file.get_tensor(name))
         for name, entry in header.items()
     }
-    return TensorFile(path, tensors, metadata)
+    return TensorFile(path, {**tensors, **_notes(path, metadata)}, metadata)
+
+
+def _notes(path: Path, metadata: dict[str, str]) -> Tensors:
+    """What the metadata says about quantised layers, as the tensors in which other files say it."""
+    try:
+        layers = json.loads(metadata.get(QUANTIZATION, "{}")).get("layers", {})
+        notes = {f"{layer}.{NOTE}": json.dumps(note).encode() for layer, note in layers.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path.name} has an unreadable {QUANTIZATION}; download it again.") from error
+    return from_state_dict({name: torch.frombuffer(bytearray(note), dtype=torch.uint8) for name, note in notes.items()})
 
 
 def _dtype(path: Path, name: str, entry: dict[str, Any]) -> torch.dtype:

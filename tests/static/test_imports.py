@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / "mochi_core"
 # Each layer may use the ones before it.
 LAYERS = (
-    ("config", "geometry", "latents", "schedule", "rope", "attention", "video"),
-    ("layers", "causal"),
+    ("config", "geometry", "latents", "schedule", "rope", "attention", "video", "ggml"),
+    ("layers", "causal", "quantized"),
     ("dit", "vae"),
     ("sample", "checkpoints"),
     ("text_encoder", "lora"),

@@ -1,0 +1,103 @@
+"""Weights of eight bits and fewer, and the layer that uses them.
+
+A quantised weight stays in its stored form in memory, on whatever device; the layer widens it for the moment of its
+matrix product. Embeddings, convolutions and norms are never kept quantised: they are small, and they matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ggml import columns, dequantize, quantize_q4_0
+
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A matrix (rows, columns) in its stored form: values * scale, or GGML blocks."""
+
+    values: Tensor
+    """(rows, columns) float8 or int8; with a `block_type`, (rows, bytes of a row) uint8."""
+    scale: Tensor | None = None
+    """float32, one number for the whole matrix, or (rows, 1); None is 1."""
+    block_type: str | None = None
+    """A name in `ggml.BLOCK_TYPES`."""
+    input_scale: Tensor | None = None
+    """What the file proposes to divide inputs by, for hosts that multiply in fp8; the layer here multiplies exactly."""
+    exact_product: bool = True
+    """Whether even such hosts should widen the weight instead."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, stored = self.values.shape
+        return rows, columns(stored, self.block_type) if self.block_type else stored
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(rows, columns), computed in float32 and rounded once."""
+        if self.block_type:
+            return dequantize(self.values, self.block_type).to(dtype)
+        if self.scale is None:
+            return self.values.to(dtype)
+        return self.values.to(torch.float32).mul_(self.scale).to(dtype)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer over a quantised weight, in the dtype of its input."""
+
+    def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.block_type = weight.block_type
+        self.values: Tensor
+        self.scale: Tensor | None
+        self.register_buffer("values", weight.values)
+        self.register_buffer("scale", weight.scale)
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        return QuantizedWeight(self.values, self.scale, self.block_type)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as an ordinary matrix (out_features, in_features)."""
+        return self.weight.dequantized(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantized(x.dtype), bias)
+
+
+def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn values and the one float32 scale that brings the largest to the end of the range.
+
+    weight = values * scale, with a relative error of at most 1/16 for all but the tiniest weights.
+    """
+    largest = torch.finfo(FP8).max
+    scale = _nonzero(weight.abs().amax().float() / largest)
+    return (weight.float() / scale).clamp(-largest, largest).to(FP8), scale
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values and one float32 scale per row, (rows, 1)."""
+    scale = _nonzero(weight.abs().amax(dim=1, keepdim=True).float() / 127)
+    return (weight.float() / scale).round().to(torch.int8), scale
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """All-zero weights get the scale 1."""
+    return torch.where(scale == 0, 1.0, scale)
+
+
+QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
+    "fp8": lambda weight: QuantizedWeight(*quantize_fp8(weight)),
+    "int8": lambda weight: QuantizedWeight(*quantize_int8(weight)),
+    "q4_0": lambda weight: QuantizedWeight(quantize_q4_0(weight), block_type="Q4_0"),
+}
+"""How a (rows, columns) weight can be quantised while it is loaded."""
