@@ -173,9 +173,12 @@ def _find(places: dict[str, Place], layer: str) -> Place | None:
 
 def _update(file: TensorFile, layer: str, tensors: dict[str, StoredTensor], place: Place, alphas: Alphas) -> LoraUpdate:
     _check(file, layer, tensors, place)
-    down, up = (tensors[role].read().flatten(1) for role in ("down", "up"))
-    alpha = tensors["alpha"].read().item() if "alpha" in tensors else alphas.of(layer)
-    magnitude = tensors["magnitude"].read().flatten() if "magnitude" in tensors else None
+    values = {role: tensor.read() for role, tensor in tensors.items()}
+    if not all(value.float().isfinite().all() for value in values.values()):
+        raise ValueError(f"{file.path.name} has NaN or infinite numbers in {layer}; its training failed, use another.")
+    down, up = values["down"].flatten(1), values["up"].flatten(1)
+    alpha = values["alpha"].item() if "alpha" in values else alphas.of(layer)
+    magnitude = values["magnitude"].flatten() if "magnitude" in values else None
     if place.swap_halves:
         up = _swap_halves(up)
         magnitude = None if magnitude is None else _swap_halves(magnitude)
@@ -188,7 +191,7 @@ def _check(file: TensorFile, layer: str, tensors: dict[str, StoredTensor], place
         raise ValueError(f"{file.path.name} has one half of {layer} only; download it again.")
     rank, expected = tensors["down"].shape[:1], (place.rows, place.columns)
     down, up = (_as_matrix(tensors[role].shape) for role in ("down", "up"))
-    if (down, up) != ((*rank, place.columns), (place.rows, *rank)):
+    if (down, up) != ((*rank, place.columns), (place.rows, *rank)) or rank == (0,):
         raise ValueError(
             f"{file.path.name} does not fit: {layer} multiplies {up} by {down}, but the layer in Mochi is {expected}; "
             f"it looks like {_kind(file)}."
@@ -198,6 +201,8 @@ def _check(file: TensorFile, layer: str, tensors: dict[str, StoredTensor], place
             f"{file.path.name} does not fit: the DoRA scale of {layer} is {tensors['magnitude'].shape}, but must have "
             f"{place.rows} rows; scales of columns are not supported."
         )
+    if "alpha" in tensors and math.prod(tensors["alpha"].shape) != 1:
+        raise ValueError(f"{file.path.name} has {tensors['alpha'].shape} alphas for {layer}, but must have one.")
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -211,28 +216,30 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 
 def _alphas(file: TensorFile) -> Alphas:
     """Genmo's trainer notes its alphas under `kwargs`, diffusers and PEFT have the adapter's whole configuration."""
-    if "kwargs" in file.metadata:
-        notes = _parse(file, file.metadata["kwargs"])
-        names = {"qkv_x": "qkv_proj", "qkv_y": "qkv_proj", "proj_x": "out_proj", "proj_y": "out_proj"}
-        kept = ((end, notes.get(f"{name}_lora_alpha")) for end, name in names.items())
-        return Alphas({end: alpha for end, alpha in kept if alpha is not None})
     beside = file.path.with_name("adapter_config.json")
-    if "lora_adapter_metadata" in file.metadata:
-        notes = _parse(file, file.metadata["lora_adapter_metadata"])
-    elif file.path.name.startswith("adapter_model.") and beside.is_file():
-        notes = _parse(file, beside.read_text(encoding="utf-8"))
-    else:
-        return Alphas({})
-    notes = {name.removeprefix("transformer."): value for name, value in notes.items()}
-    patterns = {name.removeprefix("^"): alpha for name, alpha in (notes.get("alpha_pattern") or {}).items()}
-    return Alphas(patterns, notes.get("lora_alpha"), bool(notes.get("use_rslora")))
-
-
-def _parse(file: TensorFile, text: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file.path.name} has notes on its alpha that are not JSON; save it again.") from error
+        if "kwargs" in file.metadata:
+            return _genmo_alphas(json.loads(file.metadata["kwargs"]))
+        if "lora_adapter_metadata" in file.metadata:
+            return _peft_alphas(json.loads(file.metadata["lora_adapter_metadata"]))
+        if file.path.name.startswith("adapter_model.") and beside.is_file():
+            return _peft_alphas(json.loads(beside.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file.path.name} has notes on its alpha that make no sense; save it again.") from error
+    return Alphas({})
+
+
+def _genmo_alphas(notes: dict[str, Any]) -> Alphas:
+    kinds = {"qkv_x": "qkv", "qkv_y": "qkv", "proj_x": "out", "proj_y": "out"}
+    alphas = {layer: notes.get(f"{kind}_proj_lora_alpha") for layer, kind in kinds.items()}
+    return Alphas({layer: float(alpha) for layer, alpha in alphas.items() if alpha is not None})
+
+
+def _peft_alphas(notes: dict[str, Any]) -> Alphas:
+    notes = {name.removeprefix("transformer."): value for name, value in notes.items()}
+    by_ending = {name.removeprefix("^"): float(alpha) for name, alpha in (notes.get("alpha_pattern") or {}).items()}
+    default = notes.get("lora_alpha")
+    return Alphas(by_ending, None if default is None else float(default), bool(notes.get("use_rslora")))
 
 
 def _kind(file: TensorFile) -> str:

@@ -33,6 +33,7 @@ from tests.harness.lora_files import (
     write_adapter,
 )
 from tests.harness.tiny_models import random_dit
+from tests.peers.builders import relative_error
 
 ROOT = Path(__file__).parents[2]
 GENMO_NOTES = {"kwargs": {"qkv_proj_lora_alpha": ALPHA, "out_proj_lora_alpha": ALPHA}}
@@ -147,9 +148,11 @@ def test_hooks_come_on_top(latents_of, dit, write_lora, with_checkpoint):  # noq
     assert_same(result, expected, plain)
 
 
-def test_on_fp8_weights(latents_of, dit, write_lora, with_checkpoint):  # noqa: F811
-    graph = with_checkpoint("merged.safetensors", write_lora("diffusers", dit), "fp8_e4m3fn")
-    graph["lora"] = ours(MODEL, "diffusers")
+@pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "int8", "q4_0"])
+def test_on_quantised_weights(latents_of, dit, write_lora, with_checkpoint, dtype):  # noqa: F811
+    """The host rounds the changed weights of 8 bits again; the file has them rounded once."""
+    graph = with_checkpoint("to be quantised.safetensors", write_lora("peft", dit), dtype)
+    graph["lora"] = ours(MODEL, "peft")
     graph["result"] = sampled(graph, "lora")
     plain, result, expected = latents_of(graph, [SAMPLER, 0], ["result", 0], ["by hand", 0])
     assert (result - expected).norm() < 0.3 * (plain - expected).norm()
@@ -210,14 +213,22 @@ spec.loader.exec_module(pack)
 from pack.nodes.bridge.lora import add_lora
 from pack.nodes.bridge.model import load_model
 
-patched = add_lora(load_model(model, torch.float32), lora, 0.8)
-streamed = {}
-for key, weight in patched.model.state_dict().items():
-    if key in patched.patches:
-        patch = comfy.model_patcher.LowVramPatch(key, patched.patches)
-        patch.prepare(None, None, copy=False)
-        streamed[key.removeprefix("diffusion_model.")] = patch(weight.clone())
-save_file(streamed, result)
+def streamed(patched, name):
+    weights = {}
+    for key, weight in patched.model.state_dict().items():
+        if key in patched.patches:
+            patch = comfy.model_patcher.LowVramPatch(key, patched.patches)
+            patch.prepare(None, None, copy=False)
+            weights[name + key.removeprefix("diffusion_model.")] = patch(weight.clone())
+    return weights
+
+def host(file):
+    tensors = comfy.utils.load_torch_file(file)
+    return comfy.sd.load_lora_for_models(load_model(model, torch.float32), None, tensors, 0.8, 0.0)[0]
+
+ours = add_lora(load_model(model, torch.float32), lora, 0.8)
+save_file(streamed(ours, "") | streamed(host(lora), "host/"), result)
+assert not host(released_lora).patches
 
 names = {"t5_yproj.weight": torch.zeros(1)}
 config = comfy.model_detection.model_config_from_unet(names, "")
@@ -245,9 +256,12 @@ def test_weight_streaming_and_the_stock_loaders_model(comfy_path, dit, tmp_path)
     done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     streamed, expected = load_file(result), merged(weights, adapter, ALPHA / RANK, 0.8)
-    assert streamed.keys() == {f"{layer}.weight" for layer in adapter}
-    for name, weight in streamed.items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-5)
+    assert streamed.keys() == {f"{host}{layer}.weight" for layer in adapter for host in ("", "host/")}
+    for layer in adapter:
+        name = f"{layer}.weight"
+        assert relative_error(streamed[name], expected[name]) < 1e-6
+        # The host divides by the lengths that the rows have without the LoRA.
+        assert relative_error(streamed[f"host/{name}"], expected[name]) > 0.01
     *_, keys, refusal = done.stdout.splitlines()
     blocks = "diffusion_model.blocks"
     assert json.loads(keys) == [

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mochi_core import AsymmDiT
+from mochi_core import AsymmDiT, load_transformer
 from mochi_core.__main__ import lora_option
+from mochi_core.quantized import QuantizedLinear
 from tests.core.test_dit import inputs
 from tests.harness.lora_files import (
     ALPHA,
@@ -147,6 +148,25 @@ def test_strength_and_removal_leave_no_trace(tmp_path, dtype):
         assert torch.equal(tensor, weights[name])
 
 
+def dense_weights(dit):
+    """What the layers of a denoiser compute with, quantised or not."""
+    layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, QuantizedLinear)}
+    return dict(dit.named_parameters()) | {f"{name}.weight": layer.dequantized() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("quantize", ["fp8", "int8", "q4_0"])
+def test_quantised_denoisers(dit, tmp_path, quantize):
+    save_file(dit.state_dict(), tmp_path / "dit.safetensors")
+    quantised = load_transformer(tmp_path / "dit.safetensors", torch.float32, quantize=quantize)
+    before, weights = quantised(*INPUTS), dense_weights(quantised)
+    assert any(isinstance(layer, QuantizedLinear) for layer in quantised.modules())
+    for dora in (False, True):
+        adapter = random_adapter(weights, dora=dora)
+        path = write_adapter(tmp_path / "a.safetensors", adapter, "kohya")
+        assert_changes_like(quantised, path, merged(weights, adapter)).remove()
+        assert torch.equal(quantised(*INPUTS), before)
+
+
 def test_it_is_not_saved_and_moves_with_the_denoiser(dit, tmp_path):
     names = dit.state_dict().keys()
     path = write_adapter(tmp_path / "a.safetensors", random_adapter(own_names(dit), dora=True), "comfyui")
@@ -239,9 +259,14 @@ def test_misfits_name_the_layer_and_both_shapes(dit, tmp_path):
         (lambda t: t.pop("blocks.0.attn.qkv_x.lora_B"), "one half of blocks.0.attn.qkv_x only"),
         (lambda t: t.update({"blocks.0.attn.qkv_x.lora_B": torch.zeros(288, 3)}), r"(288, 3) by (4, 96)"),
         (lambda t: t.update({"blocks.0.attn.qkv_x.lora_A": torch.zeros(4)}), r"by (4,)"),
+        (lambda t: t.update({"blocks.0.attn.qkv_x.lora_A": torch.tensor(1.0)}), r"by ()"),
+        (lambda t: t.update({name: tensor[:0, :0] for name, tensor in t.items()}), r"(0, 0) by (0, 0)"),
+        (lambda t: t.update({"blocks.0.attn.qkv_x.lora_A": torch.full((4, 96), torch.nan)}), "NaN or infinite"),
+        (lambda t: t.update({"blocks.0.attn.qkv_x.alpha": torch.ones(2)}), "must have one"),
+        (lambda t: t.update({"blocks.0.attn.qkv_x.alpha": torch.tensor(torch.inf)}), "NaN or infinite"),
         (lambda t: t.update({"blocks.0.attn.qkv_x.dora_scale": torch.ones(1, 96)}), "scales of columns"),
         (
-            lambda t: t.update({f"diffusion_model.{name}.weight": tensor for name, tensor in list(t.items())}),
+            lambda t: t.update({f"diffusion_model.{name}.weight": tensor for name, tensor in t.items()}),
             "changes blocks.0.attn.qkv_x twice",
         ),
     ],
@@ -253,10 +278,20 @@ def test_damaged_files(dit, tmp_path, change, message):
     assert message in refusal(dit, tmp_path / "x.safetensors")
 
 
-def test_notes_that_are_not_json(dit, tmp_path):
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {"kwargs": "{'rank': 4}"},
+        {"kwargs": "[1]"},
+        {"kwargs": '{"qkv_proj_lora_alpha": "much"}'},
+        {"lora_adapter_metadata": '{"transformer.alpha_pattern": 3}'},
+        {"lora_adapter_metadata": '{"transformer.lora_alpha": [1]}'},
+    ],
+)
+def test_notes_that_make_no_sense(dit, tmp_path, notes):
     tensors = {"blocks.0.attn.qkv_x.lora_A": torch.zeros(4, 96), "blocks.0.attn.qkv_x.lora_B": torch.zeros(288, 4)}
-    save_file(tensors, tmp_path / "x.safetensors", {"kwargs": "{'rank': 4}"})
-    assert "not JSON" in refusal(dit, tmp_path / "x.safetensors")
+    save_file(tensors, tmp_path / "x.safetensors", notes)
+    assert "notes on its alpha that make no sense" in refusal(dit, tmp_path / "x.safetensors")
 
 
 def test_torch_files(dit, tmp_path):
