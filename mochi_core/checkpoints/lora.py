@@ -113,7 +113,7 @@ def read_lora(path: str | Path, config: AsymmDiTConfig) -> LoraFile:
     updates: dict[tuple[str, int], LoraUpdate] = {}
     for layer, tensors in layers.items():
         place = _find(places, layer)
-        if place is None:
+        if place is None or not {"down", "up"} & tensors.keys():
             unmatched.append(layer)
             continue
         update = _update(file, layer, tensors, place, alphas)
@@ -124,7 +124,7 @@ def read_lora(path: str | Path, config: AsymmDiTConfig) -> LoraFile:
             f"{file.path.name} holds {_kind(file)}; Mochi has none of its layers, e.g. {_some(unmatched)}. "
             "Choose a LoRA made for Mochi."
         )
-    left_out = f"{file.path.name}: {len(unmatched)} names are unknown to Mochi and left out: {_some(unmatched)}."
+    left_out = f"{file.path.name}: Mochi has no place for {len(unmatched)} of its names, left out: {_some(unmatched)}."
     return LoraFile(tuple(updates.values()), left_out if unmatched else None)
 
 

@@ -192,7 +192,7 @@ def test_names_without_a_place_are_logged(comfy_client, comfy_server, dit):
     graph[SAMPLER]["inputs"]["model"] = ["lora", 0]
     assert comfy_client.run(graph).outcome == "execution_success"
     assert (
-        "stray.safetensors: 1 names are unknown to Mochi and left out: blocks.7.attn.qkv_x."
+        "stray.safetensors: Mochi has no place for 1 of its names, left out: blocks.7.attn.qkv_x."
         in comfy_server.log_tail(200)
     )
 

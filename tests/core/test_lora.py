@@ -207,7 +207,7 @@ def test_names_without_a_place_are_reported(dit, tmp_path):
     strays = random_adapter({"blocks.7.attn.qkv_x.weight": torch.zeros(4, 4)})
     path = write_adapter(tmp_path / "a.safetensors", adapter | strays, "genmo")
     with pytest.warns(
-        UserWarning, match=r"a.safetensors: 1 names are unknown to Mochi and left out: blocks.7.attn.qkv_x"
+        UserWarning, match=r"a.safetensors: Mochi has no place for 1 of its names, left out: blocks.7.attn.qkv_x"
     ):
         dit.load_lora(path)
     assert relative_error(dit(*INPUTS), with_weights(dit, merged(weights, adapter))(*INPUTS)) <= 1e-5
@@ -231,7 +231,7 @@ def refusal(dit, path):
         (["transformer.transformer_blocks.0.attn2.to_k.lora_A.weight"], "a LoRA for LTX"),
         (["lora_unet_down_blocks_0_x.lora_down.weight"], "a LoRA for Stable Diffusion"),
         (["lora_te_text_model_encoder_layers_0_x.lora_down.weight"], "a LoRA for a text encoder"),
-        (["lora_unet_blocks_0_attn_qkv_x.hada_w1_a"], "a LoHa, LoKr or OFT adapter"),
+        (["lora_unet_blocks_0_attn_qkv_x.hada_w1_a", "lora_unet_blocks_0_attn_qkv_x.alpha"], "a LoHa, LoKr or OFT"),
         (["something.lora_A.weight"], "a LoRA for another model"),
         (["t5_yproj.weight", "blocks.0.attn.qkv_x.weight"], "a Mochi transformer"),
         (["decoder.mid.block_1.conv1.weight"], "an image autoencoder"),
