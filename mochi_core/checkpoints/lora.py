@@ -29,9 +29,10 @@ ROLES = re.compile(
 )
 # What may stand before the name of a layer once its dots are underscores, as kohya's are anyway.
 PREFIXES = (
-    "base_model_model_", "model_", "diffusion_model_", "transformer_", "unet_", "module_", "_orig_mod_", "lora_unet_",
+    "base_model_model_", "model_", "diffusion_model_", "transformer_", "unet_", "module_", "lora_unet_",
     "lora_transformer_", "lycoris_",
 )  # fmt: skip
+COMPILED = "_orig_mod."
 STRANGERS = (
     ("a LoHa, LoKr or OFT adapter", r".*\.(hada_w|lokr_w|oft_).*"),
     ("a LoRA for FLUX or HunyuanVideo", r".*(double_blocks|single_blocks|single_transformer_blocks).*"),
@@ -162,7 +163,7 @@ def _flat(name: str) -> str:
 
 
 def _find(places: dict[str, Place], layer: str) -> Place | None:
-    name = _flat(layer)
+    name = _flat(layer.replace(COMPILED, ""))
     while name not in places:
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
@@ -173,7 +174,8 @@ def _find(places: dict[str, Place], layer: str) -> Place | None:
 
 def _update(file: TensorFile, layer: str, tensors: dict[str, StoredTensor], place: Place, alphas: Alphas) -> LoraUpdate:
     _check(file, layer, tensors, place)
-    values = {role: tensor.read() for role, tensor in tensors.items()}
+    # Copies, because a trainer may write the file again while the LoRA is in use.
+    values = {role: tensor.read().clone() for role, tensor in tensors.items()}
     if not all(value.float().isfinite().all() for value in values.values()):
         raise ValueError(f"{file.path.name} has NaN or infinite numbers in {layer}; its training failed, use another.")
     down, up = values["down"].flatten(1), values["up"].flatten(1)

@@ -304,6 +304,16 @@ def test_torch_files(dit, tmp_path):
     assert_changes_like(dit, tmp_path / "a.pt", merged(weights, adapter))
 
 
+def test_file_may_be_written_again(dit, tmp_path):
+    weights = own_names(dit)
+    path = write_adapter(tmp_path / "a.safetensors", random_adapter(weights), "comfyui")
+    dit.load_lora(path)
+    before = dit(*INPUTS)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(dit(*INPUTS), before)
+
+
 @pytest.mark.parametrize("strength", [float("nan"), float("inf")])
 def test_strength_is_a_number(dit, tmp_path, strength):
     path = write_adapter(tmp_path / "a.safetensors", random_adapter(own_names(dit), "qkv_x"), "genmo")

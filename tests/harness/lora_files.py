@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mochi_core.checkpoints import from_state_dict, to_canonical, to_diffusers, 
 
 RANK, ALPHA = 4, 6.0
 ATTENTION = ("qkv_x", "qkv_y", "proj_x", "proj_y")
-# Name of a factor from the name of its layer; {} is the layer as it is, {flat} with underscores.
+# Names of the factors from the name of their layer: as it is, with underscores, or inside a compiled block.
 SPELLINGS = {
     "genmo": ("{layer}.lora_A", "{layer}.lora_B"),
     "peft": ("base_model.model.{layer}.lora_A.weight", "base_model.model.{layer}.lora_B.weight"),
@@ -23,6 +24,7 @@ SPELLINGS = {
     "diffusers": ("transformer.{layer}.lora_A.weight", "transformer.{layer}.lora_B.weight"),
     "old diffusers": ("transformer.{layer}.lora.down.weight", "transformer.{layer}.lora.up.weight"),
     "comfyui": ("diffusion_model.{layer}.lora_A.weight", "diffusion_model.{layer}.lora_B.weight"),
+    "compiled": ("_orig_mod.{compiled}.lora_A.weight", "_orig_mod.{compiled}.lora_B.weight"),
     "lora_down": ("{layer}.lora_down.weight", "{layer}.lora_up.weight"),
     "kohya": ("lora_unet_{flat}.lora_down.weight", "lora_unet_{flat}.lora_up.weight"),
 }
@@ -89,7 +91,8 @@ def write_adapter(
     """`metadata` values become JSON; `alpha` becomes a tensor for each layer."""
     tensors = {}
     for layer, factors in adapter.items():
-        down, up = (name.format(layer=layer, flat=layer.replace(".", "_")) for name in SPELLINGS[spelling])
+        forms = {"flat": layer.replace(".", "_"), "compiled": re.sub(r"(blocks\.\d+\.)", r"\1_orig_mod.", layer)}
+        down, up = (name.format(layer=layer, **forms) for name in SPELLINGS[spelling])
         stem = down.split(".lora")[0]
         tensors |= {down: factors.down.contiguous(), up: factors.up.contiguous()}
         if alpha is not None:
