@@ -88,15 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def lora_option(text: str) -> tuple[str, float]:
-    """FILE or FILE:STRENGTH; a colon that no number follows belongs to the file, as in C:\\a.safetensors."""
-    path, _, strength = text.rpartition(":")
-    try:
-        return (path, float(strength)) if path else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
 def _add_generate(command: argparse.ArgumentParser) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = command.add_argument
@@ -124,6 +115,15 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--offload", action="store_true", help="keep only the model at work on the device")
     add("--fps", type=int, default=FPS, help="(default: %(default)s)")
     add("-o", "--output", type=Path, default=Path("mochi.mp4"), help="mp4 file (default: %(default)s)")
+
+
+def lora_option(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH; a colon that no number follows belongs to the file, as in C:\\a.safetensors."""
+    path, _, strength = text.rpartition(":")
+    try:
+        return (path, float(strength)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 if __name__ == "__main__":
