@@ -6,7 +6,7 @@ from .config import AsymmDiTConfig, AsymmVAEConfig
 from .dit import AsymmDiT
 from .geometry import VideoSize
 from .latents import denormalize_latents, normalize_latents
-from .lora import Lora, load_lora
+from .lora import Lora
 from .pipeline import MochiPipeline
 from .sample import euler, guided, sample
 from .schedule import linear_quadratic_schedule
@@ -29,7 +29,6 @@ __all__ = [
     "euler",
     "guided",
     "linear_quadratic_schedule",
-    "load_lora",
     "load_text_encoder",
     "load_transformer",
     "load_vae",

@@ -16,18 +16,10 @@ class DoRAAdapter(LoRAAdapter):
     """The host's LoRA, with DoRA as published: rows are measured after the low-rank change, not before it."""
 
     def calculate_weight(
-        self,
-        weight,
-        _key,
-        strength,
-        _strength_model,
-        _offset,
-        function,
-        intermediate_dtype=torch.float32,
-        _original=None,
+        self, weight, _key, strength, _strength_model, _offset, function, dtype=torch.float32, _original=None
     ):
         up, down, alpha, _, magnitude, _ = self.weights
-        up, down, magnitude = (mm.cast_to_device(t, weight.device, intermediate_dtype) for t in (up, down, magnitude))
+        up, down, magnitude = (mm.cast_to_device(t, weight.device, dtype) for t in (up, down, magnitude))
         changed = weight + (alpha / len(down)) * (up @ down).to(weight.dtype)
         changed *= (magnitude.to(weight.dtype) / changed.norm(dim=1))[:, None]
         weight += function(strength * (changed - weight))

@@ -71,7 +71,7 @@ def write_lora(comfy_server):
 
 @pytest.fixture
 def with_checkpoint(comfy_server):
-    """A graph that also samples from a file with other weights, as "by hand"; all weights in float32."""
+    """A graph that also samples from a file with other weights, as "by hand"."""
 
     def build(name, weights, dtype="fp32"):
         save_file(weights.state_dict(), comfy_server.base / "models" / "diffusion_models" / name)
