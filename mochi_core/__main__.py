@@ -69,9 +69,8 @@ def inspect(options: argparse.Namespace) -> None:
     print(f"{options.file}: {describe(file.tensors)}")
     counts, sizes = Counter[str](), Counter[str]()
     for tensor in file.tensors.values():
-        name = str(tensor.dtype).removeprefix("torch.")
-        counts[name] += 1
-        sizes[name] += torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+        counts[tensor.form] += 1
+        sizes[tensor.form] += tensor.num_bytes
     for name, count in counts.most_common():
         print(f"{name}: {count} tensors, {sizes[name] / 1e9:.3f} GB")
     for key, value in file.metadata.items():

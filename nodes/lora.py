@@ -16,7 +16,7 @@ class LoadLoRA(io.ComfyNode):
             display_name="Load Mochi LoRA",
             category=CATEGORY,
             description="Adds a LoRA of any kind: Genmo's trainer with its alphas, diffusers and PEFT, kohya, DoRA. Several "
-            "may follow each other. ComfyUI's own LoRA loaders know Genmo's and kohya's names only, and not Genmo's alphas.",
+            "may follow each other. ComfyUI's own LoRA loaders know Mochi's own names only, and not Genmo's alphas.",
             search_aliases=["mochi lora", "lora loader", "LoraLoaderModelOnly", "dora"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load Mochi Transformer, or any other Mochi MODEL."),

@@ -2,14 +2,17 @@
 
 They are written in four ways: `X.weight` in fp8 with `X.scale_weight` (and `X.scale_input`) beside it and a marker tensor
 `scaled_fp8` in the file; `X.weight` with `X.weight_scale`, `X.input_scale` and `X.comfy_quant` (JSON as bytes, or the JSON of
-all layers in the file's metadata); `X.weight` in plain fp8; GGML blocks in `X.Q4_0_qweight` and the like.
+all layers in the file's metadata); `X.weight` in plain fp8; GGML blocks in `X.Q4_0_qweight` and the like. What ComfyUI
+saves of a model in GGML blocks is of the second kind, in the form `ggml_Q4_0`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from .reader import NOTE, StoredTensor, Tensors
 GGML_WEIGHT = re.compile(r"(.*\.)([A-Z\d_]+)_qweight")
 MARKER = re.compile(r"(.*\.)?scaled_fp8")
 STORED_AS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
+GGML_FORMAT = "ggml_"
 SCALES, INPUT_SCALES = ("weight_scale", "scale_weight"), ("input_scale", "scale_input")
 LARGE = re.compile(r"blocks\..*\.weight")
 """Embedders and final layer are never quantised here."""
@@ -38,8 +42,10 @@ def resolve(tensors: Tensors) -> Tensors:
     for name, tensor in tensors.items():
         if len(tensor.shape) != 2:
             continue
-        if (match := GGML_WEIGHT.fullmatch(name)) and match[2] in BLOCK_TYPES:
+        if (match := GGML_WEIGHT.fullmatch(name)) and _holds_blocks(tensor, match[2]):
             resolved[match[1] + "weight"] = ggml_weight(resolved.pop(name), match[2])
+        elif name.endswith(".weight") and tensor.dtype == torch.uint8:
+            _resolve_blocks(resolved, name.removesuffix("weight"))
         elif name.endswith(".weight") and tensor.dtype in STORED_AS.values():
             _resolve_scaled(resolved, name.removesuffix("weight"), exact_product=bool(exact) and name.startswith(exact))
     return resolved
@@ -48,7 +54,8 @@ def resolve(tensors: Tensors) -> Tensors:
 def ggml_weight(stored: StoredTensor, block_type: str) -> StoredTensor:
     """(rows, bytes of a row) uint8 as the matrix that it stands for."""
     shape = (stored.shape[0], columns(stored.shape[1], block_type))
-    return _weight(shape, stored.dtype, lambda: QuantizedWeight(stored.read(), block_type=block_type))
+    weight = _weight(shape, stored.dtype, lambda: QuantizedWeight(stored.read(), block_type=block_type))
+    return replace(weight, block_type=block_type)
 
 
 def quantize_large(tensors: Tensors, kind: str | None) -> Tensors:
@@ -79,12 +86,30 @@ def unknown_forms(tensors: Tensors) -> set[str]:
     return {str(note.get("format")) for note in notes} | blocks | ({"int8 without a scale"} if bare else set())
 
 
+def _holds_blocks(stored: StoredTensor, block_type: str) -> bool:
+    return block_type in BLOCK_TYPES and stored.shape[1] % BLOCK_TYPES[block_type].bytes == 0
+
+
+def _resolve_blocks(tensors: Tensors, layer: str) -> None:
+    block_type = str(_note(tensors, layer).get("format")).removeprefix(GGML_FORMAT)
+    if _holds_blocks(tensors[layer + "weight"], block_type):
+        del tensors[layer + NOTE]
+        tensors[layer + "weight"] = ggml_weight(tensors[layer + "weight"], block_type)
+
+
 def _resolve_scaled(tensors: Tensors, layer: str, *, exact_product: bool) -> None:
     """Replace the parts of one layer by its weight, unless they are in an unknown form."""
     note, values = _note(tensors, layer), tensors[layer + "weight"]
     scale, input_scale = _first(tensors, layer, SCALES), _first(tensors, layer, INPUT_SCALES)
-    known = STORED_AS.get(note["format"]) == values.dtype if "format" in note else True
-    if not known or note.get("convrot") or (values.dtype == torch.int8 and scale is None):
+    known = STORED_AS.get(str(note["format"])) == values.dtype if "format" in note else True
+    bare = values.dtype == torch.int8 and scale is None
+    if (
+        not known
+        or bare
+        or note.get("convrot")
+        or _count(scale) not in (1, values.shape[0])
+        or _count(input_scale) != 1
+    ):
         return
     for leaf in (*SCALES, *INPUT_SCALES, NOTE):
         tensors.pop(layer + leaf, None)
@@ -93,20 +118,21 @@ def _resolve_scaled(tensors: Tensors, layer: str, *, exact_product: bool) -> Non
     def read() -> QuantizedWeight:
         return QuantizedWeight(
             values.read(),
-            None if scale is None else _per_row(scale, values.shape[0], layer),
-            input_scale=None if input_scale is None else input_scale.read().float().reshape(()),
+            None if scale is None else _read_scale(scale),
+            input_scale=None if input_scale is None else _read_scale(input_scale),
             exact_product=exact_product,
         )
 
     tensors[layer + "weight"] = _weight(values.shape, values.dtype, read)
 
 
-def _per_row(scale: StoredTensor, rows: int, layer: str) -> torch.Tensor:
+def _count(scale: StoredTensor | None) -> int:
+    return 1 if scale is None else math.prod(scale.shape)
+
+
+def _read_scale(scale: StoredTensor) -> torch.Tensor:
     """One float32 number, or (rows, 1)."""
-    count = torch.Size(scale.shape).numel()
-    if count not in (1, rows):
-        raise ValueError(f"{layer}weight has {rows} rows, but {count} scales; download the file again.")
-    return scale.read().float().reshape(() if count == 1 else (rows, 1))
+    return scale.read().float().reshape(() if _count(scale) == 1 else (-1, 1))
 
 
 def _first(tensors: Tensors, layer: str, leaves: tuple[str, ...]) -> StoredTensor | None:

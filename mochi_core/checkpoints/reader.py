@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import struct
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..ggml import BLOCK_TYPES
 from ..quantized import QuantizedWeight
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -37,6 +39,22 @@ class StoredTensor:
     read: Callable[[], Tensor]
     quantized: Callable[[], QuantizedWeight] | None = None
     """For a quantised weight, reads its stored form; `read` then widens it."""
+    block_type: str | None = None
+    """For GGML blocks, which (see `ggml.BLOCK_TYPES`)."""
+
+    @property
+    def form(self) -> str:
+        """What people call the stored form: bfloat16, float8_e4m3fn, Q4_0 ..."""
+        return self.block_type or str(self.dtype).removeprefix("torch.")
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is stored."""
+        count = math.prod(self.shape)
+        if self.block_type is None:
+            return count * self.dtype.itemsize
+        block = BLOCK_TYPES[self.block_type]
+        return count // block.weights * block.bytes
 
 
 Tensors = dict[str, StoredTensor]
@@ -63,7 +81,7 @@ def open_tensors(path: str | Path) -> TensorFile:
         return _open_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the name.")
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         from .gguf import open_gguf  # it makes use of this module
 
         return open_gguf(path)
