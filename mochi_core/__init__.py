@@ -6,6 +6,7 @@ from .config import AsymmDiTConfig, AsymmVAEConfig
 from .dit import AsymmDiT
 from .geometry import VideoSize
 from .latents import denormalize_latents, normalize_latents
+from .lora import Lora
 from .pipeline import MochiPipeline
 from .sample import euler, guided, sample
 from .schedule import linear_quadratic_schedule
@@ -19,6 +20,7 @@ __all__ = [
     "AsymmVAE",
     "AsymmVAEConfig",
     "Attention",
+    "Lora",
     "MochiPipeline",
     "Posterior",
     "TextEncoder",

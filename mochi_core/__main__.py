@@ -43,8 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> None:
     home = "cpu" if options.offload else options.device
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
+    transformer = load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize)
+    for path, strength in options.lora:
+        transformer.load_lora(path, strength)
     pipe = MochiPipeline(
-        load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize),
+        transformer,
         load_vae(options.vae, DTYPES[options.vae_dtype], home),
         text_encoder,
         offload=options.offload,
@@ -123,6 +126,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--transformer", required=True, type=Path, help="e.g. mochi_preview_bf16.safetensors, or a diffusers folder")
     add("--t5", required=True, type=Path, help="e.g. t5xxl_fp16.safetensors, or a text_encoder folder")
     add("--tokenizer", type=Path, help="folder with T5's tokenizer.json (default: looked for beside --t5)")
+    add("--lora", type=lora_option, action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
     add("--prompt", required=True)
     add("--negative-prompt", default="")
     add("--height", type=int, default=480, help="pixels, a multiple of 16 (default: %(default)s)")
@@ -157,6 +161,15 @@ def _add_output(command: argparse.ArgumentParser, what: str) -> None:
     add("--device", default=device, help="(default: %(default)s)")
     add("--fps", type=int, default=FPS, help="(default: %(default)s)")
     add("-o", "--output", type=Path, default=Path("mochi.mp4"), help=f"{what} (default: %(default)s)")
+
+
+def lora_option(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH; a colon that no number follows belongs to the file, as in C:\\a.safetensors."""
+    path, _, strength = text.rpartition(":")
+    try:
+        return (path, float(strength)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ from .layers import (
     modulated_norm,
 )
 from .rope import Rope, rope_table, rotate
+
+if TYPE_CHECKING:
+    from .lora import Lora
 
 QK_NORM_EPS = 1e-5
 
@@ -267,6 +271,20 @@ class AsymmDiT(nn.Module):
         x = self.final_layer(x, modulation.final)  # (B, N, patch * patch * C)
         velocity = self._unpatchify(x, num_latents, rows)  # (B, C, T, H, W), padded
         return velocity[..., :height, :width]
+
+    def load_lora(self, path: str | Path, strength: float = 1.0) -> Lora:
+        """Put a LoRA file of any known kind into the denoiser; several add up.
+
+        The result's `strength` can be changed at any time, and its `remove` leaves the denoiser exactly as it was. Names
+        without a place in Mochi are reported in a warning. A compiled denoiser has to be compiled again.
+
+        Raises:
+            ValueError: the file is no LoRA for this denoiser.
+            FileNotFoundError: there is no such file.
+        """
+        from .lora import load_lora  # it knows files, which this module does not
+
+        return load_lora(self, path, strength)
 
     def joint_blocks(self) -> list[AsymmetricJointBlock]:
         return list(self.blocks)  # pyright: ignore[reportReturnType] - ModuleList forgets its element type

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .loaders import LoadT5, LoadTransformer, LoadVAE
+from .lora import LoadLoRA
 from .sampling import Sampler, Sigmas
 from .text import T5Encode
 from .vae import TiledVAEDecode, VAEEncode
@@ -13,6 +14,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadTransformer,
     LoadVAE,
     LoadT5,
+    LoadLoRA,
     T5Encode,
     Sigmas,
     Sampler,

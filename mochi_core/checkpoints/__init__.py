@@ -3,10 +3,13 @@
 from .detect import describe, dit_config, find_part, has_decoder, has_encoder, shape_of, vae_config
 from .diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
 from .loading import check_tensors, load_into, load_transformer, load_vae
+from .lora import LoraFile, LoraUpdate, read_lora
 from .quantization import quantize_large
 from .reader import StoredTensor, TensorFile, from_state_dict, open_tensors
 
 __all__ = [
+    "LoraFile",
+    "LoraUpdate",
     "StoredTensor",
     "TensorFile",
     "autoencoder_rules",
@@ -22,6 +25,7 @@ __all__ = [
     "load_vae",
     "open_tensors",
     "quantize_large",
+    "read_lora",
     "shape_of",
     "to_canonical",
     "to_diffusers",

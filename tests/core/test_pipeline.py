@@ -10,6 +10,7 @@ from mochi_core import MochiPipeline, denormalize_latents, load_text_encoder, sa
 from mochi_core.__main__ import main
 from mochi_core.latent_files import load_latents, save_latents
 from mochi_core.video import VideoWriter
+from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit, random_t5, random_vae, write_models
 
 SIZE = {"height": 32, "width": 48, "num_frames": 7, "num_inference_steps": 3}
@@ -213,6 +214,28 @@ def test_a_video_that_fails_leaves_what_was_there(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"an earlier video"]
+
+
+def test_command_line_loras(models, tokenizer, tmp_path, capsys):
+    files = [str(part) for pair in models.items() for part in pair]
+    size = ["--height", "32", "--width", "48", "--frames", "7", "--steps", "3", "--dtype", "fp32"]
+    command = ["generate", *files, "--tokenizer", str(tokenizer), "--prompt", "a kite", *size]
+    lora = write_adapter(tmp_path / "a.safetensors", random_adapter(random_dit().state_dict()), "comfyui")
+    videos = {}
+    for name, loras in {
+        "none": [],
+        "off": ["--lora", f"{lora}:0"],
+        "on": ["--lora", str(lora)],
+        "summed": ["--lora", f"{lora}:2.5", "--lora", f"{lora}:-1.5"],
+    }.items():
+        assert main([*command, *loras, "-o", str(tmp_path / f"{name}.mp4")]) == 0
+        with av.open(str(tmp_path / f"{name}.mp4")) as container:
+            videos[name] = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]) / 255
+    assert np.array_equal(videos["off"], videos["none"])
+    assert np.abs(videos["on"] - videos["none"]).mean() > 0.05
+    assert np.abs(videos["on"] - videos["summed"]).mean() < 0.01
+    assert main([*command, "--lora", f"{models['--vae']}:0.5"]) == 2
+    assert "mochi_vae.safetensors holds a Mochi autoencoder" in capsys.readouterr().err
 
 
 def test_command_line_inspect(models, tmp_path, capsys):

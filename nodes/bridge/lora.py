@@ -1,0 +1,54 @@
+"""LoRA files of every kind as the host's own weight patches."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_base
+import comfy.model_management as mm
+import torch
+from comfy.weight_adapter import LoRAAdapter
+
+from ...mochi_core.checkpoints import LoraUpdate, dit_config, from_state_dict, read_lora
+
+
+class DoRAAdapter(LoRAAdapter):
+    """The host's LoRA, with DoRA as published: rows are measured after the low-rank change, not before it."""
+
+    def calculate_weight(
+        self, weight, _key, strength, _strength_model, _offset, function, dtype=torch.float32, _original=None
+    ):
+        up, down, alpha, _, magnitude, _ = self.weights
+        up, down, magnitude = (mm.cast_to_device(t, weight.device, dtype) for t in (up, down, magnitude))
+        changed = weight + (alpha / len(down)) * (up @ down).to(weight.dtype)
+        changed *= (magnitude.to(weight.dtype) / changed.norm(dim=1))[:, None]
+        weight += function(strength * (changed - weight))
+        return weight
+
+
+def add_lora(model, path: str, strength: float):
+    """A copy of a Mochi MODEL, from any loader, with a LoRA on top of what it has already.
+
+    Raises:
+        ValueError: the file is no LoRA for it, or the MODEL is none of Mochi.
+    """
+    if not isinstance(model.model, comfy.model_base.GenmoMochi):
+        raise ValueError(f"The MODEL is {type(model.model).__name__}, not Mochi; connect Load Mochi Transformer.")
+    denoiser = model.model.diffusion_model
+    # The stock loader's denoiser has the same tensors, but no configuration.
+    config = getattr(denoiser, "config", None) or dit_config(from_state_dict(denoiser.state_dict()))
+    file = read_lora(path, config)
+    if file.unmatched:
+        logging.warning(file.unmatched)
+    patched = model.clone()
+    patched.add_patches(dict(_patch(update) for update in file.updates), strength)
+    return patched
+
+
+def _patch(update: LoraUpdate):
+    """The host's key for some rows of a weight, and the adapter that changes them."""
+    first, end = update.rows
+    key = (f"diffusion_model.{update.layer}.weight", (0, first, end - first))
+    adapter = LoRAAdapter if update.magnitude is None else DoRAAdapter
+    alpha = update.scale * len(update.down)
+    return key, adapter(set(), (update.up, update.down, alpha, None, update.magnitude, None))

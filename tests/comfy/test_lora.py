@@ -1,0 +1,270 @@
+"""Load Mochi LoRA in a real ComfyUI server, against checkpoints merged by hand and beside the host's own LoRA nodes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mochi_core import AsymmDiT
+from tests.comfy.test_server import (  # noqa: F401 - a fixture among them
+    MODEL,
+    NEGATIVE,
+    POSITIVE,
+    SAMPLER,
+    assert_healthy,
+    latents_of,
+    node,
+    prompt,
+    upto_sampler,
+    with_defaults,
+)
+from tests.harness.lora_files import (
+    ALPHA,
+    ATTENTION,
+    RANK,
+    diffusers_weights,
+    merged,
+    random_adapter,
+    with_weights,
+    write_adapter,
+)
+from tests.harness.tiny_models import random_dit
+from tests.peers.builders import relative_error
+
+ROOT = Path(__file__).parents[2]
+GENMO_NOTES = {"kwargs": {"qkv_proj_lora_alpha": ALPHA, "out_proj_lora_alpha": ALPHA}}
+PEFT_NOTES = {"lora_adapter_metadata": {"transformer.r": RANK, "transformer.lora_alpha": ALPHA}}
+own_weights = AsymmDiT.state_dict
+KINDS = {
+    "genmo": {"names": own_weights, "endings": ATTENTION, "metadata": GENMO_NOTES},
+    "diffusers": {"names": diffusers_weights, "metadata": PEFT_NOTES},
+    "kohya": {"names": own_weights, "alpha": ALPHA},
+    "comfyui": {"names": own_weights, "alpha": ALPHA, "dora": True},
+    "peft": {"names": diffusers_weights, "alpha": ALPHA, "dora": True},
+}
+
+
+@pytest.fixture(scope="module")
+def dit():
+    """The server's denoiser; the numbers in its file are bf16."""
+    return with_weights(random_dit(), {name: t.bfloat16().float() for name, t in random_dit().state_dict().items()})
+
+
+@pytest.fixture
+def write_lora(comfy_server):
+    """Write a LoRA in one of the `KINDS`; returns what it makes of a denoiser."""
+
+    def write(kind, base, strength=1.0):
+        options = KINDS[kind]
+        weights = options["names"](base)
+        adapter = random_adapter(weights, *options.get("endings", ()), dora=options.get("dora", False))
+        path = comfy_server.base / "models" / "loras" / f"{kind}.safetensors"
+        write_adapter(path, adapter, kind, options.get("alpha"), options.get("metadata"))
+        return with_weights(base, merged(weights, adapter, ALPHA / RANK, strength))
+
+    return write
+
+
+@pytest.fixture
+def with_checkpoint(comfy_server):
+    """A graph that also samples from a file with other weights, as "by hand"."""
+
+    def build(name, weights, dtype="fp32"):
+        save_file(weights.state_dict(), comfy_server.base / "models" / "diffusion_models" / name)
+        graph = upto_sampler()
+        graph[MODEL]["inputs"]["weight_dtype"] = dtype
+        graph["file"] = node("Mochi1LoadTransformer", model_name=name, weight_dtype=dtype)
+        return graph | {"by hand": sampled(graph, "file")}
+
+    return build
+
+
+def sampled(graph, model, **inputs):
+    return node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "model": [model, 0], **inputs})
+
+
+def ours(model, kind, strength=1.0):
+    return node("Mochi1LoadLoRA", model=[model, 0], lora_name=f"{kind}.safetensors", strength=strength)
+
+
+def stock(model, kind, strength=1.0):
+    return node("LoraLoaderModelOnly", model=[model, 0], lora_name=f"{kind}.safetensors", strength_model=strength)
+
+
+def assert_same(result, expected, plain):
+    assert (result - expected).norm() <= 1e-4 * expected.norm()
+    assert (plain - expected).norm() > 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_a_checkpoint_merged_by_hand(latents_of, dit, write_lora, with_checkpoint, kind):  # noqa: F811
+    graph = with_checkpoint(f"merged {kind}.safetensors", write_lora(kind, dit, 0.8))
+    graph["lora"] = ours(MODEL, kind, 0.8)
+    graph["result"] = sampled(graph, "lora")
+    plain, result, expected = latents_of(graph, [SAMPLER, 0], ["result", 0], ["by hand", 0])
+    assert_same(result, expected, plain)
+
+
+def test_strength_0_and_removal_leave_no_trace(comfy_client, latents_of, dit, write_lora):  # noqa: F811
+    write_lora("peft", dit)
+    graph = upto_sampler()
+    (before,) = latents_of(graph, [SAMPLER, 0])
+    # The same schedule by another way, so that no result comes from the cache.
+    sigmas = {"sigmas": with_defaults(comfy_client, "Mochi1Sigmas", steps=graph[SAMPLER]["inputs"]["steps"])}
+    loras = {"on": ours(MODEL, "peft"), "off": ours(MODEL, "peft", 0.0)}
+    samplers = {"with": sampled(graph, "on"), "without": sampled(graph, "off", sigmas=["sigmas", 0], steps=7)}
+    on, off = latents_of(graph | sigmas | loras | samplers, ["with", 0], ["without", 0])
+    (after,) = latents_of({**graph, **sigmas, "after": sampled(graph, MODEL, sigmas=["sigmas", 0])}, ["after", 0])
+    assert not torch.equal(on, before)
+    assert torch.equal(off, before)
+    assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("second", [ours, stock])
+def test_loras_follow_each_other(latents_of, dit, write_lora, with_checkpoint, second):  # noqa: F811
+    both = write_lora("kohya", write_lora("diffusers", dit))
+    graph = with_checkpoint("both.safetensors", both)
+    graph |= {"first": ours(MODEL, "diffusers"), "second": second("first", "kohya")}
+    graph["result"] = sampled(graph, "second")
+    plain, result, expected = latents_of(graph, [SAMPLER, 0], ["result", 0], ["by hand", 0])
+    assert_same(result, expected, plain)
+
+
+def test_hooks_come_on_top(latents_of, dit, write_lora, with_checkpoint):  # noqa: F811
+    both = write_lora("kohya", write_lora("peft", dit))
+    graph = with_checkpoint("hooked.safetensors", both)
+    graph["lora"] = ours(MODEL, "peft")
+    graph["hook"] = node("CreateHookLoraModelOnly", lora_name="kohya.safetensors", strength_model=1.0)
+    graph["prompts"] = node(
+        "PairConditioningSetProperties", positive_NEW=[POSITIVE, 0], negative_NEW=[NEGATIVE, 0], strength=1.0,
+        set_cond_area="default", hooks=["hook", 0],
+    )  # fmt: skip
+    graph["result"] = sampled(graph, "lora", positive=["prompts", 0], negative=["prompts", 1])
+    plain, result, expected = latents_of(graph, [SAMPLER, 0], ["result", 0], ["by hand", 0])
+    assert_same(result, expected, plain)
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "int8", "q4_0"])
+def test_on_quantised_weights(latents_of, dit, write_lora, with_checkpoint, dtype):  # noqa: F811
+    """The host rounds the changed weights of 8 bits again; the file has them rounded once."""
+    graph = with_checkpoint("to be quantised.safetensors", write_lora("peft", dit), dtype)
+    graph["lora"] = ours(MODEL, "peft")
+    graph["result"] = sampled(graph, "lora")
+    plain, result, expected = latents_of(graph, [SAMPLER, 0], ["result", 0], ["by hand", 0])
+    assert (result - expected).norm() < 0.3 * (plain - expected).norm()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"double_blocks.0.img_attn.qkv.lora_A.weight": torch.zeros(4, 8)}, "holds a LoRA for FLUX or HunyuanVideo"),
+        ({"blocks.0.attn.qkv_x.lora_A": torch.zeros(4, 8)}, "has one half of blocks.0.attn.qkv_x only"),
+        ({"t5_yproj.weight": torch.zeros(4, 8)}, "holds a Mochi transformer"),
+        ("<html>Not found</html>", "is not a safetensors file"),
+    ],
+)
+def test_bad_files_are_told_what_is_wrong(comfy_client, comfy_server, content, message):
+    path = comfy_server.base / "models" / "loras" / "bad.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        save_file(content, path)
+    graph = prompt()
+    graph["lora"] = ours(MODEL, "bad")
+    graph[SAMPLER]["inputs"]["model"] = ["lora", 0]
+    run = comfy_client.run(graph)
+    assert run.outcome == "execution_error"
+    assert message in run.error
+    assert_healthy(comfy_client)
+
+
+def test_names_without_a_place_are_logged(comfy_client, comfy_server, dit):
+    strays = random_adapter({"blocks.7.attn.qkv_x.weight": torch.zeros(4, 4)})
+    adapter = random_adapter(dit.state_dict(), "qkv_x") | strays
+    write_adapter(comfy_server.base / "models" / "loras" / "stray.safetensors", adapter, "genmo")
+    graph = prompt()
+    graph["lora"] = ours(MODEL, "stray")
+    graph[SAMPLER]["inputs"]["model"] = ["lora", 0]
+    assert comfy_client.run(graph).outcome == "execution_success"
+    assert (
+        "stray.safetensors: Mochi has no place for 1 of its names, left out: blocks.7.attn.qkv_x."
+        in comfy_server.log_tail(200)
+    )
+
+
+SCRIPT = """
+import importlib.util, json, sys
+comfyui, root, model, lora, released_lora, result = sys.argv[1:]
+sys.argv = sys.argv[:1]
+sys.path.insert(0, comfyui)
+from comfy.cli_args import args
+args.cpu = True
+import comfy.model_detection, comfy.model_patcher, torch
+from safetensors.torch import save_file
+
+spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
+sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+from pack.nodes.bridge.lora import add_lora
+from pack.nodes.bridge.model import load_model
+
+def streamed(patched, name):
+    weights = {}
+    for key, weight in patched.model.state_dict().items():
+        if key in patched.patches:
+            patch = comfy.model_patcher.LowVramPatch(key, patched.patches)
+            patch.prepare(None, None, copy=False)
+            weights[name + key.removeprefix("diffusion_model.")] = patch(weight.clone())
+    return weights
+
+def host(file):
+    tensors = comfy.utils.load_torch_file(file)
+    return comfy.sd.load_lora_for_models(load_model(model, torch.float32), None, tensors, 0.8, 0.0)[0]
+
+ours = add_lora(load_model(model, torch.float32), lora, 0.8)
+save_file(streamed(ours, "") | streamed(host(lora), "host/"), result)
+assert not host(released_lora).patches
+
+names = {"t5_yproj.weight": torch.zeros(1)}
+config = comfy.model_detection.model_config_from_unet(names, "")
+config.set_inference_dtype(torch.bfloat16, None)
+stock = comfy.model_patcher.ModelPatcher(config.get_model({}, device="meta"), torch.device("cpu"), torch.device("cpu"))
+print(json.dumps(sorted(add_lora(stock, released_lora, 1.0).patches)))
+stock.model = torch.nn.Identity()
+try:
+    add_lora(stock, lora, 1.0)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_weight_streaming_and_the_stock_loaders_model(comfy_path, dit, tmp_path):
+    """Of the host's low-VRAM mode what runs without a GPU; the stock denoiser without its 20 GB."""
+    weights = dit.state_dict()
+    adapter = random_adapter(weights, dora=True)
+    model, lora, result = (tmp_path / f"{name}.safetensors" for name in ("model", "lora", "result"))
+    save_file(weights, model)
+    write_adapter(lora, adapter, "comfyui", alpha=ALPHA)
+    released = random_adapter(diffusers_weights(AsymmDiT(device="meta")), "0.attn1.to_k", "47.norm1_context.linear_1")
+    released_lora = write_adapter(tmp_path / "released.safetensors", released, "diffusers")
+    arguments = [str(path) for path in (comfy_path, ROOT, model, lora, released_lora, result)]
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    streamed, expected = load_file(result), merged(weights, adapter, ALPHA / RANK, 0.8)
+    assert streamed.keys() == {f"{host}{layer}.weight" for layer in adapter for host in ("", "host/")}
+    for layer in adapter:
+        name = f"{layer}.weight"
+        assert relative_error(streamed[name], expected[name]) < 1e-6
+        # The host divides by the lengths that the rows have without the LoRA.
+        assert relative_error(streamed[f"host/{name}"], expected[name]) > 0.01
+    *_, keys, refusal = done.stdout.splitlines()
+    blocks = "diffusion_model.blocks"
+    assert json.loads(keys) == [
+        *(f"{blocks}.{i}.attn.qkv_x.weight" for i in (0, 10, 20, 30, 40)), f"{blocks}.47.mod_y.weight"
+    ]  # fmt: skip
+    assert refusal == "The MODEL is Identity, not Mochi; connect Load Mochi Transformer."
