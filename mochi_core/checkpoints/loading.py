@@ -6,14 +6,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..dit import AsymmDiT
 from ..vae import AsymmVAE
-from .detect import dit_config, find_part, has_decoder, has_encoder, vae_config
-from .reader import Tensors, open_tensors
+from .detect import blaming, dit_config, file_label, has_decoder, has_encoder, open_part, vae_config
+from .reader import Tensors
 
 EXAMPLES = 6
+# The first bit pattern, without its sign, that is no finite number.
+FP8_INFINITY = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+SIGN_BIT = 0x80
 
 
 def load_transformer(
@@ -28,9 +31,10 @@ def load_transformer(
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
-    tensors = find_part(open_tensors(path).tensors, "transformer", path.name)
-    dit = AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
-    load_into(dit, tensors, path.name, device)
+    tensors, label = open_part(path, "transformer"), file_label(path)
+    with blaming(label):
+        dit = AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
+    load_into(dit, tensors, label, device)
     return dit.eval()
 
 
@@ -46,13 +50,17 @@ def load_vae(
     paths = [Path(path)] if isinstance(path, str | Path) else [Path(p) for p in path]
     tensors: Tensors = {}
     for file in paths:
-        half = find_part(open_tensors(file).tensors, "vae", file.name)
+        half = open_part(file, "vae")
         if twice := sorted(set(tensors) & set(half)):
             raise ValueError(f"{file.name} brings {twice[0]} a second time; give each half of the autoencoder once.")
         tensors |= half
-    halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
-    vae = AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
-    load_into(vae, tensors, " and ".join(file.name for file in paths), device)
+    halves, label = (
+        {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)},
+        " and ".join(map(file_label, paths)),
+    )
+    with blaming(label):
+        vae = AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
+    load_into(vae, tensors, label, device)
     return vae.eval()
 
 
@@ -62,12 +70,14 @@ def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch
     Tensors are read, cast and moved one by one, so a second copy of the model never exists.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of the wrong shape.
+        ValueError: tensors are missing, unexpected or of the wrong shape, or have values that are no numbers.
     """
     check_tensors(module, tensors, file_name)
     for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         value = tensors[name].read().to(device, parameter.dtype)
+        if not is_finite(value):
+            raise ValueError(f"{file_name} holds NaN or infinite values in {name}; download it again.")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
@@ -88,6 +98,19 @@ def check_tensors(module: nn.Module, tensors: Tensors, file_name: str) -> None:
         raise ValueError(
             f"{file_name} does not fit the model: {'; '.join(problems)}. Download it again or use another file."
         )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity, in one pass over the memory, on the tensor's device."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    if tensor.dtype in FP8_INFINITY:
+        # No arithmetic on these; but what is not finite has the largest bit patterns, positive or negative.
+        first = FP8_INFINITY[tensor.dtype]
+        positive, negative = tensor.view(torch.int8).amax(), tensor.view(torch.uint8).amax()
+        return bool((positive < first) & (negative < first + SIGN_BIT))
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() & high.isfinite())
 
 
 def _listed(kind: str, names: Iterable[str]) -> list[str]:
