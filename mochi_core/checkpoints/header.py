@@ -109,12 +109,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, raw: Any) -> Entry:
-    shape, offsets = (raw.get(key) if isinstance(raw, dict) else None for key in ("shape", "data_offsets"))
+    fields: dict[str, Any] = raw if isinstance(raw, dict) else {}
+    shape, offsets, stored = fields.get("shape", ""), fields.get("data_offsets", ""), fields.get("dtype", "")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise ValueError(f"the entry of {_shown(name)} describes no tensor")
-    dtype = DTYPES.get(raw["dtype"]) if isinstance(raw.get("dtype"), str) else None
+    dtype = DTYPES.get(stored) if isinstance(stored, str) else None
     if dtype is None:
-        raise ValueError(f"{_shown(name)} is stored as {_shown(str(raw.get('dtype')))}, which cannot be read")
+        raise ValueError(f"{_shown(name)} is stored as {_shown(str(stored))}, which cannot be read")
     start, end = offsets
     size = math.prod(shape) * dtype.itemsize
     if end - start != size:
