@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .checkpoints import describe, load_transformer, load_vae, open_tensors
 from .pipeline import MochiPipeline
+from .quantized import QUANTIZERS
 from .schedule import linear_quadratic_schedule
 from .text_encoder import load_text_encoder
 from .video import FPS, save_video
@@ -37,7 +38,7 @@ def generate(options: argparse.Namespace) -> None:
     home = "cpu" if options.offload else options.device
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
     pipe = MochiPipeline(
-        load_transformer(options.transformer, DTYPES[options.dtype], home),
+        load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize),
         load_vae(options.vae, DTYPES[options.vae_dtype], home),
         text_encoder,
         offload=options.offload,
@@ -103,6 +104,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, default=4.5, help="classifier-free guidance scale; 1 is off (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
+    add("--quantize", choices=QUANTIZERS, help="keep the matrices of the transformer in 8 or 4 bits")
     add("--vae-dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
     add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
     add("--device", default=device, help="(default: %(default)s)")

@@ -41,41 +41,24 @@ def columns(row_bytes: int, name: str) -> int:
     return row_bytes // block.bytes * block.weights
 
 
-def quantize_q8_0(weight: Tensor) -> Tensor:
-    """(rows, columns) to uint8 blocks (rows, bytes); columns must be a multiple of 32."""
-    blocks = _in_blocks(weight, "Q8_0")
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    scaled = blocks * _inverse(scale)
-    rounded = torch.where(scaled < 0, (scaled - 0.5).ceil(), (scaled + 0.5).floor())  # half away from zero
-    return torch.cat((_half_bytes(scale), rounded.to(torch.int8).view(torch.uint8)), -1).reshape(len(weight), -1)
-
-
 def quantize_q4_0(weight: Tensor) -> Tensor:
-    """(rows, columns) to uint8 blocks (rows, bytes); columns must be a multiple of 32.
+    """(rows, columns) to uint8 blocks (rows, bytes); in every block the weight of the largest magnitude becomes -8.
 
-    The weight of the largest magnitude, sign included, becomes -8.
+    Raises:
+        ValueError: the rows are no multiple of 32 long.
     """
-    blocks = _in_blocks(weight, "Q4_0")
+    size = BLOCK_TYPES["Q4_0"].weights
+    if weight.shape[1] % size:
+        raise ValueError(
+            f"Rows of {weight.shape[1]} weights are no whole number of Q4_0 blocks of {size}; use fp8 or int8."
+        )
+    blocks = weight.float().reshape(-1, size)
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = extreme / -8
-    levels = (blocks * _inverse(scale) + 8.5).clamp(0, 15).to(torch.uint8)
-    low, high = levels.chunk(2, dim=-1)
-    return torch.cat((_half_bytes(scale), low | high << 4), -1).reshape(len(weight), -1)
-
-
-def _in_blocks(weight: Tensor, name: str) -> Tensor:
-    size = BLOCK_TYPES[name].weights
-    if weight.shape[-1] % size:
-        raise ValueError(f"Rows of {weight.shape[-1]} weights cannot be {name}, which needs a multiple of {size}.")
-    return weight.float().reshape(-1, size)
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0, 1 / scale)
-
-
-def _half_bytes(scale: Tensor) -> Tensor:
-    return scale.to(torch.float16).view(torch.uint8)
+    inverse = torch.where(scale == 0, 0, 1 / scale)
+    low, high = (blocks * inverse + 8.5).clamp(0, 15).to(torch.uint8).chunk(2, dim=-1)
+    halves = scale.to(torch.float16).view(torch.uint8)
+    return torch.cat((halves, low | high << 4), dim=-1).reshape(len(weight), -1)
 
 
 def _half(blocks: Tensor, start: int) -> Tensor:

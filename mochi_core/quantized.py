@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ggml
+from .ggml import columns, dequantize, quantize_q4_0
 
 FP8 = torch.float8_e4m3fn
 
@@ -28,23 +28,23 @@ class QuantizedWeight:
     """float32, one number for the whole matrix, or (rows, 1); None is 1."""
     block_type: str | None = None
     """A name in `ggml.BLOCK_TYPES`."""
+    input_scale: Tensor | None = None
+    """What the file proposes to divide inputs by, for hosts that multiply in fp8; the layer here multiplies exactly."""
+    exact_product: bool = True
+    """Whether even such hosts should widen the weight instead."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self.values.shape
-        return rows, ggml.columns(columns, self.block_type) if self.block_type else columns
+        rows, stored = self.values.shape
+        return rows, columns(stored, self.block_type) if self.block_type else stored
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(rows, columns), computed in float32 and rounded once."""
         if self.block_type:
-            return ggml.dequantize(self.values, self.block_type).to(dtype)
+            return dequantize(self.values, self.block_type).to(dtype)
         if self.scale is None:
             return self.values.to(dtype)
         return self.values.to(torch.float32).mul_(self.scale).to(dtype)
-
-    def to(self, device: torch.device | str) -> QuantizedWeight:
-        scale = None if self.scale is None else self.scale.to(device)
-        return QuantizedWeight(self.values.to(device), scale, self.block_type)
 
 
 class QuantizedLinear(nn.Module):
@@ -58,7 +58,8 @@ class QuantizedLinear(nn.Module):
         self.scale: Tensor | None
         self.register_buffer("values", weight.values)
         self.register_buffer("scale", weight.scale)
-        self.bias = bias
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
 
     @property
     def weight(self) -> QuantizedWeight:
@@ -97,7 +98,6 @@ def _nonzero(scale: Tensor) -> Tensor:
 QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "fp8": lambda weight: QuantizedWeight(*quantize_fp8(weight)),
     "int8": lambda weight: QuantizedWeight(*quantize_int8(weight)),
-    "q8_0": lambda weight: QuantizedWeight(ggml.quantize_q8_0(weight), block_type="Q8_0"),
-    "q4_0": lambda weight: QuantizedWeight(ggml.quantize_q4_0(weight), block_type="Q4_0"),
+    "q4_0": lambda weight: QuantizedWeight(quantize_q4_0(weight), block_type="Q4_0"),
 }
 """How a (rows, columns) weight can be quantised while it is loaded."""

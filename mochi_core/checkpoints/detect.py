@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import AsymmDiTConfig, AsymmVAEConfig
 from .diffusers import autoencoder_rules, to_canonical, transformer_rules
+from .quantization import resolve, unknown_forms
 from .reader import Tensors, open_tensors
 
 # What wrappers and whole pipelines put in front of a model's own names, in any combination.
@@ -28,7 +29,13 @@ SIGNATURES = {
         "decoder.blocks.0.0.weight", "encoder.layers.0.weight", "blocks.0.0.weight", "layers.0.weight",
         "decoder.block_in.resnets.0.conv1.conv.weight", "encoder.block_in.resnets.0.conv1.conv.weight",
     ),
-    "t5": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
+    "t5": ("encoder.block.0.layer.0.SelfAttention.q.weight", "enc.blk.0.attn_q.weight"),
+}  # fmt: skip
+LLAMA_CPP_T5 = {
+    "attn_norm": "0.layer_norm", "attn_rel_b": "0.SelfAttention.relative_attention_bias",
+    **{f"attn_{part}": f"0.SelfAttention.{part}" for part in "qkvo"},
+    "ffn_norm": "1.layer_norm", "ffn_gate": "1.DenseReluDense.wi_0", "ffn_up": "1.DenseReluDense.wi_1",
+    "ffn_down": "1.DenseReluDense.wo",
 }  # fmt: skip
 NAMES = {
     "transformer": ("a Mochi transformer", "mochi_preview_bf16.safetensors"),
@@ -48,8 +55,6 @@ STRANGERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a CLIP text encoder", (r".*text_model\.encoder\.layers\.0\..*",)),
     ("an image autoencoder", (r".*decoder\.(mid|mid_block|up_blocks\.0\.resnets\.0\.norm1)\..*",)),
 )
-SCALED_FP8 = re.compile(r".*(scaled_fp8|\.scale_weight|\.weight_scale|\.comfy_quant)")
-GGML_BLOCKS = re.compile(r".*\.Q\d\w*_qweight")
 
 
 def open_part(path: str | Path, part: str) -> Tensors:
@@ -82,37 +87,43 @@ def find_part(tensors: Tensors, part: str, file_name: str) -> Tensors:
     """The tensors of "transformer", "vae" or "t5" under their canonical names, whatever the file calls them.
 
     Prefixes are stripped, diffusers' names converted, tensors of other models left out. Names of the autoencoder always
-    begin with `encoder.` or `decoder.`.
+    begin with `encoder.` or `decoder.`. A quantised weight is one tensor, with its stored form in `quantized`.
 
     Raises:
         ValueError: the file holds no such model, or holds it in a form that cannot be loaded.
     """
     with blaming(file_name):
-        found = _strip(tensors, part)
+        found = _strip(resolve(tensors), part)
     if found is None:
         wanted, example = NAMES[part]
         raise ValueError(f"{file_name} holds {describe(tensors)}, not {wanted}; choose a file such as {example}.")
-    _refuse_quantised(found, file_name, NAMES[part][1])
+    if forms := unknown_forms(found):
+        raise ValueError(
+            f"{file_name} has weights in a form that cannot be read: {', '.join(sorted(forms))}; use another file."
+        )
     with blaming(file_name):
         return CONVERT[part](found)
 
 
 def describe(tensors: Tensors) -> str:
     """One phrase for what a file holds."""
+    tensors = resolve(tensors)
     parts = [_describe_part(part, found) for part in PREFIXES if (found := _strip(tensors, part)) is not None]
     if parts:
         return " and ".join(parts)
     for phrase, patterns in STRANGERS:
         if all(any(re.fullmatch(pattern, name) for name in tensors) for pattern in patterns):
             return phrase
-    if any(GGML_BLOCKS.fullmatch(name) for name in tensors):
-        return "a model in GGML blocks"
     return f"an unknown model of {len(tensors)} tensors (e.g. {', '.join(list(tensors)[:3])})"
 
 
 def _describe_part(part: str, tensors: Tensors) -> str:
     layout = " in diffusers layout" if any("resnets." in n or n.startswith("time_embed.") for n in tensors) else ""
-    blocks = {m[2] for name in tensors if (m := re.match(r"(transformer_blocks|blocks|encoder\.block)\.(\d+)\.", name))}
+    blocks = {
+        m[2]
+        for name in tensors
+        if (m := re.match(r"(transformer_blocks|blocks|encoder\.block|enc\.blk)\.(\d+)\.", name))
+    }
     depth = f", {len(blocks)} blocks" if part != "vae" else ""
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
     return f"{NAMES[part][0]}{layout}{depth}, {' and '.join(dtypes)}"
@@ -136,12 +147,6 @@ def _is_mochi_vae(tensors: Tensors) -> bool:
         r"encoder\.block_in\.resnets\.0\.conv1\.conv\.weight",
     )
     return any(re.fullmatch(mark, name) for mark in marks + peers for name in tensors)
-
-
-def _refuse_quantised(tensors: Tensors, file_name: str, example: str) -> None:
-    for pattern, what in ((SCALED_FP8, "scaled fp8 weights"), (GGML_BLOCKS, "GGML blocks")):
-        if any(pattern.fullmatch(name) for name in tensors):
-            raise ValueError(f"{file_name} has {what}, which cannot be loaded yet; use a file such as {example}.")
 
 
 def _canonical_transformer(tensors: Tensors) -> Tensors:
@@ -171,11 +176,19 @@ def _resnets(tensors: Tensors, stages: str) -> tuple[int, ...]:
 
 
 def _canonical_t5(tensors: Tensors) -> Tensors:
-    """Files hold the token embedding under one of two names, or under both."""
+    """Files hold the token embedding under one of two names, or under both; GGUF files have names of their own."""
+    tensors = {_from_llama_cpp(name): tensor for name, tensor in tensors.items()}
     canonical = {name: tensor for name, tensor in tensors.items() if name != "encoder.embed_tokens.weight"}
     if "encoder.embed_tokens.weight" in tensors:
         canonical.setdefault("shared.weight", tensors["encoder.embed_tokens.weight"])
     return canonical
+
+
+def _from_llama_cpp(name: str) -> str:
+    names = {"token_embd.weight": "shared.weight", "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
+    if (match := re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)\.weight", name)) and match[2] in LLAMA_CPP_T5:
+        return f"encoder.block.{match[1]}.layer.{LLAMA_CPP_T5[match[2]]}.weight"
+    return names.get(name, name)
 
 
 CONVERT: dict[str, Callable[[Tensors], Tensors]] = {

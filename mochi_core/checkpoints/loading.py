@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..dit import AsymmDiT
+from ..quantized import QuantizedLinear
 from ..vae import AsymmVAE
 from .detect import blaming, dit_config, file_label, has_decoder, has_encoder, open_part, vae_config
+from .quantization import quantize_large
 from .reader import Tensors
 
 EXAMPLES = 6
@@ -20,18 +22,23 @@ SIGN_BIT = 0x80
 
 
 def load_transformer(
-    path: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    quantize: str | None = None,
 ) -> AsymmDiT:
     """Load a denoiser from a file or folder in any known layout, ready for inference.
 
-    `pos_frequencies` and the q/k norm weights stay float32 whatever `dtype` is.
+    `pos_frequencies` and the q/k norm weights stay float32 whatever `dtype` is. Linear layers whose weights the file
+    stores quantised (scaled or plain fp8, int8, GGML blocks) keep them so and compute in the dtype of their input;
+    `quantize` ("fp8", "int8" or "q4_0") does the same to the other matrices of the blocks.
 
     Raises:
-        ValueError: the file is not a whole Mochi transformer.
+        ValueError: the file is not a whole Mochi transformer, or there is no such way to quantise.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
-    tensors, label = open_part(path, "transformer"), file_label(path)
+    tensors, label = quantize_large(open_part(path, "transformer"), quantize), file_label(path)
     with blaming(label):
         dit = AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
     load_into(dit, tensors, label, device)
@@ -67,7 +74,8 @@ def load_vae(
 def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch.device | str) -> None:
     """Give a module built on the meta device its weights, in the dtypes that it was built with.
 
-    Tensors are read, cast and moved one by one, so a second copy of the model never exists.
+    A linear layer with a quantised weight becomes a `QuantizedLinear`; any other quantised tensor is widened. Tensors are
+    read, cast and moved one by one, so a second copy of the model never exists.
 
     Raises:
         ValueError: tensors are missing, unexpected or of the wrong shape, or have values that are no numbers.
@@ -75,10 +83,17 @@ def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch
     check_tensors(module, tensors, file_name)
     for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        value = tensors[name].read().to(device, parameter.dtype)
-        if not is_finite(value):
+        layer, read_quantized = module.get_submodule(owner), tensors[name].quantized
+        if read_quantized is not None and isinstance(layer, nn.Linear):
+            quantized = QuantizedLinear(read_quantized()).to(device)
+            module.set_submodule(owner, quantized)
+            values = (quantized.values, quantized.scale)
+        else:
+            value = tensors[name].read().to(device, parameter.dtype)
+            setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
+            values = (value,)
+        if not all(is_finite(value) for value in values if value is not None):
             raise ValueError(f"{file_name} holds NaN or infinite values in {name}; download it again.")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
 def check_tensors(module: nn.Module, tensors: Tensors, file_name: str) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..quantized import QuantizedWeight
 from .header import read_header
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -20,6 +21,10 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 TORCH_KEYS = ("state_dict", "module", "model")
 INDEX_PATTERN = "*.safetensors.index*.json"
 FOLDER_PATTERNS = (INDEX_PATTERN, "*.safetensors", "*.bin")
+QUANTIZATION, NOTE = "_quantization_metadata", "comfy_quant"
+"""A metadata entry and a tensor's last name, which both tell the form of quantised layers."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,10 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    """Of what is stored."""
     read: Callable[[], Tensor]
+    quantized: Callable[[], QuantizedWeight] | None = None
+    """For a quantised weight, reads its stored form; `read` then widens it."""
 
 
 Tensors = dict[str, StoredTensor]
@@ -44,7 +52,7 @@ class TensorFile:
 
 
 def open_tensors(path: str | Path) -> TensorFile:
-    """Open a .safetensors file, a shard index, a torch.save file (weights only), or a folder with one of them.
+    """Open a .safetensors or .gguf file, a shard index, a torch.save file (weights only), or a folder with one of them.
 
     Raises:
         FileNotFoundError: there is nothing at `path`, or a shard is missing.
@@ -56,38 +64,19 @@ def open_tensors(path: str | Path) -> TensorFile:
         return open_tensors(_choose(path))
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the name.")
+    check_unchanged, file = _watch(path), _open_file(path)
+    tensors = {name: _checked(tensor, check_unchanged) for name, tensor in file.tensors.items()}
+    return TensorFile(file.path, tensors, file.metadata)
+
+
+def _open_file(path: Path) -> TensorFile:
     if path.suffix == ".gguf":
-        raise ValueError(f"{path.name} is a GGUF file, which cannot be loaded yet; use a .safetensors file.")
+        from .gguf import open_gguf  # it makes use of this module
+
+        return open_gguf(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _open_torch(path)
+        return TensorFile(path, _open_torch(path), {})
     return _open_shards(path) if path.match(INDEX_PATTERN) else _open_safetensors(path)
-
-
-def from_state_dict(state_dict: Mapping[str, Tensor]) -> Tensors:
-    """Tensors that are already in memory, seen the same way."""
-    return {
-        name: StoredTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
-        for name, tensor in state_dict.items()
-    }
-
-
-def _open_safetensors(path: Path) -> TensorFile:
-    check_unchanged = _watch(path)
-    header = read_header(path)
-    try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path.name} cannot be read ({error}); download it again.") from error
-
-    def read(name: str) -> Tensor:
-        check_unchanged()
-        return file.get_tensor(name)
-
-    tensors = {
-        name: StoredTensor(entry.shape, entry.dtype, lambda name=name: read(name))
-        for name, entry in header.entries.items()
-    }
-    return TensorFile(path, tensors, header.metadata)
 
 
 def _watch(path: Path) -> Callable[[], None]:
@@ -109,8 +98,52 @@ def _watch(path: Path) -> Callable[[], None]:
     return check
 
 
-def _open_torch(path: Path) -> TensorFile:
-    check_unchanged = _watch(path)
+def _checked(tensor: StoredTensor, check: Callable[[], None]) -> StoredTensor:
+    """The same tensor, checked before it is read."""
+
+    def after_check(read: Callable[[], T]) -> Callable[[], T]:
+        def checked() -> T:
+            check()
+            return read()
+
+        return checked
+
+    quantized = None if tensor.quantized is None else after_check(tensor.quantized)
+    return replace(tensor, read=after_check(tensor.read), quantized=quantized)
+
+
+def from_state_dict(state_dict: Mapping[str, Tensor]) -> Tensors:
+    """Tensors that are already in memory, seen the same way."""
+    return {
+        name: StoredTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+        for name, tensor in state_dict.items()
+    }
+
+
+def _open_safetensors(path: Path) -> TensorFile:
+    header = read_header(path)
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path.name} cannot be read ({error}); download it again.") from error
+    tensors = {
+        name: StoredTensor(entry.shape, entry.dtype, lambda name=name: file.get_tensor(name))
+        for name, entry in header.entries.items()
+    }
+    return TensorFile(path, {**tensors, **_notes(path, header.metadata)}, header.metadata)
+
+
+def _notes(path: Path, metadata: dict[str, str]) -> Tensors:
+    """What the metadata says about quantised layers, as the tensors in which other files say it."""
+    try:
+        layers = json.loads(metadata.get(QUANTIZATION, "{}")).get("layers", {})
+        notes = {f"{layer}.{NOTE}": json.dumps(note).encode() for layer, note in layers.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path.name} has an unreadable {QUANTIZATION}; download it again.") from error
+    return from_state_dict({name: torch.frombuffer(bytearray(note), dtype=torch.uint8) for name, note in notes.items()})
+
+
+def _open_torch(path: Path) -> Tensors:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle fails in any way it likes
@@ -121,16 +154,7 @@ def _open_torch(path: Path) -> TensorFile:
             content = content[key]
     if not isinstance(content, dict) or not all(_is_plain(*item) for item in content.items()):
         raise ValueError(f"{path.name} holds something other than named tensors; use a .safetensors file.")
-
-    def read(tensor: Tensor) -> Tensor:
-        check_unchanged()
-        return tensor
-
-    tensors = {
-        name: StoredTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: read(tensor))
-        for name, tensor in content.items()
-    }
-    return TensorFile(path, tensors, {})
+    return from_state_dict(content)
 
 
 def _is_plain(name: Any, value: Any) -> bool:
@@ -181,4 +205,4 @@ def _open_shard(index: Path, name: str) -> TensorFile:
         raise ValueError(f"{index.name} names the shard {name!r} outside its folder; do not trust this file.")
     if not (index.parent / name).is_file():
         raise FileNotFoundError(f"{index.parent / name} is missing, but {index.name} lists it; download it.")
-    return _open_safetensors(index.parent / name)
+    return open_tensors(index.parent / name)

@@ -198,19 +198,6 @@ def test_other_models_are_told_apart(tmp_path, names, phrase):
         load_transformer(path)
 
 
-def test_scaled_fp8_is_refused_in_words(dit, tmp_path):
-    tensors = {**dit.state_dict(), "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
-    with pytest.raises(ValueError, match="scaled fp8 weights, which cannot be loaded yet"):
-        load_transformer(save(tmp_path / "x.safetensors", tensors))
-
-
-def test_plain_fp8_loads_by_casting(dit, tmp_path):
-    tensors = {n: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for n, t in dit.state_dict().items()}
-    loaded = load_transformer(save(tmp_path / "x.safetensors", tensors), torch.float32)
-    expected = tensors["blocks.0.mlp_x.w1.weight"].float()
-    assert torch.equal(loaded.state_dict()["blocks.0.mlp_x.w1.weight"], expected)
-
-
 def broken(path, kind, dit):
     if kind == "missing":
         return FileNotFoundError, "There is no file"

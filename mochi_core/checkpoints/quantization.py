@@ -1,0 +1,128 @@
+"""Quantised weights inside files: several tensors of the file become one weight that knows its stored form.
+
+They are written in four ways: `X.weight` in fp8 with `X.scale_weight` (and `X.scale_input`) beside it and a marker tensor
+`scaled_fp8` in the file; `X.weight` with `X.weight_scale`, `X.input_scale` and `X.comfy_quant` (JSON as bytes, or the JSON of
+all layers in the file's metadata); `X.weight` in plain fp8; GGML blocks in `X.Q4_0_qweight` and the like.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..ggml import BLOCK_TYPES, columns
+from ..quantized import QUANTIZERS, QuantizedWeight
+from .reader import NOTE, StoredTensor, Tensors
+
+GGML_WEIGHT = re.compile(r"(.*\.)([A-Z\d_]+)_qweight")
+MARKER = re.compile(r"(.*\.)?scaled_fp8")
+STORED_AS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
+SCALES, INPUT_SCALES = ("weight_scale", "scale_weight"), ("input_scale", "scale_input")
+LARGE = re.compile(r"blocks\..*\.weight")
+"""Embedders and final layer are never quantised here."""
+
+
+def resolve(tensors: Tensors) -> Tensors:
+    """The same tensors, but every quantised weight is one `X.weight`, whatever its parts were called.
+
+    Layers in a form that cannot be read here are left as they are; `unknown_forms` names them.
+    """
+    markers = {name: tensor for name, tensor in tensors.items() if MARKER.fullmatch(name)}
+    # A marker of two elements asks for products in full precision.
+    exact = tuple(name.removesuffix("scaled_fp8") for name, marker in markers.items() if marker.shape == (2,))
+    resolved = {name: tensor for name, tensor in tensors.items() if name not in markers}
+    for name, tensor in tensors.items():
+        if len(tensor.shape) != 2:
+            continue
+        if (match := GGML_WEIGHT.fullmatch(name)) and match[2] in BLOCK_TYPES:
+            resolved[match[1] + "weight"] = ggml_weight(resolved.pop(name), match[2])
+        elif name.endswith(".weight") and tensor.dtype in STORED_AS.values():
+            _resolve_scaled(resolved, name.removesuffix("weight"), exact_product=bool(exact) and name.startswith(exact))
+    return resolved
+
+
+def ggml_weight(stored: StoredTensor, block_type: str) -> StoredTensor:
+    """(rows, bytes of a row) uint8 as the matrix that it stands for."""
+    shape = (stored.shape[0], columns(stored.shape[1], block_type))
+    return _weight(shape, stored.dtype, lambda: QuantizedWeight(stored.read(), block_type=block_type))
+
+
+def quantize_large(tensors: Tensors, kind: str | None) -> Tensors:
+    """The same tensors, but the matrices of the blocks are quantised when they are read (see `QUANTIZERS`); None is none.
+
+    What the file has quantised stays in the file's form.
+    """
+    if kind is None:
+        return tensors
+    if kind not in QUANTIZERS:
+        raise ValueError(f"There is no quantisation {kind!r}; use {', '.join(QUANTIZERS)}.")
+    quantize = QUANTIZERS[kind]
+
+    def quantized(tensor: StoredTensor) -> StoredTensor:
+        return _weight(tensor.shape, tensor.dtype, lambda: quantize(tensor.read()))
+
+    return {
+        name: quantized(t) if LARGE.fullmatch(name) and len(t.shape) == 2 and t.quantized is None else t
+        for name, t in tensors.items()
+    }
+
+
+def unknown_forms(tensors: Tensors) -> set[str]:
+    """What layers that `resolve` could not read call their form."""
+    notes = [_note(tensors, name.removesuffix(NOTE)) for name in tensors if name.endswith("." + NOTE)]
+    bare = any(t.dtype == torch.int8 and t.quantized is None for t in tensors.values())
+    blocks = {match[2] for name in tensors if (match := GGML_WEIGHT.fullmatch(name))}
+    return {str(note.get("format")) for note in notes} | blocks | ({"int8 without a scale"} if bare else set())
+
+
+def _resolve_scaled(tensors: Tensors, layer: str, *, exact_product: bool) -> None:
+    """Replace the parts of one layer by its weight, unless they are in an unknown form."""
+    note, values = _note(tensors, layer), tensors[layer + "weight"]
+    scale, input_scale = _first(tensors, layer, SCALES), _first(tensors, layer, INPUT_SCALES)
+    known = STORED_AS.get(note["format"]) == values.dtype if "format" in note else True
+    if not known or note.get("convrot") or (values.dtype == torch.int8 and scale is None):
+        return
+    for leaf in (*SCALES, *INPUT_SCALES, NOTE):
+        tensors.pop(layer + leaf, None)
+    exact_product = scale is None or bool(note.get("full_precision_matrix_mult", exact_product))
+
+    def read() -> QuantizedWeight:
+        return QuantizedWeight(
+            values.read(),
+            None if scale is None else _per_row(scale, values.shape[0], layer),
+            input_scale=None if input_scale is None else input_scale.read().float().reshape(()),
+            exact_product=exact_product,
+        )
+
+    tensors[layer + "weight"] = _weight(values.shape, values.dtype, read)
+
+
+def _per_row(scale: StoredTensor, rows: int, layer: str) -> torch.Tensor:
+    """One float32 number, or (rows, 1)."""
+    count = torch.Size(scale.shape).numel()
+    if count not in (1, rows):
+        raise ValueError(f"{layer}weight has {rows} rows, but {count} scales; download the file again.")
+    return scale.read().float().reshape(() if count == 1 else (rows, 1))
+
+
+def _first(tensors: Tensors, layer: str, leaves: tuple[str, ...]) -> StoredTensor | None:
+    return next((tensors[layer + leaf] for leaf in leaves if layer + leaf in tensors), None)
+
+
+def _note(tensors: Tensors, layer: str) -> dict[str, Any]:
+    """What the file says about the form of a layer; empty if nothing."""
+    if layer + NOTE not in tensors:
+        return {}
+    try:
+        note = json.loads(bytes(tensors[layer + NOTE].read().flatten().tolist()))
+    except (ValueError, TypeError):
+        note = None
+    return note if isinstance(note, dict) else {"format": "something that is no JSON"}
+
+
+def _weight(shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], QuantizedWeight]) -> StoredTensor:
+    return StoredTensor(shape, dtype, lambda: read().dequantized(), read)

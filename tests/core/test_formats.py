@@ -1,0 +1,277 @@
+"""Every quantised form of every part loads, stays quantised in memory and computes what its numbers mean."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mochi_core import load_text_encoder, load_transformer, load_vae
+from mochi_core.checkpoints import open_tensors
+from mochi_core.quantized import QUANTIZERS, QuantizedLinear
+from tests.harness import quantized_files
+from tests.harness.quantized_files import GGUF, SAFETENSORS, gguf_file, is_large, llama_cpp_name
+from tests.harness.tiny_models import DIT, random_dit, random_t5, random_vae
+
+# Rows of 256 weights, which the K types need.
+WIDE = replace(
+    DIT, depth=2, hidden_size_x=256, hidden_size_y=256, num_heads=4, text_width=256, mlp_size_x=256, mlp_size_y=256
+)
+FORMATS = {**SAFETENSORS, **GGUF}
+# Relative error of one forward of the wide model; the K types hold random weights.
+LARGEST_ERROR = {
+    "fp8_e5m2": 0.08,
+    "fp8": 0.05,
+    "int8": 0.02,
+    "Q4": 0.15,
+    "Q5": 0.08,
+    "Q8": 0.01,
+    "F": 0.01,
+    "BF16": 0.01,
+}
+
+
+def file_name(form):
+    return f"{form}.{'gguf' if 'gguf' in form else 'safetensors'}"
+
+
+def velocity(dit):
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 12, 2, 8, 8, generator=generator)
+    embeds = torch.randn(1, 16, dit.config.text_width, generator=generator)
+    return dit(latents, torch.tensor([0.6]), embeds, torch.arange(16)[None] < 9)
+
+
+def relative_error(result, expected):
+    return ((result - expected).norm() / expected.norm()).item()
+
+
+def quantized_layers(module):
+    return {name for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return random_dit(WIDE)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_transformer(dit, tmp_path, form):
+    tensors = dit.state_dict()
+    expected = FORMATS[form](tensors, tmp_path / file_name(form))
+    save_file(expected, tmp_path / "meaning.safetensors")
+    loaded = load_transformer(tmp_path / file_name(form), torch.float32)
+    assert loaded.config == WIDE
+    large = {name.removesuffix(".weight") for name, tensor in tensors.items() if is_large(name, tensor)}
+    assert quantized_layers(loaded) == (set() if "F" in form else large)
+    result = velocity(loaded)
+    assert torch.equal(result, velocity(load_transformer(tmp_path / "meaning.safetensors", torch.float32)))
+    if "_K" not in form:
+        bound = next(bound for key, bound in LARGEST_ERROR.items() if key in form)
+        assert relative_error(result, velocity(dit)) < bound
+
+
+@pytest.mark.parametrize("form", ["scaled fp8", "int8", "Q4_0 gguf"])
+def test_quantised_transformer_computes_in_bf16(dit, tmp_path, form):
+    FORMATS[form](dit.state_dict(), tmp_path / file_name(form))
+    exact, half = (load_transformer(tmp_path / file_name(form), dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert relative_error(velocity(half), velocity(exact)) < 0.02
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_quantise_while_loading(dit, tmp_path, kind):
+    save_file(dit.state_dict(), tmp_path / "dit.safetensors")
+    loaded = load_transformer(tmp_path / "dit.safetensors", torch.float32, quantize=kind)
+    assert quantized_layers(loaded) == {
+        n.removesuffix(".weight") for n, t in dit.state_dict().items() if is_large(n, t)
+    }
+    assert 0 < relative_error(velocity(loaded), velocity(dit)) < {"fp8": 0.05, "int8": 0.02, "q4_0": 0.15}[kind]
+
+
+def test_quantising_leaves_what_the_file_has_quantised(dit, tmp_path):
+    FORMATS["Q8_0 gguf"](dit.state_dict(), tmp_path / "dit.gguf")
+    loaded = load_transformer(tmp_path / "dit.gguf", quantize="q4_0")
+    assert {layer.block_type for layer in loaded.modules() if isinstance(layer, QuantizedLinear)} == {"Q8_0"}
+
+
+def test_unknown_quantisation_is_refused(dit, tmp_path):
+    save_file(dit.state_dict(), tmp_path / "dit.safetensors")
+    with pytest.raises(ValueError, match="no quantisation 'q9'; use fp8, int8, q4_0"):
+        load_transformer(tmp_path / "dit.safetensors", quantize="q9")
+
+
+def test_forms_that_cannot_be_read_are_named(dit, tmp_path):
+    note = torch.tensor(list(json.dumps({"format": "nvfp4"}).encode()), dtype=torch.uint8)
+    save_file({**dit.state_dict(), "blocks.0.mod_x.comfy_quant": note}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x.safetensors has weights in a form that cannot be read: nvfp4"):
+        load_transformer(tmp_path / "x.safetensors")
+
+
+def test_layers_of_a_scaled_file_may_stay_in_high_precision(dit, tmp_path):
+    """Only the marker and the scales say what is quantised."""
+    SAFETENSORS["scaled fp8, older"](dit.state_dict(), tmp_path / "x.safetensors")
+    tensors = load_file(tmp_path / "x.safetensors")
+    layer = "model.diffusion_model.blocks.1.mlp_x.w1"
+    for leaf in ("scale_weight", "scale_input"):
+        del tensors[f"{layer}.{leaf}"]
+    tensors[f"{layer}.weight"] = dit.state_dict()["blocks.1.mlp_x.w1.weight"].clone()
+    save_file(tensors, tmp_path / "x.safetensors")
+    loaded = load_transformer(tmp_path / "x.safetensors", torch.float32)
+    assert torch.equal(loaded.get_submodule("blocks.1.mlp_x.w1").weight, dit.get_submodule("blocks.1.mlp_x.w1").weight)
+    assert "blocks.0.mlp_x.w1" in quantized_layers(loaded)
+
+
+@pytest.mark.parametrize("form", ["fp8", "bf16", "gguf"])
+def test_autoencoder(tmp_path, form):
+    vae = random_vae()
+    path = tmp_path / file_name(form)
+    if form == "gguf":  # containers have four dimensions, so that converters flatten the kernels and note their shape
+        expected = flattened_gguf(vae.state_dict(), path)
+    else:
+        dtype = torch.float8_e4m3fn if form == "fp8" else torch.bfloat16
+        stored = {name: t.to(dtype) if t.ndim > 1 else t for name, t in vae.state_dict().items()}
+        save_file(stored, path)
+        expected = {name: t.float() for name, t in stored.items()}
+    save_file(expected, tmp_path / "meaning.safetensors")
+    latents = torch.randn(1, 12, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    loaded, meaning = load_vae(path), load_vae(tmp_path / "meaning.safetensors")
+    assert torch.equal(loaded.decode(latents), meaning.decode(latents))
+
+
+def flattened_gguf(tensors, path):
+    import gguf
+
+    writer, expected = gguf.GGUFWriter(path, "pig"), {}
+    for name, tensor in tensors.items():
+        kind = "Q8_0" if tensor.ndim == 5 and tensor.numel() % 32 == 0 else "F32"
+        flat = tensor.reshape(-1, 32) if kind == "Q8_0" else tensor
+        data, meaning = quantized_files.to_blocks(flat, kind)
+        expected[name] = meaning.reshape(tensor.shape)
+        writer.add_tensor(name, data.reshape(data.shape[0], -1), raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def with_duplicate(tensors, path):
+    stored = {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}
+    save_file({name: t.clone() for name, t in stored.items()}, path)
+    return tensors
+
+
+def embed_tokens_only(tensors, path):
+    stored = {"encoder.embed_tokens.weight" if name == "shared.weight" else name: t for name, t in tensors.items()}
+    save_file(stored, path)
+    return tensors
+
+
+def in_dtype(dtype):
+    def write(tensors, path):
+        save_file({name: t.to(dtype) for name, t in tensors.items()}, path)
+        return {name: t.to(dtype).float() for name, t in tensors.items()}
+
+    return write
+
+
+def all_fp8(tensors, path):
+    """Embedding and norms too, as in t5xxl_fp8_e4m3fn."""
+    return in_dtype(torch.float8_e4m3fn)(tensors, path)
+
+
+def sharded(tensors, path):
+    path.mkdir()
+    names = list(tensors)
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for shard, part in shards.items():
+        save_file({name: tensors[name] for name in part}, path / shard)
+    index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tensors
+
+
+T5_FORMS = {
+    **SAFETENSORS,
+    **{str(dtype): in_dtype(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)},
+    "all fp8": all_fp8,
+    "duplicate embedding": with_duplicate,
+    "embedding under its other name": embed_tokens_only,
+    "sharded": sharded,
+    "Q4_0 gguf": gguf_file("Q4_0", "t5"),
+    "Q8_0 gguf, names of llama.cpp": gguf_file("Q8_0", "t5encoder", llama_cpp_name, small="Q8_0"),
+    "BF16 gguf, names of llama.cpp": gguf_file("BF16", "t5", llama_cpp_name, small="F16"),
+}
+
+
+@pytest.fixture(scope="module")
+def t5():
+    return random_t5()
+
+
+@pytest.mark.parametrize("form", T5_FORMS)
+def test_text_encoder(t5, tmp_path, comfy_path, form):
+    tokenizer = comfy_path / "comfy/text_encoders/t5_tokenizer"
+    path = tmp_path / ("folder" if form == "sharded" else file_name(form))
+    save_file(T5_FORMS[form](t5, path), tmp_path / "meaning.safetensors")
+    loaded = load_text_encoder(path, tokenizer)
+    meaning = load_text_encoder(tmp_path / "meaning.safetensors", tokenizer)
+    assert torch.equal(loaded.encode("a red kite")[0], meaning.encode("a red kite")[0])
+    has_quantised_matrices = any(word in form for word in ("fp8", "int8", "Q4", "Q8"))
+    assert bool(quantized_layers(loaded.model)) == has_quantised_matrices
+
+
+def broken_gguf(path: Path, tensors, kind):
+    gguf_file("Q8_0")(tensors, path)
+    content = bytearray(path.read_bytes())
+    if kind == "web page":
+        content = bytearray(b"<!doctype html>")
+    elif kind == "empty":
+        content = bytearray()
+    elif kind == "version":
+        content[4] = 9
+    elif kind == "count":
+        content[8:16] = b"\xff" * 8
+    elif kind == "keys":
+        content[16:24] = b"\xff" * 7 + b"\x00"
+    elif kind == "type":
+        place = content.index(b"blocks.0.mod_x.weight") + len("blocks.0.mod_x.weight") + 4 + 16
+        content[place] = 23
+    elif kind == "shape":
+        place = content.index(b"blocks.0.mod_x.weight") + len("blocks.0.mod_x.weight") + 4
+        content[place + 5] = 1
+    elif kind == "truncated":
+        content = content[:-1]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("web page", "is not a GGUF file"),
+        ("empty", "is not a GGUF file"),
+        ("version", "its GGUF version is 9"),
+        ("count", "it claims 18,446,744,073,709,551,615 tensors"),
+        ("keys", "it claims"),
+        ("type", "blocks.0.mod_x.weight has the type 23"),
+        ("shape", "blocks.0.mod_x.weight lies at byte"),
+        ("truncated", "lies at byte"),
+    ],
+)
+def test_lying_gguf_headers(dit, tmp_path, kind, message):
+    broken_gguf(tmp_path / "x.gguf", dit.state_dict(), kind)
+    with pytest.raises(ValueError, match=message) as error:
+        open_tensors(tmp_path / "x.gguf")
+    assert "x.gguf" in str(error.value)
+
+
+def test_gguf_cut_anywhere_is_refused(dit, tmp_path):
+    gguf_file("Q8_0")(dit.state_dict(), tmp_path / "whole.gguf")
+    content = (tmp_path / "whole.gguf").read_bytes()
+    for end in [*range(0, 400, 7), *range(400, len(content), len(content) // 60)]:
+        (tmp_path / "cut.gguf").write_bytes(content[:end])
+        with pytest.raises(ValueError, match=r"cut.gguf"):
+            open_tensors(tmp_path / "cut.gguf")

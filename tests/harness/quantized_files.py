@@ -1,0 +1,188 @@
+"""The same weights in every quantised form that files come in, and what each form means in float32.
+
+Every writer takes the tensors of a model and the path, and returns the tensors that a reader must find.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+LARGE = re.compile(r"(blocks|encoder\.block)\..*\.weight")
+# Where the float16 numbers lie in a block of each type.
+HALVES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+
+
+def is_large(name: str, tensor: Tensor) -> bool:
+    """What is quantised in real files: the matrices of the blocks."""
+    return bool(LARGE.fullmatch(name)) and tensor.ndim == 2 and "relative" not in name
+
+
+def plain_fp8(tensors: Tensors, path: Path, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensors:
+    """Matrices cast, everything else in bf16."""
+    stored = {name: t.to(dtype if is_large(name, t) else torch.bfloat16) for name, t in tensors.items()}
+    save_file(stored, path)
+    return {name: t.float() for name, t in stored.items()}
+
+
+def plain_fp8_e5m2(tensors: Tensors, path: Path) -> Tensors:
+    return plain_fp8(tensors, path, torch.float8_e5m2)
+
+
+def legacy_scaled_fp8(tensors: Tensors, path: Path) -> Tensors:
+    """The older generation, under a prefix: a marker, scale_weight and scale_input."""
+    stored, expected = _scaled(tensors, torch.float8_e4m3fn, "scale_weight")
+    inputs = {
+        name[: -len("weight")] + "scale_input": torch.ones(()) for name, t in tensors.items() if is_large(name, t)
+    }
+    marker = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    prefix = "model.diffusion_model." if "pos_frequencies" in tensors else ""
+    save_file({prefix + name: t for name, t in {**stored, **inputs, **marker}.items()}, path)
+    return expected
+
+
+def scaled_fp8(tensors: Tensors, path: Path) -> Tensors:
+    """The newer generation: weight_scale, and a note in JSON beside every layer."""
+    stored, expected = _scaled(tensors, torch.float8_e4m3fn, "weight_scale")
+    note = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+    notes = {name[: -len("weight")] + "comfy_quant": note.clone() for name, t in tensors.items() if is_large(name, t)}
+    save_file({**stored, **notes}, path)
+    return expected
+
+
+def metadata_scaled_fp8(tensors: Tensors, path: Path) -> Tensors:
+    """The newer generation with the notes in the file's metadata."""
+    stored, expected = _scaled(tensors, torch.float8_e4m3fn, "weight_scale")
+    layers = {name[: -len(".weight")]: {"format": "float8_e4m3fn"} for name, t in tensors.items() if is_large(name, t)}
+    save_file(stored, path, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})})
+    return expected
+
+
+def int8(tensors: Tensors, path: Path) -> Tensors:
+    """A scale per row."""
+    stored, expected = _scaled(tensors, torch.int8, "weight_scale")
+    note = torch.tensor(list(json.dumps({"format": "int8_tensorwise"}).encode()), dtype=torch.uint8)
+    notes = {name[: -len("weight")] + "comfy_quant": note.clone() for name, t in tensors.items() if is_large(name, t)}
+    save_file({**stored, **notes}, path)
+    return expected
+
+
+def _scaled(tensors: Tensors, dtype: torch.dtype, scale_name: str) -> tuple[Tensors, Tensors]:
+    stored, expected = {}, {}
+    for name, tensor in tensors.items():
+        if is_large(name, tensor):
+            magnitude = tensor.abs().amax(1, keepdim=True) if dtype == torch.int8 else tensor.abs().max()
+            scale = magnitude.float() / (127 if dtype == torch.int8 else torch.finfo(dtype).max)
+            scaled = tensor.float() / scale
+            stored[name] = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
+            stored[name[: -len("weight")] + scale_name] = scale
+            expected[name] = stored[name].float() * scale
+        else:
+            stored[name] = tensor.to(torch.bfloat16)
+            expected[name] = stored[name].float()
+    return stored, expected
+
+
+def ggml_safetensors(block_type: str) -> Callable[[Tensors, Path], Tensors]:
+    """GGML blocks under the names of the modules, in a safetensors file."""
+
+    def write(tensors: Tensors, path: Path) -> Tensors:
+        stored, expected = {}, {}
+        for name, tensor in tensors.items():
+            if is_large(name, tensor):
+                blocks, expected[name] = to_blocks(tensor, block_type)
+                stored[name[: -len("weight")] + f"{block_type}_qweight"] = torch.from_numpy(blocks)
+            else:
+                stored[name] = tensor.to(torch.bfloat16)
+                expected[name] = stored[name].float()
+        save_file(stored, path)
+        return expected
+
+    return write
+
+
+def gguf_file(
+    block_type: str, architecture: str | None = "mochi", rename: Callable[[str], str] = str, small: str = "F16"
+) -> Callable[[Tensors, Path], Tensors]:
+    """A GGUF container; `small` is the type of what is not quantised."""
+
+    def write(tensors: Tensors, path: Path) -> Tensors:
+        writer = gguf.GGUFWriter(path, architecture or "none")
+        if architecture is None:
+            del writer.kv_data[0]["general.architecture"]
+        expected = {}
+        for name, tensor in tensors.items():
+            kind = "F32" if tensor.ndim == 1 else block_type if is_large(name, tensor) else small
+            kind = kind if tensor.shape[-1] % 32 == 0 else "F16"
+            data, expected[name] = to_blocks(tensor, kind)
+            writer.add_tensor(rename(name), data, raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return expected
+
+    return write
+
+
+def to_blocks(tensor: Tensor, kind: str) -> tuple[numpy.ndarray, Tensor]:
+    """What a GGUF file stores, and what that means; K types, which no package can write, are random blocks."""
+    type_ = gguf.GGMLQuantizationType[kind]
+    data = random_blocks(kind, *tensor.shape) if kind.endswith("_K") else gguf.quantize(tensor.float().numpy(), type_)
+    return data, torch.from_numpy(gguf.dequantize(data, type_).copy()).reshape(tensor.shape)
+
+
+def random_blocks(kind: str, rows: int, columns: int) -> numpy.ndarray:
+    """Random bytes (rows, bytes of a row) with scales that give weights of variance 1 / columns."""
+    type_ = gguf.GGMLQuantizationType[kind]
+    weights, size = gguf.GGML_QUANT_SIZES[type_]
+    blocks = numpy.random.default_rng(rows).integers(0, 256, (rows, columns // weights, size), dtype=numpy.uint8)
+
+    def with_scale(scale: float) -> numpy.ndarray:
+        for start in HALVES[kind]:
+            blocks[:, :, start : start + 2] = numpy.array([scale], numpy.float16).view(numpy.uint8)
+        return blocks.reshape(rows, -1)
+
+    return with_scale(columns**-0.5 / gguf.dequantize(with_scale(1.0), type_).std())
+
+
+def llama_cpp_name(name: str) -> str:
+    """What llama.cpp calls the tensors of a T5 encoder."""
+    fixed = {"shared.weight": "token_embd.weight", "encoder.final_layer_norm.weight": "enc.output_norm.weight"}
+    parts = {
+        "0.layer_norm": "attn_norm", "1.layer_norm": "ffn_norm", "0.SelfAttention.relative_attention_bias": "attn_rel_b",
+        "1.DenseReluDense.wi_0": "ffn_gate", "1.DenseReluDense.wi_1": "ffn_up", "1.DenseReluDense.wo": "ffn_down",
+        **{f"0.SelfAttention.{p}": f"attn_{p}" for p in "qkvo"},
+    }  # fmt: skip
+    match = re.fullmatch(r"encoder\.block\.(\d+)\.layer\.(.*)\.weight", name)
+    return f"enc.blk.{match[1]}.{parts[match[2]]}.weight" if match else fixed[name]
+
+
+BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+SAFETENSORS: dict[str, Callable[[Tensors, Path], Tensors]] = {
+    "plain fp8_e4m3fn": plain_fp8,
+    "plain fp8_e5m2": plain_fp8_e5m2,
+    "scaled fp8, older": legacy_scaled_fp8,
+    "scaled fp8": scaled_fp8,
+    "scaled fp8 by metadata": metadata_scaled_fp8,
+    "int8": int8,
+    "Q4_0 in safetensors": ggml_safetensors("Q4_0"),
+    "Q8_0 in safetensors": ggml_safetensors("Q8_0"),
+}
+GGUF: dict[str, Callable[[Tensors, Path], Tensors]] = {
+    **{f"{kind} gguf": gguf_file(kind) for kind in (*BLOCK_TYPES, "F16", "BF16", "F32")},
+    "Q8_0 gguf, pig": gguf_file("Q8_0", "pig", small="F32"),
+    "Q5_1 gguf, no architecture": gguf_file("Q5_1", None, small="BF16"),
+}
