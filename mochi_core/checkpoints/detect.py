@@ -105,6 +105,12 @@ def find_part(tensors: Tensors, part: str, file_name: str) -> Tensors:
         return CONVERT[part](found)
 
 
+def parts_of(tensors: Tensors) -> list[str]:
+    """Which of "transformer", "vae" and "t5" are there."""
+    resolved = resolve(tensors)
+    return [part for part in PREFIXES if _strip(resolved, part) is not None]
+
+
 def describe(tensors: Tensors) -> str:
     """One phrase for what a file holds."""
     tensors = resolve(tensors)

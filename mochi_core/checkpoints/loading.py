@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -98,21 +98,30 @@ def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch
 
 def check_tensors(module: nn.Module, tensors: Tensors, file_name: str) -> None:
     """Raise one ValueError that names every kind of misfit between the parameters of `module` and `tensors`."""
-    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    shapes = (
-        f"{name} is {tensors[name].shape} instead of {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    )
-    problems = [
-        *_listed("missing", (name for name in expected if name not in tensors)),
-        *_listed("unexpected", (name for name in tensors if name not in expected)),
-        *_listed("of the wrong shape", shapes),
-    ]
+    problems = [_listed(kind, names) for kind, names in misfits(module, tensors).items() if names]
     if problems:
         raise ValueError(
             f"{file_name} does not fit the model: {'; '.join(problems)}. Download it again or use another file."
         )
+
+
+def misfits(module: nn.Module, tensors: Tensors) -> dict[str, list[str]]:
+    """Names of tensors that are missing, unexpected or misshapen."""
+    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    return {
+        "missing": sorted(name for name in expected if name not in tensors),
+        "unexpected": sorted(name for name in tensors if name not in expected),
+        "misshapen": sorted(
+            f"{name} is {tensors[name].shape} instead of {shape}"
+            for name, shape in expected.items()
+            if name in tensors and tensors[name].shape != shape
+        ),
+    }
+
+
+def _listed(kind: str, names: list[str]) -> str:
+    more = ", ..." if len(names) > EXAMPLES else ""
+    return f"{len(names)} {kind} ({', '.join(names[:EXAMPLES])}{more})"
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -126,9 +135,3 @@ def is_finite(tensor: Tensor) -> bool:
         return bool((positive < first) & (negative < first + SIGN_BIT))
     low, high = tensor.aminmax()
     return bool(low.isfinite() & high.isfinite())
-
-
-def _listed(kind: str, names: Iterable[str]) -> list[str]:
-    names = sorted(names)
-    more = ", ..." if len(names) > EXAMPLES else ""
-    return [f"{len(names)} {kind} ({', '.join(names[:EXAMPLES])}{more})"] if names else []
