@@ -14,6 +14,7 @@ from .detect import (
 )
 from .diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
 from .loading import check_tensors, is_finite, load_into, load_transformer, load_vae
+from .quantization import quantize_large
 from .reader import StoredTensor, TensorFile, from_state_dict, open_tensors
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "load_vae",
     "open_part",
     "open_tensors",
+    "quantize_large",
     "shape_of",
     "to_canonical",
     "to_diffusers",

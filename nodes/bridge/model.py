@@ -10,6 +10,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
 import comfy.utils
@@ -17,8 +18,9 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ...mochi_core import AsymmDiT, AsymmDiTConfig
-from ...mochi_core.checkpoints import check_tensors, dit_config, find_part, from_state_dict, open_tensors
+from ...mochi_core.checkpoints import check_tensors, dit_config, quantize_large
 from ...mochi_core.dit import run_block
+from .quantized import host_weights, is_quantized, quantized_operations, read_part
 
 COMPUTE_DTYPES = [torch.bfloat16, torch.float32]
 
@@ -115,32 +117,34 @@ class MochiConfig(comfy.supported_models.GenmoMochi):
         return HostMochi(self, device=device)
 
 
-def load_model(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
-    """A MODEL from a Mochi transformer file in any known layout.
+def load_model(path: str, dtype: torch.dtype | None = None, quantize: str | None = None, disable_dynamic: bool = False):
+    """A MODEL from a Mochi transformer file in any known layout; `quantize` as in `mochi_core.load_transformer`.
 
     Raises:
         ValueError: the file is no whole Mochi transformer.
     """
-    name = Path(path).name
-    open_tensors(path)  # a broken file gets our sentence, before the host reads it
-    state_dict = comfy.utils.load_torch_file(path)
-    tensors = find_part(from_state_dict(state_dict), "transformer", name)
+    tensors = quantize_large(read_part(path, "transformer"), quantize)
     config = dit_config(tensors)
-    check_tensors(AsymmDiT(config, device="meta"), tensors, name)
-    weights = {key: tensor.read() for key, tensor in tensors.items()}
-    patcher = _build(config, weights, dtype, disable_dynamic)
-    patcher.cached_patcher_init = (load_model, (path, dtype))
+    module = AsymmDiT(config, device="meta")
+    check_tensors(module, tensors, Path(path).name)
+    weights = host_weights(tensors, module)
+    patcher = _build(config, weights, dtype, is_quantized(tensors), disable_dynamic)
+    patcher.cached_patcher_init = (load_model, (path, dtype, quantize))
     return patcher
 
 
-def _build(config: AsymmDiTConfig, weights: dict, dtype: torch.dtype | None, disable_dynamic: bool):
+def _build(config: AsymmDiTConfig, weights: dict, dtype: torch.dtype | None, quantized: bool, disable_dynamic: bool):
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     supported = [torch.float16, *COMPUTE_DTYPES] if dtype == torch.float16 else COMPUTE_DTYPES
-    if dtype is None:
-        count, stored = comfy.utils.calculate_parameters(weights), comfy.utils.weight_dtype(weights)
-        dtype = mm.unet_dtype(model_params=count, supported_dtypes=supported, weight_dtype=stored)
     model_config = MochiConfig({"image_model": "mochi_preview", "config": config})
-    cast = mm.unet_manual_cast(dtype, load_device, supported)
+    if quantized:
+        dtype = cast = dtype or mm.unet_manual_cast(None, load_device, supported)
+        model_config.quant_config = {"mixed_ops": True}
+        operations = comfy.ops.pick_operations(dtype, cast, load_device, model_config=model_config)
+        model_config.custom_operations = quantized_operations(operations)
+    else:
+        dtype = dtype or _stored_dtype(weights, supported)
+        cast = mm.unet_manual_cast(dtype, load_device, supported)
     model_config.set_inference_dtype(dtype, cast, device=load_device)
     model = model_config.get_model(weights, device=offload_device)
     # Looked up now: the host replaces CoreModelPatcher at start-up when it manages memory dynamically.
@@ -148,3 +152,9 @@ def _build(config: AsymmDiTConfig, weights: dict, dtype: torch.dtype | None, dis
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(weights, "", assign=patcher.is_dynamic())
     return patcher
+
+
+def _stored_dtype(weights: dict, supported: list[torch.dtype]) -> torch.dtype:
+    """The file's own precision where the device can work with it."""
+    count, stored = comfy.utils.calculate_parameters(weights), comfy.utils.weight_dtype(weights)
+    return mm.unet_dtype(model_params=count, supported_dtypes=supported, weight_dtype=stored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.ops
@@ -14,9 +15,10 @@ import comfy.text_encoders.t5
 import comfy.utils
 import torch
 
-from ...mochi_core.checkpoints import check_tensors, find_part, from_state_dict, open_tensors
+from ...mochi_core.checkpoints import check_tensors
 from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.text_encoder import MAX_TOKENS, t5_config
+from .quantized import host_weights, is_quantized, quantized_operations, read_part
 
 TOKENS_KEY = "t5xxl"
 END_TOKEN, PAD_TOKEN = 1, 0
@@ -52,20 +54,20 @@ def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "defaul
     Raises:
         ValueError: the file is no T5 encoder.
     """
-    name = Path(path).name
-    open_tensors(path)
-    tensors = find_part(from_state_dict(comfy.utils.load_torch_file(path, safe_load=True)), "t5", name)
+    tensors = read_part(path, "t5")
     config = host_config(tensors)
-    check_tensors(comfy.text_encoders.t5.T5(config, torch.float32, "meta", comfy.ops.manual_cast), tensors, name)
-    options = {"t5xxl_model_config": config}
-    if dtype is not None:
-        options["dtype"] = dtype
+    module = comfy.text_encoders.t5.T5(config, torch.float32, "meta", comfy.ops.manual_cast)
+    check_tensors(module, tensors, Path(path).name)
+    weights = host_weights(tensors, module)
+    options: dict[str, Any] = {"t5xxl_model_config": config, "dtype": dtype or _stored_dtype(tensors)}
+    if is_quantized(tensors):
+        if options["dtype"].itemsize == 1:  # of what is not quantised
+            options["dtype"] = torch.bfloat16
+        operations = comfy.ops.mixed_precision_ops({}, options["dtype"], full_precision_mm=True)
+        options["custom_operations"] = quantized_operations(operations)
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
-    weights = {key: tensor.read() for key, tensor in tensors.items()}
     target = comfy.supported_models_base.ClipTarget(MochiTokenizer, comfy.text_encoders.genmo.MochiT5XXL)
-    if dtype is None:
-        options["dtype"] = _stored_dtype(weights)
     return comfy.sd.CLIP(
         target, parameters=comfy.utils.calculate_parameters(weights), state_dict=[weights], model_options=options
     )
@@ -79,9 +81,9 @@ def host_config(tensors: Tensors) -> dict:
     return {**{key: sizes[key] for key in keys}, **fixed}
 
 
-def _stored_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
+def _stored_dtype(tensors: Tensors) -> torch.dtype:
     """The file's own precision, as the host loads T5 too; the arithmetic is float32 either way."""
-    return weights["encoder.final_layer_norm.weight"].dtype
+    return tensors["encoder.final_layer_norm.weight"].dtype
 
 
 def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:

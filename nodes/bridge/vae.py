@@ -14,16 +14,14 @@ import torch
 from ...mochi_core import AsymmVAE
 from ...mochi_core.checkpoints import (
     check_tensors,
-    find_part,
-    from_state_dict,
     has_decoder,
     has_encoder,
-    open_tensors,
     vae_config,
 )
 from ...mochi_core.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
 from ...mochi_core.vae import FRAMES_AT_ONCE, fourier_features
 from ...mochi_core.video import to_unit_range
+from .quantized import read_part
 
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
 # Values held at once for each pixel of a frame: convolution caches of all stages, then per frame at work.
@@ -106,8 +104,7 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
     """
     tensors, name = {}, " and ".join(Path(path).name for path in paths)
     for path in paths:
-        open_tensors(path)
-        half = find_part(from_state_dict(comfy.utils.load_torch_file(path)), "vae", Path(path).name)
+        half = read_part(path, "vae")
         if twice := sorted(set(tensors) & set(half)):
             raise ValueError(f"{Path(path).name} brings {twice[0]} a second time; give each half once.")
         tensors |= half

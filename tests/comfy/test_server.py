@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.harness.client import PromptRefused
 from tests.harness.demo import small_prompt
-from tests.harness.tiny_models import DIT, random_dit
+from tests.harness.quantized_files import GGUF, SAFETENSORS
+from tests.harness.tiny_models import DIT, random_dit, random_t5
 
 MODEL, T5, VAE, POSITIVE, NEGATIVE, SAMPLER, DECODE = "1234567"
 SIZE = {"width": 96, "height": 64, "num_frames": 13, "steps": 4}
@@ -270,15 +271,38 @@ def write_genmo_lora(path: Path):
     save_file(tensors, path)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp8_e4m3fn"])
+# Relative error of the latents; the first three only rearrange the arithmetic.
+WEIGHT_DTYPES = {"fp32": 0.02, "bf16": 0.02, "fp16": 0.02, "fp8_e4m3fn": 0.3, "int8": 0.1, "q4_0": 0.6}
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_weight_dtypes(latents_of, dtype):
     graph = upto_sampler()
     graph["other"] = node("Mochi1LoadTransformer", model_name="mochi_preview_bf16.safetensors", weight_dtype=dtype)
     graph["sampled"] = node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "model": ["other", 0]})
     auto, chosen = latents_of(graph, [SAMPLER, 0], ["sampled", 0])
     error = (auto - chosen).norm() / auto.norm()
-    assert error < (0.3 if dtype == "fp8_e4m3fn" else 0.02)
-    assert (error > 1e-4) == (dtype == "fp8_e4m3fn")
+    assert error < WEIGHT_DTYPES[dtype]
+    assert (error > 1e-4) == (WEIGHT_DTYPES[dtype] > 0.02)
+
+
+@pytest.mark.parametrize("form", ["scaled fp8, older", "int8", "Q4_0 gguf"])
+def test_quantised_files(latents_of, comfy_server, form):
+    """The shipped workflow on a quantised transformer and T5, beside the same numbers in float32."""
+    models = comfy_server.base / "models"
+    name = f"quantised.{'gguf' if 'gguf' in form else 'safetensors'}"
+    write = {**SAFETENSORS, **GGUF}[form]
+    for folder, tensors in (("diffusion_models", random_dit().state_dict()), ("text_encoders", random_t5())):
+        save_file(write(tensors, models / folder / name), models / folder / "meaning.safetensors")
+    graph = upto_sampler()
+    graph[MODEL]["inputs"]["model_name"] = graph[T5]["inputs"]["t5_name"] = name
+    seed = graph[SAMPLER]["inputs"]["seed"]
+    (quantised,) = latents_of(graph, [SAMPLER, 0])
+    graph = upto_sampler(seed=seed)
+    graph[MODEL]["inputs"]["model_name"] = graph[T5]["inputs"]["t5_name"] = "meaning.safetensors"
+    (meaning,) = latents_of(graph, [SAMPLER, 0])
+    # The host multiplies in int8 where a file does not forbid it.
+    assert (quantised - meaning).norm() / meaning.norm() < (0.1 if form == "int8" else 1e-3)
 
 
 def test_stock_vae_nodes_on_our_vae_equal_ours(latents_of):

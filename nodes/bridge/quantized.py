@@ -1,0 +1,120 @@
+"""Quantised weights as the host's own quantised tensors, so that it casts, patches, offloads and multiplies with them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.utils
+import torch
+from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_class
+from torch import nn
+
+from ...mochi_core import ggml
+from ...mochi_core.checkpoints import find_part, from_state_dict, open_tensors
+from ...mochi_core.checkpoints.quantization import STORED_AS
+from ...mochi_core.checkpoints.reader import Tensors
+from ...mochi_core.quantized import QuantizedWeight
+
+GGML_LAYOUT = "MochiGGMLLayout"
+HOST_FORMATS = {dtype: name for name, dtype in STORED_AS.items()}
+
+
+class GGMLLayout(QuantizedLayout):
+    """GGML blocks: (rows, bytes of a row) uint8, widened in float32 and rounded once."""
+
+    @dataclass(frozen=True)
+    class Params:
+        block_type: str
+        orig_dtype: torch.dtype
+        orig_shape: tuple[int, ...]
+
+        def to_device(self, device):  # noqa: ARG002 - the blocks carry their own scales
+            return self
+
+        def clone(self):
+            return self
+
+        def copy_from(self, src, non_blocking=False):  # noqa: ARG002
+            object.__setattr__(self, "block_type", src.block_type)
+
+    @classmethod
+    def dequantize(cls, qdata, params):
+        return ggml.dequantize(qdata, params.block_type).to(params.orig_dtype)
+
+    @classmethod
+    def quantize(cls, tensor, **kwargs):
+        raise NotImplementedError("A weight in GGML blocks that a patch changes is kept in full precision.")
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor):
+        return (qtensor._qdata,)
+
+    @classmethod
+    def state_dict_tensors(cls, qdata, params):  # noqa: ARG003
+        return {"": qdata}
+
+
+register_layout_class(GGML_LAYOUT, GGMLLayout)
+
+
+def read_part(path: str, part: str) -> Tensors:
+    """The tensors of "transformer", "vae" or "t5", read by the host where it knows the container.
+
+    Raises:
+        ValueError: the file holds no such model, or cannot be read.
+    """
+    file = open_tensors(path)  # a broken file gets our sentence, before the host reads it
+    tensors = file.tensors
+    if Path(path).suffix != ".gguf":
+        tensors = tensors | from_state_dict(comfy.utils.load_torch_file(path, safe_load=True))
+    return find_part(tensors, part, Path(path).name)
+
+
+def is_quantized(tensors: Tensors) -> bool:
+    return any(tensor.quantized is not None for tensor in tensors.values())
+
+
+def host_weights(tensors: Tensors, module: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict for the host's quantised operations; only the linear layers of `module` can be quantised."""
+    weights = {}
+    for name, tensor in tensors.items():
+        layer = name.removesuffix(".weight")
+        if tensor.quantized is not None and isinstance(module.get_submodule(layer), nn.Linear):
+            weights |= _host_entries(layer, tensor.quantized())
+        else:
+            weights[name] = tensor.read()
+    return weights
+
+
+def _host_entries(layer: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    if weight.block_type:
+        params = GGMLLayout.Params(weight.block_type, torch.float32, weight.shape)
+        return {f"{layer}.weight": QuantizedTensor(weight.values, GGML_LAYOUT, params)}
+    note = {"format": HOST_FORMATS[weight.values.dtype], "full_precision_matrix_mult": weight.exact_product}
+    entries = {
+        "weight": weight.values,
+        "weight_scale": torch.ones(()) if weight.scale is None else weight.scale,
+        "input_scale": weight.input_scale,
+        "comfy_quant": torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8),
+    }
+    return {f"{layer}.{leaf}": tensor for leaf, tensor in entries.items() if tensor is not None}
+
+
+def quantized_operations(operations: type) -> type:
+    """The host's mixed-precision operations, taught two things.
+
+    A weight in GGML blocks can be listed in a state dict, and a layer that is to multiply in full precision never gets
+    the host's int8 product (which rounds the input, too).
+    """
+
+    class Operations(operations):
+        class Linear(operations.Linear):
+            quant_format = "ggml"
+
+            def _forward(self, input, weight, bias):
+                exact = self._full_precision_mm and isinstance(weight, QuantizedTensor)
+                return super()._forward(input, weight.dequantize() if exact else weight, bias)
+
+    return Operations

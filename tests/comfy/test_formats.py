@@ -1,0 +1,160 @@
+"""Every quantised form through the pack's loaders, in a process of ComfyUI's: weights stay as they are, results agree.
+
+One process loads all files; the tests compare what it wrote down.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mochi_core import load_text_encoder, load_transformer
+from tests.core.test_formats import FORMATS, T5_FORMS, WIDE, file_name, relative_error, velocity
+from tests.harness.tiny_models import random_dit, random_t5
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = '''
+import importlib.util, json, sys
+comfyui, root, folder = sys.argv[1:]
+sys.argv = sys.argv[:1]
+sys.path.insert(0, comfyui)
+from comfy.cli_args import args
+args.cpu = True
+import comfy.model_management, comfy.utils, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+
+spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
+sys.modules["pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["pack"])
+from pack.nodes.bridge.model import load_model
+from pack.nodes.bridge.text import encode_prompt, load_clip
+
+def velocity(patcher, resident=None):
+    """With `resident` bytes allowed on the device, the rest is cast and patched layer by layer, as on a small card."""
+    if resident is None:
+        comfy.model_management.load_models_gpu([patcher])
+    else:
+        patcher.patch_model(patcher.load_device, lowvram_model_memory=resident)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 12, 2, 8, 8, generator=generator)
+    embeds = torch.randn(1, 16, 256, generator=generator)
+    dit = patcher.model.diffusion_model
+    with torch.inference_mode():
+        return -dit(latents, torch.tensor([0.6]), embeds, (torch.arange(16) < 9)[None])
+
+def matrices(patcher):
+    return [getattr(p, "_qdata", p).clone() for p in patcher.model.diffusion_model.blocks.parameters() if p.ndim == 2]
+
+def same(weights, others):
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(weights, others, strict=True))
+
+folder, results = Path(folder), {}
+lora = load_file(folder / "lora.safetensors")
+for path in sorted(folder.glob("dit/*")):
+    patcher = load_model(str(path))
+    results[f"{path.stem}/velocity"], before = velocity(patcher), matrices(patcher)
+    results[f"{path.stem}/bytes"] = torch.tensor(sum(w.nbytes for w in before))
+    patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)
+    results[f"{path.stem}/with LoRA"] = velocity(patched)
+    patched.detach()
+    results[f"{path.stem}/offloaded with LoRA"] = velocity(patched, resident=1)
+    assert patched.model.model_lowvram
+    patched.detach()
+    velocity(patcher)
+    results[f"{path.stem}/restored"] = torch.tensor(same(before, matrices(patcher)))
+for kind in ("fp8", "int8", "q4_0"):
+    patcher = load_model(str(folder / "plain.safetensors"), None, kind)
+    results[f"{kind}/velocity"] = velocity(patcher)
+for path in sorted(folder.glob("t5/*")):
+    results[f"{path.stem}/text"] = encode_prompt(load_clip(str(path)), "a red kite")[0][0]
+save_file({name: t.clone().contiguous() for name, t in results.items()}, folder / "results.safetensors")
+'''
+HOST_T5_FORMS = {form: write for form, write in T5_FORMS.items() if form != "sharded"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, comfy_path):
+    folder = tmp_path_factory.mktemp("formats")
+    dit, t5, generator = random_dit(WIDE).state_dict(), random_t5(), torch.Generator().manual_seed(5)
+    for kind, forms, tensors in (("dit", FORMATS, dit), ("t5", HOST_T5_FORMS, t5)):
+        (folder / kind).mkdir()
+        (folder / f"{kind} meaning").mkdir()
+        for form, write in forms.items():
+            meaning = write(tensors, folder / kind / file_name(form))
+            save_file(meaning, folder / f"{kind} meaning" / f"{form}.safetensors")
+    save_file(dit, folder / "plain.safetensors")
+    down, up = torch.randn(4, 256, generator=generator), torch.randn(768, 4, generator=generator) * 0.02
+    name = "diffusion_model.blocks.0.attn.qkv_x"
+    save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, folder / "lora.safetensors")
+    command = [sys.executable, "-c", SCRIPT, str(comfy_path), str(ROOT), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "log.txt").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return load_file(folder / "results.safetensors")
+
+
+def merged(folder, form):
+    """The core's model of what the file means, with the LoRA added by hand."""
+    tensors, lora = load_file(folder / "dit meaning" / f"{form}.safetensors"), load_file(folder / "lora.safetensors")
+    down, up = (lora[f"diffusion_model.blocks.0.attn.qkv_x.lora_{half}.weight"] for half in "AB")
+    tensors["blocks.0.attn.qkv_x.weight"] += up @ down
+    save_file(tensors, folder / "merged.safetensors")
+    return load_transformer(folder / "merged.safetensors", torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_transformer_computes_what_the_file_means(folder, results, form):
+    expected = velocity(load_transformer(folder / "dit meaning" / f"{form}.safetensors", torch.float32))
+    # The host multiplies in int8 where a file does not forbid it.
+    assert relative_error(results[f"{form}/velocity"], expected) < (0.02 if form == "int8" else 1e-5)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_lora_is_applied_and_removed_without_a_trace(folder, results, form):
+    """fp8 and int8 weights are quantised again by the host; blocks become a matrix in full precision."""
+    expected, before = velocity(merged(folder, form)), results[f"{form}/velocity"]
+    effect = relative_error(expected, before)
+    assert effect > 0.05
+    # Cast layer by layer, a patched weight is never quantised again.
+    assert relative_error(results[f"{form}/offloaded with LoRA"], expected) < (0.02 if form == "int8" else 1e-5)
+    requantised = "fp8" in form or "int8" in form
+    assert relative_error(results[f"{form}/with LoRA"], expected) < (0.5 * effect if requantised else 1e-5)
+    assert results[f"{form}/restored"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_blocks_stay_in_the_files_form(results, form):
+    bits = {"fp8": 8, "int8": 8, "Q4": 4.9, "Q5": 6, "Q8": 8.5, "Q2": 2.7, "Q3": 3.5, "Q6": 6.6, "F": 32, "BF16": 32}
+    weights = sum(p.numel() for p in random_dit(WIDE).blocks.parameters() if p.ndim == 2)
+    allowed = next(bits[key] for key in bits if key in form)
+    assert results[f"{form}/bytes"] * 8 / weights < allowed * 1.03
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "q4_0"])
+def test_quantise_while_loading_equals_the_core(folder, results, kind):
+    expected = velocity(load_transformer(folder / "plain.safetensors", torch.float32, quantize=kind))
+    assert relative_error(results[f"{kind}/velocity"], expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", HOST_T5_FORMS)
+def test_text_encoder_computes_what_the_file_means(folder, results, comfy_path, form):
+    meaning = load_text_encoder(
+        folder / "t5 meaning" / f"{form}.safetensors", comfy_path / "comfy/text_encoders/t5_tokenizer"
+    )
+    embeds, mask = meaning.encode("a red kite")
+    assert relative_error(results[f"{form}/text"][mask], embeds[mask]) < 1e-4
+
+
+def test_nothing_is_missing_or_left_over(folder):
+    log = (folder / "log.txt").read_text()
+    assert "missing" not in log.replace("clip missing: ['logit_scale']", "")
+    assert "unexpected" not in log
