@@ -131,8 +131,8 @@ def _describe_part(part: str, tensors: Tensors) -> str:
         if (m := re.match(r"(transformer_blocks|blocks|encoder\.block|enc\.blk)\.(\d+)\.", name))
     }
     depth = f", {len(blocks)} blocks" if part != "vae" else ""
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
-    return f"{NAMES[part][0]}{layout}{depth}, {' and '.join(dtypes)}"
+    forms = sorted({tensor.form for tensor in tensors.values()})
+    return f"{NAMES[part][0]}{layout}{depth}, {' and '.join(forms)}"
 
 
 def _strip(tensors: Tensors, part: str) -> Tensors | None:

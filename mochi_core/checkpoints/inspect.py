@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..dit import AsymmDiT
 from ..vae import AsymmVAE
 from .detect import describe, dit_config, find_part, has_decoder, has_encoder, parts_of, vae_config
 from .loading import misfits
-from .reader import StoredTensor, Tensors, open_tensors
+from .reader import Tensors, open_tensors
 
 SHOWN_NAMES, SHOWN_LETTERS = 20, 200
 
@@ -58,17 +57,9 @@ def _stored(tensors: Tensors) -> dict[str, dict[str, int]]:
     """Number of tensors and bytes for each dtype or block type."""
     counts, sizes = Counter[str](), Counter[str]()
     for tensor in tensors.values():
-        kind, size = _kind_and_bytes(tensor)
-        counts[kind] += 1
-        sizes[kind] += size
-    return {kind: {"tensors": count, "bytes": sizes[kind]} for kind, count in counts.most_common()}
-
-
-def _kind_and_bytes(tensor: StoredTensor) -> tuple[str, int]:
-    if tensor.quantized is not None:
-        weight = tensor.quantized()  # a view of the file
-        return weight.block_type or str(weight.values.dtype), weight.values.nbytes
-    return str(tensor.dtype).removeprefix("torch."), math.prod(tensor.shape) * tensor.dtype.itemsize
+        counts[tensor.form] += 1
+        sizes[tensor.form] += tensor.num_bytes
+    return {form: {"tensors": count, "bytes": sizes[form]} for form, count in counts.most_common()}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -77,9 +68,8 @@ def render(report: dict[str, Any]) -> str:
     for part, found in report["parts"].items():
         lines += ["", *_render_part(part, found)]
     lines += ["", "stored"]
-    lines += [
-        f"  {kind:<14} {n['tensors']:>6,} tensors {n['bytes'] / 1e9:>10.3f} GB" for kind, n in report["stored"].items()
-    ]
+    for form, found in report["stored"].items():
+        lines.append(f"  {form}: {found['tensors']} tensors, {found['bytes'] / 1e9:.3f} GB")
     if report["metadata"]:
         lines += ["", "metadata", *(f"  {key}: {_cut(value)}" for key, value in report["metadata"].items())]
     return "\n".join(lines)

@@ -2,7 +2,8 @@
 
 They are written in four ways: `X.weight` in fp8 with `X.scale_weight` (and `X.scale_input`) beside it and a marker tensor
 `scaled_fp8` in the file; `X.weight` with `X.weight_scale`, `X.input_scale` and `X.comfy_quant` (JSON as bytes, or the JSON of
-all layers in the file's metadata); `X.weight` in plain fp8; GGML blocks in `X.Q4_0_qweight` and the like.
+all layers in the file's metadata); `X.weight` in plain fp8; GGML blocks in `X.Q4_0_qweight` and the like. What ComfyUI
+saves of a model in GGML blocks is of the second kind, in the form `ggml_Q4_0`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .reader import NOTE, StoredTensor, Tensors
 GGML_WEIGHT = re.compile(r"(.*\.)([A-Z\d_]+)_qweight")
 MARKER = re.compile(r"(.*\.)?scaled_fp8")
 STORED_AS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
+GGML_FORMAT = "ggml_"
 SCALES, INPUT_SCALES = ("weight_scale", "scale_weight"), ("input_scale", "scale_input")
 LARGE = re.compile(r"blocks\..*\.weight")
 """Embedders and final layer are never quantised here."""
@@ -40,6 +43,8 @@ def resolve(tensors: Tensors) -> Tensors:
             continue
         if (match := GGML_WEIGHT.fullmatch(name)) and match[2] in BLOCK_TYPES:
             resolved[match[1] + "weight"] = ggml_weight(resolved.pop(name), match[2])
+        elif name.endswith(".weight") and tensor.dtype == torch.uint8:
+            _resolve_blocks(resolved, name.removesuffix("weight"))
         elif name.endswith(".weight") and tensor.dtype in STORED_AS.values():
             _resolve_scaled(resolved, name.removesuffix("weight"), exact_product=bool(exact) and name.startswith(exact))
     return resolved
@@ -48,7 +53,8 @@ def resolve(tensors: Tensors) -> Tensors:
 def ggml_weight(stored: StoredTensor, block_type: str) -> StoredTensor:
     """(rows, bytes of a row) uint8 as the matrix that it stands for."""
     shape = (stored.shape[0], columns(stored.shape[1], block_type))
-    return _weight(shape, stored.dtype, lambda: QuantizedWeight(stored.read(), block_type=block_type))
+    weight = _weight(shape, stored.dtype, lambda: QuantizedWeight(stored.read(), block_type=block_type))
+    return replace(weight, block_type=block_type)
 
 
 def quantize_large(tensors: Tensors, kind: str | None) -> Tensors:
@@ -79,11 +85,18 @@ def unknown_forms(tensors: Tensors) -> set[str]:
     return {str(note.get("format")) for note in notes} | blocks | ({"int8 without a scale"} if bare else set())
 
 
+def _resolve_blocks(tensors: Tensors, layer: str) -> None:
+    block_type = str(_note(tensors, layer).get("format")).removeprefix(GGML_FORMAT)
+    if block_type in BLOCK_TYPES:
+        del tensors[layer + NOTE]
+        tensors[layer + "weight"] = ggml_weight(tensors[layer + "weight"], block_type)
+
+
 def _resolve_scaled(tensors: Tensors, layer: str, *, exact_product: bool) -> None:
     """Replace the parts of one layer by its weight, unless they are in an unknown form."""
     note, values = _note(tensors, layer), tensors[layer + "weight"]
     scale, input_scale = _first(tensors, layer, SCALES), _first(tensors, layer, INPUT_SCALES)
-    known = STORED_AS.get(note["format"]) == values.dtype if "format" in note else True
+    known = STORED_AS.get(str(note["format"])) == values.dtype if "format" in note else True
     if not known or note.get("convrot") or (values.dtype == torch.int8 and scale is None):
         return
     for leaf in (*SCALES, *INPUT_SCALES, NOTE):

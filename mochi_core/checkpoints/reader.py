@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..ggml import BLOCK_TYPES
 from ..quantized import QuantizedWeight
 from .header import read_header
 
@@ -37,6 +39,22 @@ class StoredTensor:
     read: Callable[[], Tensor]
     quantized: Callable[[], QuantizedWeight] | None = None
     """For a quantised weight, reads its stored form; `read` then widens it."""
+    block_type: str | None = None
+    """For GGML blocks, which (see `ggml.BLOCK_TYPES`)."""
+
+    @property
+    def form(self) -> str:
+        """What people call the stored form: bfloat16, float8_e4m3fn, Q4_0 ..."""
+        return self.block_type or str(self.dtype).removeprefix("torch.")
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is stored."""
+        count = math.prod(self.shape)
+        if self.block_type is None:
+            return count * self.dtype.itemsize
+        block = BLOCK_TYPES[self.block_type]
+        return count // block.weights * block.bytes
 
 
 Tensors = dict[str, StoredTensor]

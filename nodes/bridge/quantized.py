@@ -13,7 +13,7 @@ from torch import nn
 
 from ...mochi_core import ggml
 from ...mochi_core.checkpoints import find_part, from_state_dict, open_tensors
-from ...mochi_core.checkpoints.quantization import STORED_AS
+from ...mochi_core.checkpoints.quantization import GGML_FORMAT, STORED_AS
 from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.quantized import QuantizedWeight
 
@@ -105,13 +105,16 @@ def _host_entries(layer: str, weight: QuantizedWeight) -> dict[str, torch.Tensor
 def quantized_operations(operations: type) -> type:
     """The host's mixed-precision operations, taught two things.
 
-    A weight in GGML blocks can be listed in a state dict, and a layer that is to multiply in full precision never gets
-    the host's int8 product (which rounds the input, too).
+    A weight in GGML blocks has a name for its form, under which it is saved, and a layer that is to multiply in full
+    precision never gets the host's int8 product (which rounds the input, too).
     """
 
     class Operations(operations):
         class Linear(operations.Linear):
-            quant_format = "ggml"
+            def _load_from_state_dict(self, *args):
+                super()._load_from_state_dict(*args)
+                if isinstance(self.weight, QuantizedTensor) and self.weight._layout_cls == GGML_LAYOUT:
+                    self.quant_format = GGML_FORMAT + self.weight._params.block_type
 
             def _forward(self, input, weight, bias):
                 exact = self._full_precision_mm and isinstance(weight, QuantizedTensor)

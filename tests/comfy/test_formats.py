@@ -58,6 +58,9 @@ for path in sorted(folder.glob("dit/*")):
     patcher = load_model(str(path))
     results[f"{path.stem}/velocity"], before = velocity(patcher), matrices(patcher)
     results[f"{path.stem}/bytes"] = torch.tensor(sum(w.nbytes for w in before))
+    comfy.sd.save_checkpoint(str(folder / "saved.safetensors"), patcher)
+    again = load_model(str(folder / "saved.safetensors"))
+    results[f"{path.stem}/saved"] = torch.tensor(same(before, matrices(again)))
     patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)
     results[f"{path.stem}/with LoRA"] = velocity(patched)
     patched.detach()
@@ -137,6 +140,11 @@ def test_blocks_stay_in_the_files_form(results, form):
     weights = sum(p.numel() for p in random_dit(WIDE).blocks.parameters() if p.ndim == 2)
     allowed = next(bits[key] for key in bits if key in form)
     assert results[f"{form}/bytes"] * 8 / weights < allowed * 1.03
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_the_host_saves_loads_again(results, form):
+    assert results[f"{form}/saved"]
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "q4_0"])

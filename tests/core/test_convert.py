@@ -186,7 +186,7 @@ def test_inspect(sources, tmp_path, capsys):
         "a Mochi transformer, 3 blocks",
         "depth = 3",
         "complete",
-        "float32             1 tensors",
+        "float32: 1 tensors",
         "author: somebody",
     ):
         assert line in text

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mochi_core import load_text_encoder, load_transformer, load_vae
+from mochi_core.__main__ import main
 from mochi_core.checkpoints import open_tensors
 from mochi_core.quantized import QUANTIZERS, QuantizedLinear
 from tests.harness import quantized_files
@@ -222,6 +223,15 @@ def test_text_encoder(t5, tmp_path, comfy_path, form):
     assert torch.equal(loaded.encode("a red kite")[0], meaning.encode("a red kite")[0])
     has_quantised_matrices = any(word in form for word in ("fp8", "int8", "Q4", "Q8"))
     assert bool(quantized_layers(loaded.model)) == has_quantised_matrices
+
+
+def test_inspect_tells_block_types_and_their_bytes(dit, tmp_path, capsys):
+    FORMATS["Q4_0 gguf"](dit.state_dict(), tmp_path / "dit.gguf")
+    assert main(["inspect", str(tmp_path / "dit.gguf")]) == 0
+    large = [tensor.numel() * 18 / 32 for name, tensor in dit.state_dict().items() if is_large(name, tensor)]
+    text = capsys.readouterr().out
+    assert "a Mochi transformer, 2 blocks, Q4_0 and float16 and float32" in text
+    assert f"Q4_0: {len(large)} tensors, {sum(large) / 1e9:.3f} GB" in text
 
 
 def broken_gguf(path: Path, tensors, kind):

@@ -2,7 +2,7 @@
 
 import torch
 
-from mochi_core import AsymmDiT, AsymmVAE
+from mochi_core import AsymmDiT, AsymmDiTConfig, AsymmVAE
 from mochi_core.checkpoints import autoencoder_rules, from_state_dict, to_diffusers, transformer_rules
 
 
@@ -45,18 +45,22 @@ def _load(peer, ours, rules):
 
 def comfy_dit(dit: AsymmDiT):
     import comfy.ops
+
+    peer = comfy_class(dit.config, comfy.ops.disable_weight_init, dit.dtype)
+    peer.load_state_dict(dit.state_dict(), strict=True)
+    return peer.eval()
+
+
+def comfy_class(config: AsymmDiTConfig, operations, dtype: torch.dtype):
     from comfy.ldm.genmo.joint_model.asymm_models_joint import AsymmDiTJoint
 
-    config = dit.config
-    peer = AsymmDiTJoint(
+    return AsymmDiTJoint(
         depth=config.depth, patch_size=2, num_heads=config.num_heads, hidden_size_x=config.hidden_size_x,
         hidden_size_y=config.hidden_size_y, mlp_ratio_x=4.0, mlp_ratio_y=4.0, learn_sigma=False, in_channels=12,
         qk_norm=True, qkv_bias=False, out_bias=True, patch_embed_bias=True, timestep_mlp_bias=True, timestep_scale=1000.0,
         use_t5=True, t5_feat_dim=config.text_width, t5_token_length=256, attend_to_padding=False, rope_theta=10000.0,
-        device="cpu", dtype=dit.dtype, operations=comfy.ops.disable_weight_init,
+        device="cpu", dtype=dtype, operations=operations,
     )  # fmt: skip
-    peer.load_state_dict(dit.state_dict(), strict=True)
-    return peer.eval()
 
 
 def comfy_vae(vae: AsymmVAE):

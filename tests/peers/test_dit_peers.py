@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from mochi_core import AsymmDiT, AsymmDiTConfig
+from mochi_core import AsymmDiT, AsymmDiTConfig, load_transformer
+from tests.harness.quantized_files import legacy_scaled_fp8
 from tests.harness.tiny_models import DIT, random_dit
-from tests.peers.builders import comfy_dit, diffusers_dit, relative_error
+from tests.peers.builders import comfy_class, comfy_dit, diffusers_dit, relative_error
 
 FULL_WIDTH = AsymmDiTConfig(depth=2)
 REAL_GRID = (1, 60, 106)
@@ -89,6 +91,26 @@ def test_unequal_prompts_in_a_batch_where_comfyui_attends_to_padding(model, diff
     theirs = -comfy_peer(latents, sigma, embeds, mask, 77)
     assert relative_error(theirs[0], ours[0]) <= 1e-5
     assert relative_error(theirs[1], ours[1]) > 1e-3
+
+
+def test_scaled_fp8_file_equals_comfyuis_own_loading(model, comfyui, tmp_path):  # noqa: ARG001
+    import comfy.ops
+    import comfy.utils
+
+    path = tmp_path / "scaled.safetensors"
+    legacy_scaled_fp8(model.state_dict(), path)
+    ours = load_transformer(path, torch.float32)
+    tensors, _ = comfy.utils.convert_old_quants(load_file(path), "model.diffusion_model.")
+    tensors = {name.removeprefix("model.diffusion_model."): tensor for name, tensor in tensors.items()}
+    peer = comfy_class(
+        FULL_WIDTH, comfy.ops.mixed_precision_ops({}, torch.float32, full_precision_mm=True), torch.float32
+    )
+    peer.load_state_dict(tensors, strict=True)
+    latents, sigma, embeds = inputs(FULL_WIDTH.text_width)
+    mask = prefix_mask(20)
+    expected = from_comfyui(peer.eval(), latents, sigma, embeds, mask)
+    assert relative_error(ours(latents, sigma, embeds, mask), expected) <= 1e-5
+    assert 0.001 < relative_error(expected, model(latents, sigma, embeds, mask)) < 0.05
 
 
 def default_initialised_dit():

@@ -1,0 +1,152 @@
+"""What each quantised form of the denoiser costs in size, and what it does to one forward.
+
+Full width, depth 2, one latent frame on the 30 x 53 patch grid of 480 x 848 pixels, 77 text tokens, Gaussian weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import gguf
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import environment, write_report
+from benchmarks.peers import DEVICE
+from mochi_core import AsymmDiT, AsymmDiTConfig
+from mochi_core.checkpoints import from_state_dict, load_into
+from mochi_core.checkpoints.quantization import LARGE
+from mochi_core.checkpoints.reader import StoredTensor
+from mochi_core.quantized import QUANTIZERS, QuantizedWeight
+
+Quantize = Callable[[Tensor], QuantizedWeight]
+TEXT_TOKENS, TOKENS = 77, 256
+NOTE = (
+    "Errors are those of the velocity relative to the float32 model, Gaussian weights (real ones have outliers, which one "
+    "scale per layer or row feels more than blocks do). `bf16` computes in bf16, as one would; `float32` shows the "
+    "quantisation alone. Quantised are the matrices of the blocks; everything else is bf16. Sizes are those of the released "
+    "model, computed from its shapes; file and memory are the same, because weights are widened only while a layer works. "
+    "The gguf package cannot write the K types, so only their sizes are given."
+)
+
+
+def by_gguf(block_type: str) -> Quantize:
+    """The reference package's quantiser."""
+
+    def quantize(weight: Tensor) -> QuantizedWeight:
+        blocks = gguf.quantize(weight.float().numpy(), gguf.GGMLQuantizationType[block_type])
+        return QuantizedWeight(torch.from_numpy(blocks), block_type=block_type)
+
+    return quantize
+
+
+FORMS: dict[str, tuple[float, Quantize | None]] = {
+    "bf16": (16, None),
+    "int8, scale per row": (8, QUANTIZERS["int8"]),
+    "fp8 e4m3fn, scale per layer": (8, QUANTIZERS["fp8"]),
+    "fp8 e4m3fn, plain": (8, lambda weight: QuantizedWeight(weight.to(torch.float8_e4m3fn))),
+    "fp8 e5m2, plain": (8, lambda weight: QuantizedWeight(weight.to(torch.float8_e5m2))),
+    "Q8_0": (8.5, by_gguf("Q8_0")),
+    "Q5_1": (6, by_gguf("Q5_1")),
+    "Q5_0": (5.5, by_gguf("Q5_0")),
+    "Q4_1": (5, by_gguf("Q4_1")),
+    "Q4_0": (4.5, QUANTIZERS["q4_0"]),
+}
+K_TYPES = {"Q6_K": 6.5625, "Q5_K": 5.5, "Q4_K": 4.5, "Q3_K": 3.4375, "Q2_K": 2.625}
+MODULATION = ("int8, scale per row", "fp8 e4m3fn, scale per layer", "Q4_0")
+
+
+def is_large(name: str) -> bool:
+    return LARGE.fullmatch(name) is not None and "_norm_" not in name
+
+
+def is_modulation(name: str) -> bool:
+    return ".mod_" in name
+
+
+def random_dit() -> AsymmDiT:
+    dit, generator = AsymmDiT(AsymmDiTConfig(depth=2)), torch.Generator().manual_seed(0)
+    for name, parameter in dit.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        scaled = noise * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1 * noise + ("_norm_" in name)
+        parameter.data = scaled * (0.2 if name == "pos_frequencies" else 1)
+    return dit.requires_grad_(False).eval()
+
+
+def quantized(dit: AsymmDiT, quantize: Quantize | None, dtype: torch.dtype, chosen: Callable[[str], bool]) -> AsymmDiT:
+    """The same model with the chosen matrices quantised and everything else in `dtype`."""
+
+    def store(name: str, tensor: StoredTensor) -> StoredTensor:
+        if quantize is None or not (is_large(name) and chosen(name)):
+            return tensor
+        return StoredTensor(tensor.shape, tensor.dtype, tensor.read, lambda: quantize(tensor.read()))
+
+    tensors = {name: store(name, tensor) for name, tensor in from_state_dict(dit.state_dict()).items()}
+    result = AsymmDiT(dit.config, device="meta", dtype=dtype)
+    load_into(result, tensors, "random weights", DEVICE)
+    return result.eval()
+
+
+@torch.inference_mode()
+def forward(dit: nn.Module) -> Tensor:
+    """The velocity."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 12, 1, 60, 106, generator=generator).to(DEVICE)
+    embeds = torch.randn(1, TOKENS, 4096, generator=generator).to(DEVICE)
+    mask = (torch.arange(TOKENS) < TEXT_TOKENS)[None].to(DEVICE)
+    return dit(latents, torch.tensor([0.7375], device=DEVICE), embeds, mask).cpu()
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def gigabytes(bits: float, chosen: Callable[[str], bool]) -> float:
+    """Of the released model."""
+    released = AsymmDiT(device="meta").named_parameters()
+    return sum(p.numel() * (bits if is_large(name) and chosen(name) else 16) for name, p in released) / 8e9
+
+
+def everything(_: str) -> bool:
+    return True
+
+
+def form_rows(dit: AsymmDiT, exact: Tensor) -> list[str]:
+    rows = ["| matrices | bits each | GB | error, bf16 | error, float32 |", "|---|---|---|---|---|"]
+    for form, (bits, quantize) in FORMS.items():
+        half = forward(quantized(dit, quantize, torch.bfloat16, everything))
+        error = f"{relative_error(half, exact):.2%}"
+        alone = "" if quantize is None else f"{_error(dit, exact, quantize, everything):.2%}"
+        rows.append(f"| {form} | {bits:g} | {gigabytes(bits, everything):.2f} | {error} | {alone} |")
+        print(rows[-1], flush=True)
+    return rows + [f"| {form} | {bits:g} | {gigabytes(bits, everything):.2f} | | |" for form, bits in K_TYPES.items()]
+
+
+def modulation_rows(dit: AsymmDiT, exact: Tensor) -> list[str]:
+    rows = ["| quantised, float32 | all | all but mod_x, mod_y | GB more without |", "|---|---|---|---|"]
+    for form in MODULATION:
+        bits, quantize = FORMS[form]
+        assert quantize is not None
+        errors = [_error(dit, exact, quantize, chosen) for chosen in (everything, lambda name: not is_modulation(name))]
+        more = gigabytes(bits, lambda name: not is_modulation(name)) - gigabytes(bits, everything)
+        rows.append(f"| {form} | {errors[0]:.2%} | {errors[1]:.2%} | {more:.2f} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _error(dit: AsymmDiT, exact: Tensor, quantize: Quantize, chosen: Callable[[str], bool]) -> float:
+    return relative_error(forward(quantized(dit, quantize, torch.float32, chosen)), exact)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    dit = random_dit()
+    exact = forward(dit.to(DEVICE))
+    page = ["# Quantised denoiser", "", environment(), "", NOTE, "", *form_rows(dit, exact), ""]
+    page += ["## The modulation layers", "", *modulation_rows(dit, exact)]
+    write_report("quantization", "\n".join(page) + "\n")
+
+
+if __name__ == "__main__":
+    main()
