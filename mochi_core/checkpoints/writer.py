@@ -25,7 +25,7 @@ def write_safetensors(
 
     Until then the file is a temporary one beside it, which is removed if anything goes wrong.
     """
-    header, places = _layout(tensors, metadata)
+    header, places = layout(tensors, metadata)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
@@ -39,7 +39,7 @@ def write_safetensors(
         temporary.unlink(missing_ok=True)
 
 
-def _layout(tensors: Tensors, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+def layout(tensors: Tensors, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     """The header with its length in front, and where each tensor begins behind it; wide dtypes first, so that all are
     aligned."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
