@@ -13,7 +13,7 @@ from .detect import (
     vae_config,
 )
 from .diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
-from .loading import check_tensors, is_finite, load_into, load_transformer, load_vae
+from .loading import check_finite, check_tensors, is_finite, load_into, load_transformer, load_vae
 from .quantization import quantize_large
 from .reader import StoredTensor, TensorFile, from_state_dict, open_tensors
 
@@ -22,6 +22,7 @@ __all__ = [
     "TensorFile",
     "autoencoder_rules",
     "blaming",
+    "check_finite",
     "check_tensors",
     "describe",
     "dit_config",

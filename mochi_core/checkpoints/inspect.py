@@ -10,7 +10,7 @@ from typing import Any
 from ..config import AsymmDiTConfig, AsymmVAEConfig
 from ..dit import AsymmDiT
 from ..vae import AsymmVAE
-from .detect import describe, dit_config, find_part, has_decoder, has_encoder, parts_of, vae_config
+from .detect import blaming, describe, dit_config, find_part, has_decoder, has_encoder, parts_of, vae_config
 from .loading import misfits
 from .reader import Tensors, open_tensors
 
@@ -24,9 +24,11 @@ def inspect(path: Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: see `open_tensors`.
     """
     file = open_tensors(path)
+    with blaming(path.name):
+        description = describe(file.tensors)
     return {
         "file": str(file.path),
-        "is": describe(file.tensors),
+        "is": description,
         "parts": {part: _inspect_part(file.tensors, part, path.name) for part in parts_of(file.tensors)},
         "stored": _stored(file.tensors),
         "metadata": file.metadata,

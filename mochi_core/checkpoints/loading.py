@@ -87,13 +87,13 @@ def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch
         if read_quantized is not None and isinstance(layer, nn.Linear):
             quantized = QuantizedLinear(read_quantized()).to(device)
             module.set_submodule(owner, quantized)
-            values = (quantized.values, quantized.scale)
+            values = (quantized.values,) if quantized.scale is None else (quantized.values, quantized.scale)
         else:
             value = tensors[name].read().to(device, parameter.dtype)
             setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
             values = (value,)
-        if not all(is_finite(value) for value in values if value is not None):
-            raise ValueError(f"{file_name} holds NaN or infinite values in {name}; download it again.")
+        for value in values:
+            check_finite(value, name, file_name)
 
 
 def check_tensors(module: nn.Module, tensors: Tensors, file_name: str) -> None:
@@ -122,6 +122,12 @@ def misfits(module: nn.Module, tensors: Tensors) -> dict[str, list[str]]:
 def _listed(kind: str, names: list[str]) -> str:
     more = ", ..." if len(names) > EXAMPLES else ""
     return f"{len(names)} {kind} ({', '.join(names[:EXAMPLES])}{more})"
+
+
+def check_finite(tensor: Tensor, name: str, file_name: str) -> None:
+    """Raise a ValueError if there is a NaN or an infinity."""
+    if not is_finite(tensor):
+        raise ValueError(f"{file_name} holds NaN or infinite values in {name}; download it again.")
 
 
 def is_finite(tensor: Tensor) -> bool:

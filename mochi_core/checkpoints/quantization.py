@@ -9,6 +9,7 @@ saves of a model in GGML blocks is of the second kind, in the form `ggml_Q4_0`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -101,12 +102,14 @@ def _resolve_scaled(tensors: Tensors, layer: str, *, exact_product: bool) -> Non
         return
     for leaf in (*SCALES, *INPUT_SCALES, NOTE):
         tensors.pop(layer + leaf, None)
+    _check_count(layer, scale, (1, values.shape[0]))
+    _check_count(layer, input_scale, (1,))
     exact_product = scale is None or bool(note.get("full_precision_matrix_mult", exact_product))
 
     def read() -> QuantizedWeight:
         return QuantizedWeight(
             values.read(),
-            None if scale is None else _per_row(scale, values.shape[0], layer),
+            None if scale is None else _per_row(scale.read()),
             input_scale=None if input_scale is None else input_scale.read().float().reshape(()),
             exact_product=exact_product,
         )
@@ -114,12 +117,15 @@ def _resolve_scaled(tensors: Tensors, layer: str, *, exact_product: bool) -> Non
     tensors[layer + "weight"] = _weight(values.shape, values.dtype, read)
 
 
-def _per_row(scale: StoredTensor, rows: int, layer: str) -> torch.Tensor:
+def _check_count(layer: str, scale: StoredTensor | None, allowed: tuple[int, ...]) -> None:
+    if scale is not None and math.prod(scale.shape) not in allowed:
+        counts = " or ".join(map(str, allowed))
+        raise ValueError(f"{layer}weight has scales of the shape {scale.shape}, but needs {counts}; download it again.")
+
+
+def _per_row(scale: torch.Tensor) -> torch.Tensor:
     """One float32 number, or (rows, 1)."""
-    count = torch.Size(scale.shape).numel()
-    if count not in (1, rows):
-        raise ValueError(f"{layer}weight has {rows} rows, but {count} scales; download the file again.")
-    return scale.read().float().reshape(() if count == 1 else (rows, 1))
+    return scale.float().reshape(() if scale.numel() == 1 else (-1, 1))
 
 
 def _first(tensors: Tensors, layer: str, leaves: tuple[str, ...]) -> StoredTensor | None:
@@ -132,7 +138,7 @@ def _note(tensors: Tensors, layer: str) -> dict[str, Any]:
         return {}
     try:
         note = json.loads(bytes(tensors[layer + NOTE].read().flatten().tolist()))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         note = None
     return note if isinstance(note, dict) else {"format": "something that is no JSON"}
 

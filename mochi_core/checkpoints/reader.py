@@ -156,7 +156,7 @@ def _notes(path: Path, metadata: dict[str, str]) -> Tensors:
     try:
         layers = json.loads(metadata.get(QUANTIZATION, "{}")).get("layers", {})
         notes = {f"{layer}.{NOTE}": json.dumps(note).encode() for layer, note in layers.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path.name} has an unreadable {QUANTIZATION}; download it again.") from error
     return from_state_dict({name: torch.frombuffer(bytearray(note), dtype=torch.uint8) for name, note in notes.items()})
 

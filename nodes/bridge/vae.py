@@ -13,6 +13,7 @@ import torch
 
 from ...mochi_core import AsymmVAE
 from ...mochi_core.checkpoints import (
+    blaming,
     check_tensors,
     has_decoder,
     has_encoder,
@@ -112,8 +113,10 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
     if dtype is None:
         dtype = mm.vae_dtype(device, WORKING_DTYPES)
     halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
-    config = vae_config(tensors)
-    check_tensors(AsymmVAE(config, device="meta", **halves), tensors, name)
+    with blaming(name):
+        config = vae_config(tensors)
+        expected = AsymmVAE(config, device="meta", **halves)
+    check_tensors(expected, tensors, name)
     module = HostAsymmVAE(
         config, ops=comfy.ops.disable_weight_init, device=mm.vae_offload_device(), dtype=dtype, **halves
     )

@@ -32,7 +32,7 @@ VALID = save(DIT, {"format": "pt"})
 HEADER_END = 8 + struct.unpack("<Q", VALID[:8])[0]
 HEADER = json.loads(VALID[8:HEADER_END])
 NAME = "blocks.0.attn.proj_x.bias"
-CASES = settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+CASES = settings(max_examples=1500, deadline=None, derandomize=True, database=None)
 
 
 def with_header(header, data=VALID[HEADER_END:]):
@@ -148,6 +148,32 @@ def test_flipped_bits(scratch, flips):
 @given(start=st.integers(0, HEADER_END + 8), length=st.integers(0, 40), new=st.binary(max_size=40))
 def test_replaced_bytes(scratch, start, length, new):
     loaded_or_refused(scratch, VALID[:start] + new + VALID[start + length :])
+
+
+NOTE = "blocks.0.attn.proj_x.comfy_quant"
+QUANTIZED = {
+    **DIT,
+    "blocks.0.attn.proj_x.weight": DIT["blocks.0.attn.proj_x.weight"].to(torch.float8_e4m3fn),
+    "blocks.0.attn.proj_x.weight_scale": torch.ones(()),
+}
+NOTES = st.one_of(
+    st.binary(max_size=20),
+    st.sampled_from([b"[" * 5000, b'{"format": [1]}', b'{"format": "float8_e4m3fn", "convrot": {}}', b"null", b"3"]),
+)
+
+
+@settings(CASES, max_examples=300)
+@given(note=NOTES, shape=st.sampled_from([(), (1,), (8,), (1, 8), (3,), (0,)]), in_metadata=st.booleans())
+def test_notes_about_quantised_layers(scratch, note, shape, in_metadata):
+    tensors = {**QUANTIZED, "blocks.0.attn.proj_x.weight_scale": torch.ones(shape)}
+    metadata = {"_quantization_metadata": note.decode("utf-8", "replace")} if in_metadata else None
+    if not in_metadata and note:
+        tensors[NOTE] = torch.frombuffer(bytearray(note), dtype=torch.uint8)
+    scratch.write_bytes(save(tensors, metadata))
+    try:
+        load_transformer(scratch, torch.float32)
+    except ValueError as error:
+        assert scratch.name in str(error)
 
 
 NUMBERS = st.one_of(st.integers(-2, 70), st.sampled_from([2**31, 2**63, 2**64, 10**30, 1.5, True]))
