@@ -24,31 +24,35 @@ DEEP = AsymmDiTConfig(
 )
 NOTE = (
     "From a file in the page cache to a model of which every weight is on the device and was read once; the median over two "
-    "processes each. `wide` is 4 blocks of the released width (1.9 GB), `deep` 48 blocks of a quarter of it (1.2 GB). Peak "
+    "processes of one thread each. `wide` is 4 blocks of the released width (1.9 GB), `deep` 48 blocks of a quarter of it (1.2 GB). Peak "
     "memory is resident memory, mapped pages of the file included, which the system can drop. Ours compares every name and "
     "shape and looks for NaN; it maps the original layout and merges the diffusers layout tensor by tensor."
 )
 
 
 def ours(case: dict):
+    one_thread()
     return lambda: touched(load_transformer(case["path"], torch.bfloat16, DEVICE))
 
 
 def from_pretrained(case: dict):
     from diffusers import MochiTransformer3DModel
 
+    one_thread()
     return lambda: touched(MochiTransformer3DModel.from_pretrained(case["path"], torch_dtype=torch.bfloat16).to(DEVICE))
 
 
 def from_single_file(case: dict):
     from diffusers import MochiTransformer3DModel
 
+    one_thread()
     options = {"config": case["config"], "local_files_only": True, "torch_dtype": torch.bfloat16}
     return lambda: touched(MochiTransformer3DModel.from_single_file(case["path"], **options).to(DEVICE))
 
 
 def comfyui(case: dict):
     """Its loader's steps, for a depth other than 48: map the file, build the class, copy the weights."""
+    one_thread()
     use_comfyui()
     import comfy.utils
 
@@ -58,6 +62,11 @@ def comfyui(case: dict):
         return touched(model)
 
     return load
+
+
+def one_thread() -> None:
+    """Loading moves memory; more threads add little but noise."""
+    torch.set_num_threads(1)
 
 
 def touched(module: torch.nn.Module) -> torch.nn.Module:
