@@ -68,7 +68,7 @@ def _half(blocks: Tensor, start: int) -> Tensor:
 
 def _bits(data: Tensor, shifts: range, mask: int) -> Tensor:
     """(N, G, B) bytes to (N, G, len(shifts), B): the masked value at each shift."""
-    shift = torch.tensor(list(shifts), dtype=torch.uint8, device=data.device)[:, None]
+    shift = torch.arange(shifts.start, shifts.stop, shifts.step, dtype=torch.uint8, device=data.device)[:, None]
     return data[:, :, None] >> shift & mask
 
 

@@ -38,13 +38,18 @@ class QuantizedWeight:
         rows, stored = self.values.shape
         return rows, columns(stored, self.block_type) if self.block_type else stored
 
+    def scale_per_row(self) -> Tensor:
+        """(rows, 1)."""
+        scale = torch.ones(()) if self.scale is None else self.scale
+        return scale.expand(len(self.values), 1)
+
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(rows, columns), computed in float32 and rounded once."""
         if self.block_type:
             return dequantize(self.values, self.block_type).to(dtype)
         if self.scale is None:
             return self.values.to(dtype)
-        return self.values.to(torch.float32).mul_(self.scale).to(dtype)
+        return (self.values.to(torch.float32) * self.scale).to(dtype)
 
 
 class QuantizedLinear(nn.Module):

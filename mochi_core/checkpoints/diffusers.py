@@ -6,10 +6,13 @@ A rule pairs one canonical name with the foreign tensors that make it up: severa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from ..quantized import QuantizedWeight
 from .reader import StoredTensor, Tensors
 
 
@@ -138,8 +141,8 @@ def to_canonical(tensors: Tensors, rules: Rules) -> Tensors:
         if parts and len(parts) < len(rule.foreign):
             missing = ", ".join(name for name in rule.foreign if name not in tensors)
             raise ValueError(f"it lacks {missing}, a part of {rule.canonical}; download it again.")
-        if len({(part.shape, part.dtype) for part in parts}) > 1:
-            raise ValueError(f"{', '.join(rule.foreign)} differ in shape or dtype; download it again.")
+        if len({part.shape for part in parts}) > 1:
+            raise ValueError(f"{', '.join(rule.foreign)} differ in shape; download it again.")
         if parts:
             merged = _concatenate(parts)
             canonical[rule.canonical] = _swap_halves(merged) if rule.swap_halves else merged
@@ -166,19 +169,38 @@ def to_diffusers(tensors: Tensors, rules: Rules) -> Tensors:
 def _concatenate(parts: list[StoredTensor]) -> StoredTensor:
     if len(parts) == 1:
         return parts[0]
-    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return StoredTensor(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
+    return _by_rows(parts, sum(part.shape[0] for part in parts), torch.cat)
 
 
 def _split(tensor: StoredTensor, count: int) -> list[StoredTensor]:
     if count == 1:
         return [tensor]
-    shape = (tensor.shape[0] // count, *tensor.shape[1:])
-    return [StoredTensor(shape, tensor.dtype, lambda i=i: tensor.read().chunk(count)[i]) for i in range(count)]
+    return [_by_rows([tensor], tensor.shape[0] // count, lambda t, i=i: t[0].chunk(count)[i]) for i in range(count)]
 
 
 def _swap_halves(tensor: StoredTensor) -> StoredTensor:
-    return StoredTensor(tensor.shape, tensor.dtype, lambda: torch.cat(tensor.read().chunk(2)[::-1]))
+    return _by_rows([tensor], tensor.shape[0], lambda t: torch.cat(t[0].chunk(2)[::-1]))
+
+
+def _by_rows(parts: list[StoredTensor], rows: int, arrange: Callable[[list[Tensor]], Tensor]) -> StoredTensor:
+    """A tensor whose rows are those of `parts`, arranged; quantised weights of one form stay quantised."""
+    readers = [part.quantized for part in parts if part.quantized is not None]
+
+    def read_quantized() -> QuantizedWeight:
+        weights = [read() for read in readers]
+        scaled = any(weight.scale is not None for weight in weights)
+        scale = arrange([weight.scale_per_row() for weight in weights]) if scaled else None
+        exact = all(weight.exact_product for weight in weights)
+        values = arrange([weight.values for weight in weights])
+        return QuantizedWeight(values, scale, weights[0].block_type, exact_product=exact)
+
+    same_form = len(readers) == len(parts) and len({part.form for part in parts}) == 1
+    return replace(
+        parts[0],
+        shape=(rows, *parts[0].shape[1:]),
+        read=lambda: arrange([part.read() for part in parts]),
+        quantized=read_quantized if same_form else None,
+    )
 
 
 def _refuse_unknown(names: set[str]) -> None:

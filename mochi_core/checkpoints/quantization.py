@@ -42,7 +42,7 @@ def resolve(tensors: Tensors) -> Tensors:
     for name, tensor in tensors.items():
         if len(tensor.shape) != 2:
             continue
-        if (match := GGML_WEIGHT.fullmatch(name)) and match[2] in BLOCK_TYPES:
+        if (match := GGML_WEIGHT.fullmatch(name)) and _holds_blocks(tensor, match[2]):
             resolved[match[1] + "weight"] = ggml_weight(resolved.pop(name), match[2])
         elif name.endswith(".weight") and tensor.dtype == torch.uint8:
             _resolve_blocks(resolved, name.removesuffix("weight"))
@@ -86,9 +86,13 @@ def unknown_forms(tensors: Tensors) -> set[str]:
     return {str(note.get("format")) for note in notes} | blocks | ({"int8 without a scale"} if bare else set())
 
 
+def _holds_blocks(stored: StoredTensor, block_type: str) -> bool:
+    return block_type in BLOCK_TYPES and stored.shape[1] % BLOCK_TYPES[block_type].bytes == 0
+
+
 def _resolve_blocks(tensors: Tensors, layer: str) -> None:
     block_type = str(_note(tensors, layer).get("format")).removeprefix(GGML_FORMAT)
-    if block_type in BLOCK_TYPES:
+    if _holds_blocks(tensors[layer + "weight"], block_type):
         del tensors[layer + NOTE]
         tensors[layer + "weight"] = ggml_weight(tensors[layer + "weight"], block_type)
 
@@ -98,34 +102,37 @@ def _resolve_scaled(tensors: Tensors, layer: str, *, exact_product: bool) -> Non
     note, values = _note(tensors, layer), tensors[layer + "weight"]
     scale, input_scale = _first(tensors, layer, SCALES), _first(tensors, layer, INPUT_SCALES)
     known = STORED_AS.get(str(note["format"])) == values.dtype if "format" in note else True
-    if not known or note.get("convrot") or (values.dtype == torch.int8 and scale is None):
+    bare = values.dtype == torch.int8 and scale is None
+    if (
+        not known
+        or bare
+        or note.get("convrot")
+        or _count(scale) not in (1, values.shape[0])
+        or _count(input_scale) != 1
+    ):
         return
     for leaf in (*SCALES, *INPUT_SCALES, NOTE):
         tensors.pop(layer + leaf, None)
-    _check_count(layer, scale, (1, values.shape[0]))
-    _check_count(layer, input_scale, (1,))
     exact_product = scale is None or bool(note.get("full_precision_matrix_mult", exact_product))
 
     def read() -> QuantizedWeight:
         return QuantizedWeight(
             values.read(),
-            None if scale is None else _per_row(scale.read()),
-            input_scale=None if input_scale is None else input_scale.read().float().reshape(()),
+            None if scale is None else _read_scale(scale),
+            input_scale=None if input_scale is None else _read_scale(input_scale),
             exact_product=exact_product,
         )
 
     tensors[layer + "weight"] = _weight(values.shape, values.dtype, read)
 
 
-def _check_count(layer: str, scale: StoredTensor | None, allowed: tuple[int, ...]) -> None:
-    if scale is not None and math.prod(scale.shape) not in allowed:
-        counts = " or ".join(map(str, allowed))
-        raise ValueError(f"{layer}weight has scales of the shape {scale.shape}, but needs {counts}; download it again.")
+def _count(scale: StoredTensor | None) -> int:
+    return 1 if scale is None else math.prod(scale.shape)
 
 
-def _per_row(scale: torch.Tensor) -> torch.Tensor:
+def _read_scale(scale: StoredTensor) -> torch.Tensor:
     """One float32 number, or (rows, 1)."""
-    return scale.float().reshape(() if scale.numel() == 1 else (-1, 1))
+    return scale.read().float().reshape(() if _count(scale) == 1 else (-1, 1))
 
 
 def _first(tensors: Tensors, layer: str, leaves: tuple[str, ...]) -> StoredTensor | None:

@@ -88,7 +88,7 @@ def open_tensors(path: str | Path) -> TensorFile:
 
 
 def _open_file(path: Path) -> TensorFile:
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         from .gguf import open_gguf  # it makes use of this module
 
         return open_gguf(path)

@@ -68,7 +68,7 @@ def read_part(path: str, part: str) -> Tensors:
     """
     file = open_tensors(path)  # a broken file gets our sentence, before the host reads it
     tensors = file.tensors
-    if Path(path).suffix != ".gguf":
+    if Path(path).suffix.lower() != ".gguf":
         tensors = tensors | from_state_dict(comfy.utils.load_torch_file(path, safe_load=True))
     name = Path(path).name
     found = find_part(tensors, part, name)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mochi_core import load_text_encoder, load_transformer, load_vae
 from mochi_core.__main__ import main
-from mochi_core.checkpoints import open_tensors
+from mochi_core.checkpoints import from_state_dict, open_tensors, to_diffusers, transformer_rules
 from mochi_core.quantized import QUANTIZERS, QuantizedLinear
 from tests.harness import quantized_files
 from tests.harness.quantized_files import GGUF, SAFETENSORS, gguf_file, is_large, llama_cpp_name
@@ -74,6 +74,20 @@ def test_transformer(dit, tmp_path, form):
         assert relative_error(result, velocity(dit)) < bound
 
 
+@pytest.mark.parametrize("form", ["plain fp8_e4m3fn", "scaled fp8", "int8", "Q4_0 in safetensors"])
+def test_diffusers_layout_stays_quantised(dit, tmp_path, form):
+    """Rows are merged from q, k and v with a scale each, and halves are swapped."""
+    rules = transformer_rules(WIDE.depth)
+    foreign = {name: t.read().clone() for name, t in to_diffusers(from_state_dict(dit.state_dict()), rules).items()}
+    expected = SAFETENSORS[form](foreign, tmp_path / "x.safetensors")
+    save_file(expected, tmp_path / "meaning.safetensors")
+    loaded = load_transformer(tmp_path / "x.safetensors", torch.float32)
+    assert torch.equal(velocity(loaded), velocity(load_transformer(tmp_path / "meaning.safetensors", torch.float32)))
+    assert {n + ".weight" for n in quantized_layers(loaded)} == {
+        n for n, t in dit.state_dict().items() if is_large(n, t)
+    }
+
+
 @pytest.mark.parametrize("form", ["scaled fp8", "int8", "Q4_0 gguf"])
 def test_quantised_transformer_computes_in_bf16(dit, tmp_path, form):
     FORMATS[form](dit.state_dict(), tmp_path / file_name(form))
@@ -122,6 +136,48 @@ def test_layers_of_a_scaled_file_may_stay_in_high_precision(dit, tmp_path):
     loaded = load_transformer(tmp_path / "x.safetensors", torch.float32)
     assert torch.equal(loaded.get_submodule("blocks.1.mlp_x.w1").weight, dit.get_submodule("blocks.1.mlp_x.w1").weight)
     assert "blocks.0.mlp_x.w1" in quantized_layers(loaded)
+
+
+def test_scaled_all_in_one_file(dit, tmp_path, comfy_path):
+    parts = {"model.diffusion_model.": dit.state_dict(), "text_encoders.t5xxl.transformer.": random_t5()}
+    tensors, meaning = {}, {}
+    for prefix, part in parts.items():
+        meaning[prefix] = SAFETENSORS["scaled fp8, older"](part, tmp_path / "part.safetensors")
+        stored = load_file(tmp_path / "part.safetensors")
+        tensors |= {prefix + name.removeprefix(prefix): t for name, t in stored.items()}
+        save_file(meaning[prefix], tmp_path / f"{prefix}safetensors")
+    save_file(tensors, tmp_path / "all.safetensors")
+    loaded, expected = (
+        velocity(load_transformer(tmp_path / name, torch.float32))
+        for name in ("all.safetensors", "model.diffusion_model.safetensors")
+    )
+    assert torch.equal(loaded, expected)
+    tokenizer = comfy_path / "comfy/text_encoders/t5_tokenizer"
+    loaded, expected = (
+        load_text_encoder(tmp_path / name, tokenizer).encode("a red kite")[0]
+        for name in ("all.safetensors", "text_encoders.t5xxl.transformer.safetensors")
+    )
+    assert torch.equal(loaded, expected)
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale", "Q4_0_qweight"])
+def test_parts_that_do_not_fit_are_named(dit, tmp_path, leaf):
+    """Five scales for more rows, and rows that are no whole number of blocks."""
+    name = "blocks.0.mod_x"
+    tensors = {**dit.state_dict(), f"{name}.weight": dit.state_dict()[f"{name}.weight"].to(torch.float8_e4m3fn)}
+    part = torch.ones(5) if leaf == "weight_scale" else torch.zeros(1024, 19, dtype=torch.uint8)
+    save_file({**tensors, f"{name}.{leaf}": part}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x.safetensors .*(mod_x.weight_scale|cannot be read: Q4_0)"):
+        load_transformer(tmp_path / "x.safetensors")
+
+
+def test_changing_the_dtype_of_a_model_keeps_its_meaning(dit, tmp_path):
+    SAFETENSORS["scaled fp8"](dit.state_dict(), tmp_path / "x.safetensors")
+    loaded = load_transformer(tmp_path / "x.safetensors", torch.float32)
+    before = velocity(loaded)
+    loaded.to(torch.float32)
+    assert torch.equal(velocity(loaded), before)
+    assert torch.equal(velocity(loaded), before)
 
 
 @pytest.mark.parametrize("form", ["fp8", "bf16", "gguf"])

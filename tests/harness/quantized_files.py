@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-LARGE = re.compile(r"(blocks|encoder\.block)\..*\.weight")
+LARGE = re.compile(r"(blocks|transformer_blocks|encoder\.block)\..*\.weight")
 # Where the float16 numbers lie in a block of each type.
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
