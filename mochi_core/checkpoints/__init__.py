@@ -13,7 +13,7 @@ from .detect import (
     vae_config,
 )
 from .diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
-from .loading import check_finite, check_tensors, is_finite, load_into, load_transformer, load_vae
+from .loading import check_finite, check_tensors, is_finite, joined, load_into, load_transformer, load_vae
 from .quantization import quantize_large
 from .reader import StoredTensor, TensorFile, from_state_dict, open_tensors
 
@@ -32,6 +32,7 @@ __all__ = [
     "has_decoder",
     "has_encoder",
     "is_finite",
+    "joined",
     "load_into",
     "load_transformer",
     "load_vae",

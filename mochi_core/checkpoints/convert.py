@@ -16,9 +16,9 @@ from ..config import AsymmDiTConfig, AsymmVAEConfig
 from ..dit import AsymmDiT
 from ..quantized import quantize_fp8
 from ..vae import AsymmVAE
-from .detect import dit_config, find_part, has_decoder, has_encoder, parts_of, vae_config
+from .detect import blaming, dit_config, find_part, has_decoder, has_encoder, parts_of, vae_config
 from .diffusers import autoencoder_rules, to_diffusers, transformer_rules
-from .loading import check_tensors, is_finite
+from .loading import check_tensors, is_finite, joined
 from .quantization import LARGE
 from .reader import NOTE, QUANTIZATION, StoredTensor, TensorFile, Tensors, from_state_dict, open_tensors
 from .writer import write_safetensors
@@ -58,13 +58,15 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
         FileNotFoundError, ValueError: see `open_tensors`, `find_part` and `check_tensors`; or the model cannot be written so.
     """
     files = [open_tensors(source) for source in sources]
-    part = part or _only_part(files)
-    tensors: Tensors = {}
-    for file in files:
-        tensors |= find_part(file.tensors, part, file.path.name)
-    module = _meta_module(tensors, DTYPES[dtype])
-    check_tensors(module, tensors, " and ".join(file.path.name for file in files))
-    converted = _cast(tensors, module, DTYPES[dtype])
+    label = " and ".join(file.path.name for file in files)
+    with blaming(label):
+        part = part or _only_part(files)
+    tensors = joined([find_part(file.tensors, part, file.path.name) for file in files], label)
+    with blaming(label):
+        module = _meta_module(tensors, DTYPES[dtype])
+    check_tensors(module, tensors, label)
+    with blaming(label):
+        converted = _cast(tensors, module, DTYPES[dtype], label)
     if dtype == FP8_SCALED:
         if part != "transformer" or layout != "canonical":
             raise ValueError(
@@ -90,8 +92,7 @@ def write_conversion(conversion: Conversion, destination: Path, on_tensor: Calla
 def _only_part(files: list[TensorFile]) -> str:
     found = {part for file in files for part in parts_of(file.tensors)} - {"t5"}
     if len(found) != 1:
-        names = " and ".join(file.path.name for file in files)
-        raise ValueError(f"{names} must hold a Mochi transformer or autoencoder; of both, choose one with --part.")
+        raise ValueError("a transformer or an autoencoder can be converted; of both, choose one with --part.")
     return found.pop()
 
 
@@ -102,7 +103,7 @@ def _meta_module(tensors: Tensors, dtype: torch.dtype | None) -> AsymmDiT | Asym
     return AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
 
 
-def _cast(tensors: Tensors, module: nn.Module, dtype: torch.dtype | None) -> Tensors:
+def _cast(tensors: Tensors, module: nn.Module, dtype: torch.dtype | None, file_name: str) -> Tensors:
     """In the order of the module. What it keeps in float32 whatever its dtype stays as it is stored."""
     converted: Tensors = {}
     for name, parameter in module.named_parameters():
@@ -110,18 +111,19 @@ def _cast(tensors: Tensors, module: nn.Module, dtype: torch.dtype | None) -> Ten
         if dtype is None and tensor.dtype.itemsize == 1:
             raise ValueError(f"{name} is stored in 8 bits or fewer; say with --dtype what it is to become.")
         exact = parameter.dtype != dtype and tensor.dtype.itemsize > 1
-        converted[name] = _finite(name, tensor, tensor.dtype if dtype is None or exact else dtype)
+        target = tensor.dtype if dtype is None or exact else dtype
+        converted[name] = StoredTensor(tensor.shape, target, _reader(tensor, target, f"{name} in {file_name}"))
     return converted
 
 
-def _finite(name: str, tensor: StoredTensor, dtype: torch.dtype) -> StoredTensor:
+def _reader(tensor: StoredTensor, dtype: torch.dtype, label: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
         value = tensor.read().to(dtype)
         if not is_finite(value):
-            raise ValueError(f"{name} has NaN or infinite values, or values too large for {dtype}; use another dtype.")
+            raise ValueError(f"{label} has NaN or infinite values, or values too large for {dtype}; use another dtype.")
         return value
 
-    return StoredTensor(tensor.shape, dtype, read)
+    return read
 
 
 def _with_fp8(tensors: Tensors) -> Tensors:

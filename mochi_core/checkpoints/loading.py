@@ -55,20 +55,23 @@ def load_vae(
         FileNotFoundError: there is no such file.
     """
     paths = [Path(path)] if isinstance(path, str | Path) else [Path(p) for p in path]
-    tensors: Tensors = {}
-    for file in paths:
-        half = open_part(file, "vae")
-        if twice := sorted(set(tensors) & set(half)):
-            raise ValueError(f"{file.name} brings {twice[0]} a second time; give each half of the autoencoder once.")
-        tensors |= half
-    halves, label = (
-        {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)},
-        " and ".join(map(file_label, paths)),
-    )
+    label = " and ".join(map(file_label, paths))
+    tensors = joined([open_part(file, "vae") for file in paths], label)
+    halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
     with blaming(label):
         vae = AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
     load_into(vae, tensors, label, device)
     return vae.eval()
+
+
+def joined(parts: Sequence[Tensors], file_name: str) -> Tensors:
+    """The tensors of several files together; ValueError if two bring the same."""
+    tensors: Tensors = {}
+    for part in parts:
+        if twice := sorted(set(tensors) & set(part)):
+            raise ValueError(f"{file_name} bring {twice[0]} a second time; give each half of the autoencoder once.")
+        tensors |= part
+    return tensors
 
 
 def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch.device | str) -> None:

@@ -345,7 +345,7 @@ def test_half_an_autoencoder_says_which_half_it_lacks(tmp_path):
         act, argument = (vae.encode, (1, 3, 7, 16, 16)) if half == "decoder" else (vae.decode, (1, 12, 2, 2, 2))
         with pytest.raises(ValueError, match=f"has no {missing}"):
             act(torch.zeros(argument))
-    with pytest.raises(ValueError, match=r"decoder.safetensors brings .* a second time"):
+    with pytest.raises(ValueError, match=r"decoder.safetensors bring .* a second time"):
         load_vae([tmp_path / "decoder.safetensors", tmp_path / "decoder.safetensors"])
 
 

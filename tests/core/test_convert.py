@@ -170,12 +170,17 @@ def test_refusals(sources, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_a_half_given_twice_is_refused(sources, tmp_path, capsys):
+    half = sources / "decoder.safetensors"
+    assert "a second time" in refused(capsys, "convert", half, half, tmp_path / "x.safetensors", "--to", "canonical")
+
+
 def test_a_conversion_that_fails_leaves_nothing(sources, tmp_path, capsys):
     tensors = load_file(sources / "transformer.safetensors")
     tensors["blocks.2.attn.proj_x.bias"][3] = torch.nan
     save_file(tensors, tmp_path / "nan.safetensors")
     run = ("convert", tmp_path / "nan.safetensors", tmp_path / "x.safetensors", "--to", "canonical")
-    assert "blocks.2.attn.proj_x.bias has NaN" in refused(capsys, *run)
+    assert "blocks.2.attn.proj_x.bias in nan.safetensors has NaN" in refused(capsys, *run)
     assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]
 
 
