@@ -23,10 +23,10 @@ DEEP = AsymmDiTConfig(
     hidden_size_x=768, hidden_size_y=384, num_heads=6, text_width=1024, mlp_size_x=2048, mlp_size_y=1024
 )
 NOTE = (
-    "From a file in the page cache to a model of which every weight is on the device and was read once; the median over two "
-    "processes of one thread each. `wide` is 4 blocks of the released width (1.9 GB), `deep` 48 blocks of a quarter of it (1.2 GB). Peak "
-    "memory is resident memory, mapped pages of the file included, which the system can drop. Ours compares every name and "
-    "shape and looks for NaN; it maps the original layout and merges the diffusers layout tensor by tensor."
+    "From a file in the page cache to a model of which every weight is on the device and was read once; median over two "
+    "processes of one thread each. `wide` is 4 blocks of the released width (1.9 GB), `deep` 48 blocks of a quarter of it "
+    "(1.2 GB). Peak memory is resident memory, mapped pages of the file included, which the system can drop. Ours compares "
+    "every name and shape and looks for NaN; it maps the original layout and merges the diffusers layout tensor by tensor."
 )
 
 
