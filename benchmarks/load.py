@@ -24,8 +24,8 @@ DEEP = AsymmDiTConfig(
 )
 NOTE = (
     "From a file in the page cache to a model of which every weight is on the device and was read once; median over two "
-    "processes of one thread each. `wide` is 4 blocks of the released width (1.9 GB), `deep` 48 blocks of a quarter of it "
-    "(1.2 GB). Peak memory is resident memory, mapped pages of the file included, which the system can drop. Ours compares "
+    "processes of one thread each. `wide` is 4 blocks of the released width (1.8 GB), `deep` 48 blocks of a quarter of it "
+    "(1.3 GB). Peak memory is resident memory, mapped pages of the file included, which the system can drop. Ours compares "
     "every name and shape and looks for NaN; it maps the original layout and merges the diffusers layout tensor by tensor."
 )
 
