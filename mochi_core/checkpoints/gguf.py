@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..ggml import BLOCK_TYPES
 from .header import MAX_HEADER_BYTES
 from .quantization import ggml_weight
-from .reader import StoredTensor, TensorFile
+from .reader import StoredTensor, TensorFile, Tensors
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -30,7 +31,7 @@ BLOCK_NAMES = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
 }  # fmt: skip
 MAX_DIMENSIONS = 8
-DEFAULT_ALIGNMENT = 32
+DEFAULT_ALIGNMENT, ALIGNMENTS = 32, {2**power for power in range(3, 17)}
 TRUE_SHAPE = "comfy.gguf.orig_shape."
 """Key under which converters keep the shape of a tensor that they flattened to make whole blocks."""
 
@@ -65,8 +66,12 @@ class _Cursor:
             return self._scalar(kind)
         kind, count = self.number("I"), self.number("Q")
         first = tuple(self._scalar(kind) for _ in range(min(count, MAX_DIMENSIONS)))
-        for _ in range(count - len(first)):
-            self._scalar(kind)
+        rest = count - len(first)
+        if kind in SCALARS:
+            self.take(rest * struct.calcsize(f"<{SCALARS[kind]}"))
+        else:
+            for _ in range(rest):
+                self.text()
         return first
 
     def _scalar(self, kind: int) -> Any:
@@ -101,8 +106,7 @@ def open_gguf(path: Path) -> TensorFile:
     try:
         keys, descriptions, start = _read_header(_Cursor(data[:MAX_HEADER_BYTES].numpy().data, len(MAGIC)))
         tensors = {d.name: _stored(d, data[start:], keys) for d in descriptions}
-        if len(tensors) < len(descriptions):
-            raise ValueError("it has two tensors of the same name")
+        _refuse_shared_bytes(descriptions, tensors)
     except ValueError as error:
         raise ValueError(f"{path.name} cannot be read: {error}; download it again or use another file.") from error
     metadata = {key: str(value) for key, value in keys.items() if not isinstance(value, tuple)}
@@ -119,8 +123,8 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], list[_Description], i
     keys = {cursor.text(): cursor.value() for _ in range(num_keys)}
     descriptions = [_describe(cursor) for _ in range(num_tensors)]
     alignment = keys.get("general.alignment", DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-        raise ValueError(f"its alignment is {alignment} and must be a power of two")
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"its alignment is {alignment} and must be a power of two from 8 to 65536")
     return keys, descriptions, -(-cursor.place // alignment) * alignment
 
 
@@ -129,7 +133,18 @@ def _describe(cursor: _Cursor) -> _Description:
     if dimensions > MAX_DIMENSIONS:
         raise ValueError(f"{name} has {dimensions} dimensions")
     shape = tuple(reversed(cursor.numbers("Q", dimensions)))  # the file counts the innermost first
+    if 0 in shape:
+        raise ValueError(f"{name} is empty")
     return _Description(name, shape, cursor.number("I"), cursor.number("Q"))
+
+
+def _refuse_shared_bytes(descriptions: list[_Description], tensors: Tensors) -> None:
+    if len(tensors) < len(descriptions):
+        raise ValueError("it has two tensors of the same name")
+    ordered = sorted(descriptions, key=lambda d: d.offset)
+    for first, second in pairwise(ordered):
+        if first.offset + tensors[first.name].num_bytes > second.offset:
+            raise ValueError(f"{first.name} and {second.name} overlap")
 
 
 def _stored(description: _Description, data: Tensor, keys: dict[str, Any]) -> StoredTensor:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ GGML_WEIGHT = re.compile(r"(.*\.)([A-Z\d_]+)_qweight")
 MARKER = re.compile(r"(.*\.)?scaled_fp8")
 STORED_AS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
 GGML_FORMAT = "ggml_"
+MAX_NOTE_BYTES = 4096
 SCALES, INPUT_SCALES = ("weight_scale", "scale_weight"), ("input_scale", "scale_input")
 LARGE = re.compile(r"blocks\..*\.weight")
 """Embedders and final layer are never quantised here."""
@@ -143,10 +145,10 @@ def _note(tensors: Tensors, layer: str) -> dict[str, Any]:
     """What the file says about the form of a layer; empty if nothing."""
     if layer + NOTE not in tensors:
         return {}
-    try:
-        note = json.loads(bytes(tensors[layer + NOTE].read().flatten().tolist()))
-    except (ValueError, TypeError, RecursionError):
-        note = None
+    text, note = tensors[layer + NOTE], None
+    if math.prod(text.shape) <= MAX_NOTE_BYTES:
+        with suppress(ValueError, TypeError, RecursionError):
+            note = json.loads(bytes(text.read().flatten().tolist()))
     return note if isinstance(note, dict) else {"format": "something that is no JSON"}
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mochi_core import load_text_encoder, load_transformer
-from tests.core.test_formats import FORMATS, T5_FORMS, WIDE, file_name, relative_error, velocity
-from tests.harness.tiny_models import random_dit, random_t5
+from tests.core.test_formats import FORMATS, T5_FORMS, WIDE, file_name, relative_error, shallow_t5, velocity
+from tests.harness.tiny_models import random_dit
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = '''
@@ -82,7 +82,7 @@ HOST_T5_FORMS = {form: write for form, write in T5_FORMS.items() if form != "sha
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, comfy_path):
     folder = tmp_path_factory.mktemp("formats")
-    dit, t5, generator = random_dit(WIDE).state_dict(), random_t5(), torch.Generator().manual_seed(5)
+    dit, t5, generator = random_dit(WIDE).state_dict(), shallow_t5(), torch.Generator().manual_seed(5)
     for kind, forms, tensors in (("dit", FORMATS, dit), ("t5", HOST_T5_FORMS, t5)):
         (folder / kind).mkdir()
         (folder / f"{kind} meaning").mkdir()

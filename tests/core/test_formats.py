@@ -1,6 +1,8 @@
 """Every quantised form of every part loads, stays quantised in memory and computes what its numbers mean."""
 
 import json
+import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mochi_core import load_text_encoder, load_transformer, load_vae
 from mochi_core.__main__ import main
-from mochi_core.checkpoints import from_state_dict, open_tensors, to_diffusers, transformer_rules
+from mochi_core.checkpoints import describe, from_state_dict, open_tensors, to_diffusers, transformer_rules
 from mochi_core.quantized import QUANTIZERS, QuantizedLinear
 from tests.harness import quantized_files
 from tests.harness.quantized_files import GGUF, SAFETENSORS, gguf_file, is_large, llama_cpp_name
@@ -139,7 +141,7 @@ def test_layers_of_a_scaled_file_may_stay_in_high_precision(dit, tmp_path):
 
 
 def test_scaled_all_in_one_file(dit, tmp_path, comfy_path):
-    parts = {"model.diffusion_model.": dit.state_dict(), "text_encoders.t5xxl.transformer.": random_t5()}
+    parts = {"model.diffusion_model.": dit.state_dict(), "text_encoders.t5xxl.transformer.": shallow_t5()}
     tensors, meaning = {}, {}
     for prefix, part in parts.items():
         meaning[prefix] = SAFETENSORS["scaled fp8, older"](part, tmp_path / "part.safetensors")
@@ -264,9 +266,14 @@ T5_FORMS = {
 }
 
 
+def shallow_t5():
+    """Two blocks."""
+    return {name: tensor for name, tensor in random_t5().items() if not re.match(r"encoder\.block\.([2-9]|\d\d)", name)}
+
+
 @pytest.fixture(scope="module")
 def t5():
-    return random_t5()
+    return shallow_t5()
 
 
 @pytest.mark.parametrize("form", T5_FORMS)
@@ -309,6 +316,9 @@ def broken_gguf(path: Path, tensors, kind):
     elif kind == "shape":
         place = content.index(b"blocks.0.mod_x.weight") + len("blocks.0.mod_x.weight") + 4
         content[place + 5] = 1
+    elif kind == "overlap":
+        place = content.index(b"blocks.0.mod_x.weight") + len("blocks.0.mod_x.weight") + 4 + 16 + 4
+        content[place : place + 8] = bytes(8)
     elif kind == "truncated":
         content = content[:-1]
     path.write_bytes(content)
@@ -324,6 +334,7 @@ def broken_gguf(path: Path, tensors, kind):
         ("keys", "it claims"),
         ("type", "blocks.0.mod_x.weight has the type 23"),
         ("shape", "blocks.0.mod_x.weight lies at byte"),
+        ("overlap", r"blocks\.0\.mod_x\.weight.* overlap"),
         ("truncated", "lies at byte"),
     ],
 )
@@ -334,10 +345,31 @@ def test_lying_gguf_headers(dit, tmp_path, kind, message):
     assert "x.gguf" in str(error.value)
 
 
-def test_gguf_cut_anywhere_is_refused(dit, tmp_path):
-    gguf_file("Q8_0")(dit.state_dict(), tmp_path / "whole.gguf")
-    content = (tmp_path / "whole.gguf").read_bytes()
-    for end in [*range(0, 400, 7), *range(400, len(content), len(content) // 60)]:
-        (tmp_path / "cut.gguf").write_bytes(content[:end])
+@pytest.fixture(scope="module")
+def small_gguf(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "whole.gguf"
+    gguf_file("Q8_0")(random_dit(replace(DIT, depth=1)).state_dict(), path)
+    return path.read_bytes()
+
+
+def test_gguf_cut_anywhere_is_refused(small_gguf, tmp_path):
+    for end in [*range(0, 400, 7), *range(400, len(small_gguf), len(small_gguf) // 60)]:
+        (tmp_path / "cut.gguf").write_bytes(small_gguf[:end])
         with pytest.raises(ValueError, match=r"cut.gguf"):
             open_tensors(tmp_path / "cut.gguf")
+
+
+def test_gguf_with_any_wrong_bytes_in_its_header_opens_or_is_refused(small_gguf, tmp_path):
+    generator, outcomes = random.Random(0), []
+    for _ in range(500):
+        content, place = bytearray(small_gguf), generator.randrange(4, 4000)
+        content[place : place + 8] = generator.choice([b"\xff" * 8, b"\x00" * 8, generator.randbytes(1)])
+        (tmp_path / "odd.gguf").write_bytes(content)
+        try:
+            file = open_tensors(tmp_path / "odd.gguf")
+            outcomes.append("opens")
+            describe(file.tensors)
+        except ValueError as error:
+            assert "odd.gguf" in str(error)
+            outcomes.append("is refused")
+    assert set(outcomes) == {"opens", "is refused"}
