@@ -1,6 +1,7 @@
 """convert and inspect, as a person calls them; what convert writes loads in diffusers and in ComfyUI's own class."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -234,7 +235,7 @@ def write_sparse(path, tensors):
 
 
 MEMORY = """
-import re, sys, threading, time
+import json, re, sys, threading, time
 import torch
 from pathlib import Path
 from mochi_core import AsymmDiT
@@ -270,7 +271,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 def in_a_process(code, *arguments):
     command = [sys.executable, "-c", MEMORY + code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # Without this, glibc keeps freed tensors, and later ones hide in them.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -322,13 +325,13 @@ for path in sys.argv[1:]:
     del model
     plan = plan_conversion([Path(path)], "canonical", "fp8_scaled")
     _, result["convert " + path], _ = peak_of(lambda: write_conversion(plan, Path(path).with_name("out.safetensors")))
-print(__import__("json").dumps(result))
+print(json.dumps(result))
 """
     paths = [str(tmp_path / f"{layout}.safetensors") for layout in ("canonical", "diffusers")]
-    found, few_tensors = in_a_process(code, *paths), 80e6
+    found, few_tensors = in_a_process(code, *paths), 40e6
     for path in paths:
-        # The small weights that stay in float32 are the only ones that a mapped bf16 file must be read for.
-        assert found[f"load {path}"] < few_tensors + (0 if path == paths[0] else size)
+        # In its own dtype, the original layout stays a map of the file; of diffusers' layout half the weights are merged.
+        assert found[f"load {path}"] < (1e6 if path == paths[0] else 0.6 * size)
         # To another dtype, as to a device: the new tensors, and a few more at a time.
-        assert 1.9 * size < found[f"cast {path}"] < 2 * size + few_tensors
+        assert 2 * size <= found[f"cast {path}"] < 2 * size + few_tensors
         assert found[f"convert {path}"] < few_tensors
