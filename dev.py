@@ -76,7 +76,7 @@ def prepare(extra: list[str] | None = None) -> Path:
 
 def test_requirements() -> list[str]:
     """The `test` group of pyproject.toml, without needing a TOML parser (Python 3.10 has none)."""
-    group = re.search(r"^test = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    group = re.search(r"^test = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
     assert group, "pyproject.toml has lost its test group"
     return re.findall(r'"([^"]+)"', group[1])
 

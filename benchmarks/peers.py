@@ -33,18 +33,20 @@ def fill(module: nn.Module) -> nn.Module:
 
 
 def comfy_dit(depth: int, dtype: torch.dtype) -> nn.Module:
+    return fill(empty_comfy_dit(depth, dtype))
+
+
+def empty_comfy_dit(depth: int, dtype: torch.dtype) -> nn.Module:
     use_comfyui()
     import comfy.ops
     from comfy.ldm.genmo.joint_model.asymm_models_joint import AsymmDiTJoint
 
-    return fill(
-        AsymmDiTJoint(
-            depth=depth, patch_size=2, num_heads=24, hidden_size_x=3072, hidden_size_y=1536, mlp_ratio_x=4.0,
-            mlp_ratio_y=4.0, learn_sigma=False, in_channels=12, qk_norm=True, qkv_bias=False, out_bias=True,
-            patch_embed_bias=True, timestep_mlp_bias=True, timestep_scale=1000.0, use_t5=True, t5_feat_dim=4096,
-            t5_token_length=256, attend_to_padding=False, rope_theta=10000.0, device=DEVICE, dtype=dtype,
-            operations=comfy.ops.disable_weight_init,
-        )
+    return AsymmDiTJoint(
+        depth=depth, patch_size=2, num_heads=24, hidden_size_x=3072, hidden_size_y=1536, mlp_ratio_x=4.0,
+        mlp_ratio_y=4.0, learn_sigma=False, in_channels=12, qk_norm=True, qkv_bias=False, out_bias=True,
+        patch_embed_bias=True, timestep_mlp_bias=True, timestep_scale=1000.0, use_t5=True, t5_feat_dim=4096,
+        t5_token_length=256, attend_to_padding=False, rope_theta=10000.0, device=DEVICE, dtype=dtype,
+        operations=comfy.ops.disable_weight_init,
     )  # fmt: skip
 
 

@@ -1,18 +1,22 @@
-"""`python -m mochi_core generate | decode | inspect`: the library from a shell."""
+"""`python -m mochi_core generate | decode | inspect | convert`: the library from a shell."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from .checkpoints import describe, load_transformer, load_vae, open_tensors
+from .checkpoints import load_transformer, load_vae
+from .checkpoints.convert import DTYPES as STORED_DTYPES
+from .checkpoints.convert import LAYOUTS, plan_conversion, write_conversion
+from .checkpoints.inspect import inspect as inspect_file
+from .checkpoints.inspect import render
 from .latent_files import load_latents, save_latents
 from .pipeline import MochiPipeline
 from .quantized import QUANTIZERS
@@ -97,27 +101,44 @@ def decode_to_file(vae: AsymmVAE, latents: torch.Tensor, output: Path, options: 
 
 
 def inspect(options: argparse.Namespace) -> None:
-    file = open_tensors(options.file)
-    print(f"{options.file}: {describe(file.tensors)}")
-    counts, sizes = Counter[str](), Counter[str]()
-    for tensor in file.tensors.values():
-        counts[tensor.form] += 1
-        sizes[tensor.form] += tensor.num_bytes
-    for name, count in counts.most_common():
-        print(f"{name}: {count} tensors, {sizes[name] / 1e9:.3f} GB")
-    for key, value in file.metadata.items():
-        print(f"metadata {key}: {value[:200]}")
+    report = inspect_file(options.file)
+    print(json.dumps(report, indent=2) if options.json else render(report))
+
+
+def convert(options: argparse.Namespace) -> None:
+    destination: Path = options.destination
+    if destination.exists() and not options.force:
+        raise ValueError(f"{destination} exists already; choose another name, or overwrite it with --force.")
+    if destination.suffix != ".safetensors" and options.to != "diffusers":
+        raise ValueError(f"{destination} must end in .safetensors; only diffusers has a folder for a model.")
+    conversion = plan_conversion(options.source, options.to, options.dtype, options.part)
+    with tqdm(total=len(conversion.tensors), unit="tensor") as bar:
+        write_conversion(conversion, destination, bar.update)
+    print(destination)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mochi_core", description="Mochi 1 text to video.")
-    commands = parser.add_subparsers(required=True, metavar="generate | decode | inspect")
+    commands = parser.add_subparsers(required=True, metavar="generate | decode | inspect | convert")
     _add_generate(commands.add_parser("generate", help="make a video from a prompt"))
     _add_decode(commands.add_parser("decode", help="make a video from latents"))
     command = commands.add_parser("inspect", help="say what a model file is")
     command.add_argument("file", type=Path, help="weights file or folder")
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=inspect)
+    _add_convert(commands.add_parser("convert", help="rewrite a transformer or autoencoder in another layout or dtype"))
     return parser
+
+
+def _add_convert(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    command.set_defaults(run=convert)
+    add("source", type=Path, nargs="+", help="weights file or folder; or an encoder's and a decoder's file")
+    add("destination", type=Path, help=".safetensors file; or, for diffusers, a folder")
+    add("--to", choices=LAYOUTS, required=True, help="canonical: the names of Genmo and ComfyUI")
+    add("--dtype", choices=STORED_DTYPES, default="keep", help="fp8_scaled is for ComfyUI (default: %(default)s)")
+    add("--part", choices=("transformer", "vae"), help="which one, of a file that holds both")
+    add("--force", action="store_true", help="overwrite the destination")
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checkpoints import find_part, load_into, open_tensors, shape_of
+from .checkpoints import blaming, file_label, load_into, open_part, shape_of
 from .checkpoints.reader import StoredTensor
 
 if TYPE_CHECKING:
@@ -87,11 +87,11 @@ def load_text_encoder(
     from transformers import T5EncoderModel
 
     path = Path(path)
-    tensors = find_part(open_tensors(path).tensors, "t5", path.name)
-    with torch.device("meta"):
+    tensors, label = open_part(path, "t5"), file_label(path)
+    with blaming(label), torch.device("meta"):
         model = T5EncoderModel(t5_config(tensors)).to(dtype=dtype)  # pyright: ignore[reportCallIssue]
     model.encoder.embed_tokens = model.shared  # one table under two names
-    load_into(model, tensors, path.name, device)
+    load_into(model, tensors, label, device)
     return TextEncoder(model.eval(), _load_tokenizer(path, tokenizer))
 
 

@@ -1,8 +1,19 @@
 """Read, recognise, convert and load weight files."""
 
-from .detect import describe, dit_config, find_part, has_decoder, has_encoder, shape_of, vae_config
+from .detect import (
+    blaming,
+    describe,
+    dit_config,
+    file_label,
+    find_part,
+    has_decoder,
+    has_encoder,
+    open_part,
+    shape_of,
+    vae_config,
+)
 from .diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
-from .loading import check_tensors, load_into, load_transformer, load_vae
+from .loading import check_finite, check_tensors, is_finite, joined, load_into, load_transformer, load_vae
 from .lora import LoraFile, LoraUpdate, read_lora
 from .quantization import quantize_large
 from .reader import StoredTensor, TensorFile, from_state_dict, open_tensors
@@ -13,16 +24,22 @@ __all__ = [
     "StoredTensor",
     "TensorFile",
     "autoencoder_rules",
+    "blaming",
+    "check_finite",
     "check_tensors",
     "describe",
     "dit_config",
+    "file_label",
     "find_part",
     "from_state_dict",
     "has_decoder",
     "has_encoder",
+    "is_finite",
+    "joined",
     "load_into",
     "load_transformer",
     "load_vae",
+    "open_part",
     "open_tensors",
     "quantize_large",
     "read_lora",

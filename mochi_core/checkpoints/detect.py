@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..config import AsymmDiTConfig, AsymmVAEConfig
 from .diffusers import autoencoder_rules, to_canonical, transformer_rules
 from .quantization import resolve, unknown_forms
-from .reader import Tensors
+from .reader import Tensors, open_tensors
 
+# What wrappers and whole pipelines put in front of a model's own names, in any combination.
 PREFIXES = {
-    "transformer": ("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "module.", "_orig_mod."),
-    "vae": ("", "vae.", "first_stage_model.", "model.", "module.", "_orig_mod."),
-    "t5": ("", "text_encoders.t5xxl.transformer.", "text_encoder.", "t5xxl.transformer.", "transformer.", "model.", "module."),
-}  # fmt: skip
+    "transformer": re.compile(r"((module|model|diffusion_model|transformer)\.)*"),
+    "vae": re.compile(r"((module|model|vae|first_stage_model)\.)*"),
+    "t5": re.compile(r"((module|model|text_encoders?|t5xxl|transformer)\.)*"),
+}
+# What torch.compile, sharding and activation checkpointing put anywhere in a name.
+WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Where a diffusers pipeline keeps each part.
+SUBFOLDERS = {"transformer": "transformer", "vae": "vae", "t5": "text_encoder"}
 SIGNATURES = {
     "transformer": ("t5_yproj.weight", "time_embed.caption_proj.weight"),
     "vae": (
@@ -50,6 +57,32 @@ STRANGERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
+def open_part(path: str | Path, part: str) -> Tensors:
+    """`find_part` in a file, in a folder, or in the subfolder of a diffusers pipeline that has it.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_tensors` and `find_part`.
+    """
+    path = Path(path)
+    if (path / SUBFOLDERS[part]).is_dir():
+        path = path / SUBFOLDERS[part]
+    return find_part(open_tensors(path).tensors, part, file_label(path))
+
+
+def file_label(path: Path) -> str:
+    """What messages call a file or folder."""
+    return str(path) if path.is_dir() else path.name
+
+
+@contextmanager
+def blaming(file_name: str) -> Iterator[None]:
+    """Put the name of the file in front of what is wrong with its tensors."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file_name} does not fit Mochi: {error}") from error
+
+
 def find_part(tensors: Tensors, part: str, file_name: str) -> Tensors:
     """The tensors of "transformer", "vae" or "t5" under their canonical names, whatever the file calls them.
 
@@ -59,7 +92,8 @@ def find_part(tensors: Tensors, part: str, file_name: str) -> Tensors:
     Raises:
         ValueError: the file holds no such model, or holds it in a form that cannot be loaded.
     """
-    found = _strip(resolve(tensors), part)
+    with blaming(file_name):
+        found = _strip(resolve(tensors), part)
     if found is None:
         wanted, example = NAMES[part]
         raise ValueError(f"{file_name} holds {describe(tensors)}, not {wanted}; choose a file such as {example}.")
@@ -67,7 +101,14 @@ def find_part(tensors: Tensors, part: str, file_name: str) -> Tensors:
         raise ValueError(
             f"{file_name} has weights in a form that cannot be read: {', '.join(sorted(forms))}; use another file."
         )
-    return CONVERT[part](found)
+    with blaming(file_name):
+        return CONVERT[part](found)
+
+
+def parts_of(tensors: Tensors) -> list[str]:
+    """Which of "transformer", "vae" and "t5" are there."""
+    resolved = resolve(tensors)
+    return [part for part in PREFIXES if _strip(resolved, part) is not None]
 
 
 def describe(tensors: Tensors) -> str:
@@ -95,10 +136,13 @@ def _describe_part(part: str, tensors: Tensors) -> str:
 
 
 def _strip(tensors: Tensors, part: str) -> Tensors | None:
-    for prefix in PREFIXES[part]:
-        if any(prefix + signature in tensors for signature in SIGNATURES[part]):
-            found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            return found if part != "vae" or _is_mochi_vae(found) else None
+    unwrapped = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(unwrapped) < len(tensors):
+        raise ValueError("it holds tensors twice, under names with and without wrappers; use another file.")
+    prefixes = {name.removesuffix(end) for name in unwrapped for end in SIGNATURES[part] if name.endswith(end)}
+    for prefix in sorted(filter(PREFIXES[part].fullmatch, prefixes), key=len):
+        found = {name.removeprefix(prefix): t for name, t in unwrapped.items() if name.startswith(prefix)}
+        return found if part != "vae" or _is_mochi_vae(found) else None
     return None
 
 
@@ -162,14 +206,14 @@ CONVERT: dict[str, Callable[[Tensors], Tensors]] = {
 
 def dit_config(tensors: Tensors) -> AsymmDiTConfig:
     """Read the sizes of a denoiser from its canonical tensors."""
-    dx, channels, patch, _ = shape_of(tensors, "x_embedder.proj.weight")
+    dx, channels, patch, _ = shape_of(tensors, "x_embedder.proj.weight", 4)
     dy, text_width = shape_of(tensors, "t5_yproj.weight")
     last_y = shape_of(tensors, "blocks.0.mlp_y.w2.weight")[1] if "blocks.0.mlp_y.w2.weight" in tensors else 0
     return AsymmDiTConfig(
         depth=_count(tensors, r"blocks\.(\d+)\..*"),
         hidden_size_x=dx,
         hidden_size_y=dy,
-        num_heads=shape_of(tensors, "pos_frequencies")[1],
+        num_heads=shape_of(tensors, "pos_frequencies", 3)[1],
         in_channels=channels,
         patch_size=patch,
         text_width=text_width,
@@ -213,7 +257,7 @@ def _encoder_sizes(tensors: Tensors) -> dict[str, Any]:
     stage_of = re.compile(r"encoder\.layers\.(\d+)\.layers\.0\.weight")
     stages = sorted(int(m[1]) for name in tensors if (m := stage_of.fullmatch(name)))
     total = _count(tensors, r"encoder\.layers\.(\d+)\..*")
-    convs = [shape_of(tensors, f"encoder.layers.{i}.layers.0.weight") for i in stages]
+    convs = [shape_of(tensors, f"encoder.layers.{i}.layers.0.weight", 5) for i in stages]
     inside = [_count(tensors, rf"encoder\.layers\.{i}\.layers\.(\d+)\..*") - 1 for i in stages]
     head, tail = (stages[0] - 1, total - stages[-1] - 1) if stages else (total - 1, 0)
     places = ["1", *(f"{i}.layers.1" for i in stages), str(total - 1)]
@@ -226,11 +270,14 @@ def _encoder_sizes(tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
-    """The shape of a tensor that the file must have; ValueError if it has not."""
+def shape_of(tensors: Tensors, name: str, axes: int = 2) -> tuple[int, ...]:
+    """The shape of a tensor that the file must have, with so many axes of at least 1; ValueError otherwise."""
     if name not in tensors:
-        raise ValueError(f"The file lacks {name}, which is needed to tell its size; download it again.")
-    return tensors[name].shape
+        raise ValueError(f"it lacks {name}, which is needed to tell its size; download it again.")
+    shape = tensors[name].shape
+    if len(shape) != axes or 0 in shape:
+        raise ValueError(f"{name} is {shape}, but needs {axes} axes of at least 1; download it again.")
+    return shape
 
 
 def _count(tensors: Tensors, pattern: str) -> int:

@@ -140,7 +140,9 @@ def to_canonical(tensors: Tensors, rules: Rules) -> Tensors:
         parts = [tensors[name] for name in rule.foreign if name in tensors]
         if parts and len(parts) < len(rule.foreign):
             missing = ", ".join(name for name in rule.foreign if name not in tensors)
-            raise ValueError(f"The file lacks {missing}, a part of {rule.canonical}; download it again.")
+            raise ValueError(f"it lacks {missing}, a part of {rule.canonical}; download it again.")
+        if len({part.shape for part in parts}) > 1:
+            raise ValueError(f"{', '.join(rule.foreign)} differ in shape; download it again.")
         if parts:
             merged = _concatenate(parts)
             canonical[rule.canonical] = _swap_halves(merged) if rule.swap_halves else merged
@@ -204,4 +206,4 @@ def _by_rows(parts: list[StoredTensor], rows: int, arrange: Callable[[list[Tenso
 def _refuse_unknown(names: set[str]) -> None:
     if names:
         some = ", ".join(sorted(names)[:8])
-        raise ValueError(f"{len(names)} tensors have no place in Mochi, e.g. {some}; this is a file of another model.")
+        raise ValueError(f"{len(names)} tensors have no place in it, e.g. {some}; this is a file of another model.")

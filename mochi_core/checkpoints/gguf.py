@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..ggml import BLOCK_TYPES
+from .header import MAX_HEADER_BYTES
 from .quantization import ggml_weight
-from .reader import MAX_HEADER_BYTES, StoredTensor, TensorFile, Tensors
+from .reader import StoredTensor, TensorFile, Tensors
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..dit import AsymmDiT
 from ..quantized import QuantizedLinear
 from ..vae import AsymmVAE
-from .detect import dit_config, find_part, has_decoder, has_encoder, vae_config
+from .detect import blaming, dit_config, file_label, has_decoder, has_encoder, open_part, vae_config
 from .quantization import quantize_large
-from .reader import Tensors, open_tensors
+from .reader import Tensors
 
 EXAMPLES = 6
+# The first bit pattern, without its sign, that is no finite number.
+FP8_INFINITY = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+SIGN_BIT = 0x80
 
 
 def load_transformer(
@@ -35,9 +38,10 @@ def load_transformer(
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
-    tensors = quantize_large(find_part(open_tensors(path).tensors, "transformer", path.name), quantize)
-    dit = AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
-    load_into(dit, tensors, path.name, device)
+    tensors, label = quantize_large(open_part(path, "transformer"), quantize), file_label(path)
+    with blaming(label):
+        dit = AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
+    load_into(dit, tensors, label, device)
     return dit.eval()
 
 
@@ -51,16 +55,23 @@ def load_vae(
         FileNotFoundError: there is no such file.
     """
     paths = [Path(path)] if isinstance(path, str | Path) else [Path(p) for p in path]
-    tensors: Tensors = {}
-    for file in paths:
-        half = find_part(open_tensors(file).tensors, "vae", file.name)
-        if twice := sorted(set(tensors) & set(half)):
-            raise ValueError(f"{file.name} brings {twice[0]} a second time; give each half of the autoencoder once.")
-        tensors |= half
+    label = " and ".join(map(file_label, paths))
+    tensors = joined([open_part(file, "vae") for file in paths], label)
     halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
-    vae = AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
-    load_into(vae, tensors, " and ".join(file.name for file in paths), device)
+    with blaming(label):
+        vae = AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
+    load_into(vae, tensors, label, device)
     return vae.eval()
+
+
+def joined(parts: Sequence[Tensors], file_name: str) -> Tensors:
+    """The tensors of several files together; ValueError if two bring the same."""
+    tensors: Tensors = {}
+    for part in parts:
+        if twice := sorted(set(tensors) & set(part)):
+            raise ValueError(f"{file_name} bring {twice[0]} a second time; give each half of the autoencoder once.")
+        tensors |= part
+    return tensors
 
 
 def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch.device | str) -> None:
@@ -70,39 +81,66 @@ def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch
     read, cast and moved one by one, so a second copy of the model never exists.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of the wrong shape.
+        ValueError: tensors are missing, unexpected or of the wrong shape, or have values that are no numbers.
     """
     check_tensors(module, tensors, file_name)
     for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         layer, read_quantized = module.get_submodule(owner), tensors[name].quantized
         if read_quantized is not None and isinstance(layer, nn.Linear):
-            module.set_submodule(owner, QuantizedLinear(read_quantized()).to(device))
+            quantized = QuantizedLinear(read_quantized()).to(device)
+            module.set_submodule(owner, quantized)
+            values = (quantized.values,) if quantized.scale is None else (quantized.values, quantized.scale)
         else:
             value = tensors[name].read().to(device, parameter.dtype)
             setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
+            values = (value,)
+        for value in values:
+            check_finite(value, name, file_name)
 
 
 def check_tensors(module: nn.Module, tensors: Tensors, file_name: str) -> None:
     """Raise one ValueError that names every kind of misfit between the parameters of `module` and `tensors`."""
-    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    shapes = (
-        f"{name} is {tensors[name].shape} instead of {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    )
-    problems = [
-        *_listed("missing", (name for name in expected if name not in tensors)),
-        *_listed("unexpected", (name for name in tensors if name not in expected)),
-        *_listed("of the wrong shape", shapes),
-    ]
+    problems = [_listed(kind, names) for kind, names in misfits(module, tensors).items() if names]
     if problems:
         raise ValueError(
             f"{file_name} does not fit the model: {'; '.join(problems)}. Download it again or use another file."
         )
 
 
-def _listed(kind: str, names: Iterable[str]) -> list[str]:
-    names = sorted(names)
+def misfits(module: nn.Module, tensors: Tensors) -> dict[str, list[str]]:
+    """Names of tensors that are missing, unexpected or misshapen."""
+    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    return {
+        "missing": sorted(name for name in expected if name not in tensors),
+        "unexpected": sorted(name for name in tensors if name not in expected),
+        "misshapen": sorted(
+            f"{name} is {tensors[name].shape} instead of {shape}"
+            for name, shape in expected.items()
+            if name in tensors and tensors[name].shape != shape
+        ),
+    }
+
+
+def _listed(kind: str, names: list[str]) -> str:
     more = ", ..." if len(names) > EXAMPLES else ""
-    return [f"{len(names)} {kind} ({', '.join(names[:EXAMPLES])}{more})"] if names else []
+    return f"{len(names)} {kind} ({', '.join(names[:EXAMPLES])}{more})"
+
+
+def check_finite(tensor: Tensor, name: str, file_name: str) -> None:
+    """Raise a ValueError if there is a NaN or an infinity."""
+    if not is_finite(tensor):
+        raise ValueError(f"{file_name} holds NaN or infinite values in {name}; download it again.")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity, in one pass over the memory, on the tensor's device."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    if tensor.dtype in FP8_INFINITY:
+        # No arithmetic on these; but what is not finite has the largest bit patterns, positive or negative.
+        first = FP8_INFINITY[tensor.dtype]
+        positive, negative = tensor.view(torch.int8).amax(), tensor.view(torch.uint8).amax()
+        return bool((positive < first) & (negative < first + SIGN_BIT))
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() & high.isfinite())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
-import struct
+import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,16 +16,17 @@ from torch import Tensor
 
 from ..ggml import BLOCK_TYPES
 from ..quantized import QuantizedWeight
+from .header import read_header
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+# Under which trainers keep the weights inside a torch.save file.
+TORCH_KEYS = ("state_dict", "module", "model")
+INDEX_PATTERN = "*.safetensors.index*.json"
+FOLDER_PATTERNS = (INDEX_PATTERN, "*.safetensors", "*.bin")
 QUANTIZATION, NOTE = "_quantization_metadata", "comfy_quant"
 """A metadata entry and a tensor's last name, which both tell the form of quantised layers."""
-MAX_HEADER_BYTES = 100_000_000
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,64 @@ class TensorFile:
 
 
 def open_tensors(path: str | Path) -> TensorFile:
-    """Open a .safetensors or .gguf file, a torch.save file (weights only) or a folder with a sharded or single file.
+    """Open a .safetensors or .gguf file, a shard index, a torch.save file (weights only), or a folder with one of them.
 
     Raises:
         FileNotFoundError: there is nothing at `path`, or a shard is missing.
-        ValueError: it is no readable weights file, or it is incomplete.
+        ValueError: it is no readable weights file, or it is incomplete. Reading a tensor raises it, too, if the file has
+            changed since.
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path)
+        return open_tensors(_choose(path))
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the name.")
+    check_unchanged, file = _watch(path), _open_file(path)
+    tensors = {name: _checked(tensor, check_unchanged) for name, tensor in file.tensors.items()}
+    return TensorFile(file.path, tensors, file.metadata)
+
+
+def _open_file(path: Path) -> TensorFile:
     if path.suffix.lower() == ".gguf":
         from .gguf import open_gguf  # it makes use of this module
 
         return open_gguf(path)
     if path.suffix in TORCH_SUFFIXES:
         return TensorFile(path, _open_torch(path), {})
-    return _open_safetensors(path)
+    return _open_shards(path) if path.match(INDEX_PATTERN) else _open_safetensors(path)
+
+
+def _watch(path: Path) -> Callable[[], None]:
+    """A check that raises a ValueError once the file is not what it is now.
+
+    Files are memory-mapped: one that shrinks while it is read would take the process with it.
+    """
+
+    def stamp() -> tuple[int, int]:
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns
+
+    before = stamp()
+
+    def check() -> None:
+        if stamp() != before:
+            raise ValueError(f"{path.name} changed while it was loaded; load it again when it is complete.")
+
+    return check
+
+
+def _checked(tensor: StoredTensor, check: Callable[[], None]) -> StoredTensor:
+    """The same tensor, checked before it is read."""
+
+    def after_check(read: Callable[[], T]) -> Callable[[], T]:
+        def checked() -> T:
+            check()
+            return read()
+
+        return checked
+
+    quantized = None if tensor.quantized is None else after_check(tensor.quantized)
+    return replace(tensor, read=after_check(tensor.read), quantized=quantized)
 
 
 def from_state_dict(state_dict: Mapping[str, Tensor]) -> Tensors:
@@ -100,16 +140,15 @@ def from_state_dict(state_dict: Mapping[str, Tensor]) -> Tensors:
 
 def _open_safetensors(path: Path) -> TensorFile:
     header = read_header(path)
-    metadata = header.pop("__metadata__", {})
     try:
         file = safe_open(path, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path.name} cannot be read ({error}); download it again.") from error
     tensors = {
-        name: StoredTensor(tuple(entry["shape"]), _dtype(path, name, entry), lambda name=name: file.get_tensor(name))
-        for name, entry in header.items()
+        name: StoredTensor(entry.shape, entry.dtype, lambda name=name: file.get_tensor(name))
+        for name, entry in header.entries.items()
     }
-    return TensorFile(path, {**tensors, **_notes(path, metadata)}, metadata)
+    return TensorFile(path, {**tensors, **_notes(path, header.metadata)}, header.metadata)
 
 
 def _notes(path: Path, metadata: dict[str, str]) -> Tensors:
@@ -122,79 +161,66 @@ def _notes(path: Path, metadata: dict[str, str]) -> Tensors:
     return from_state_dict({name: torch.frombuffer(bytearray(note), dtype=torch.uint8) for name, note in notes.items()})
 
 
-def _dtype(path: Path, name: str, entry: dict[str, Any]) -> torch.dtype:
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(
-            f"{path.name} stores {name} as {entry['dtype']}, which cannot be read; use a bf16 or fp16 file."
-        )
-    return DTYPES[entry["dtype"]]
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file, checked against the size of the file.
-
-    Raises:
-        ValueError: it is no safetensors file, or it is cut off.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        text = file.read(min(length, size)) if 2 <= length <= MAX_HEADER_BYTES else b""
-    if len(text) < length and text.startswith(b"{"):
-        raise ValueError(_incomplete(path, size, 8 + length))
-    try:
-        header = json.loads(text)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        hint = "an empty file" if size == 0 else "perhaps a web page or a Git LFS pointer"
-        raise ValueError(f"{path.name} is not a safetensors file ({hint}); download the weights again.") from error
-    expected = 8 + length + max(ends, default=0)
-    if size < expected:
-        raise ValueError(_incomplete(path, size, expected))
-    return header
-
-
-def _incomplete(path: Path, size: int, expected: int) -> str:
-    return f"{path.name} is incomplete: it has {size:,} of at least {expected:,} bytes; download it again."
-
-
 def _open_torch(path: Path) -> Tensors:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle fails in any way it likes
+        reason = str(error).partition("\n")[0][:200]
         raise ValueError(f"{path.name} is not a file of plain tensors ({reason}); use a .safetensors file.") from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    for key in TORCH_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(_is_plain(*item) for item in content.items()):
         raise ValueError(f"{path.name} holds something other than named tensors; use a .safetensors file.")
     return from_state_dict(content)
 
 
-def _open_folder(folder: Path) -> TensorFile:
-    indexes = sorted(folder.glob("*.safetensors.index*.json"))
-    if len(indexes) == 1:
-        return _open_shards(folder, indexes[0])
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return _open_safetensors(files[0])
-    found = ", ".join(file.name for file in indexes or files) or "none"
+def _is_plain(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def _choose(folder: Path) -> Path:
+    """The sharded or single file of a folder; among variants such as `.fp16`, the one without a variant's name."""
+    found = next((files for pattern in FOLDER_PATTERNS if (files := sorted(folder.glob(pattern)))), [])
+    choice = found if len(found) == 1 else [file for file in found if not _has_variant(file.name)]
+    if len(choice) == 1:
+        return choice[0]
+    names = ", ".join(file.name for file in found) or "none"
     raise ValueError(
-        f"{folder} must hold one .safetensors file or one shard index, found: {found}; name the file itself."
+        f"{folder} must hold one .safetensors file or one shard index, found: {names}; name the file itself."
     )
 
 
-def _open_shards(folder: Path, index: Path) -> TensorFile:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index.name} is not a shard index; download it again.") from error
+def _has_variant(name: str) -> bool:
+    return len([part for part in name.split(".") if part not in ("safetensors", "index", "json", "bin")]) > 1
+
+
+def _open_shards(index: Path) -> TensorFile:
+    weight_map = _read_index(index)
+    shards = {name: _open_shard(index, name) for name in sorted(set(weight_map.values()))}
     tensors: Tensors = {}
-    for name in names:
-        # A shard list is somebody else's text: it may only name files of its own folder.
-        if Path(name).name != name:
-            raise ValueError(f"{index.name} names the shard {name!r} outside its folder; do not trust this file.")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing, but {index.name} lists it; download it.")
-        tensors |= _open_safetensors(folder / name).tensors
-    return TensorFile(folder, tensors, {})
+    for name, shard in weight_map.items():
+        if name not in shards[shard].tensors:
+            raise ValueError(f"{index.name} says that {shard} holds {name}, but it does not; download both again.")
+        tensors[name] = shards[shard].tensors[name]
+    metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
+    return TensorFile(index, tensors, metadata)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if weight_map and all(isinstance(shard, str) for shard in weight_map.values()):
+            return weight_map
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{index.name} is not a shard index; download it again.")
+
+
+def _open_shard(index: Path, name: str) -> TensorFile:
+    # A shard list is somebody else's text: it may only name files of its own folder.
+    if Path(name).name != name or name == ".." or "\0" in name:
+        raise ValueError(f"{index.name} names the shard {name!r} outside its folder; do not trust this file.")
+    if not (index.parent / name).is_file():
+        raise FileNotFoundError(f"{index.parent / name} is missing, but {index.name} lists it; download it.")
+    return open_tensors(index.parent / name)

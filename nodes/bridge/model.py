@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,12 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
-import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ...mochi_core import AsymmDiT, AsymmDiTConfig
-from ...mochi_core.checkpoints import check_tensors, dit_config, quantize_large
+from ...mochi_core.checkpoints import blaming, check_tensors, dit_config, quantize_large
+from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.dit import run_block
 from .quantized import host_weights, is_quantized, quantized_operations, read_part
 
@@ -123,38 +126,59 @@ def load_model(path: str, dtype: torch.dtype | None = None, quantize: str | None
     Raises:
         ValueError: the file is no whole Mochi transformer.
     """
-    tensors = quantize_large(read_part(path, "transformer"), quantize)
-    config = dit_config(tensors)
-    module = AsymmDiT(config, device="meta")
-    check_tensors(module, tensors, Path(path).name)
-    weights = host_weights(tensors, module)
-    patcher = _build(config, weights, dtype, is_quantized(tensors), disable_dynamic)
+    tensors, name = quantize_large(read_part(path, "transformer"), quantize), Path(path).name
+    with blaming(name):
+        config = dit_config(tensors)
+        module = AsymmDiT(config, device="meta")
+    check_tensors(module, tensors, name)
+    patcher = _build(config, tensors, dtype, disable_dynamic)
+    _load_weights(patcher.model.diffusion_model, tensors, module, assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path, dtype, quantize))
     return patcher
 
 
-def _build(config: AsymmDiTConfig, weights: dict, dtype: torch.dtype | None, quantized: bool, disable_dynamic: bool):
+def _build(config: AsymmDiTConfig, tensors: Tensors, dtype: torch.dtype | None, disable_dynamic: bool):
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     supported = [torch.float16, *COMPUTE_DTYPES] if dtype == torch.float16 else COMPUTE_DTYPES
     model_config = MochiConfig({"image_model": "mochi_preview", "config": config})
-    if quantized:
+    if is_quantized(tensors):
         dtype = cast = dtype or mm.unet_manual_cast(None, load_device, supported)
         model_config.quant_config = {"mixed_ops": True}
         operations = comfy.ops.pick_operations(dtype, cast, load_device, model_config=model_config)
         model_config.custom_operations = quantized_operations(operations)
     else:
-        dtype = dtype or _stored_dtype(weights, supported)
+        dtype = dtype or _stored_dtype(tensors, supported)
         cast = mm.unet_manual_cast(dtype, load_device, supported)
     model_config.set_inference_dtype(dtype, cast, device=load_device)
-    model = model_config.get_model(weights, device=offload_device)
+    model = model_config.get_model({}, device=offload_device)
     # Looked up now: the host replaces CoreModelPatcher at start-up when it manages memory dynamically.
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
-    model.load_model_weights(weights, "", assign=patcher.is_dynamic())
-    return patcher
+    return patcher_class(model, load_device=load_device, offload_device=offload_device)
 
 
-def _stored_dtype(weights: dict, supported: list[torch.dtype]) -> torch.dtype:
+def _load_weights(network: HostAsymmDiT, tensors: Tensors, module: AsymmDiT, *, assign: bool) -> None:
+    """Block by block: what a conversion makes is copied or kept before the next block's is made, so it is never there twice.
+
+    With `assign`, tensors that need no conversion stay a map of the file.
+    """
+    weights = {name: tensor for name, tensor in tensors.items() if "." in name}
+    network.pos_frequencies.data.copy_(tensors["pos_frequencies"].read())
+    for child, names in groupby(sorted(weights, key=_unit), key=_unit):
+        part = {name.removeprefix(child + "."): weights[name] for name in names}
+        state = host_weights(part, module.get_submodule(child))
+        network.get_submodule(child).load_state_dict(state, assign=assign)
+
+
+def _unit(name: str) -> str:
+    """`blocks.3` of `blocks.3.mod_x.weight`; `x_embedder` of `x_embedder.proj.weight`."""
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] == "blocks" else 1])
+
+
+def _stored_dtype(tensors: Tensors, supported: list[torch.dtype]) -> torch.dtype:
     """The file's own precision where the device can work with it."""
-    count, stored = comfy.utils.calculate_parameters(weights), comfy.utils.weight_dtype(weights)
-    return mm.unet_dtype(model_params=count, supported_dtypes=supported, weight_dtype=stored)
+    sizes = Counter[torch.dtype]()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += math.prod(tensor.shape)
+    stored = sizes.most_common(1)[0][0]
+    return mm.unet_dtype(model_params=sizes.total(), supported_dtypes=supported, weight_dtype=stored)

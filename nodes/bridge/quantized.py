@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import comfy.memory_management
 import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_class
 from torch import nn
 
 from ...mochi_core import ggml
-from ...mochi_core.checkpoints import find_part, from_state_dict, open_tensors
+from ...mochi_core.checkpoints import check_finite, find_part, from_state_dict, open_tensors
 from ...mochi_core.checkpoints.quantization import GGML_FORMAT, STORED_AS
-from ...mochi_core.checkpoints.reader import Tensors
+from ...mochi_core.checkpoints.reader import StoredTensor, Tensors
 from ...mochi_core.quantized import QuantizedWeight
 
 GGML_LAYOUT = "MochiGGMLLayout"
@@ -69,7 +70,19 @@ def read_part(path: str, part: str) -> Tensors:
     tensors = file.tensors
     if Path(path).suffix.lower() != ".gguf":
         tensors = tensors | from_state_dict(comfy.utils.load_torch_file(path, safe_load=True))
-    return find_part(tensors, part, Path(path).name)
+    name = Path(path).name
+    found = find_part(tensors, part, name)
+    # With the host's dynamic memory, weights are read when they are first used: nothing may touch all of them now.
+    return found if comfy.memory_management.aimdo_enabled else {key: _finite(t, key, name) for key, t in found.items()}
+
+
+def _finite(tensor: StoredTensor, name: str, file_name: str) -> StoredTensor:
+    def read() -> torch.Tensor:
+        value = tensor.read()
+        check_finite(value, name, file_name)
+        return value
+
+    return replace(tensor, read=read)
 
 
 def is_quantized(tensors: Tensors) -> bool:

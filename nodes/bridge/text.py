@@ -15,7 +15,7 @@ import comfy.text_encoders.t5
 import comfy.utils
 import torch
 
-from ...mochi_core.checkpoints import check_tensors
+from ...mochi_core.checkpoints import blaming, check_tensors
 from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.text_encoder import MAX_TOKENS, t5_config
 from .quantized import host_weights, is_quantized, quantized_operations, read_part
@@ -54,10 +54,11 @@ def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "defaul
     Raises:
         ValueError: the file is no T5 encoder.
     """
-    tensors = read_part(path, "t5")
-    config = host_config(tensors)
+    tensors, name = read_part(path, "t5"), Path(path).name
+    with blaming(name):
+        config = host_config(tensors)
     module = comfy.text_encoders.t5.T5(config, torch.float32, "meta", comfy.ops.manual_cast)
-    check_tensors(module, tensors, Path(path).name)
+    check_tensors(module, tensors, name)
     weights = host_weights(tensors, module)
     options: dict[str, Any] = {"t5xxl_model_config": config, "dtype": dtype or _stored_dtype(tensors)}
     if is_quantized(tensors):

@@ -14,9 +14,11 @@ import torch
 
 from ...mochi_core import AsymmVAE
 from ...mochi_core.checkpoints import (
+    blaming,
     check_tensors,
     has_decoder,
     has_encoder,
+    joined,
     vae_config,
 )
 from ...mochi_core.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
@@ -127,18 +129,16 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
     Raises:
         ValueError: the files are no Mochi autoencoder or halves of one.
     """
-    tensors, name = {}, " and ".join(Path(path).name for path in paths)
-    for path in paths:
-        half = read_part(path, "vae")
-        if twice := sorted(set(tensors) & set(half)):
-            raise ValueError(f"{Path(path).name} brings {twice[0]} a second time; give each half once.")
-        tensors |= half
+    name = " and ".join(Path(path).name for path in paths)
+    tensors = joined([read_part(path, "vae") for path in paths], name)
     device = mm.vae_device()
     if dtype is None:
         dtype = mm.vae_dtype(device, WORKING_DTYPES)
     halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
-    config = vae_config(tensors)
-    check_tensors(AsymmVAE(config, device="meta", **halves), tensors, name)
+    with blaming(name):
+        config = vae_config(tensors)
+        expected = AsymmVAE(config, device="meta", **halves)
+    check_tensors(expected, tensors, name)
     module = HostAsymmVAE(
         config, ops=comfy.ops.disable_weight_init, device=mm.vae_offload_device(), dtype=dtype, **halves
     )

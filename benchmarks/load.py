@@ -1,0 +1,113 @@
+"""Time and memory of loading a transformer in bf16, ours beside diffusers and ComfyUI's own class.
+
+ComfyUI's class knows the released width only, and diffusers' loader of single files 48 blocks only; so one model is wide and
+the other one is deep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.measure import compare, table, write_report
+from benchmarks.peers import DEVICE, empty_comfy_dit, fill, use_comfyui
+from mochi_core import AsymmDiT, AsymmDiTConfig, load_transformer
+from mochi_core.checkpoints.convert import plan_conversion, write_conversion
+
+WIDE = AsymmDiTConfig(depth=4)
+DEEP = AsymmDiTConfig(
+    hidden_size_x=768, hidden_size_y=384, num_heads=6, text_width=1024, mlp_size_x=2048, mlp_size_y=1024
+)
+NOTE = (
+    "From a file in the page cache to a model of which every weight is on the device and was read once; median over two "
+    "processes of one thread each. `wide` is 4 blocks of the released width (1.8 GB), `deep` 48 blocks of a quarter of it "
+    "(1.3 GB). Peak memory is resident memory, mapped pages of the file included, which the system can drop. Ours compares "
+    "every name and shape and looks for NaN; it maps the original layout and merges the diffusers layout tensor by tensor."
+)
+
+
+def ours(case: dict):
+    one_thread()
+    return lambda: touched(load_transformer(case["path"], torch.bfloat16, DEVICE))
+
+
+def from_pretrained(case: dict):
+    from diffusers import MochiTransformer3DModel
+
+    one_thread()
+    return lambda: touched(MochiTransformer3DModel.from_pretrained(case["path"], torch_dtype=torch.bfloat16).to(DEVICE))
+
+
+def from_single_file(case: dict):
+    from diffusers import MochiTransformer3DModel
+
+    one_thread()
+    options = {"config": case["config"], "local_files_only": True, "torch_dtype": torch.bfloat16}
+    return lambda: touched(MochiTransformer3DModel.from_single_file(case["path"], **options).to(DEVICE))
+
+
+def comfyui(case: dict):
+    """Its loader's steps, for a depth other than 48: map the file, build the class, copy the weights."""
+    one_thread()
+    use_comfyui()
+    import comfy.utils
+
+    def load():
+        model = empty_comfy_dit(WIDE.depth, torch.bfloat16)
+        model.load_state_dict(comfy.utils.load_torch_file(case["path"]))
+        return touched(model)
+
+    return load
+
+
+def one_thread() -> None:
+    """Loading moves memory; more threads add little but noise."""
+    torch.set_num_threads(1)
+
+
+def touched(module: torch.nn.Module) -> torch.nn.Module:
+    """Read every weight once, as the first step of a run would."""
+    for parameter in module.parameters():
+        parameter.detach().view(torch.int16 if parameter.itemsize == 2 else torch.int32).amax()
+    return module
+
+
+CONTENDERS = {
+    "ours": ours,
+    "ComfyUI": comfyui,
+    "diffusers from_pretrained": from_pretrained,
+    "diffusers from_single_file": from_single_file,
+}
+
+
+def write_files(folder: Path, name: str, config: AsymmDiTConfig) -> tuple[str, str]:
+    """One model in the original layout, and a folder of diffusers."""
+    original, converted = folder / f"{name}.safetensors", folder / name
+    save_file(fill(AsymmDiT(config, dtype=torch.bfloat16)).state_dict(), original)
+    write_conversion(plan_conversion([original], "diffusers", "keep"), converted)
+    return str(original), str(converted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", type=int, default=3, help="timed calls per process (default: %(default)s)")
+    calls = parser.parse_args().calls
+    with tempfile.TemporaryDirectory() as folder:
+        wide, wide_folder = write_files(Path(folder), "wide", WIDE)
+        deep, deep_folder = write_files(Path(folder), "deep", DEEP)
+        cases = {
+            "wide, original layout": ({"path": wide}, "ComfyUI"),
+            "wide, diffusers layout": ({"path": wide_folder}, "diffusers from_pretrained"),
+            "deep, original layout": ({"path": deep, "config": deep_folder}, "diffusers from_single_file"),
+            "deep, diffusers layout": ({"path": deep_folder}, "diffusers from_pretrained"),
+        }
+        results = [compare("benchmarks.load", ["ours", peer], [case], calls)[0] for case, peer in cases.values()]
+    write_report("load", table("Loading a transformer", list(cases), results, NOTE, "what was held before"))
+
+
+if __name__ == "__main__":
+    main()

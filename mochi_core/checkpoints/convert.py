@@ -1,0 +1,186 @@
+"""Rewrite a checkpoint in other names or another dtype, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AsymmDiTConfig, AsymmVAEConfig
+from ..dit import AsymmDiT
+from ..quantized import quantize_fp8
+from ..vae import AsymmVAE
+from .detect import blaming, dit_config, find_part, has_decoder, has_encoder, parts_of, vae_config
+from .diffusers import autoencoder_rules, to_diffusers, transformer_rules
+from .loading import check_tensors, is_finite, joined
+from .quantization import LARGE
+from .reader import NOTE, QUANTIZATION, StoredTensor, TensorFile, Tensors, from_state_dict, open_tensors
+from .writer import write_safetensors
+
+LAYOUTS = ("canonical", "diffusers")
+FP8_SCALED = "fp8_scaled"
+DTYPES = {
+    "keep": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    FP8_SCALED: torch.bfloat16,
+}
+"""What is stored in other dtypes becomes this one; with fp8_scaled, what is not quantised does."""
+FP8_NOTE = json.dumps({"format": "float8_e4m3fn"}).encode()
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is to be written."""
+
+    tensors: Tensors
+    metadata: dict[str, str]
+    diffusers_config: dict[str, Any]
+
+
+def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str | None = None) -> Conversion:
+    """Open and check the sources; nothing but headers is read until the conversion is written.
+
+    Args:
+        sources: a file or folder, or the two halves of an autoencoder.
+        layout, dtype: among `LAYOUTS` and `DTYPES`.
+        part: "transformer" or "vae", if the source holds both.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_tensors`, `find_part` and `check_tensors`; or the model cannot be written so.
+    """
+    files = [open_tensors(source) for source in sources]
+    label = " and ".join(file.path.name for file in files)
+    with blaming(label):
+        part = part or _only_part(files)
+    tensors = joined([find_part(file.tensors, part, file.path.name) for file in files], label)
+    with blaming(label):
+        module = _meta_module(tensors, DTYPES[dtype])
+    check_tensors(module, tensors, label)
+    with blaming(label):
+        converted = _cast(tensors, module, DTYPES[dtype], label)
+    if dtype == FP8_SCALED:
+        if part != "transformer" or layout != "canonical":
+            raise ValueError(
+                "Scaled fp8 is for a transformer in canonical names; diffusers loads none, use --dtype bf16."
+            )
+        converted = _with_fp8(converted)
+    if layout == "diffusers":
+        converted = to_diffusers(converted, _rules(module))
+    metadata = {key: value for file in files for key, value in file.metadata.items() if key != QUANTIZATION}
+    return Conversion(converted, {"format": "pt", **metadata}, _diffusers_config(module))
+
+
+def write_conversion(conversion: Conversion, destination: Path, on_tensor: Callable[[], object] = lambda: None) -> None:
+    """Write a .safetensors file or, under any other name, a folder that diffusers' `from_pretrained` loads."""
+    if destination.suffix == ".safetensors":
+        write_safetensors(destination, conversion.tensors, conversion.metadata, on_tensor)
+        return
+    destination.mkdir(parents=True, exist_ok=True)
+    write_safetensors(destination / DIFFUSERS_WEIGHTS, conversion.tensors, conversion.metadata, on_tensor)
+    (destination / "config.json").write_text(json.dumps(conversion.diffusers_config, indent=2) + "\n", encoding="utf-8")
+
+
+def _only_part(files: list[TensorFile]) -> str:
+    found = {part for file in files for part in parts_of(file.tensors)} - {"t5"}
+    if len(found) != 1:
+        raise ValueError("a transformer or an autoencoder can be converted; of both, choose one with --part.")
+    return found.pop()
+
+
+def _meta_module(tensors: Tensors, dtype: torch.dtype | None) -> AsymmDiT | AsymmVAE:
+    if has_encoder(tensors) or has_decoder(tensors):
+        halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
+        return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
+    return AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
+
+
+def _cast(tensors: Tensors, module: nn.Module, dtype: torch.dtype | None, file_name: str) -> Tensors:
+    """In the order of the module. What it keeps in float32 whatever its dtype stays as it is stored."""
+    converted: Tensors = {}
+    for name, parameter in module.named_parameters():
+        tensor = tensors[name]
+        if dtype is None and tensor.dtype.itemsize == 1:
+            raise ValueError(f"{name} is stored in 8 bits or fewer; say with --dtype what it is to become.")
+        exact = parameter.dtype != dtype and tensor.dtype.itemsize > 1
+        target = tensor.dtype if dtype is None or exact else dtype
+        converted[name] = StoredTensor(tensor.shape, target, _reader(tensor, target, f"{name} in {file_name}"))
+    return converted
+
+
+def _reader(tensor: StoredTensor, dtype: torch.dtype, label: str) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        value = tensor.read().to(dtype)
+        if not is_finite(value):
+            raise ValueError(f"{label} has NaN or infinite values, or values too large for {dtype}; use another dtype.")
+        return value
+
+    return read
+
+
+def _with_fp8(tensors: Tensors) -> Tensors:
+    """The matrices of the blocks in fp8, each with its scale and a note about its form, as ComfyUI names them."""
+
+    @lru_cache(maxsize=1)
+    def quantized(name: str) -> tuple[Tensor, Tensor]:
+        return quantize_fp8(tensors[name].read())
+
+    converted: Tensors = {}
+    for name, tensor in tensors.items():
+        if not LARGE.fullmatch(name) or len(tensor.shape) != 2:
+            converted[name] = tensor
+            continue
+        layer, note = name.removesuffix("weight"), torch.frombuffer(bytearray(FP8_NOTE), dtype=torch.uint8)
+        converted[name] = replace(tensor, dtype=torch.float8_e4m3fn, read=lambda name=name: quantized(name)[0])
+        converted[f"{layer}weight_scale"] = StoredTensor((), torch.float32, lambda name=name: quantized(name)[1])
+        converted |= from_state_dict({layer + NOTE: note})
+    return converted
+
+
+def _rules(module: AsymmDiT | AsymmVAE):
+    if isinstance(module, AsymmDiT):
+        return transformer_rules(module.config.depth)
+    if module.encoder is None or module.decoder is None:
+        raise ValueError("diffusers' autoencoder needs both halves; name the encoder's and the decoder's file.")
+    return autoencoder_rules(module.config.encoder_blocks, module.config.decoder_blocks)
+
+
+def _diffusers_config(module: AsymmDiT | AsymmVAE) -> dict[str, Any]:
+    config = module.config
+    return _dit_entries(config) if isinstance(config, AsymmDiTConfig) else _vae_entries(config)
+
+
+def _dit_entries(config: AsymmDiTConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "MochiTransformer3DModel",
+        "in_channels": config.in_channels,
+        "patch_size": config.patch_size,
+        "num_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "pooled_projection_dim": config.hidden_size_y,
+        "text_embed_dim": config.text_width,
+        "time_embed_dim": config.timestep_features,
+    }
+
+
+def _vae_entries(config: AsymmVAEConfig) -> dict[str, Any]:
+    """diffusers lists the stages of both halves from the pixels to the latents."""
+    return {
+        "_class_name": "AutoencoderKLMochi",
+        "latent_channels": config.latent_channels,
+        "encoder_block_out_channels": config.encoder_channels,
+        "decoder_block_out_channels": config.decoder_channels[::-1],
+        "layers_per_block": config.encoder_blocks,
+        "temporal_expansions": config.temporal_expansions[::-1],
+        "spatial_expansions": config.spatial_expansions[::-1],
+        "add_attention_block": config.encoder_attention,
+    }

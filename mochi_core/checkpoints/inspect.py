@@ -1,0 +1,97 @@
+"""Say what is in a file, without reading its weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..config import AsymmDiTConfig, AsymmVAEConfig
+from ..dit import AsymmDiT
+from ..vae import AsymmVAE
+from .detect import blaming, describe, dit_config, find_part, has_decoder, has_encoder, parts_of, vae_config
+from .loading import misfits
+from .reader import Tensors, open_tensors
+
+SHOWN_NAMES, SHOWN_LETTERS = 20, 200
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What a file or folder is; `render` makes text of it.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_tensors`.
+    """
+    file = open_tensors(path)
+    with blaming(path.name):
+        description = describe(file.tensors)
+    return {
+        "file": str(file.path),
+        "is": description,
+        "parts": {part: _inspect_part(file.tensors, part, path.name) for part in parts_of(file.tensors)},
+        "stored": _stored(file.tensors),
+        "metadata": file.metadata,
+    }
+
+
+def _inspect_part(tensors: Tensors, part: str, file_name: str) -> dict[str, Any]:
+    """Configuration and what does not fit it; or the reason why there is none."""
+    try:
+        found = find_part(tensors, part, file_name)
+        if part == "t5":
+            return {"tensors": len(found)}
+        config = dit_config(found) if part == "transformer" else vae_config(found)
+        module = _module(config, found)
+    except ValueError as error:
+        return {"problem": str(error)}
+    released = config in (AsymmDiTConfig(), AsymmVAEConfig())
+    return {"released_sizes": released, "config": asdict(config), **misfits(module, found)}
+
+
+def _module(config: AsymmDiTConfig | AsymmVAEConfig, tensors: Tensors) -> AsymmDiT | AsymmVAE:
+    if isinstance(config, AsymmDiTConfig):
+        return AsymmDiT(config, device="meta")
+    return AsymmVAE(config, device="meta", encoder=has_encoder(tensors), decoder=has_decoder(tensors))
+
+
+def _stored(tensors: Tensors) -> dict[str, dict[str, int]]:
+    """Number of tensors and bytes for each dtype or block type."""
+    counts, sizes = Counter[str](), Counter[str]()
+    for tensor in tensors.values():
+        counts[tensor.form] += 1
+        sizes[tensor.form] += tensor.num_bytes
+    return {form: {"tensors": count, "bytes": sizes[form]} for form, count in counts.most_common()}
+
+
+def render(report: dict[str, Any]) -> str:
+    """`inspect`'s report as lines of text."""
+    lines = [f"{report['file']}: {report['is']}"]
+    for part, found in report["parts"].items():
+        lines += ["", *_render_part(part, found)]
+    lines += ["", "stored"]
+    for form, found in report["stored"].items():
+        lines.append(f"  {form}: {found['tensors']} tensors, {found['bytes'] / 1e9:.3f} GB")
+    if report["metadata"]:
+        lines += ["", "metadata", *(f"  {key}: {_cut(value)}" for key, value in report["metadata"].items())]
+    return "\n".join(lines)
+
+
+def _render_part(part: str, found: dict[str, Any]) -> list[str]:
+    if "problem" in found:
+        return [part, f"  {found['problem']}"]
+    if "config" not in found:
+        return [part, f"  {found['tensors']} tensors"]
+    lines = [part + (", sizes of the released model" if found["released_sizes"] else "")]
+    lines += [f"  {key} = {value}" for key, value in found["config"].items()]
+    complete = not any(found[kind] for kind in ("missing", "unexpected", "misshapen"))
+    lines += ["  complete: every tensor is there, and no other"] if complete else []
+    for kind in ("missing", "unexpected", "misshapen"):
+        names = found[kind]
+        more = f", and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+        lines += [f"  {len(names)} {kind}: {', '.join(names[:SHOWN_NAMES])}{more}"] if names else []
+    return lines
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= SHOWN_LETTERS else value[:SHOWN_LETTERS] + " ..."

@@ -1,0 +1,58 @@
+"""Files that `convert` writes, in ComfyUI's own loaders, in a process of ComfyUI's."""
+
+import json
+import subprocess
+import sys
+
+import torch
+
+from mochi_core import AsymmDiT
+from mochi_core.checkpoints.convert import plan_conversion
+from mochi_core.checkpoints.reader import NOTE
+from mochi_core.checkpoints.writer import layout
+from tests.core.test_convert import write_sparse
+
+SCRIPT = """
+import json, sys
+comfyui, path = sys.argv[1:]
+sys.argv = sys.argv[:1]
+sys.path.insert(0, comfyui)
+from comfy.cli_args import args
+args.cpu = True
+import comfy.sd
+from comfy.quant_ops import QuantizedTensor
+
+network = comfy.sd.load_diffusion_model(path).model.diffusion_model
+quantized = [name for name, p in network.named_parameters() if isinstance(p.data, QuantizedTensor)]
+print(json.dumps([type(network).__name__, len(network.blocks), quantized]))
+"""
+
+
+def write_full_size_fp8(folder):
+    """All names, shapes and notes that `convert --dtype fp8_scaled` gives to the released model; the weights are zeros."""
+    with torch.device("meta"):
+        whole = write_sparse(folder / "bf16.safetensors", AsymmDiT().state_dict())
+    plan = plan_conversion([whole], "canonical", "fp8_scaled")
+    header, places = layout(plan.tensors, plan.metadata)
+    path = folder / "fp8.safetensors"
+    with path.open("wb") as file:
+        file.write(header)
+        for name, tensor in plan.tensors.items():
+            if name.endswith(NOTE):
+                file.seek(len(header) + places[name])
+                file.write(bytes(tensor.read().tolist()))
+        file.truncate(len(header) + sum(tensor.num_bytes for tensor in plan.tensors.values()))
+    return path, {name for name, tensor in plan.tensors.items() if tensor.dtype == torch.float8_e4m3fn}
+
+
+def test_comfyuis_own_loader_takes_a_full_size_fp8_file(comfy_path, tmp_path):
+    path, quantized = write_full_size_fp8(tmp_path)
+    assert 10.0e9 < path.stat().st_size < 10.5e9
+    command = [sys.executable, "-c", SCRIPT, str(comfy_path), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kind, depth, theirs = json.loads(done.stdout.splitlines()[-1])
+    assert (kind, depth) == ("AsymmDiTJoint", 48)
+    assert set(theirs) == quantized
+    for complaint in ("missing", "unexpected", "left over"):
+        assert complaint not in done.stderr

@@ -1,0 +1,422 @@
+"""Whatever is wrong with a file, it is told in one error that names the file, and nothing stays open."""
+
+import gc
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save, save_file
+
+from mochi_core import AsymmDiTConfig, load_text_encoder, load_transformer, load_vae
+from mochi_core.checkpoints import find_part, from_state_dict, is_finite, open_tensors, to_diffusers, transformer_rules
+from tests.harness.tiny_models import random_dit, random_t5, random_vae
+
+SMALL = AsymmDiTConfig(
+    depth=1,
+    hidden_size_x=8,
+    hidden_size_y=8,
+    num_heads=2,
+    text_width=8,
+    mlp_size_x=8,
+    mlp_size_y=8,
+    timestep_features=4,
+)
+DIT = random_dit(SMALL).state_dict()
+VALID = save(DIT, {"format": "pt"})
+HEADER_END = 8 + struct.unpack("<Q", VALID[:8])[0]
+HEADER = json.loads(VALID[8:HEADER_END])
+NAME = "blocks.0.attn.proj_x.bias"
+CASES = settings(max_examples=1500, deadline=None, derandomize=True, database=None)
+
+
+def with_header(header, data=VALID[HEADER_END:]):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def edited(name=NAME, **changes):
+    return with_header({**HEADER, name: {**HEADER[name], **changes}})
+
+
+def shifted(by):
+    start, end = HEADER[NAME]["data_offsets"]
+    return edited(data_offsets=[start + by, end + by])
+
+
+BAD = {
+    "empty": (b"", "an empty file"),
+    "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+    "web page": (b"\n<!DOCTYPE html><html><body>404</body></html>", "a web page"),
+    "torch file": (b"PK\x03\x04" + bytes(60), "whose name should end in .pt"),
+    "noise": (bytes(range(255, 0, -1)), "something else"),
+    "7 bytes": (VALID[:7], "incomplete"),
+    "cut in the header": (VALID[:100], "incomplete"),
+    "cut in the data": (VALID[:-1], "incomplete"),
+    "one byte more": (VALID + b"x", "1 bytes too many"),
+    "header of 2**63 bytes": (struct.pack("<Q", 2**63) + VALID[8:], "something else"),
+    "header longer than the file": (struct.pack("<Q", 10**7) + VALID[8:], "incomplete"),
+    "header in no JSON": (with_header(b"{" + b"]" * 50), "wrong header"),
+    "header nested deeply": (with_header(b'{"a":' + b"[" * 10**5), "wrong header"),
+    "header in no UTF-8": (with_header(b'{"\xff\xff": 1}'), "wrong header"),
+    "duplicate name": (with_header(VALID[8:HEADER_END].rstrip()[:-1] + b"," + VALID[9:HEADER_END]), "there twice"),
+    "number for a tensor": (with_header({**HEADER, NAME: 3}), "describes no tensor"),
+    "negative size": (edited(shape=[-8]), "describes no tensor"),
+    "wrong size": (edited(shape=[9]), "should take 36 bytes, not 32"),
+    "wrong dtype": (edited(dtype="F16"), "should take 16 bytes, not 32"),
+    "unknown dtype": (edited(dtype="F4"), "stored as F4"),
+    "overlap": (shifted(-4), "overlaps"),
+    "hole": (shifted(4), "leaves a hole"),
+    "metadata that are no text": (with_header({**HEADER, "__metadata__": {"a": 1}}), "metadata"),
+    "missing axis": (edited("x_embedder.proj.weight", shape=[8, 48]), "needs 4 axes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_bytes(tmp_path, case):
+    content, phrase = BAD[case]
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^bad.safetensors .*({phrase})"):
+        load_transformer(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_no_numbers(tmp_path, value, dtype):
+    weights = {**DIT, NAME: torch.tensor([0.0] * 7 + [value], dtype=dtype)}
+    save_file(weights, tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match=rf"nan.safetensors holds NaN or infinite values in {NAME}"):
+        load_transformer(tmp_path / "nan.safetensors", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_finite_fp8(dtype):
+    for bits in range(256):
+        pattern = torch.tensor([0, bits, 0x80], dtype=torch.uint8).view(dtype)
+        assert is_finite(pattern) == pattern.float().isfinite().all(), bits
+
+
+def loaded_or_refused(path: Path, content: bytes):
+    """A load that is right by safetensors' own reader, or an error that names the file."""
+    path.write_bytes(content)
+    try:
+        loaded = load_transformer(path, torch.float32)
+    except ValueError as error:
+        assert path.name in str(error)
+        return None
+    expected = load(content)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz") / "fuzzed.safetensors"
+
+
+def test_the_unchanged_file_loads(scratch):
+    assert loaded_or_refused(scratch, VALID) is not None
+
+
+@CASES
+@given(length=st.integers(0, len(VALID) - 1))
+def test_truncated_anywhere(scratch, length):
+    assert loaded_or_refused(scratch, VALID[:length]) is None
+
+
+# Most flips go where they hurt: into the header.
+POSITIONS = st.one_of(st.integers(0, HEADER_END), st.integers(0, HEADER_END), st.integers(0, len(VALID) - 1))
+
+
+@CASES
+@given(flips=st.lists(st.tuples(POSITIONS, st.integers(0, 7)), min_size=1, max_size=4))
+def test_flipped_bits(scratch, flips):
+    content = bytearray(VALID)
+    for position, bit in flips:
+        content[position] ^= 1 << bit
+    loaded_or_refused(scratch, bytes(content))
+
+
+@CASES
+@given(start=st.integers(0, HEADER_END + 8), length=st.integers(0, 40), new=st.binary(max_size=40))
+def test_replaced_bytes(scratch, start, length, new):
+    loaded_or_refused(scratch, VALID[:start] + new + VALID[start + length :])
+
+
+NOTE = "blocks.0.attn.proj_x.comfy_quant"
+QUANTIZED = {
+    **DIT,
+    "blocks.0.attn.proj_x.weight": DIT["blocks.0.attn.proj_x.weight"].to(torch.float8_e4m3fn),
+    "blocks.0.attn.proj_x.weight_scale": torch.ones(()),
+}
+NOTES = st.one_of(
+    st.binary(max_size=20),
+    st.sampled_from([b"[" * 5000, b'{"format": [1]}', b'{"format": "float8_e4m3fn", "convrot": {}}', b"null", b"3"]),
+)
+
+
+@settings(CASES, max_examples=300)
+@given(note=NOTES, shape=st.sampled_from([(), (1,), (8,), (1, 8), (3,), (0,)]), in_metadata=st.booleans())
+def test_notes_about_quantised_layers(scratch, note, shape, in_metadata):
+    tensors = {**QUANTIZED, "blocks.0.attn.proj_x.weight_scale": torch.ones(shape)}
+    metadata = {"_quantization_metadata": note.decode("utf-8", "replace")} if in_metadata else None
+    if not in_metadata and note:
+        tensors[NOTE] = torch.frombuffer(bytearray(note), dtype=torch.uint8)
+    scratch.write_bytes(save(tensors, metadata))
+    try:
+        load_transformer(scratch, torch.float32)
+    except ValueError as error:
+        assert scratch.name in str(error)
+
+
+NUMBERS = st.one_of(st.integers(-2, 70), st.sampled_from([2**31, 2**63, 2**64, 10**30, 1.5, True]))
+JUNK = st.recursive(
+    st.one_of(st.none(), NUMBERS, st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=3), inner, max_size=2)),
+    max_leaves=6,
+)
+ENTRY_EDITS = st.one_of(
+    st.tuples(st.just("shape"), st.one_of(JUNK, st.lists(NUMBERS, max_size=5))),
+    st.tuples(st.just("data_offsets"), st.one_of(JUNK, st.lists(NUMBERS, min_size=2, max_size=2))),
+    st.tuples(st.just("dtype"), st.one_of(JUNK, st.sampled_from(["F16", "BF16", "I32", "F64", "F8_E4M3", "C64"]))),
+    st.tuples(st.sampled_from(["swap", "drop", "rename", "junk", "reshape"]), JUNK),
+)
+NAMES = st.sampled_from(sorted(HEADER))
+
+
+@CASES
+@given(edits=st.lists(st.tuples(NAMES, NAMES, ENTRY_EDITS), min_size=1, max_size=3))
+def test_edited_headers(scratch, edits):
+    header = {name: dict(entry) for name, entry in HEADER.items()}
+    for name, other, (key, value) in edits:
+        entry = header.get(name)
+        if key == "swap":
+            header[name], header[other] = header.get(other), entry
+        elif key == "drop":
+            header.pop(name, None)
+        elif key == "rename":
+            header[str(value)] = header.pop(name, None)
+        elif key == "junk" or not isinstance(entry, dict):
+            header[name] = value
+        elif key == "reshape":
+            header[name] = {**entry, "shape": [1, *entry.get("shape", [])][::-1]}
+        else:
+            header[name] = {**entry, key: value}
+    loaded_or_refused(scratch, with_header(header))
+
+
+def test_nothing_stays_open(scratch):
+    def held():
+        gc.collect()
+        maps = Path("/proc/self/maps")
+        return len(os.listdir("/proc/self/fd")), maps.read_text().count(scratch.name)  # noqa: PTH208
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc")
+    before = held()
+    for content, _ in BAD.values():
+        loaded_or_refused(scratch, content)
+    nan = save({**DIT, NAME: torch.full((8,), torch.nan)})
+    assert loaded_or_refused(scratch, nan) is None
+    assert held() == before
+
+
+class Trap:
+    def __reduce__(self):
+        return Path.touch, (Path("trap"),)
+
+
+@pytest.mark.parametrize("save_trap", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch, save_trap):
+    monkeypatch.chdir(tmp_path)
+    save_trap({"a": Trap()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"evil.pt is not a file of plain tensors"):
+        load_transformer(tmp_path / "evil.pt")
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04", {"a": 1}, {1: torch.ones(1)}, torch.ones(2), [1]])
+def test_torch_files_of_something_else(tmp_path, content):
+    path = tmp_path / "odd.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=r"odd.pt (is not|holds something)"):
+        open_tensors(path)
+
+
+@settings(CASES, max_examples=200)
+@given(flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 7)), min_size=1, max_size=4))
+def test_torch_files_with_flipped_bits(scratch, flips):
+    path = scratch.with_name("fuzzed.pt")
+    torch.save({"a": torch.ones(3), "b": torch.ones(2, 2)}, path)
+    content = bytearray(path.read_bytes())
+    for position, bit in flips:
+        content[position % len(content)] ^= 1 << bit
+    path.write_bytes(content)
+    try:
+        read = [tensor.read() for tensor in open_tensors(path).tensors.values()]
+    except ValueError as error:
+        assert path.name in str(error)
+    else:
+        assert sum(tensor.numel() for tensor in read) <= 7
+
+
+def test_a_file_that_changes_while_it_loads(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(VALID)
+    tensors = open_tensors(path).tensors
+    assert torch.equal(tensors[NAME].read(), DIT[NAME])
+    path.write_bytes(VALID[:-100])
+    with pytest.raises(ValueError, match=r"x.safetensors changed while it was loaded"):
+        tensors[NAME].read()
+
+
+def as_diffusers(weights):
+    return {
+        name: t.read() for name, t in to_diffusers(from_state_dict(weights), transformer_rules(SMALL.depth)).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        (lambda t: t.pop("transformer_blocks.0.attn1.to_k.weight"), "lacks transformer_blocks.0.attn1.to_k.weight"),
+        (lambda t: t.update({"transformer_blocks.0.attn1.to_k.weight": torch.zeros(9, 8)}), "differ in shape"),
+        (lambda t: t.update({"surprise": torch.zeros(1)}), "1 tensors have no place in it, e.g. surprise"),
+        (lambda t: t.update({f"_orig_mod.{NAME}": torch.zeros(1), NAME: torch.zeros(1)}), "holds tensors twice"),
+    ],
+)
+def test_broken_diffusers_files(tmp_path, change, phrase):
+    tensors = as_diffusers(DIT)
+    change(tensors)
+    save_file(tensors, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match=rf"^odd.safetensors does not fit Mochi: .*{phrase}"):
+        load_transformer(tmp_path / "odd.safetensors")
+
+
+# A few names of each kind, as its released files have them.
+OTHERS = {
+    "a FLUX transformer": ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight"],
+    "an SD3 transformer": ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"],
+    "a Wan transformer": ["blocks.0.cross_attn.k.weight", "blocks.0.self_attn.k.weight", "patch_embedding.weight"],
+    "an LTX transformer": ["transformer_blocks.0.scale_shift_table", "caption_projection.linear_1.weight"],
+    "a Stable Diffusion UNet": ["model.diffusion_model.input_blocks.0.0.weight"],
+    "a CLIP text encoder": ["text_model.encoder.layers.0.self_attn.q_proj.weight"],
+    "an image autoencoder": ["encoder.mid.block_1.conv1.weight", "decoder.mid.block_1.conv1.weight"],
+    "a LoRA": ["blocks.0.attn.qkv_x.lora_A"],
+}
+OWN = {
+    "a Mochi transformer": lambda: DIT,
+    "a T5 text encoder": random_t5,
+    "a Mochi autoencoder": lambda: random_vae().state_dict(),
+}
+LOADERS = {
+    "a Mochi transformer": load_transformer,
+    "a Mochi autoencoder": load_vae,
+    "a T5 text encoder": load_text_encoder,
+}
+
+
+@pytest.mark.parametrize("wanted", LOADERS)
+@pytest.mark.parametrize("kind", [*OTHERS, *OWN])
+def test_another_model_is_named(tmp_path, kind, wanted):
+    if kind == wanted:
+        return
+    tensors = OWN[kind]() if kind in OWN else {name: torch.zeros(2, 2) for name in OTHERS[kind]}
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=rf"^other.safetensors holds {kind}.*, not {wanted}"):
+        LOADERS[wanted](tmp_path / "other.safetensors")
+
+
+def test_half_an_autoencoder_says_which_half_it_lacks(tmp_path):
+    for half, missing in (("decoder", "encoder"), ("encoder", "decoder")):
+        module = getattr(random_vae(), half)
+        save_file(module.state_dict(), tmp_path / f"{half}.safetensors")
+        vae = load_vae(tmp_path / f"{half}.safetensors")
+        act, argument = (vae.encode, (1, 3, 7, 16, 16)) if half == "decoder" else (vae.decode, (1, 12, 2, 2, 2))
+        with pytest.raises(ValueError, match=f"has no {missing}"):
+            act(torch.zeros(argument))
+    with pytest.raises(ValueError, match=r"decoder.safetensors bring .* a second time"):
+        load_vae([tmp_path / "decoder.safetensors", tmp_path / "decoder.safetensors"])
+
+
+PREFIXES = {
+    "transformer": [
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.model.diffusion_model.",
+        "model.",
+        "transformer.",
+    ],
+    "vae": ["_orig_mod.", "module.first_stage_model.", "vae._orig_mod."],
+    "t5": ["_orig_mod.module.", "text_encoders.t5xxl.transformer.", "text_encoder.", "module.model."],
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "prefix"), [(part, prefix) for part, prefixes in PREFIXES.items() for prefix in prefixes]
+)
+def test_wrappers_are_stripped(part, prefix):
+    weights = {"transformer": DIT, "vae": random_vae().state_dict(), "t5": random_t5()}[part]
+    found = find_part(from_state_dict({prefix + name: t for name, t in weights.items()}), part, "x")
+    assert found.keys() == weights.keys()
+
+
+def test_wrappers_inside_names():
+    weights = {name.replace("blocks.0.", "blocks.0._orig_mod."): t for name, t in DIT.items()}
+    assert find_part(from_state_dict(weights), "transformer", "x").keys() == DIT.keys()
+
+
+def write_sharded(folder, tensors, variant=""):
+    shards = {f"m{variant}-0000{i + 1}-of-00002.safetensors": list(tensors)[i::2] for i in range(2)}
+    for shard, names in shards.items():
+        save_file({name: tensors[name] for name in names}, folder / shard)
+    index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
+    (folder / f"m.safetensors.index{variant}.json").write_text(json.dumps(index))
+    return folder / next(iter(shards))
+
+
+@pytest.mark.parametrize("write", [write_sharded, None])
+def test_folders_with_variants_and_pipeline_roots(tmp_path, write):
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    doubled = as_diffusers({name: 2 * t for name, t in DIT.items()})
+    for variant, tensors in ((".bf16", doubled), (".fp16", doubled), ("", as_diffusers(DIT))):
+        if write:
+            write(folder, tensors, variant)
+        else:
+            save_file(tensors, folder / f"m{variant}.safetensors")
+        if variant == ".bf16":
+            assert torch.equal(load_transformer(folder, torch.float32).state_dict()[NAME], 2 * DIT[NAME])
+        elif variant == ".fp16":
+            with pytest.raises(ValueError, match="name the file itself"):
+                load_transformer(folder)
+    for path in (folder, tmp_path):
+        assert torch.equal(load_transformer(path, torch.float32).state_dict()[NAME], DIT[NAME])
+    one = folder / ("m.safetensors.index.bf16.json" if write else "m.bf16.safetensors")
+    assert torch.equal(load_transformer(one, torch.float32).state_dict()[NAME], 2 * DIT[NAME])
+
+
+def test_a_shard_index_that_lies(tmp_path):
+    shard = write_sharded(tmp_path, as_diffusers(DIT))
+    index = tmp_path / "m.safetensors.index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": {**content["weight_map"], "extra": shard.name}}))
+    with pytest.raises(ValueError, match=r"index.json says that .* holds extra"):
+        load_transformer(tmp_path)
+    for junk in ("", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}', "[" * 10**5):
+        index.write_text(junk)
+        with pytest.raises(ValueError, match=r"index.json is not a shard index"):
+            load_transformer(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": ".."}}))
+    with pytest.raises(ValueError, match="outside its folder"):
+        load_transformer(tmp_path)
