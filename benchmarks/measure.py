@@ -36,10 +36,12 @@ class Measurement:
         return statistics.median(self.seconds)
 
 
-def compare(module: str, contenders: list[str], cases: list[dict], calls: int) -> list[dict[str, Measurement]]:
+def compare(
+    module: str, contenders: list[str], cases: list[dict], calls: int, rounds: int = ROUNDS
+) -> list[dict[str, Measurement]]:
     """Measure every contender on every case; contenders take turns so that a slow minute hits all of them."""
     results = [{name: Measurement() for name in contenders} for _ in cases]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for case, measured in zip(cases, results, strict=True):
             for name in contenders:
                 run = _in_process(module, name, case, calls)
@@ -61,19 +63,20 @@ def _in_process(module: str, contender: str, case: dict, calls: int) -> dict:
 
 @torch.inference_mode()
 def measure(build: Callable[[dict], Callable[[], object]], case: dict, calls: int) -> dict:
-    """Seconds per call after one warm-up, and peak memory above the model."""
+    """Seconds per call after a first one, or of that one if `calls` is 0; and its peak memory above the model."""
     call = build(case)
     held = _reset_peak()
-    call()
+    first = _seconds(call)
     peak = _peak() - held
-    seconds = []
-    for _ in range(calls):
-        _synchronize()
-        start = time.perf_counter()
-        call()
-        _synchronize()
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds, "peak_mib": peak / MIB}
+    return {"seconds": [_seconds(call) for _ in range(calls)] or [first], "peak_mib": peak / MIB}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    call()
+    _synchronize()
+    return time.perf_counter() - start
 
 
 def _synchronize() -> None:

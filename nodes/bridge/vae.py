@@ -109,17 +109,16 @@ class HostVAE(comfy.sd.VAE):
 
     def _decode_bytes(self, shape, _dtype) -> int:
         """What the fastest plan for latents (B, 12, T, H, W) uses; videos of a batch are decoded one after the other."""
-        return self._fastest(
-            self.first_stage_model.decoder.footprint(*shape[-2:], self.first_stage_model.dtype.itemsize)
-        )
+        return self._fastest(self.first_stage_model.decoder, *shape[-2:])
 
     def _encode_bytes(self, shape, _dtype) -> int:
         """The same for pixels (B, 3, F, H, W)."""
-        return self._fastest(
-            self.first_stage_model.encoder.footprint(*shape[-3:], self.first_stage_model.dtype.itemsize)
-        )
+        return self._fastest(self.first_stage_model.encoder, *shape[-3:])
 
-    def _fastest(self, footprint) -> int:
+    def _fastest(self, half, *size) -> int:
+        if half is None:
+            return 1  # the host asks before the module can say what is missing
+        footprint = half.footprint(*size, self.first_stage_model.dtype.itemsize)
         return footprint.needs(footprint.plan(sys.maxsize, self.device))
 
 
