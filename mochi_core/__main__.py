@@ -90,12 +90,11 @@ def decode(options: argparse.Namespace) -> None:
 
 def decode_to_file(vae: AsymmVAE, latents: torch.Tensor, output: Path, options: argparse.Namespace) -> None:
     """Write the video while it is decoded: a few frames exist at a time, however long it is."""
-    limit = options.memory_limit and round(options.memory_limit * GIB)
     with (
         tqdm(total=vae.decoded_shape(latents.shape)[2], unit="frame") as bar,
         VideoWriter(output, options.fps) as writer,
     ):
-        for piece in vae.decode_stream(latents, limit):
+        for piece in vae.decode_stream(latents, options.memory_limit):
             writer.write(to_unit_range(piece)[0].permute(1, 2, 3, 0))
             bar.update(piece.shape[2])
 
@@ -169,7 +168,7 @@ def _add_decode(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=decode)
     command.add_argument("latents", type=Path, help="from generate -o x.latent, or ComfyUI's SaveLatent")
     command.add_argument(
-        "--memory-limit", type=float, metavar="GIB", help="besides the weights (default: what is free)"
+        "--memory-limit", type=gibibytes, metavar="GIB", help="besides the weights (default, and 0: what is free)"
     )
     _add_output(command, "mp4 file; of several videos, each is numbered")
 
@@ -182,6 +181,13 @@ def _add_output(command: argparse.ArgumentParser, what: str) -> None:
     add("--device", default=device, help="(default: %(default)s)")
     add("--fps", type=int, default=FPS, help="(default: %(default)s)")
     add("-o", "--output", type=Path, default=Path("mochi.mp4"), help=f"{what} (default: %(default)s)")
+
+
+def gibibytes(text: str) -> int | None:
+    """Bytes, or None for 0."""
+    if float(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative; use 0 for what is free.")
+    return round(float(text) * GIB) or None
 
 
 def lora_option(text: str) -> tuple[str, float]:

@@ -172,11 +172,7 @@ class TemporalAttentionBlock(nn.Module):
         mean, variance = (torch.cat(parts, dim=2) for parts in zip(*statistics, strict=True))
         row, height = 0, pieces[0].shape[3]
         while row < height:
-            next_row = runner.attempt(self._attend_rows, pieces, row, mean, variance)
-            if next_row is None:
-                pieces[:] = [piece.to(runner.plan.cache_device) for piece in pieces]
-            else:
-                row = next_row
+            row = runner.attempt(self._attend_rows, pieces, row, mean, variance) or row
 
     def _statistics(self, piece: Tensor, runner: Runner) -> tuple[Tensor, Tensor]:
         while True:

@@ -114,7 +114,8 @@ class Encoder(nn.Module):
         cached = widest = waiting = gathered = 0
         for place in self._places(frames, height, width):
             frame = place.channels * place.cells
-            cached, widest = cached + place.blocks * frame, max(widest, frame)
+            # Where a clip gathers behind every block, the caches of the block before are gone.
+            cached, widest = cached + (1 if place.attends else place.blocks) * frame, max(widest, frame)
             waiting, gathered = waiting + place.reduction * frame, max(gathered, place.attends * frame * place.frames)
         convolutions = block_footprint(cached, widest, waiting, itemsize)
         return convolutions._replace(caches=convolutions.caches + gathered * itemsize)

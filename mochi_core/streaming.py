@@ -22,10 +22,13 @@ MIB, GIB = 2**20, 2**30
 MAX_WORKING_SET = {"cpu": 32 * MIB, "default": 128 * MIB}
 # Less costs speed, so that moving the caches off the device is the better way to save memory.
 MIN_WORKING_SET = 8 * MIB
-# Working sets in memory at once, measured: a padded strip is three frames if it makes one, and convolutions copy it.
-WORKING_SETS = 16
+# Working sets in memory at once: a padded strip is three frames if it makes one, and a convolution may copy what it takes and
+# makes. Measured on the CPU; on a GPU counted, and as much again for what cuDNN may ask for.
+WORKING_SETS = {"cpu": 16, "default": 6}
 
 CPU = torch.device("cpu")
+# What PyTorch says on CUDA, in cuBLAS and cuDNN, and on the CPU of Linux, macOS and Windows.
+ALLOCATION_FAILED = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
 
 Cache = tuple[Tensor, ...] | None
 
@@ -72,17 +75,21 @@ class Footprint(NamedTuple):
 
     def plan(self, limit: int, device: torch.device) -> Plan:
         """The fastest plan that stays within `limit` bytes on `device`; the smallest one if none does."""
-        most = MAX_WORKING_SET.get(device.type, MAX_WORKING_SET["default"])
-        room = (limit - self.frames - self.caches) // WORKING_SETS
+        most, sets = _of(MAX_WORKING_SET, device), _of(WORKING_SETS, device)
+        room = (limit - self.frames - self.caches) // sets
         if room >= MIN_WORKING_SET:
             return Plan(device, device, min(room, most))
-        room = (limit - self.frames - (self.caches if device == CPU else 0)) // WORKING_SETS
+        room = (limit - self.frames - (self.caches if device == CPU else 0)) // sets
         return Plan(device, CPU, min(max(room, 1), most))
 
     def needs(self, plan: Plan) -> int:
         """Bytes on the plan's device, weights and output apart."""
         caches = self.caches if plan.cache_device == plan.device else 0
-        return self.frames + caches + WORKING_SETS * plan.working_set
+        return self.frames + caches + _of(WORKING_SETS, plan.device) * plan.working_set
+
+
+def _of(sizes: dict[str, int], device: torch.device) -> int:
+    return sizes.get(device.type, sizes["default"])
 
 
 class OutOfMemory(RuntimeError):  # noqa: N818 - as torch's own
@@ -98,6 +105,8 @@ class Runner:
     def __init__(self, plan: Plan, on_step: Callable[[int], object] = lambda _: None) -> None:
         self.plan, self.on_step = plan, on_step
         self.finished = 0
+        self.clips: list[list[Tensor]] = []
+        """Pieces that have gathered or are still to be read; they move when the plan says so."""
 
     def attempt(self, step: Callable[..., Any], *arguments: Any) -> Any:
         """What `step(*arguments, plan)` returns, or None if it ran out of memory and is to be tried again.
@@ -116,6 +125,8 @@ class Runner:
                 raise OutOfMemory(str(error)) from error
         # The error is gone by now, and with it what the step had made.
         self.plan = plan
+        for clip in self.clips:
+            clip[:] = [piece.to(plan.cache_device) for piece in clip]
         return None
 
 
@@ -148,7 +159,10 @@ def stream(layers: Layers, pieces: Iterable[Tensor], runner: Runner) -> Iterator
     if barrier == len(layers):
         yield from made
         return
-    gathered = [piece.to(runner.plan.cache_device) for piece in made]
+    gathered: list[Tensor] = []
+    runner.clips.append(gathered)
+    for piece in made:
+        gathered.append(piece.to(runner.plan.cache_device))
     layers[barrier].run(gathered, runner)  # pyright: ignore[reportCallIssue]
     yield from stream(layers[barrier + 1 :], _taken_from(gathered), runner)
 
@@ -191,12 +205,13 @@ def by_strips(strips: list[slice], compute: Callable[[slice], Tensor], scale: in
     """Join what `compute` makes of each strip of rows; its rows are `scale` times as many."""
     if len(strips) == 1:
         return compute(strips[0])
-    first = compute(strips[0])
-    out = first.new_empty(*first.shape[:3], strips[-1].stop * scale, first.shape[4])
-    out[..., : strips[0].stop * scale, :] = first
-    del first
-    for rows in strips[1:]:
-        out[..., rows.start * scale : rows.stop * scale, :] = compute(rows)
+    out = None
+    for rows in strips:
+        part = compute(rows)
+        if out is None:
+            out = part.new_empty(*part.shape[:3], strips[-1].stop * scale, part.shape[4])
+        out[..., rows.start * scale : rows.stop * scale, :] = part
+    assert out is not None
     return out
 
 
@@ -204,7 +219,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on whatever device: only CUDA has an exception class of its own."""
     said = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+        isinstance(error, RuntimeError) and any(phrase in said for phrase in ALLOCATION_FAILED)
     )
 
 

@@ -8,6 +8,7 @@ of one pass over the whole clip.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,7 @@ class AsymmVAE(nn.Module):
             ValueError: the model has no decoder, or `latents` has another shape.
             OutOfMemory: not even one row of a frame at a time fits.
         """
-        self.check_decoder(latents)
+        self.check_decoder(latents.shape)
         if out is None:
             out = torch.empty(self.decoded_shape(latents.shape), dtype=self.dtype, device=latents.device)
         for i, one in enumerate(latents.split(1)):
@@ -102,7 +103,7 @@ class AsymmVAE(nn.Module):
         device: torch.device | None = None,
     ) -> Iterator[Tensor]:
         """As `decode`, but yields (B, 3, f, 8H, 8W) pieces as they are finished, on the device where it works."""
-        decoder = self.check_decoder(latents)
+        decoder = self.check_decoder(latents.shape)
         height, width = latents.shape[3:]
         footprint = decoder.footprint(height, width, len(latents) * self.dtype.itemsize)
         work = self.decoded_shape(latents.shape)[2]
@@ -138,14 +139,15 @@ class AsymmVAE(nn.Module):
         encoder = self.check_encoder(video)
         frames, height, width = video.shape[2:]
         footprint = encoder.footprint(frames, height, width, self.dtype.itemsize)
-        return Job(video, footprint, encoder.work(frames), memory_limit, device).run(self.encoder_layers(), on_progress)
+        job = Job(video, footprint, encoder.work(frames), memory_limit, device)
+        return job.run(self.encoder_layers(encoder), on_progress)
 
     def _home(self) -> torch.device:
         return next(self.parameters()).device
 
-    def encoder_layers(self) -> list[Layer | ClipLayer]:
+    def encoder_layers(self, encoder: Encoder) -> list[Layer | ClipLayer]:
         """What `encode` sends a video through."""
-        return self.encoder.flattened() if self.encoder else []
+        return encoder.flattened()
 
     def decoded_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int, int]:
         """(B, 3, F, 8H, 8W) of the video of latents (B, 12, T, H, W)."""
@@ -154,17 +156,15 @@ class AsymmVAE(nn.Module):
         scale = math.prod(self.config.spatial_expansions)
         return batch, RGB, frames, height * scale, width * scale
 
-    def check_decoder(self, latents: Tensor) -> Decoder:
-        """The decoder, if there is one and `latents` fit it; ValueError otherwise."""
+    def check_decoder(self, shape: Sequence[int]) -> Decoder:
+        """The decoder, if there is one and latents of that shape fit it; ValueError otherwise."""
         if self.decoder is None:
             raise ValueError(
                 "This autoencoder has no decoder; load a file that has one, such as mochi_vae.safetensors."
             )
         channels = self.config.latent_channels
-        if latents.ndim != 5 or latents.shape[1] != channels:
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; the decoder needs (batch, {channels}, T, H, W)."
-            )
+        if len(shape) != 5 or shape[1] != channels:
+            raise ValueError(f"latents have shape {tuple(shape)}; the decoder needs (batch, {channels}, T, H, W).")
         return self.decoder
 
     def check_encoder(self, video: Tensor) -> Encoder:
@@ -204,16 +204,18 @@ class Job:
         try:
             yield from stream(layers, [self.x], runner)
         except OutOfMemory as error:
-            raise OutOfMemory(self._shortage(limit)) from error
+            raise OutOfMemory(self._shortage(limit, str(error))) from error
         report(self.work, self.work)
 
-    def _shortage(self, available: int) -> str:
+    def _shortage(self, available: int, reason: str) -> str:
+        request = re.search(r"allocate (\d[\d.]* \w+)", reason)
+        asked = f", and {request[1]} could not be had" if request else ""
         needed, (height, width) = self.footprint.needs(Plan(self.device, CPU, 1)), self.x.shape[3:]
         missing = f", {(needed - available) / GIB:.2f} GiB more than there is" if needed > available else ""
+        unit = "pixels" if self.x.shape[1] == RGB else "latents"
         return (
-            f"Out of memory: frames of {height} x {width} {'pixels' if self.x.shape[1] == RGB else 'latents'} need "
-            f"{needed / GIB:.2f} GiB besides the weights even one row at a time{missing}; make the video smaller or close what "
-            "else uses the device."
+            f"Out of memory: frames of {height} x {width} {unit} need {needed / GIB:.2f} GiB besides the weights even one row "
+            f"at a time{missing}{asked}; make the video smaller or close what else uses the device."
         )
 
 

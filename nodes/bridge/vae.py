@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
+import comfy.memory_management
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
@@ -36,6 +38,7 @@ class HostAsymmVAE(AsymmVAE):
     comfy_has_chunked_io = True
 
     def decode_output_shape(self, shape):
+        self.check_decoder(shape)
         return self.decoded_shape(shape)
 
     def decode(self, latents, output_buffer=None, memory_limit=None):
@@ -43,16 +46,16 @@ class HostAsymmVAE(AsymmVAE):
         if output_buffer is None:
             output_buffer = torch.empty(self.decoded_shape(latents.shape), device=mm.intermediate_device())
         if memory_limit is None:
-            memory_limit = mm.get_free_memory(latents.device)
+            memory_limit = free_memory(latents.device)
         return super().decode(latents, memory_limit, host_progress(), out=output_buffer, device=latents.device)
 
     def encode(self, pixels, device=None):
         """Float32 pixels in [0, 1], (B, 3, F, H, W) on any device, to the mean of their latents."""
-        return super().encode(pixels, mm.get_free_memory(device), host_progress(), device).mean
+        return super().encode(pixels, free_memory(device), host_progress(), device).mean
 
-    def encoder_layers(self):
+    def encoder_layers(self, encoder):
         """The host's pixels are scaled as they are taken: a clip need not exist a second time for that."""
-        return [Layer(lambda pixels, _, plan: (pixels * 2 - 1, ())), *super().encoder_layers()]  # noqa: ARG005
+        return [Layer(lambda pixels, _, plan: (pixels * 2 - 1, ())), *super().encoder_layers(encoder)]  # noqa: ARG005
 
     # What the host calls when memory runs out before we have the say.
 
@@ -61,6 +64,16 @@ class HostAsymmVAE(AsymmVAE):
 
     def encode_tiled(self, pixels, **_):
         return self.encode(pixels, pixels.device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free, or held by weights that the host gives up on demand."""
+    evictable = 0
+    if comfy.memory_management.aimdo_enabled:
+        import comfy_aimdo.model_vbar  # only where the host manages memory dynamically
+
+        evictable = comfy_aimdo.model_vbar.vbars_analyze(device.index if device.type == "cuda" else None)
+    return mm.get_free_memory(device) + evictable
 
 
 def host_progress():
@@ -101,10 +114,10 @@ class HostVAE(comfy.sd.VAE):
         )
         self.model_size()
 
-    def decode_tiled(self, samples, **_):
+    def decode_tiled(self, samples, *_, **__):
         return self.decode(samples)
 
-    def encode_tiled(self, pixel_samples, **_):
+    def encode_tiled(self, pixel_samples, *_, **__):
         return self.encode(pixel_samples)
 
     def _decode_bytes(self, shape, _dtype) -> int:
@@ -155,6 +168,9 @@ def decode_video(vae: comfy.sd.VAE, latents: torch.Tensor, memory_limit: int | N
     """
     require_mochi_vae(vae)
     if isinstance(vae, HostVAE):
+        if memory_limit is not None:
+            vae, ask = copy.copy(vae), vae.memory_used_decode
+            vae.memory_used_decode = lambda *shape: min(ask(*shape), memory_limit)
         video = vae.decode(latents, vae_options={"memory_limit": memory_limit})
     else:
         video = vae.decode_tiled(latents, **HOST_TILES)
