@@ -62,6 +62,7 @@ BAD = {
     "header of 2**63 bytes": (struct.pack("<Q", 2**63) + VALID[8:], "something else"),
     "header longer than the file": (struct.pack("<Q", 10**7) + VALID[8:], "incomplete"),
     "header in no JSON": (with_header(b"{" + b"]" * 50), "wrong header"),
+    "no tensors": (with_header({}, b""), "holds no tensors"),
     "header nested deeply": (with_header(b'{"a":' + b"[" * 10**5), "wrong header"),
     "header in no UTF-8": (with_header(b'{"\xff\xff": 1}'), "wrong header"),
     "duplicate name": (with_header(VALID[8:HEADER_END].rstrip()[:-1] + b"," + VALID[9:HEADER_END]), "there twice"),
