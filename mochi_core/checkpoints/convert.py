@@ -18,7 +18,7 @@ from ..quantized import quantize_fp8
 from ..vae import AsymmVAE
 from .detect import blaming, dit_config, find_part, has_decoder, has_encoder, parts_of, vae_config
 from .diffusers import autoencoder_rules, to_diffusers, transformer_rules
-from .loading import check_tensors, is_finite, joined
+from .loading import check_finite, check_tensors, joined
 from .quantization import LARGE
 from .reader import NOTE, QUANTIZATION, StoredTensor, TensorFile, Tensors, from_state_dict, open_tensors
 from .writer import write_safetensors
@@ -112,15 +112,14 @@ def _cast(tensors: Tensors, module: nn.Module, dtype: torch.dtype | None, file_n
             raise ValueError(f"{name} is stored in 8 bits or fewer; say with --dtype what it is to become.")
         exact = parameter.dtype != dtype and tensor.dtype.itemsize > 1
         target = tensor.dtype if dtype is None or exact else dtype
-        converted[name] = StoredTensor(tensor.shape, target, _reader(tensor, target, f"{name} in {file_name}"))
+        converted[name] = StoredTensor(tensor.shape, target, _reader(tensor, target, name, file_name))
     return converted
 
 
-def _reader(tensor: StoredTensor, dtype: torch.dtype, label: str) -> Callable[[], Tensor]:
+def _reader(tensor: StoredTensor, dtype: torch.dtype, name: str, file_name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
         value = tensor.read().to(dtype)
-        if not is_finite(value):
-            raise ValueError(f"{label} has NaN or infinite values, or values too large for {dtype}; use another dtype.")
+        check_finite(value, name, file_name)
         return value
 
     return read

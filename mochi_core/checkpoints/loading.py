@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dit import AsymmDiT
-from ..quantized import QuantizedLinear
+from ..quantized import QuantizedLinear, QuantizedWeight
 from ..vae import AsymmVAE
 from .detect import blaming, dit_config, file_label, has_decoder, has_encoder, open_part, vae_config
 from .quantization import quantize_large
@@ -90,13 +90,11 @@ def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch
         if read_quantized is not None and isinstance(layer, nn.Linear):
             quantized = QuantizedLinear(read_quantized()).to(device)
             module.set_submodule(owner, quantized)
-            values = (quantized.values,) if quantized.scale is None else (quantized.values, quantized.scale)
+            value = quantized.weight
         else:
             value = tensors[name].read().to(device, parameter.dtype)
             setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
-            values = (value,)
-        for value in values:
-            check_finite(value, name, file_name)
+        check_finite(value, name, file_name)
 
 
 def check_tensors(module: nn.Module, tensors: Tensors, file_name: str) -> None:
@@ -127,10 +125,14 @@ def _listed(kind: str, names: list[str]) -> str:
     return f"{len(names)} {kind} ({', '.join(names[:EXAMPLES])}{more})"
 
 
-def check_finite(tensor: Tensor, name: str, file_name: str) -> None:
+def check_finite(value: Tensor | QuantizedWeight, name: str, file_name: str) -> None:
     """Raise a ValueError if there is a NaN or an infinity."""
-    if not is_finite(tensor):
-        raise ValueError(f"{file_name} holds NaN or infinite values in {name}; download it again.")
+    floats = value.floats() if isinstance(value, QuantizedWeight) else [value]
+    if not all(map(is_finite, floats)):
+        raise ValueError(
+            f"{file_name} holds NaN or infinite values in {name}, or values too large for this dtype; download it again or "
+            "use another dtype."
+        )
 
 
 def is_finite(tensor: Tensor) -> bool:

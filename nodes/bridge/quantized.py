@@ -77,12 +77,17 @@ def read_part(path: str, part: str) -> Tensors:
 
 
 def _finite(tensor: StoredTensor, name: str, file_name: str) -> StoredTensor:
-    def read() -> torch.Tensor:
-        value = tensor.read()
-        check_finite(value, name, file_name)
-        return value
+    """The same tensor, checked when it is read in either form."""
 
-    return replace(tensor, read=read)
+    def checked(read):
+        def read_and_check():
+            value = read()
+            check_finite(value, name, file_name)
+            return value
+
+        return read_and_check
+
+    return replace(tensor, read=checked(tensor.read), quantized=tensor.quantized and checked(tensor.quantized))
 
 
 def is_quantized(tensors: Tensors) -> bool:

@@ -96,6 +96,13 @@ def test_weights_that_are_no_numbers(tmp_path, value, dtype):
         load_transformer(tmp_path / "nan.safetensors", dtype)
 
 
+def test_weights_too_large_for_the_dtype(tmp_path):
+    save_file({**DIT, NAME: torch.full((8,), 1e6)}, tmp_path / "large.safetensors")
+    load_transformer(tmp_path / "large.safetensors")
+    with pytest.raises(ValueError, match=rf"in {NAME}, or values too large for this dtype; .* use another dtype"):
+        load_transformer(tmp_path / "large.safetensors", torch.float16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_finite_fp8(dtype):
     for bits in range(256):

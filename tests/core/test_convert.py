@@ -181,7 +181,7 @@ def test_a_conversion_that_fails_leaves_nothing(sources, tmp_path, capsys):
     tensors["blocks.2.attn.proj_x.bias"][3] = torch.nan
     save_file(tensors, tmp_path / "nan.safetensors")
     run = ("convert", tmp_path / "nan.safetensors", tmp_path / "x.safetensors", "--to", "canonical")
-    assert "blocks.2.attn.proj_x.bias in nan.safetensors has NaN" in refused(capsys, *run)
+    assert "nan.safetensors holds NaN or infinite values in blocks.2.attn.proj_x.bias" in refused(capsys, *run)
     assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]
 
 

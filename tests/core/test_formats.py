@@ -113,6 +113,31 @@ def test_quantising_leaves_what_the_file_has_quantised(dit, tmp_path):
     assert {layer.block_type for layer in loaded.modules() if isinstance(layer, QuantizedLinear)} == {"Q8_0"}
 
 
+@pytest.mark.parametrize("kind", quantized_files.HALVES)
+def test_blocks_that_are_no_numbers(dit, tmp_path, kind):
+    name = "blocks.1.mlp_x.w2"
+    blocks = torch.from_numpy(quantized_files.random_blocks(kind, *dit.get_parameter(f"{name}.weight").shape))
+    tensors = {n: t for n, t in dit.state_dict().items() if n != f"{name}.weight"}
+    for start in quantized_files.HALVES[kind]:
+        for value in (torch.inf, torch.nan):
+            broken = blocks.clone()
+            broken[5, start : start + 2] = torch.tensor([value], dtype=torch.float16).view(torch.uint8)
+            save_file({**tensors, f"{name}.{kind}_qweight": broken}, tmp_path / "x.safetensors")
+            with pytest.raises(ValueError, match=rf"x.safetensors holds NaN or infinite values in {name}.weight"):
+                load_transformer(tmp_path / "x.safetensors")
+    save_file({**tensors, f"{name}.{kind}_qweight": blocks}, tmp_path / "x.safetensors")
+    load_transformer(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_what_is_no_number_is_not_hidden_by_quantising(dit, tmp_path, kind):
+    broken = {**dit.state_dict(), "blocks.1.mod_x.weight": dit.state_dict()["blocks.1.mod_x.weight"].clone()}
+    broken["blocks.1.mod_x.weight"][3, 7] = torch.nan
+    save_file(broken, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x.safetensors holds NaN or infinite values in blocks.1.mod_x.weight"):
+        load_transformer(tmp_path / "x.safetensors", quantize=kind)
+
+
 def test_unknown_quantisation_is_refused(dit, tmp_path):
     save_file(dit.state_dict(), tmp_path / "dit.safetensors")
     with pytest.raises(ValueError, match="no quantisation 'q9'; use fp8, int8, q4_0"):
