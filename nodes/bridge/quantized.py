@@ -19,6 +19,7 @@ from ...mochi_core.checkpoints.reader import StoredTensor, Tensors
 from ...mochi_core.quantized import QuantizedWeight
 
 GGML_LAYOUT = "MochiGGMLLayout"
+HOST_SUFFIXES = (".safetensors", ".sft")
 HOST_FORMATS = {dtype: name for name, dtype in STORED_AS.items()}
 
 
@@ -61,15 +62,15 @@ register_layout_class(GGML_LAYOUT, GGMLLayout)
 
 
 def read_part(path: str, part: str) -> Tensors:
-    """The tensors of "transformer", "vae" or "t5", read by the host where it knows the container.
+    """The tensors of "transformer", "vae" or "t5", read by the host where its memory management begins with the file.
 
     Raises:
         ValueError: the file holds no such model, or cannot be read.
     """
     file = open_tensors(path)  # a broken file gets our sentence, before the host reads it
     tensors = file.tensors
-    if Path(path).suffix.lower() != ".gguf":
-        tensors = tensors | from_state_dict(comfy.utils.load_torch_file(path, safe_load=True))
+    if file.path.suffix.lower() in HOST_SUFFIXES:
+        tensors = tensors | from_state_dict(comfy.utils.load_torch_file(str(file.path), safe_load=True))
     name = Path(path).name
     found = find_part(tensors, part, name)
     # With the host's dynamic memory, weights are read when they are first used: nothing may touch all of them now.

@@ -76,14 +76,13 @@ for path in sorted(folder.glob("t5/*")):
     results[f"{path.stem}/text"] = encode_prompt(load_clip(str(path)), "a red kite")[0][0]
 save_file({name: t.clone().contiguous() for name, t in results.items()}, folder / "results.safetensors")
 '''
-HOST_T5_FORMS = {form: write for form, write in T5_FORMS.items() if form != "sharded"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, comfy_path):
     folder = tmp_path_factory.mktemp("formats")
     dit, t5, generator = random_dit(WIDE).state_dict(), shallow_t5(), torch.Generator().manual_seed(5)
-    for kind, forms, tensors in (("dit", FORMATS, dit), ("t5", HOST_T5_FORMS, t5)):
+    for kind, forms, tensors in (("dit", FORMATS, dit), ("t5", T5_FORMS, t5)):
         (folder / kind).mkdir()
         (folder / f"{kind} meaning").mkdir()
         for form, write in forms.items():
@@ -153,7 +152,7 @@ def test_quantise_while_loading_equals_the_core(folder, results, kind):
     assert relative_error(results[f"{kind}/velocity"], expected) < 1e-5
 
 
-@pytest.mark.parametrize("form", HOST_T5_FORMS)
+@pytest.mark.parametrize("form", T5_FORMS)
 def test_text_encoder_computes_what_the_file_means(folder, results, comfy_path, form):
     meaning = load_text_encoder(
         folder / "t5 meaning" / f"{form}.safetensors", comfy_path / "comfy/text_encoders/t5_tokenizer"

@@ -250,7 +250,12 @@ def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch, save_trap):
     assert not (tmp_path / "trap").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04", {"a": 1}, {1: torch.ones(1)}, torch.ones(2), [1]])
+EXPANDED = {"a": torch.ones(1).expand(10**12)}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", b"PK\x03\x04", {"a": 1}, {1: torch.ones(1)}, torch.ones(2), [1], EXPANDED]
+)
 def test_torch_files_of_something_else(tmp_path, content):
     path = tmp_path / "odd.pt"
     if isinstance(content, bytes):
@@ -421,7 +426,8 @@ def test_a_shard_index_that_lies(tmp_path):
     index.write_text(json.dumps({"weight_map": {**content["weight_map"], "extra": shard.name}}))
     with pytest.raises(ValueError, match=r"index.json says that .* holds extra"):
         load_transformer(tmp_path)
-    for junk in ("", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}', "[" * 10**5):
+    itself = json.dumps({"weight_map": {"a": index.name}})
+    for junk in ("", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}', "[" * 10**5, itself):
         index.write_text(junk)
         with pytest.raises(ValueError, match=r"index.json is not a shard index"):
             load_transformer(tmp_path)

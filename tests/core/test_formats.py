@@ -267,15 +267,18 @@ def all_fp8(tensors, path):
     return in_dtype(torch.float8_e4m3fn)(tensors, path)
 
 
-def sharded(tensors, path):
-    path.mkdir()
-    names = list(tensors)
-    shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
-    for shard, part in shards.items():
-        save_file({name: tensors[name] for name in part}, path / shard)
-    index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return tensors
+def sharded(suffix, save):
+    def write(tensors, path):
+        path.mkdir()
+        names = list(tensors)
+        shards = {f"model-0000{i + 1}-of-00002.{suffix}": names[i::2] for i in range(2)}
+        for shard, part in shards.items():
+            save({name: tensors[name].clone() for name in part}, path / shard)
+        index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
+        (path / f"model.{suffix}.index.json").write_text(json.dumps(index))
+        return tensors
+
+    return write
 
 
 T5_FORMS = {
@@ -284,7 +287,8 @@ T5_FORMS = {
     "all fp8": all_fp8,
     "duplicate embedding": with_duplicate,
     "embedding under its other name": embed_tokens_only,
-    "sharded": sharded,
+    "sharded": sharded("safetensors", save_file),
+    "sharded, by torch.save": sharded("bin", torch.save),
     "Q4_0 gguf": gguf_file("Q4_0", "t5"),
     "Q8_0 gguf, names of llama.cpp": gguf_file("Q8_0", "t5encoder", llama_cpp_name, small="Q8_0"),
     "BF16 gguf, names of llama.cpp": gguf_file("BF16", "t5", llama_cpp_name, small="F16"),
@@ -304,7 +308,7 @@ def t5():
 @pytest.mark.parametrize("form", T5_FORMS)
 def test_text_encoder(t5, tmp_path, comfy_path, form):
     tokenizer = comfy_path / "comfy/text_encoders/t5_tokenizer"
-    path = tmp_path / ("folder" if form == "sharded" else file_name(form))
+    path = tmp_path / file_name(form)
     save_file(T5_FORMS[form](t5, path), tmp_path / "meaning.safetensors")
     loaded = load_text_encoder(path, tokenizer)
     meaning = load_text_encoder(tmp_path / "meaning.safetensors", tokenizer)
