@@ -16,10 +16,10 @@ from ..config import AsymmDiTConfig, AsymmVAEConfig
 from ..dit import AsymmDiT
 from ..quantized import quantize_fp8
 from ..vae import AsymmVAE
-from .detect import blaming, dit_config, find_part, has_decoder, has_encoder, parts_of, vae_config
+from .detect import blaming, find_part, parts_of
 from .diffusers import autoencoder_rules, to_diffusers, transformer_rules
-from .loading import check_finite, check_tensors, joined
-from .quantization import LARGE
+from .loading import EMPTY, check_finite, check_tensors, joined
+from .quantization import is_large
 from .reader import NOTE, QUANTIZATION, StoredTensor, TensorFile, Tensors, from_state_dict, open_tensors
 from .writer import write_safetensors
 
@@ -63,7 +63,7 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
         part = part or _only_part(files)
     tensors = joined([find_part(file.tensors, part, file.path.name) for file in files], label)
     with blaming(label):
-        module = _meta_module(tensors, DTYPES[dtype])
+        module = EMPTY[part](tensors, DTYPES[dtype])
     check_tensors(module, tensors, label)
     with blaming(label):
         converted = _cast(tensors, module, DTYPES[dtype], label)
@@ -94,13 +94,6 @@ def _only_part(files: list[TensorFile]) -> str:
     if len(found) != 1:
         raise ValueError("a transformer or an autoencoder can be converted; of both, choose one with --part.")
     return found.pop()
-
-
-def _meta_module(tensors: Tensors, dtype: torch.dtype | None) -> AsymmDiT | AsymmVAE:
-    if has_encoder(tensors) or has_decoder(tensors):
-        halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
-        return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
-    return AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
 
 
 def _cast(tensors: Tensors, module: nn.Module, dtype: torch.dtype | None, file_name: str) -> Tensors:
@@ -134,7 +127,7 @@ def _with_fp8(tensors: Tensors) -> Tensors:
 
     converted: Tensors = {}
     for name, tensor in tensors.items():
-        if not LARGE.fullmatch(name) or len(tensor.shape) != 2:
+        if not is_large(name, tensor):
             converted[name] = tensor
             continue
         layer, note = name.removesuffix("weight"), torch.frombuffer(bytearray(FP8_NOTE), dtype=torch.uint8)

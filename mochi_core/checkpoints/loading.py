@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ def load_transformer(
     path = Path(path)
     tensors, label = quantize_large(open_part(path, "transformer"), quantize), file_label(path)
     with blaming(label):
-        dit = AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
+        dit = empty_transformer(tensors, dtype)
     load_into(dit, tensors, label, device)
     return dit.eval()
 
@@ -57,11 +57,24 @@ def load_vae(
     paths = [Path(path)] if isinstance(path, str | Path) else [Path(p) for p in path]
     label = " and ".join(map(file_label, paths))
     tensors = joined([open_part(file, "vae") for file in paths], label)
-    halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
     with blaming(label):
-        vae = AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
+        vae = empty_vae(tensors, dtype)
     load_into(vae, tensors, label, device)
     return vae.eval()
+
+
+def empty_transformer(tensors: Tensors, dtype: torch.dtype | None = None) -> AsymmDiT:
+    """A denoiser of the sizes of canonical tensors, on the meta device; ValueError if they do not tell its sizes."""
+    return AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
+
+
+def empty_vae(tensors: Tensors, dtype: torch.dtype | None = None) -> AsymmVAE:
+    """The same of an autoencoder, with the halves that are there."""
+    halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
+    return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
+
+
+EMPTY: dict[str, Callable[..., AsymmDiT | AsymmVAE]] = {"transformer": empty_transformer, "vae": empty_vae}
 
 
 def joined(parts: Sequence[Tensors], file_name: str) -> Tensors:

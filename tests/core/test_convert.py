@@ -238,8 +238,7 @@ MEMORY = """
 import json, re, sys, threading, time
 import torch
 from pathlib import Path
-from mochi_core import AsymmDiT
-from mochi_core.checkpoints import check_tensors, dit_config, find_part, load_transformer, open_tensors
+from mochi_core.checkpoints import check_tensors, empty_transformer, find_part, load_transformer, open_tensors
 from mochi_core.checkpoints.convert import plan_conversion, write_conversion
 
 def anonymous():
@@ -262,8 +261,7 @@ def peak_of(action):
 
 def open_whole(path):
     tensors = find_part(open_tensors(path).tensors, "transformer", path)
-    dit = AsymmDiT(dit_config(tensors), device="meta")
-    check_tensors(dit, tensors, path)
+    check_tensors(empty_transformer(tensors), tensors, path)
     return tensors
 """
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
