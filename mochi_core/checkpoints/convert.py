@@ -81,12 +81,19 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
 
 def write_conversion(conversion: Conversion, destination: Path, on_tensor: Callable[[], object] = lambda: None) -> None:
     """Write a .safetensors file or, under any other name, a folder that diffusers' `from_pretrained` loads."""
-    if destination.suffix == ".safetensors":
-        write_safetensors(destination, conversion.tensors, conversion.metadata, on_tensor)
-        return
-    destination.mkdir(parents=True, exist_ok=True)
-    write_safetensors(destination / DIFFUSERS_WEIGHTS, conversion.tensors, conversion.metadata, on_tensor)
-    (destination / "config.json").write_text(json.dumps(conversion.diffusers_config, indent=2) + "\n", encoding="utf-8")
+    is_file = destination.suffix == ".safetensors"
+    weights = destination if is_file else destination / DIFFUSERS_WEIGHTS
+    is_new_folder = not weights.parent.exists()
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_safetensors(weights, conversion.tensors, conversion.metadata, on_tensor)
+    except BaseException:
+        if is_new_folder:
+            weights.parent.rmdir()
+        raise
+    if not is_file:
+        config = json.dumps(conversion.diffusers_config, indent=2) + "\n"
+        (destination / "config.json").write_text(config, encoding="utf-8")
 
 
 def _only_part(files: list[TensorFile]) -> str:
