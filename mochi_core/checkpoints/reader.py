@@ -82,8 +82,8 @@ def open_tensors(path: str | Path) -> TensorFile:
         return open_tensors(_choose(path))
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the name.")
-    check_unchanged, file = _watch(path), _open_file(path)
-    tensors = {name: _checked(tensor, check_unchanged) for name, tensor in file.tensors.items()}
+    check_unchanged, file = watch(path), _open_file(path)
+    tensors = {name: checked(tensor, check_unchanged) for name, tensor in file.tensors.items()}
     return TensorFile(file.path, tensors, file.metadata)
 
 
@@ -97,7 +97,7 @@ def _open_file(path: Path) -> TensorFile:
     return _open_shards(path) if path.match(INDEX_PATTERN) else _open_safetensors(path)
 
 
-def _watch(path: Path) -> Callable[[], None]:
+def watch(path: Path) -> Callable[[], None]:
     """A check that raises a ValueError once the file is not what it is now.
 
     Files are memory-mapped: one that shrinks while it is read would take the process with it.
@@ -116,15 +116,15 @@ def _watch(path: Path) -> Callable[[], None]:
     return check
 
 
-def _checked(tensor: StoredTensor, check: Callable[[], None]) -> StoredTensor:
+def checked(tensor: StoredTensor, check: Callable[[], None]) -> StoredTensor:
     """The same tensor, checked before it is read."""
 
     def after_check(read: Callable[[], T]) -> Callable[[], T]:
-        def checked() -> T:
+        def check_and_read() -> T:
             check()
             return read()
 
-        return checked
+        return check_and_read
 
     quantized = None if tensor.quantized is None else after_check(tensor.quantized)
     return replace(tensor, read=after_check(tensor.read), quantized=quantized)

@@ -15,7 +15,7 @@ from torch import nn
 from ...mochi_core import ggml
 from ...mochi_core.checkpoints import check_finite, find_part, from_state_dict, open_tensors
 from ...mochi_core.checkpoints.quantization import GGML_FORMAT, STORED_AS
-from ...mochi_core.checkpoints.reader import StoredTensor, Tensors
+from ...mochi_core.checkpoints.reader import StoredTensor, Tensors, checked, watch
 from ...mochi_core.quantized import QuantizedWeight
 
 GGML_LAYOUT = "MochiGGMLLayout"
@@ -68,9 +68,10 @@ def read_part(path: str, part: str) -> Tensors:
         ValueError: the file holds no such model, or cannot be read.
     """
     file = open_tensors(path)  # a broken file gets our sentence, before the host reads it
-    tensors = file.tensors
+    tensors, check_unchanged = file.tensors, watch(file.path)
     if file.path.suffix.lower() in HOST_SUFFIXES:
-        tensors = tensors | from_state_dict(comfy.utils.load_torch_file(str(file.path), safe_load=True))
+        mapped = from_state_dict(comfy.utils.load_torch_file(str(file.path), safe_load=True))
+        tensors = tensors | {key: checked(tensor, check_unchanged) for key, tensor in mapped.items()}
     name = Path(path).name
     found = find_part(tensors, part, name)
     # With the host's dynamic memory, weights are read when they are first used: nothing may touch all of them now.
@@ -80,7 +81,7 @@ def read_part(path: str, part: str) -> Tensors:
 def _finite(tensor: StoredTensor, name: str, file_name: str) -> StoredTensor:
     """The same tensor, checked when it is read in either form."""
 
-    def checked(read):
+    def finite(read):
         def read_and_check():
             value = read()
             check_finite(value, name, file_name)
@@ -88,7 +89,7 @@ def _finite(tensor: StoredTensor, name: str, file_name: str) -> StoredTensor:
 
         return read_and_check
 
-    return replace(tensor, read=checked(tensor.read), quantized=tensor.quantized and checked(tensor.quantized))
+    return replace(tensor, read=finite(tensor.read), quantized=tensor.quantized and finite(tensor.quantized))
 
 
 def is_quantized(tensors: Tensors) -> bool:
