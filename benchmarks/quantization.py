@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from benchmarks.measure import environment, write_report
 from benchmarks.peers import DEVICE
 from mochi_core import AsymmDiT, AsymmDiTConfig
-from mochi_core.checkpoints import from_state_dict, load_into
-from mochi_core.checkpoints.quantization import LARGE
+from mochi_core.checkpoints import from_state_dict, is_large, load_into
 from mochi_core.checkpoints.reader import StoredTensor
 from mochi_core.quantized import QUANTIZERS, QuantizedWeight
 
@@ -57,10 +56,6 @@ K_TYPES = {"Q6_K": 6.5625, "Q5_K": 5.5, "Q4_K": 4.5, "Q3_K": 3.4375, "Q2_K": 2.6
 MODULATION = ("int8, scale per row", "fp8 e4m3fn, scale per layer", "Q4_0")
 
 
-def is_large(name: str) -> bool:
-    return LARGE.fullmatch(name) is not None and "_norm_" not in name
-
-
 def is_modulation(name: str) -> bool:
     return ".mod_" in name
 
@@ -78,7 +73,7 @@ def quantized(dit: AsymmDiT, quantize: Quantize | None, dtype: torch.dtype, chos
     """The same model with the chosen matrices quantised and everything else in `dtype`."""
 
     def store(name: str, tensor: StoredTensor) -> StoredTensor:
-        if quantize is None or not (is_large(name) and chosen(name)):
+        if quantize is None or not (is_large(name, tensor) and chosen(name)):
             return tensor
         return StoredTensor(tensor.shape, tensor.dtype, tensor.read, lambda: quantize(tensor.read()))
 
@@ -105,7 +100,7 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 def gigabytes(bits: float, chosen: Callable[[str], bool]) -> float:
     """Of the released model."""
     released = AsymmDiT(device="meta").named_parameters()
-    return sum(p.numel() * (bits if is_large(name) and chosen(name) else 16) for name, p in released) / 8e9
+    return sum(p.numel() * (bits if is_large(name, p) and chosen(name) else 16) for name, p in released) / 8e9
 
 
 def everything(_: str) -> bool:

@@ -21,12 +21,21 @@ class BlockType:
     """Bytes of a block."""
     dequantize: Callable[[Tensor], Tensor]
     """(N, bytes) uint8 to (N, weights) float32."""
+    halves: tuple[int, ...]
+    """Where its float16 numbers begin: a scale and, in some formats, a minimum."""
 
 
 def dequantize(rows: Tensor, name: str) -> Tensor:
     """(..., bytes of a row) uint8 in the format `name` to (..., weights of a row) float32."""
     block = BLOCK_TYPES[name]
     return block.dequantize(rows.reshape(-1, block.bytes)).reshape(*rows.shape[:-1], -1)
+
+
+def halves(rows: Tensor, name: str) -> Tensor:
+    """(..., bytes of a row) uint8 to the (N, H) float16 numbers of its blocks, all that can be NaN or infinite in them."""
+    block = BLOCK_TYPES[name]
+    blocks = rows.reshape(-1, block.bytes)
+    return torch.cat([blocks[:, start : start + 2] for start in block.halves], dim=1).view(torch.float16)
 
 
 def columns(row_bytes: int, name: str) -> int:
@@ -149,14 +158,14 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 BLOCK_TYPES = {
-    "Q4_0": BlockType(32, 18, _q4_0),
-    "Q4_1": BlockType(32, 20, _q4_1),
-    "Q5_0": BlockType(32, 22, _q5_0),
-    "Q5_1": BlockType(32, 24, _q5_1),
-    "Q8_0": BlockType(32, 34, _q8_0),
-    "Q2_K": BlockType(256, 84, _q2_k),
-    "Q3_K": BlockType(256, 110, _q3_k),
-    "Q4_K": BlockType(256, 144, _q4_k),
-    "Q5_K": BlockType(256, 176, _q5_k),
-    "Q6_K": BlockType(256, 210, _q6_k),
+    "Q4_0": BlockType(32, 18, _q4_0, (0,)),
+    "Q4_1": BlockType(32, 20, _q4_1, (0, 2)),
+    "Q5_0": BlockType(32, 22, _q5_0, (0,)),
+    "Q5_1": BlockType(32, 24, _q5_1, (0, 2)),
+    "Q8_0": BlockType(32, 34, _q8_0, (0,)),
+    "Q2_K": BlockType(256, 84, _q2_k, (80, 82)),
+    "Q3_K": BlockType(256, 110, _q3_k, (108,)),
+    "Q4_K": BlockType(256, 144, _q4_k, (0, 2)),
+    "Q5_K": BlockType(256, 176, _q5_k, (0, 2)),
+    "Q6_K": BlockType(256, 210, _q6_k, (208,)),
 }

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ggml import columns, dequantize, quantize_q4_0
+from .ggml import columns, dequantize, halves, quantize_q4_0
 
 FP8 = torch.float8_e4m3fn
 
@@ -42,6 +42,11 @@ class QuantizedWeight:
         """(rows, 1)."""
         scale = torch.ones(()) if self.scale is None else self.scale
         return scale.expand(len(self.values), 1)
+
+    def floats(self) -> list[Tensor]:
+        """Everything in it that can be NaN or infinite."""
+        values = halves(self.values, self.block_type) if self.block_type else self.values
+        return [tensor for tensor in (values, self.scale, self.input_scale) if tensor is not None]
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(rows, columns), computed in float32 and rounded once."""

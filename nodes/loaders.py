@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
+
 import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..mochi_core.checkpoints.reader import INDEX_PATTERN
 from .bridge.model import load_model
 from .bridge.text import load_clip
 from .bridge.vae import load_vae
@@ -15,20 +18,21 @@ DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": t
 DTYPES_WITH_FP8 = {**DTYPES, "fp8_e4m3fn": torch.float8_e4m3fn}
 # Values of weight_dtype that quantise the matrices of the blocks, and what the core calls them.
 QUANTIZED = {"fp8_e4m3fn": "fp8", "int8": "int8", "q4_0": "q4_0"}
+UNLISTED = ("*.gguf", INDEX_PATTERN)
 NO_SECOND_FILE = "none"
 
 
 def files(*kinds: str) -> list[str]:
-    """What the host lists in its model folders, and GGUF files, which it does not list."""
+    """What the host lists in its model folders, and what it does not: GGUF files, and the indices of sharded ones."""
     listed = {name for kind in kinds for name in folder_paths.get_filename_list(kind)}
-    return sorted(listed | {name for kind in kinds for name in gguf_files(kind)})
+    return sorted(listed | {name for kind in kinds for name in unlisted_files(kind)})
 
 
-def gguf_files(kind: str) -> list[str]:
+def unlisted_files(kind: str) -> list[str]:
     names = (
         name for folder in folder_paths.get_folder_paths(kind) for name in folder_paths.recursive_search(folder)[0]
     )
-    return folder_paths.filter_files_extensions(names, [".gguf"])
+    return [name for name in names if any(fnmatch(name.lower(), pattern) for pattern in UNLISTED)]
 
 
 def full_path(name: str, *kinds: str) -> str:
@@ -48,7 +52,8 @@ class LoadTransformer(io.ComfyNode):
             node_id="Mochi1LoadTransformer",
             display_name="Load Mochi Transformer",
             category=CATEGORY,
-            description="Loads Mochi's denoiser from a single file: original, ComfyUI or diffusers layout, or all-in-one.",
+            description="Loads Mochi's denoiser from a file in original, ComfyUI or diffusers layout, all-in-one, "
+            "or from the index of a sharded one.",
             search_aliases=["mochi model", "mochi unet", "MochiModelLoader"],
             inputs=[
                 io.Combo.Input(

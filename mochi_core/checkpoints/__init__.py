@@ -13,9 +13,18 @@ from .detect import (
     vae_config,
 )
 from .diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
-from .loading import check_finite, check_tensors, is_finite, joined, load_into, load_transformer, load_vae
+from .loading import (
+    check_finite,
+    check_tensors,
+    empty_transformer,
+    is_finite,
+    joined,
+    load_into,
+    load_transformer,
+    load_vae,
+)
 from .lora import LoraFile, LoraUpdate, read_lora
-from .quantization import quantize_large
+from .quantization import is_large, quantize_large
 from .reader import StoredTensor, TensorFile, from_state_dict, open_tensors
 
 __all__ = [
@@ -29,12 +38,14 @@ __all__ = [
     "check_tensors",
     "describe",
     "dit_config",
+    "empty_transformer",
     "file_label",
     "find_part",
     "from_state_dict",
     "has_decoder",
     "has_encoder",
     "is_finite",
+    "is_large",
     "joined",
     "load_into",
     "load_transformer",

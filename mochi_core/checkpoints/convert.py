@@ -16,10 +16,10 @@ from ..config import AsymmDiTConfig, AsymmVAEConfig
 from ..dit import AsymmDiT
 from ..quantized import quantize_fp8
 from ..vae import AsymmVAE
-from .detect import blaming, dit_config, find_part, has_decoder, has_encoder, parts_of, vae_config
+from .detect import blaming, find_part, parts_of
 from .diffusers import autoencoder_rules, to_diffusers, transformer_rules
-from .loading import check_tensors, is_finite, joined
-from .quantization import LARGE
+from .loading import EMPTY, check_finite, check_tensors, joined
+from .quantization import is_large
 from .reader import NOTE, QUANTIZATION, StoredTensor, TensorFile, Tensors, from_state_dict, open_tensors
 from .writer import write_safetensors
 
@@ -63,7 +63,7 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
         part = part or _only_part(files)
     tensors = joined([find_part(file.tensors, part, file.path.name) for file in files], label)
     with blaming(label):
-        module = _meta_module(tensors, DTYPES[dtype])
+        module = EMPTY[part](tensors, DTYPES[dtype])
     check_tensors(module, tensors, label)
     with blaming(label):
         converted = _cast(tensors, module, DTYPES[dtype], label)
@@ -81,12 +81,19 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
 
 def write_conversion(conversion: Conversion, destination: Path, on_tensor: Callable[[], object] = lambda: None) -> None:
     """Write a .safetensors file or, under any other name, a folder that diffusers' `from_pretrained` loads."""
-    if destination.suffix == ".safetensors":
-        write_safetensors(destination, conversion.tensors, conversion.metadata, on_tensor)
-        return
-    destination.mkdir(parents=True, exist_ok=True)
-    write_safetensors(destination / DIFFUSERS_WEIGHTS, conversion.tensors, conversion.metadata, on_tensor)
-    (destination / "config.json").write_text(json.dumps(conversion.diffusers_config, indent=2) + "\n", encoding="utf-8")
+    is_file = destination.suffix == ".safetensors"
+    weights = destination if is_file else destination / DIFFUSERS_WEIGHTS
+    is_new_folder = not weights.parent.exists()
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_safetensors(weights, conversion.tensors, conversion.metadata, on_tensor)
+    except BaseException:
+        if is_new_folder:
+            weights.parent.rmdir()
+        raise
+    if not is_file:
+        config = json.dumps(conversion.diffusers_config, indent=2) + "\n"
+        (destination / "config.json").write_text(config, encoding="utf-8")
 
 
 def _only_part(files: list[TensorFile]) -> str:
@@ -94,13 +101,6 @@ def _only_part(files: list[TensorFile]) -> str:
     if len(found) != 1:
         raise ValueError("a transformer or an autoencoder can be converted; of both, choose one with --part.")
     return found.pop()
-
-
-def _meta_module(tensors: Tensors, dtype: torch.dtype | None) -> AsymmDiT | AsymmVAE:
-    if has_encoder(tensors) or has_decoder(tensors):
-        halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
-        return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
-    return AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
 
 
 def _cast(tensors: Tensors, module: nn.Module, dtype: torch.dtype | None, file_name: str) -> Tensors:
@@ -112,15 +112,14 @@ def _cast(tensors: Tensors, module: nn.Module, dtype: torch.dtype | None, file_n
             raise ValueError(f"{name} is stored in 8 bits or fewer; say with --dtype what it is to become.")
         exact = parameter.dtype != dtype and tensor.dtype.itemsize > 1
         target = tensor.dtype if dtype is None or exact else dtype
-        converted[name] = StoredTensor(tensor.shape, target, _reader(tensor, target, f"{name} in {file_name}"))
+        converted[name] = StoredTensor(tensor.shape, target, _reader(tensor, target, name, file_name))
     return converted
 
 
-def _reader(tensor: StoredTensor, dtype: torch.dtype, label: str) -> Callable[[], Tensor]:
+def _reader(tensor: StoredTensor, dtype: torch.dtype, name: str, file_name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
         value = tensor.read().to(dtype)
-        if not is_finite(value):
-            raise ValueError(f"{label} has NaN or infinite values, or values too large for {dtype}; use another dtype.")
+        check_finite(value, name, file_name)
         return value
 
     return read
@@ -135,7 +134,7 @@ def _with_fp8(tensors: Tensors) -> Tensors:
 
     converted: Tensors = {}
     for name, tensor in tensors.items():
-        if not LARGE.fullmatch(name) or len(tensor.shape) != 2:
+        if not is_large(name, tensor):
             converted[name] = tensor
             continue
         layer, note = name.removesuffix("weight"), torch.frombuffer(bytearray(FP8_NOTE), dtype=torch.uint8)

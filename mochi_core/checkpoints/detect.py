@@ -19,8 +19,8 @@ PREFIXES = {
     "vae": re.compile(r"((module|model|vae|first_stage_model)\.)*"),
     "t5": re.compile(r"((module|model|text_encoders?|t5xxl|transformer)\.)*"),
 }
-# What torch.compile, sharding and activation checkpointing put anywhere in a name.
-WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What torch.compile, sharding and activation checkpointing put anywhere in a name; kohya's trainers make dots underscores.
+WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]")
 # Where a diffusers pipeline keeps each part.
 SUBFOLDERS = {"transformer": "transformer", "vae": "vae", "t5": "text_encoder"}
 SIGNATURES = {
@@ -117,6 +117,8 @@ def describe(tensors: Tensors) -> str:
     parts = [_describe_part(part, found) for part in PREFIXES if (found := _strip(tensors, part)) is not None]
     if parts:
         return " and ".join(parts)
+    if not tensors:
+        return "no tensors"
     for phrase, patterns in STRANGERS:
         if all(any(re.fullmatch(pattern, name) for name in tensors) for pattern in patterns):
             return phrase

@@ -166,6 +166,11 @@ def to_diffusers(tensors: Tensors, rules: Rules) -> Tensors:
     return foreign
 
 
+def swapped_halves(tensor: Tensor) -> Tensor:
+    """(rows, ...) with the second half of the rows first."""
+    return torch.cat(tensor.chunk(2)[::-1])
+
+
 def _concatenate(parts: list[StoredTensor]) -> StoredTensor:
     if len(parts) == 1:
         return parts[0]
@@ -179,7 +184,7 @@ def _split(tensor: StoredTensor, count: int) -> list[StoredTensor]:
 
 
 def _swap_halves(tensor: StoredTensor) -> StoredTensor:
-    return _by_rows([tensor], tensor.shape[0], lambda t: torch.cat(t[0].chunk(2)[::-1]))
+    return _by_rows([tensor], tensor.shape[0], lambda t: swapped_halves(t[0]))
 
 
 def _by_rows(parts: list[StoredTensor], rows: int, arrange: Callable[[list[Tensor]], Tensor]) -> StoredTensor:

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import AsymmDiTConfig, AsymmVAEConfig
-from ..dit import AsymmDiT
-from ..vae import AsymmVAE
-from .detect import blaming, describe, dit_config, find_part, has_decoder, has_encoder, parts_of, vae_config
-from .loading import misfits
+from .detect import blaming, describe, find_part, parts_of
+from .loading import EMPTY, misfits
 from .reader import Tensors, open_tensors
 
 SHOWN_NAMES, SHOWN_LETTERS = 20, 200
@@ -41,18 +39,11 @@ def _inspect_part(tensors: Tensors, part: str, file_name: str) -> dict[str, Any]
         found = find_part(tensors, part, file_name)
         if part == "t5":
             return {"tensors": len(found)}
-        config = dit_config(found) if part == "transformer" else vae_config(found)
-        module = _module(config, found)
+        module = EMPTY[part](found)
     except ValueError as error:
         return {"problem": str(error)}
-    released = config in (AsymmDiTConfig(), AsymmVAEConfig())
-    return {"released_sizes": released, "config": asdict(config), **misfits(module, found)}
-
-
-def _module(config: AsymmDiTConfig | AsymmVAEConfig, tensors: Tensors) -> AsymmDiT | AsymmVAE:
-    if isinstance(config, AsymmDiTConfig):
-        return AsymmDiT(config, device="meta")
-    return AsymmVAE(config, device="meta", encoder=has_encoder(tensors), decoder=has_decoder(tensors))
+    released = module.config in (AsymmDiTConfig(), AsymmVAEConfig())
+    return {"released_sizes": released, "config": asdict(module.config), **misfits(module, found)}
 
 
 def _stored(tensors: Tensors) -> dict[str, dict[str, int]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..dit import AsymmDiT
-from ..quantized import QuantizedLinear
+from ..quantized import QuantizedLinear, QuantizedWeight
 from ..vae import AsymmVAE
 from .detect import blaming, dit_config, file_label, has_decoder, has_encoder, open_part, vae_config
 from .quantization import quantize_large
@@ -40,7 +40,7 @@ def load_transformer(
     path = Path(path)
     tensors, label = quantize_large(open_part(path, "transformer"), quantize), file_label(path)
     with blaming(label):
-        dit = AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
+        dit = empty_transformer(tensors, dtype)
     load_into(dit, tensors, label, device)
     return dit.eval()
 
@@ -57,11 +57,24 @@ def load_vae(
     paths = [Path(path)] if isinstance(path, str | Path) else [Path(p) for p in path]
     label = " and ".join(map(file_label, paths))
     tensors = joined([open_part(file, "vae") for file in paths], label)
-    halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
     with blaming(label):
-        vae = AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
+        vae = empty_vae(tensors, dtype)
     load_into(vae, tensors, label, device)
     return vae.eval()
+
+
+def empty_transformer(tensors: Tensors, dtype: torch.dtype | None = None) -> AsymmDiT:
+    """A denoiser of the sizes of canonical tensors, on the meta device; ValueError if they do not tell its sizes."""
+    return AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
+
+
+def empty_vae(tensors: Tensors, dtype: torch.dtype | None = None) -> AsymmVAE:
+    """The same of an autoencoder, with the halves that are there."""
+    halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
+    return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
+
+
+EMPTY: dict[str, Callable[..., AsymmDiT | AsymmVAE]] = {"transformer": empty_transformer, "vae": empty_vae}
 
 
 def joined(parts: Sequence[Tensors], file_name: str) -> Tensors:
@@ -90,13 +103,11 @@ def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch
         if read_quantized is not None and isinstance(layer, nn.Linear):
             quantized = QuantizedLinear(read_quantized()).to(device)
             module.set_submodule(owner, quantized)
-            values = (quantized.values,) if quantized.scale is None else (quantized.values, quantized.scale)
+            value = quantized.weight
         else:
             value = tensors[name].read().to(device, parameter.dtype)
             setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
-            values = (value,)
-        for value in values:
-            check_finite(value, name, file_name)
+        check_finite(value, name, file_name)
 
 
 def check_tensors(module: nn.Module, tensors: Tensors, file_name: str) -> None:
@@ -127,10 +138,14 @@ def _listed(kind: str, names: list[str]) -> str:
     return f"{len(names)} {kind} ({', '.join(names[:EXAMPLES])}{more})"
 
 
-def check_finite(tensor: Tensor, name: str, file_name: str) -> None:
+def check_finite(value: Tensor | QuantizedWeight, name: str, file_name: str) -> None:
     """Raise a ValueError if there is a NaN or an infinity."""
-    if not is_finite(tensor):
-        raise ValueError(f"{file_name} holds NaN or infinite values in {name}; download it again.")
+    floats = value.floats() if isinstance(value, QuantizedWeight) else [value]
+    if not all(map(is_finite, floats)):
+        raise ValueError(
+            f"{file_name} holds NaN or infinite values in {name}, or values too large for this dtype; download it again or "
+            "use another dtype."
+        )
 
 
 def is_finite(tensor: Tensor) -> bool:

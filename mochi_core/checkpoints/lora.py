@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import AsymmDiTConfig
 from ..dit import AsymmDiT
-from .detect import describe
-from .diffusers import transformer_rules
+from .detect import WRAPPERS, describe
+from .diffusers import swapped_halves, transformer_rules
+from .loading import is_finite
 from .reader import StoredTensor, TensorFile, open_tensors
 
 ROLES = re.compile(
@@ -32,7 +32,6 @@ PREFIXES = (
     "base_model_model_", "model_", "diffusion_model_", "transformer_", "unet_", "module_", "lora_unet_",
     "lora_transformer_", "lycoris_",
 )  # fmt: skip
-COMPILED = "_orig_mod."
 STRANGERS = (
     ("a LoHa, LoKr or OFT adapter", r".*\.(hada_w|lokr_w|oft_).*"),
     ("a LoRA for FLUX or HunyuanVideo", r".*(double_blocks|single_blocks|single_transformer_blocks).*"),
@@ -163,7 +162,7 @@ def _flat(name: str) -> str:
 
 
 def _find(places: dict[str, Place], layer: str) -> Place | None:
-    name = _flat(layer.replace(COMPILED, ""))
+    name = _flat(WRAPPERS.sub("", layer))
     while name not in places:
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
@@ -176,16 +175,16 @@ def _update(file: TensorFile, layer: str, tensors: dict[str, StoredTensor], plac
     _check(file, layer, tensors, place)
     # Copies, because a trainer may write the file again while the LoRA is in use.
     values = {role: tensor.read().clone() for role, tensor in tensors.items()}
-    if not all(value.float().isfinite().all() for value in values.values()):
-        raise ValueError(f"{file.path.name} has NaN or infinite numbers in {layer}; its training failed, use another.")
     down, up = values["down"].flatten(1), values["up"].flatten(1)
-    alpha = values["alpha"].item() if "alpha" in values else alphas.of(layer)
+    scale = alphas.scale(values["alpha"].item() if "alpha" in values else alphas.of(layer), len(down))
+    if not math.isfinite(scale) or not all(map(is_finite, values.values())):
+        raise ValueError(f"{file.path.name} has NaN or infinite numbers in {layer}; its training failed, use another.")
     magnitude = values["magnitude"].flatten() if "magnitude" in values else None
     if place.swap_halves:
-        up = _swap_halves(up)
-        magnitude = None if magnitude is None else _swap_halves(magnitude)
+        up = swapped_halves(up)
+        magnitude = None if magnitude is None else swapped_halves(magnitude)
     rows = (place.first_row, place.first_row + place.rows)
-    return LoraUpdate(place.layer, rows, down, up, alphas.scale(alpha, len(down)), magnitude)
+    return LoraUpdate(place.layer, rows, down, up, scale, magnitude)
 
 
 def _check(file: TensorFile, layer: str, tensors: dict[str, StoredTensor], place: Place) -> None:
@@ -212,10 +211,6 @@ def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
 
 
-def _swap_halves(tensor: Tensor) -> Tensor:
-    return torch.cat(tensor.chunk(2)[::-1])
-
-
 def _alphas(file: TensorFile) -> Alphas:
     """Genmo's trainer notes its alphas under `kwargs`, diffusers and PEFT have the adapter's whole configuration."""
     beside = file.path.with_name("adapter_config.json")
@@ -226,7 +221,7 @@ def _alphas(file: TensorFile) -> Alphas:
             return _peft_alphas(json.loads(file.metadata["lora_adapter_metadata"]))
         if file.path.name.startswith("adapter_model.") and beside.is_file():
             return _peft_alphas(json.loads(beside.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file.path.name} has notes on its alpha that make no sense; save it again.") from error
     return Alphas({})
 

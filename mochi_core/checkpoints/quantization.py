@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..ggml import BLOCK_TYPES, columns
 from ..quantized import QUANTIZERS, QuantizedWeight
@@ -29,7 +30,6 @@ GGML_FORMAT = "ggml_"
 MAX_NOTE_BYTES = 4096
 SCALES, INPUT_SCALES = ("weight_scale", "scale_weight"), ("input_scale", "scale_input")
 LARGE = re.compile(r"blocks\..*\.weight")
-"""Embedders and final layer are never quantised here."""
 
 
 def resolve(tensors: Tensors) -> Tensors:
@@ -60,6 +60,11 @@ def ggml_weight(stored: StoredTensor, block_type: str) -> StoredTensor:
     return replace(weight, block_type=block_type)
 
 
+def is_large(name: str, tensor: StoredTensor | Tensor) -> bool:
+    """Whether it is a matrix of the blocks; nothing else is ever quantised here."""
+    return LARGE.fullmatch(name) is not None and len(tensor.shape) == 2
+
+
 def quantize_large(tensors: Tensors, kind: str | None) -> Tensors:
     """The same tensors, but the matrices of the blocks are quantised when they are read (see `QUANTIZERS`); None is none.
 
@@ -74,10 +79,7 @@ def quantize_large(tensors: Tensors, kind: str | None) -> Tensors:
     def quantized(tensor: StoredTensor) -> StoredTensor:
         return _weight(tensor.shape, tensor.dtype, lambda: quantize(tensor.read()))
 
-    return {
-        name: quantized(t) if LARGE.fullmatch(name) and len(t.shape) == 2 and t.quantized is None else t
-        for name, t in tensors.items()
-    }
+    return {name: quantized(t) if is_large(name, t) and t.quantized is None else t for name, t in tensors.items()}
 
 
 def unknown_forms(tensors: Tensors) -> set[str]:
@@ -132,7 +134,7 @@ def _count(scale: StoredTensor | None) -> int:
     return 1 if scale is None else math.prod(scale.shape)
 
 
-def _read_scale(scale: StoredTensor) -> torch.Tensor:
+def _read_scale(scale: StoredTensor) -> Tensor:
     """One float32 number, or (rows, 1)."""
     return scale.read().float().reshape(() if _count(scale) == 1 else (-1, 1))
 

@@ -21,8 +21,8 @@ from .header import read_header
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # Under which trainers keep the weights inside a torch.save file.
 TORCH_KEYS = ("state_dict", "module", "model")
-INDEX_PATTERN = "*.safetensors.index*.json"
-FOLDER_PATTERNS = (INDEX_PATTERN, "*.safetensors", "*.bin")
+INDEX_PATTERN = "*.index*.json"
+FOLDER_PATTERNS = ("*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin")
 QUANTIZATION, NOTE = "_quantization_metadata", "comfy_quant"
 """A metadata entry and a tensor's last name, which both tell the form of quantised layers."""
 
@@ -82,8 +82,8 @@ def open_tensors(path: str | Path) -> TensorFile:
         return open_tensors(_choose(path))
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the name.")
-    check_unchanged, file = _watch(path), _open_file(path)
-    tensors = {name: _checked(tensor, check_unchanged) for name, tensor in file.tensors.items()}
+    check_unchanged, file = watch(path), _open_file(path)
+    tensors = {name: checked(tensor, check_unchanged) for name, tensor in file.tensors.items()}
     return TensorFile(file.path, tensors, file.metadata)
 
 
@@ -92,12 +92,12 @@ def _open_file(path: Path) -> TensorFile:
         from .gguf import open_gguf  # it makes use of this module
 
         return open_gguf(path)
-    if path.suffix in TORCH_SUFFIXES:
+    if path.suffix.lower() in TORCH_SUFFIXES:
         return TensorFile(path, _open_torch(path), {})
     return _open_shards(path) if path.match(INDEX_PATTERN) else _open_safetensors(path)
 
 
-def _watch(path: Path) -> Callable[[], None]:
+def watch(path: Path) -> Callable[[], None]:
     """A check that raises a ValueError once the file is not what it is now.
 
     Files are memory-mapped: one that shrinks while it is read would take the process with it.
@@ -116,15 +116,15 @@ def _watch(path: Path) -> Callable[[], None]:
     return check
 
 
-def _checked(tensor: StoredTensor, check: Callable[[], None]) -> StoredTensor:
+def checked(tensor: StoredTensor, check: Callable[[], None]) -> StoredTensor:
     """The same tensor, checked before it is read."""
 
     def after_check(read: Callable[[], T]) -> Callable[[], T]:
-        def checked() -> T:
+        def check_and_read() -> T:
             check()
             return read()
 
-        return checked
+        return check_and_read
 
     quantized = None if tensor.quantized is None else after_check(tensor.quantized)
     return replace(tensor, read=after_check(tensor.read), quantized=quantized)
@@ -176,7 +176,10 @@ def _open_torch(path: Path) -> Tensors:
 
 
 def _is_plain(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    """A named tensor with all of its elements in the file: an expanded one would take any memory when it is copied."""
+    if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _choose(folder: Path) -> Path:
@@ -186,9 +189,7 @@ def _choose(folder: Path) -> Path:
     if len(choice) == 1:
         return choice[0]
     names = ", ".join(file.name for file in found) or "none"
-    raise ValueError(
-        f"{folder} must hold one .safetensors file or one shard index, found: {names}; name the file itself."
-    )
+    raise ValueError(f"{folder} must hold one weights file or one shard index, found: {names}; name the file itself.")
 
 
 def _has_variant(name: str) -> bool:
@@ -210,7 +211,8 @@ def _open_shards(index: Path) -> TensorFile:
 def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if weight_map and all(isinstance(shard, str) for shard in weight_map.values()):
+        # A shard is no index again, or opening it might never end.
+        if weight_map and not any(Path(shard).match(INDEX_PATTERN) for shard in weight_map.values()):
             return weight_map
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         pass

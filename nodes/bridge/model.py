@@ -20,7 +20,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ...mochi_core import AsymmDiT, AsymmDiTConfig
-from ...mochi_core.checkpoints import blaming, check_tensors, dit_config, quantize_large
+from ...mochi_core.checkpoints import blaming, check_tensors, empty_transformer, is_large, quantize_large
 from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.dit import run_block
 from .quantized import host_weights, is_quantized, quantized_operations, read_part
@@ -39,7 +39,7 @@ class HostAsymmDiT(AsymmDiT):
     def _keep_small_parts_exact(self) -> None:
         """8 bits are for the large matrices of the blocks only."""
         for name, parameter in self.named_parameters():
-            if parameter.dtype.itemsize == 1 and (parameter.ndim == 1 or not name.startswith("blocks.")):
+            if parameter.dtype.itemsize == 1 and not is_large(name, parameter):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     def forward(self, x, timestep, context, attention_mask=None, transformer_options=None, **_: Any):
@@ -128,10 +128,9 @@ def load_model(path: str, dtype: torch.dtype | None = None, quantize: str | None
     """
     tensors, name = quantize_large(read_part(path, "transformer"), quantize), Path(path).name
     with blaming(name):
-        config = dit_config(tensors)
-        module = AsymmDiT(config, device="meta")
+        module = empty_transformer(tensors)
     check_tensors(module, tensors, name)
-    patcher = _build(config, tensors, dtype, disable_dynamic)
+    patcher = _build(module.config, tensors, dtype, disable_dynamic)
     _load_weights(patcher.model.diffusion_model, tensors, module, assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path, dtype, quantize))
     return patcher

@@ -15,10 +15,11 @@ from torch import nn
 from ...mochi_core import ggml
 from ...mochi_core.checkpoints import check_finite, find_part, from_state_dict, open_tensors
 from ...mochi_core.checkpoints.quantization import GGML_FORMAT, STORED_AS
-from ...mochi_core.checkpoints.reader import StoredTensor, Tensors
+from ...mochi_core.checkpoints.reader import StoredTensor, Tensors, checked, watch
 from ...mochi_core.quantized import QuantizedWeight
 
 GGML_LAYOUT = "MochiGGMLLayout"
+HOST_SUFFIXES = (".safetensors", ".sft")
 HOST_FORMATS = {dtype: name for name, dtype in STORED_AS.items()}
 
 
@@ -61,15 +62,16 @@ register_layout_class(GGML_LAYOUT, GGMLLayout)
 
 
 def read_part(path: str, part: str) -> Tensors:
-    """The tensors of "transformer", "vae" or "t5", read by the host where it knows the container.
+    """The tensors of "transformer", "vae" or "t5", read by the host where its memory management begins with the file.
 
     Raises:
         ValueError: the file holds no such model, or cannot be read.
     """
     file = open_tensors(path)  # a broken file gets our sentence, before the host reads it
-    tensors = file.tensors
-    if Path(path).suffix.lower() != ".gguf":
-        tensors = tensors | from_state_dict(comfy.utils.load_torch_file(path, safe_load=True))
+    tensors, check_unchanged = file.tensors, watch(file.path)
+    if file.path.suffix.lower() in HOST_SUFFIXES:
+        mapped = from_state_dict(comfy.utils.load_torch_file(str(file.path), safe_load=True))
+        tensors = tensors | {key: checked(tensor, check_unchanged) for key, tensor in mapped.items()}
     name = Path(path).name
     found = find_part(tensors, part, name)
     # With the host's dynamic memory, weights are read when they are first used: nothing may touch all of them now.
@@ -77,12 +79,17 @@ def read_part(path: str, part: str) -> Tensors:
 
 
 def _finite(tensor: StoredTensor, name: str, file_name: str) -> StoredTensor:
-    def read() -> torch.Tensor:
-        value = tensor.read()
-        check_finite(value, name, file_name)
-        return value
+    """The same tensor, checked when it is read in either form."""
 
-    return replace(tensor, read=read)
+    def finite(read):
+        def read_and_check():
+            value = read()
+            check_finite(value, name, file_name)
+            return value
+
+        return read_and_check
+
+    return replace(tensor, read=finite(tensor.read), quantized=tensor.quantized and finite(tensor.quantized))
 
 
 def is_quantized(tensors: Tensors) -> bool:

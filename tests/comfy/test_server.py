@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.core.test_formats import sharded
 from tests.harness.client import PromptRefused
 from tests.harness.demo import small_prompt
 from tests.harness.quantized_files import GGUF, SAFETENSORS
@@ -303,6 +304,29 @@ def test_quantised_files(latents_of, comfy_server, form):
     (meaning,) = latents_of(graph, [SAMPLER, 0])
     # The host multiplies in int8 where a file does not forbid it.
     assert (quantised - meaning).norm() / meaning.norm() < (0.1 if form == "int8" else 1e-3)
+
+
+def save_as_a_trainer(tensors, path):
+    torch.save({"model": tensors, "optimizer": {"step": torch.ones(1)}}, path)
+
+
+@pytest.mark.parametrize(
+    ("write", "path", "choice"),
+    [
+        (sharded("safetensors", save_file), "sharded", "sharded/model.safetensors.index.json"),
+        (save_as_a_trainer, "trainer.pt", "trainer.pt"),
+    ],
+)
+def test_files_that_the_host_cannot_read(latents_of, comfy_server, write, path, choice):
+    folder = comfy_server.base / "models" / "diffusion_models"
+    save_file(random_dit().state_dict(), folder / "whole.safetensors")
+    write(random_dit().state_dict(), folder / path)
+    graph = upto_sampler()
+    graph[MODEL]["inputs"]["model_name"] = "whole.safetensors"
+    graph["other"] = node("Mochi1LoadTransformer", model_name=choice, weight_dtype="auto")
+    graph["sampled"] = node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "model": ["other", 0]})
+    whole, other = latents_of(graph, [SAMPLER, 0], ["sampled", 0])
+    assert torch.equal(whole, other)
 
 
 def test_stock_text_encode_on_our_clip(latents_of):

@@ -62,6 +62,7 @@ BAD = {
     "header of 2**63 bytes": (struct.pack("<Q", 2**63) + VALID[8:], "something else"),
     "header longer than the file": (struct.pack("<Q", 10**7) + VALID[8:], "incomplete"),
     "header in no JSON": (with_header(b"{" + b"]" * 50), "wrong header"),
+    "no tensors": (with_header({}, b""), "holds no tensors"),
     "header nested deeply": (with_header(b'{"a":' + b"[" * 10**5), "wrong header"),
     "header in no UTF-8": (with_header(b'{"\xff\xff": 1}'), "wrong header"),
     "duplicate name": (with_header(VALID[8:HEADER_END].rstrip()[:-1] + b"," + VALID[9:HEADER_END]), "there twice"),
@@ -93,6 +94,13 @@ def test_weights_that_are_no_numbers(tmp_path, value, dtype):
     save_file(weights, tmp_path / "nan.safetensors")
     with pytest.raises(ValueError, match=rf"nan.safetensors holds NaN or infinite values in {NAME}"):
         load_transformer(tmp_path / "nan.safetensors", dtype)
+
+
+def test_weights_too_large_for_the_dtype(tmp_path):
+    save_file({**DIT, NAME: torch.full((8,), 1e6)}, tmp_path / "large.safetensors")
+    load_transformer(tmp_path / "large.safetensors")
+    with pytest.raises(ValueError, match=rf"in {NAME}, or values too large for this dtype; .* use another dtype"):
+        load_transformer(tmp_path / "large.safetensors", torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -242,7 +250,12 @@ def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch, save_trap):
     assert not (tmp_path / "trap").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04", {"a": 1}, {1: torch.ones(1)}, torch.ones(2), [1]])
+EXPANDED = {"a": torch.ones(1).expand(10**12)}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", b"PK\x03\x04", {"a": 1}, {1: torch.ones(1)}, torch.ones(2), [1], EXPANDED]
+)
 def test_torch_files_of_something_else(tmp_path, content):
     path = tmp_path / "odd.pt"
     if isinstance(content, bytes):
@@ -413,7 +426,8 @@ def test_a_shard_index_that_lies(tmp_path):
     index.write_text(json.dumps({"weight_map": {**content["weight_map"], "extra": shard.name}}))
     with pytest.raises(ValueError, match=r"index.json says that .* holds extra"):
         load_transformer(tmp_path)
-    for junk in ("", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}', "[" * 10**5):
+    itself = json.dumps({"weight_map": {"a": index.name}})
+    for junk in ("", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}', "[" * 10**5, itself):
         index.write_text(junk)
         with pytest.raises(ValueError, match=r"index.json is not a shard index"):
             load_transformer(tmp_path)

@@ -176,12 +176,23 @@ def test_a_half_given_twice_is_refused(sources, tmp_path, capsys):
     assert "a second time" in refused(capsys, "convert", half, half, tmp_path / "x.safetensors", "--to", "canonical")
 
 
+def test_folders_are_made_and_never_taken_for_files(sources, tmp_path, capsys):
+    source, folder, text = sources / "transformer.safetensors", tmp_path / "x.safetensors", tmp_path / "text"
+    folder.mkdir()
+    text.write_text("mine")
+    assert "is no file" in refused(capsys, "convert", source, folder, "--to", "canonical", "--force")
+    assert "is no folder" in refused(capsys, "convert", source, text, "--to", "diffusers", "--force")
+    convert(source, tmp_path / "new" / "one" / "x.safetensors", "--to", "canonical")
+    assert load_transformer(tmp_path / "new" / "one").config == DIT
+
+
 def test_a_conversion_that_fails_leaves_nothing(sources, tmp_path, capsys):
     tensors = load_file(sources / "transformer.safetensors")
     tensors["blocks.2.attn.proj_x.bias"][3] = torch.nan
     save_file(tensors, tmp_path / "nan.safetensors")
-    run = ("convert", tmp_path / "nan.safetensors", tmp_path / "x.safetensors", "--to", "canonical")
-    assert "blocks.2.attn.proj_x.bias in nan.safetensors has NaN" in refused(capsys, *run)
+    for destination in ("x.safetensors", "folder"):
+        run = ("convert", tmp_path / "nan.safetensors", tmp_path / destination, "--to", "diffusers")
+        assert "nan.safetensors holds NaN or infinite values in blocks.2.attn.proj_x.bias" in refused(capsys, *run)
     assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]
 
 
@@ -238,8 +249,7 @@ MEMORY = """
 import json, re, sys, threading, time
 import torch
 from pathlib import Path
-from mochi_core import AsymmDiT
-from mochi_core.checkpoints import check_tensors, dit_config, find_part, load_transformer, open_tensors
+from mochi_core.checkpoints import check_tensors, empty_transformer, find_part, load_transformer, open_tensors
 from mochi_core.checkpoints.convert import plan_conversion, write_conversion
 
 def anonymous():
@@ -262,8 +272,7 @@ def peak_of(action):
 
 def open_whole(path):
     tensors = find_part(open_tensors(path).tensors, "transformer", path)
-    dit = AsymmDiT(dit_config(tensors), device="meta")
-    check_tensors(dit, tensors, path)
+    check_tensors(empty_transformer(tensors), tensors, path)
     return tensors
 """
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

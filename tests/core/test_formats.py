@@ -113,6 +113,31 @@ def test_quantising_leaves_what_the_file_has_quantised(dit, tmp_path):
     assert {layer.block_type for layer in loaded.modules() if isinstance(layer, QuantizedLinear)} == {"Q8_0"}
 
 
+@pytest.mark.parametrize("kind", quantized_files.HALVES)
+def test_blocks_that_are_no_numbers(dit, tmp_path, kind):
+    name = "blocks.1.mlp_x.w2"
+    blocks = torch.from_numpy(quantized_files.random_blocks(kind, *dit.get_parameter(f"{name}.weight").shape))
+    tensors = {n: t for n, t in dit.state_dict().items() if n != f"{name}.weight"}
+    for start in quantized_files.HALVES[kind]:
+        for value in (torch.inf, torch.nan):
+            broken = blocks.clone()
+            broken[5, start : start + 2] = torch.tensor([value], dtype=torch.float16).view(torch.uint8)
+            save_file({**tensors, f"{name}.{kind}_qweight": broken}, tmp_path / "x.safetensors")
+            with pytest.raises(ValueError, match=rf"x.safetensors holds NaN or infinite values in {name}.weight"):
+                load_transformer(tmp_path / "x.safetensors")
+    save_file({**tensors, f"{name}.{kind}_qweight": blocks}, tmp_path / "x.safetensors")
+    load_transformer(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_what_is_no_number_is_not_hidden_by_quantising(dit, tmp_path, kind):
+    broken = {**dit.state_dict(), "blocks.1.mod_x.weight": dit.state_dict()["blocks.1.mod_x.weight"].clone()}
+    broken["blocks.1.mod_x.weight"][3, 7] = torch.nan
+    save_file(broken, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x.safetensors holds NaN or infinite values in blocks.1.mod_x.weight"):
+        load_transformer(tmp_path / "x.safetensors", quantize=kind)
+
+
 def test_unknown_quantisation_is_refused(dit, tmp_path):
     save_file(dit.state_dict(), tmp_path / "dit.safetensors")
     with pytest.raises(ValueError, match="no quantisation 'q9'; use fp8, int8, q4_0"):
@@ -242,15 +267,18 @@ def all_fp8(tensors, path):
     return in_dtype(torch.float8_e4m3fn)(tensors, path)
 
 
-def sharded(tensors, path):
-    path.mkdir()
-    names = list(tensors)
-    shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
-    for shard, part in shards.items():
-        save_file({name: tensors[name] for name in part}, path / shard)
-    index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return tensors
+def sharded(suffix, save):
+    def write(tensors, path):
+        path.mkdir()
+        names = list(tensors)
+        shards = {f"model-0000{i + 1}-of-00002.{suffix}": names[i::2] for i in range(2)}
+        for shard, part in shards.items():
+            save({name: tensors[name].clone() for name in part}, path / shard)
+        index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
+        (path / f"model.{suffix}.index.json").write_text(json.dumps(index))
+        return tensors
+
+    return write
 
 
 T5_FORMS = {
@@ -259,7 +287,8 @@ T5_FORMS = {
     "all fp8": all_fp8,
     "duplicate embedding": with_duplicate,
     "embedding under its other name": embed_tokens_only,
-    "sharded": sharded,
+    "sharded": sharded("safetensors", save_file),
+    "sharded, by torch.save": sharded("bin", torch.save),
     "Q4_0 gguf": gguf_file("Q4_0", "t5"),
     "Q8_0 gguf, names of llama.cpp": gguf_file("Q8_0", "t5encoder", llama_cpp_name, small="Q8_0"),
     "BF16 gguf, names of llama.cpp": gguf_file("BF16", "t5", llama_cpp_name, small="F16"),
@@ -279,7 +308,7 @@ def t5():
 @pytest.mark.parametrize("form", T5_FORMS)
 def test_text_encoder(t5, tmp_path, comfy_path, form):
     tokenizer = comfy_path / "comfy/text_encoders/t5_tokenizer"
-    path = tmp_path / ("folder" if form == "sharded" else file_name(form))
+    path = tmp_path / file_name(form)
     save_file(T5_FORMS[form](t5, path), tmp_path / "meaning.safetensors")
     loaded = load_text_encoder(path, tokenizer)
     meaning = load_text_encoder(tmp_path / "meaning.safetensors", tokenizer)

@@ -286,12 +286,21 @@ def test_damaged_files(dit, tmp_path, change, message):
         {"kwargs": '{"qkv_proj_lora_alpha": "much"}'},
         {"lora_adapter_metadata": '{"transformer.alpha_pattern": 3}'},
         {"lora_adapter_metadata": '{"transformer.lora_alpha": [1]}'},
+        {"kwargs": f'{{"qkv_proj_lora_alpha": 1{400 * "0"}}}'},
+        {"kwargs": 100_000 * "["},
     ],
 )
 def test_notes_that_make_no_sense(dit, tmp_path, notes):
     tensors = {"blocks.0.attn.qkv_x.lora_A": torch.zeros(4, 96), "blocks.0.attn.qkv_x.lora_B": torch.zeros(288, 4)}
     save_file(tensors, tmp_path / "x.safetensors", notes)
     assert "notes on its alpha that make no sense" in refusal(dit, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("alpha", ["NaN", "1e999"])
+def test_alphas_that_are_no_numbers(dit, tmp_path, alpha):
+    tensors = {"blocks.0.attn.qkv_x.lora_A": torch.zeros(4, 96), "blocks.0.attn.qkv_x.lora_B": torch.zeros(288, 4)}
+    save_file(tensors, tmp_path / "x.safetensors", {"kwargs": f'{{"qkv_proj_lora_alpha": {alpha}}}'})
+    assert "NaN or infinite numbers in blocks.0.attn.qkv_x" in refusal(dit, tmp_path / "x.safetensors")
 
 
 def test_torch_files(dit, tmp_path):

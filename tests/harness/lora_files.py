@@ -27,6 +27,7 @@ SPELLINGS = {
     "compiled": ("_orig_mod.{compiled}.lora_A.weight", "_orig_mod.{compiled}.lora_B.weight"),
     "lora_down": ("{layer}.lora_down.weight", "{layer}.lora_up.weight"),
     "kohya": ("lora_unet_{flat}.lora_down.weight", "lora_unet_{flat}.lora_up.weight"),
+    "compiled kohya": ("lora_unet__orig_mod_{flat}.lora_down.weight", "lora_unet__orig_mod_{flat}.lora_up.weight"),
 }
 
 
