@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 import platform
 import resource
 import statistics
@@ -37,23 +38,27 @@ class Measurement:
 
 
 def compare(
-    module: str, contenders: list[str], cases: list[dict], calls: int, rounds: int = ROUNDS
+    module: str, contenders: list[str], cases: list[dict], calls: int, rounds: int = ROUNDS, **environment: str
 ) -> list[dict[str, Measurement]]:
-    """Measure every contender on every case; contenders take turns so that a slow minute hits all of them."""
+    """Measure every contender on every case; contenders take turns so that a slow minute hits all of them.
+
+    `environment` holds variables that the processes are to see.
+    """
     results = [{name: Measurement() for name in contenders} for _ in cases]
     for _ in range(rounds):
         for case, measured in zip(cases, results, strict=True):
             for name in contenders:
-                run = _in_process(module, name, case, calls)
+                run = _in_process(module, name, case, calls, environment)
                 measured[name].seconds += run["seconds"]
                 measured[name].peak_mib = max(measured[name].peak_mib, run["peak_mib"])
                 print(f"{case} {name}: {statistics.median(run['seconds']):.3f} s", file=sys.stderr, flush=True)
     return results
 
 
-def _in_process(module: str, contender: str, case: dict, calls: int) -> dict:
+def _in_process(module: str, contender: str, case: dict, calls: int, environment: dict[str, str]) -> dict:
     command = [sys.executable, "-m", "benchmarks.measure", module, contender, json.dumps(case), str(calls)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if "OutOfMemoryError" in done.stderr:
         return {"seconds": [math.inf], "peak_mib": math.inf}
     if done.returncode:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.measure import Measurement, compare, environment, write_report
+from benchmarks.measure import MIB, Measurement, compare, environment, write_report
 from benchmarks.peers import DEVICE, comfy_vae, diffusers_vae
 from mochi_core import AsymmVAE
 from mochi_core.streaming import CPU, Plan, Runner, stream
@@ -148,9 +148,11 @@ def memory_cases() -> list[dict]:
     if DEVICE == "cuda":
         limits = [{"latent": (28, 60, 106), "memory_limit": gib * 2**30} for gib in (4, 2, 1)]
         return [{**case, "dtype": "bfloat16"} for case in limits]
-    lengths = [{"latent": (t, 16, 16)} for t in (5, 15, 28)]
-    sizes = [{"latent": (2, 32, 32)}, {"latent": (2, 60, 106)}, {"latent": (2, 32, 32), "memory_limit": 2**28}]
-    return [{**case, "dtype": "bfloat16"} for case in lengths + sizes]
+    # With a limit, or a short clip of small frames would not fill a working set, and a longer one would use more of it.
+    lengths = [{"latent": (t, 16, 16), "memory_limit": 3 * 2**26} for t in (5, 15, 28)]
+    sizes = [{"latent": (2, h, w)} for h, w in ((16, 16), (32, 32), (60, 106))]
+    limits = [{"latent": (2, 32, 32), "memory_limit": gib * 2**28} for gib in (3, 2, 1)]
+    return [{**case, "dtype": "bfloat16"} for case in lengths + sizes + limits]
 
 
 def encode_cases() -> list[dict]:
@@ -202,6 +204,19 @@ def pixels(case: dict, name: str) -> Tensor:
     return (decoded / 2 + 0.5).clamp(0, 1)
 
 
+def memory_table() -> list[str]:
+    """Of ours alone, with an allocator that gives back what is freed: its hoard would hide what is held."""
+    give_back = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    cases = memory_cases()
+    results = compare("benchmarks.vae", ["ours"], cases, calls=0, rounds=1, **give_back)
+    lines = ["| case | peak memory above the model, MiB | of this the video |", "|---|---|---|"]
+    for case, measured in zip(cases, results, strict=True):
+        frames, height, width = decoded_size(case)
+        own = 3 * frames * height * width * dtype(case).itemsize / MIB
+        lines.append(f"| {describe(case)} | {measured['ours'].peak_mib:.0f} | {own:.0f} |")
+    return lines
+
+
 def plain_table(cases: list[dict], contenders: list[str]) -> list[str]:
     results = compare("benchmarks.vae", contenders, cases, calls=0, rounds=1)
     return header() + [
@@ -239,7 +254,7 @@ def main() -> None:
         "## Decode", "",
         f"Tiles of {TILE * 8} pixels that overlap by {OVERLAP * 8}. diffusers also drops surplus frames later than Genmo's "
         "code, so its first frames differ without tiles, too.", "", *decoded, "",
-        "## Memory of a decode, by length, size and limit", "", *plain_table(memory_cases(), ["ours"]), "",
+        "## Memory of a decode, by length, size and limit", "", *memory_table(), "",
         "## Encode", "", *plain_table(encode_cases(), list(ENCODERS)),
     ]  # fmt: skip
     write_report("vae", "\n".join(page) + "\n")

@@ -71,7 +71,9 @@ class Footprint(NamedTuple):
     """What a stack of layers holds under every plan, in bytes."""
 
     caches: int
+    """What layers remember, and the clip where it gathers; it may wait in main memory."""
     frames: int
+    """Whole frames that a layer works on, and those that wait between layers."""
 
     def plan(self, limit: int, device: torch.device) -> Plan:
         """The fastest plan that stays within `limit` bytes on `device`; the smallest one if none does."""

@@ -198,6 +198,7 @@ class Job:
     device: torch.device
 
     def run(self, layers: Layers, on_progress: OnProgress | None) -> Iterator[Tensor]:
+        """Pieces of what the layers make of the clip, in order."""
         limit = free_memory(self.device) if self.memory_limit is None else self.memory_limit
         report = on_progress or (lambda *_: None)
         runner = Runner(self.footprint.plan(limit, self.device), lambda finished: report(finished, self.work))

@@ -62,6 +62,17 @@ def test_frames_are_those_of_the_core(frames_of, latents_of):  # noqa: F811
     torch.testing.assert_close(frames, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("fp32", 1e-3), ("fp16", 0.01), ("bf16", 0.05)])
+def test_dtypes(frames_of, dtype, error):
+    graph = upto_sampler(**{**SIZE, "num_frames": 7})
+    graph["ours"] = decoder()
+    graph["loaded"] = node("Mochi1LoadVAE", vae_name="mochi_vae.safetensors", dtype=dtype)
+    graph["other"] = node("Mochi1TiledVAEDecode", samples=[SAMPLER, 0], vae=["loaded", 0])
+    auto, chosen = frames_of(graph, ["ours"], ["other"])
+    assert (chosen - auto).norm() <= error * auto.norm()
+    assert torch.equal(chosen, auto) == (dtype == "fp32")  # what auto means on a CPU
+
+
 def test_stock_encode_is_ours_and_takes_frames_as_they_are(latents_of):  # noqa: F811
     graph = upto_sampler(**SIZE)
     graph["frames"] = decoder()
