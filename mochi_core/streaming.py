@@ -22,6 +22,8 @@ MIB, GIB = 2**20, 2**30
 MAX_WORKING_SET = {"cpu": 32 * MIB, "default": 128 * MIB}
 # Less costs speed, so that moving the caches off the device is the better way to save memory.
 MIN_WORKING_SET = 8 * MIB
+# Still less costs a lot of time and saves next to nothing: only for when memory has really run out.
+LEAST_WORKING_SET = MIB
 # Working sets in memory at once: a padded strip is three frames if it makes one, and a convolution may copy what it takes and
 # makes. Measured on the CPU; on a GPU counted, and as much again for what cuDNN may ask for.
 WORKING_SETS = {"cpu": 16, "default": 6}
@@ -76,13 +78,13 @@ class Footprint(NamedTuple):
     """Whole frames that a layer works on, and those that wait between layers."""
 
     def plan(self, limit: int, device: torch.device) -> Plan:
-        """The fastest plan that stays within `limit` bytes on `device`; the smallest one if none does."""
+        """The fastest plan that stays within `limit` bytes on `device`; one that needs little more if none does."""
         most, sets = _of(MAX_WORKING_SET, device), _of(WORKING_SETS, device)
         room = (limit - self.frames - self.caches) // sets
         if room >= MIN_WORKING_SET:
             return Plan(device, device, min(room, most))
         room = (limit - self.frames - (self.caches if device == CPU else 0)) // sets
-        return Plan(device, CPU, min(max(room, 1), most))
+        return Plan(device, CPU, min(max(room, LEAST_WORKING_SET), most))
 
     def needs(self, plan: Plan) -> int:
         """Bytes on the plan's device, weights and output apart."""

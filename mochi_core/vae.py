@@ -76,7 +76,7 @@ class AsymmVAE(nn.Module):
 
         Args:
             memory_limit: bytes to use on the device besides weights and output; None for what is free. The video is the same
-                with any; less is slower, and what one row of a frame needs is taken in any case.
+                with any; less is slower, and some whole frames are held in any case.
             on_progress: called often, with finished and all frames; what it raises ends the decode.
             out: write into this tensor, on any device, instead of a new one.
             device: where to work; by default where the weights are.

@@ -15,14 +15,7 @@ import comfy.utils
 import torch
 
 from ...mochi_core import AsymmVAE
-from ...mochi_core.checkpoints import (
-    blaming,
-    check_tensors,
-    has_decoder,
-    has_encoder,
-    joined,
-    vae_config,
-)
+from ...mochi_core.checkpoints import blaming, check_tensors, empty_vae, joined
 from ...mochi_core.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
 from ...mochi_core.streaming import Layer
 from .quantized import read_part
@@ -146,13 +139,16 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
     device = mm.vae_device()
     if dtype is None:
         dtype = mm.vae_dtype(device, WORKING_DTYPES)
-    halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
     with blaming(name):
-        config = vae_config(tensors)
-        expected = AsymmVAE(config, device="meta", **halves)
+        expected = empty_vae(tensors)
     check_tensors(expected, tensors, name)
     module = HostAsymmVAE(
-        config, ops=comfy.ops.disable_weight_init, device=mm.vae_offload_device(), dtype=dtype, **halves
+        expected.config,
+        ops=comfy.ops.disable_weight_init,
+        device=mm.vae_offload_device(),
+        dtype=dtype,
+        encoder=expected.encoder is not None,
+        decoder=expected.decoder is not None,
     )
     mm.archive_model_dtypes(module)
     vae = HostVAE(module.eval().requires_grad_(False), device)

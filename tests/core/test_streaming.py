@@ -261,8 +261,8 @@ def test_plan_follows_the_memory_there_is():
     assert some.working_set < plenty.working_set
     for limit, plan in ((80, plenty), (4, some), (2, little)):
         assert footprint.needs(plan) <= limit * 2**30
-    assert footprint.plan(1, gpu) == Plan(gpu, CPU, 1)
-    assert footprint.plan(1, CPU) == Plan(CPU, CPU, 1)
+    assert footprint.plan(1, gpu) == Plan(gpu, CPU, MIB)
+    assert footprint.plan(1, CPU) == Plan(CPU, CPU, MIB)
 
 
 def test_smaller_plans_end_at_one_row_with_caches_in_main_memory():
@@ -276,9 +276,8 @@ def test_smaller_plans_end_at_one_row_with_caches_in_main_memory():
 
 
 def test_progress_rises_to_the_whole_and_its_error_ends_the_work(vae):
-    reports, footprint = [], vae.decoder.footprint(*LATENT[1:], itemsize=8)
-    limit = footprint.needs(Plan(CPU, CPU, 100_000))
-    vae.decode(torch.cat([latents(*LATENT)] * 2), limit, on_progress=lambda *report: reports.append(report))
+    reports, z = [], latents(3, 8, 8)
+    vae.decode(torch.cat([z] * 2), memory_limit=1, on_progress=lambda *report: reports.append(report))
     done = [done for done, _ in reports]
     assert {total for _, total in reports} == {2 * 13}
     assert done == sorted(done)
@@ -295,12 +294,12 @@ def test_progress_rises_to_the_whole_and_its_error_ends_the_work(vae):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        vae.decode(latents(*LATENT), limit, on_progress=cancel)
+        vae.decode(z, memory_limit=1, on_progress=cancel)
 
 
 def test_frames_leave_one_by_one_into_the_given_tensor(vae):
-    z = latents(3, 2, 1)
-    out = torch.zeros(1, 3, 13, 16, 8, dtype=torch.float64)
+    z = latents(3, 8, 8)
+    out = torch.zeros(1, 3, 13, 64, 64, dtype=torch.float64)
     assert vae.decode(z, memory_limit=1, out=out) is out
     torch.testing.assert_close(out, vae.decode(z), rtol=1e-12, atol=1e-12)
     pieces = list(vae.decode_stream(z, memory_limit=1))
