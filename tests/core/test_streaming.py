@@ -232,21 +232,24 @@ from mochi_core import AsymmVAE
 from tests.harness.tiny_models import random_vae
 vae = random_vae()
 z = torch.randn(1, 12, 2, 30, 53, generator=torch.Generator().manual_seed(0))
-expected = vae.decode(z)
-out = torch.empty_like(expected)
+out = torch.empty(vae.decoded_shape(z.shape))
+vae.decode(z[..., :4, :4])  # libraries take what they want once
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]) * 2**20,) * 2)
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]) * 2**20, most))
 vae.decode(z, memory_limit=2**34, out=out)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+expected = vae.decode(z)
 assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
 def test_real_lack_of_memory():
-    """A plan for 16 GiB ends well with 256 MiB, and in a sentence with 2."""
+    """A plan for 16 GiB ends well with 400 MiB, and in a sentence with 2."""
     enough, too_little = (
         subprocess.run([sys.executable, "-c", REAL_SHORTAGE, mib], capture_output=True, text=True, check=False)
-        for mib in ("256", "2")
+        for mib in ("400", "2")
     )
     assert enough.returncode == 0, enough.stderr
     assert "OutOfMemory: Out of memory: frames of 30 x 53 latents need" in too_little.stderr
