@@ -1,0 +1,1 @@
+"""Training: LoRAs for Mochi, and all weights of small denoisers. Nothing else in the core imports this package."""

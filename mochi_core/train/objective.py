@@ -1,0 +1,54 @@
+"""What the denoiser is trained for: the velocity from noise to data, at any noise level, from any prompt."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..dit import AsymmDiT, AsymmetricJointBlock, BlockContext, run_block
+
+
+def velocity_loss(
+    dit: AsymmDiT,
+    latents: Tensor,
+    embeds: Tensor,
+    mask: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    checkpointed_blocks: int = 0,
+) -> Tensor:
+    """Mean squared error of the predicted velocity, data - noise, as one float32 number.
+
+    Args:
+        latents: (B, C, T, H, W) clean latents in DiT space.
+        embeds, mask: (B, L, text_width) and (B, L) bool; an all-False row is the empty prompt, as a dropped caption is.
+        sigma: (B,) noise level in [0, 1].
+        noise: standard normal, shape of `latents`.
+        checkpointed_blocks: the first so many blocks keep nothing for the backward pass and are computed again there.
+    """
+    level = sigma.view(-1, 1, 1, 1, 1)
+    noisy = level * noise + (1 - level) * latents
+    text = dit.prepare_text(embeds.to(dit.dtype), mask)
+    modulation = dit.modulation(sigma, text.pooled)
+    rope = dit.rope(latents.shape, latents.device)
+    run = partial(run_checkpointed, checkpointed_blocks)
+    velocity = dit.denoise(noisy.to(dit.dtype), text, modulation, rope, run_block=run)
+    return F.mse_loss(velocity.float(), (latents - noise).float())
+
+
+def run_checkpointed(
+    count: int,
+    block: AsymmetricJointBlock,
+    index: int,
+    x: Tensor,
+    y: Tensor,
+    modulation: tuple[Tensor, Tensor],
+    context: BlockContext,
+) -> tuple[Tensor, Tensor]:
+    """Call one block; the first `count` are computed again in the backward pass instead of keeping their activations."""
+    if index >= count:
+        return run_block(block, index, x, y, modulation, context)
+    return checkpoint(block, x, y, modulation, context, use_reentrant=False)  # pyright: ignore[reportReturnType]

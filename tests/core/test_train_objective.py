@@ -1,0 +1,36 @@
+"""The training objective: the definition, and gradients that checkpointing does not change."""
+
+import pytest
+import torch
+
+from mochi_core.train.objective import velocity_loss
+from tests.core.test_dit import inputs
+from tests.harness.tiny_models import random_dit
+
+
+def batch():
+    latents, sigma, embeds, mask = inputs([5, 0])  # the second caption is dropped
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
+    return latents, embeds, mask, sigma, noise
+
+
+def test_is_the_error_of_data_minus_noise():
+    dit = random_dit()
+    latents, embeds, mask, sigma, noise = batch()
+    level = sigma[:, None, None, None, None]
+    predicted = dit(level * noise + (1 - level) * latents, sigma, embeds, mask)
+    expected = (predicted - (latents - noise)).square().mean()
+    torch.testing.assert_close(velocity_loss(dit, *batch()), expected)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_checkpointing_changes_no_gradient(count):
+    gradients = []
+    for checkpointed in (0, count):
+        dit = random_dit().requires_grad_(True)
+        velocity_loss(dit, *batch(), checkpointed).backward()
+        gradients.append({name: parameter.grad for name, parameter in dit.named_parameters()})
+    # The last block has no use for what its text tokens would ask for.
+    assert {name for name, gradient in gradients[0].items() if not gradient.any()} == {"blocks.2.attn.q_norm_y.weight"}
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected)
