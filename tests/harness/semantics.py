@@ -1,0 +1,56 @@
+"""What a clip of coloured shapes shows: colours and where they move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mochi_core.train.shapes import BACKGROUNDS, COLORS, NEW_COLORS
+
+PALETTE = {**COLORS, **NEW_COLORS}
+MIN_PIXELS = 12  # of a colour, in a frame of 64 x 64, to count as a shape
+
+
+def masks(frames: np.ndarray) -> dict[str, Any]:
+    """For each colour, the pixels (F, H, W) that are nearer to it than to any other and to the backgrounds.
+
+    `frames` (F, H, W, 3) in [0, 1].
+    """
+    grounds = [np.array(color) * shade for color in BACKGROUNDS.values() for shade in (1.0, 2 / 3, 1 / 3)]
+    references = np.stack([*(np.array(color) for color in PALETTE.values()), *grounds])
+    distances = ((frames[..., None, :] - references) ** 2).sum(-1)
+    nearest = distances.argmin(-1)
+    return {name: nearest == i for i, name in enumerate(PALETTE)}
+
+
+def main_color(frames: np.ndarray) -> str | None:
+    """The colour of which most is seen, if it is seen in most frames."""
+    found = masks(frames)
+    name = max(found, key=lambda color: int(found[color].sum()))
+    shown = (found[name].sum(axis=(1, 2)) >= MIN_PIXELS).mean()
+    return name if shown > 0.5 else None
+
+
+def shift(frames: np.ndarray, color: str) -> tuple[float, float]:
+    """How far down and to the right a colour's centre moves from the first third of a clip to the last, in frame heights."""
+    rows = [_center(mask) for mask in masks(frames)[color] if mask.sum() >= MIN_PIXELS]
+    if len(rows) < 3:
+        return 0.0, 0.0
+    third = max(1, len(rows) // 3)
+    down, right = np.mean(rows[-third:], axis=0) - np.mean(rows[:third], axis=0)
+    return float(down) / frames.shape[1], float(right) / frames.shape[1]
+
+
+def direction(frames: np.ndarray, color: str, least: float = 0.08) -> str:
+    """Which way a colour moves: left, right, up or down, or still if it moves less than `least` of a frame's height."""
+    down, right = shift(frames, color)
+    if max(abs(down), abs(right)) < least:
+        return "still"
+    if abs(down) > abs(right):
+        return "down" if down > 0 else "up"
+    return "right" if right > 0 else "left"
+
+
+def _center(mask: np.ndarray) -> np.ndarray:
+    return np.argwhere(mask).mean(axis=0)
