@@ -21,7 +21,7 @@ from .course import Course, follow
 
 VAE_COURSE = Course("vae", steps=4000, learning_rate=8e-4, average=0.995)
 DECODER_COURSE = Course("decoder", steps=2500, learning_rate=4e-4, average=0.995)
-DIT_COURSE = Course("dit", steps=6000, learning_rate=1e-3, average=0.999)
+DIT_COURSE = Course("dit", steps=5000, learning_rate=1e-3, average=0.999)
 CLIPS = (6000, 2000, 2000)
 """Of each of the sizes that the denoiser learns from."""
 SKIPPED = ("encoder.embed_tokens.weight",)
@@ -72,12 +72,14 @@ def train_vae(folder: Path, device: torch.device) -> AsymmVAE:
 
 
 def train_decoder(folder: Path, vae: AsymmVAE, device: torch.device) -> AsymmVAE:
-    """Sharper pictures from the same latents."""
+    """Latents with Mochi's statistics, and sharper pictures from them."""
     assert vae.decoder is not None
+    tiny_vae.standardize(vae, tiny_vae.captioned_batch(DECODER_COURSE.rng(DECODER_COURSE.steps), count=200).to(device))
     vae.decoder.requires_grad_(True)
 
     def learn(step: int) -> Tensor:
-        video = tiny_vae.captioned_batch(DECODER_COURSE.rng(step)).to(device)
+        rng = DECODER_COURSE.rng(step)
+        video = tiny_vae.captioned_batch(rng, count=2, width=int(rng.choice([64, 64, 96]))).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             return tiny_vae.decoder_loss(vae, video)
 
@@ -90,7 +92,7 @@ def clips_of(
     """Encoded clips of one size, made once."""
     path = folder / f"clips_{'x'.join(map(str, size))}.safetensors"
     if not path.is_file():
-        rng = DIT_COURSE.rng(-1 - tiny_dit.SIZES.index(size))
+        rng = DIT_COURSE.rng(DIT_COURSE.steps + tiny_dit.SIZES.index(size))
         tiny_dit.write_clips(path, tiny_dit.random_clips(rng, count, size, vae, tokenizer))
     return tiny_dit.read_clips(path)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..causal import CONV_SIZE, ResBlock, TemporalAttentionBlock
 from ..config import AsymmVAEConfig
 from ..encoder import RGB, EncoderStage, fourier_features
-from ..latents import normalize_latents
+from ..latents import LATENTS_MEAN, LATENTS_STD, normalize_latents
 from ..vae import LOGVAR_RANGE, AsymmVAE, Posterior
 from .shapes import draw, random_clip, random_colors
 
@@ -34,6 +34,7 @@ STATISTICS_WEIGHT = 0.01
 FIRST_LOGVAR = -6.0
 MEAN_SILU = 0.2066
 """Of a standard normal variable."""
+ONE_BEFORE_SILU = 1.2784645
 CROP = 32
 
 
@@ -104,10 +105,44 @@ def loss(vae: AsymmVAE, video: Tensor, generator: torch.Generator) -> Tensor:
     logvar = posterior.logvar.clamp(*LOGVAR_RANGE)
     error = F.mse_loss(decode(vae, posterior.sample(generator)), video)
     divergence = 0.5 * (posterior.mean.square() + logvar.exp() - 1 - logvar).mean()
-    channels = normalize_latents(posterior.mean).transpose(0, 1).flatten(1)
-    # The last layer of the encoder has no bias, so the statistics of Mochi's latents have to be learned.
-    off = channels.mean(dim=1).square().mean() + channels.std(dim=1).log().square().mean()
+    latents = normalize_latents(posterior.mean)
+    off = channel_means(latents).square().mean() + channel_deviations(latents).log().square().mean()
     return error + KL_WEIGHT * divergence + STATISTICS_WEIGHT * off
+
+
+@torch.no_grad()
+def standardize(vae: AsymmVAE, video: Tensor) -> None:
+    """Give the latents of `video` exactly the statistics of Mochi's, and the decoder what undoes it.
+
+    The last layer of the encoder has no bias, so the feature that matters least to the latents becomes a constant, and what
+    it was worth is lost.
+    """
+    encoder: Any = vae.encoder
+    decoder: Any = vae.decoder
+    norm, last, first = encoder.output_norm, encoder.output_proj.weight, decoder.blocks[0][0]
+    least = int((last[: CONFIG.latent_channels].norm(dim=0) * norm.weight.abs()).argmin())
+    norm.weight[least], norm.bias[least] = 0, ONE_BEFORE_SILU
+    means, deviations = (f(encode(vae, video).mean) for f in (channel_means, channel_deviations))
+    wanted_means, wanted_deviations = (torch.tensor(values) for values in (LATENTS_MEAN, LATENTS_STD))
+    scale = wanted_deviations / deviations
+    shift = wanted_means - scale * means
+    mean_rows, logvar_rows = last.chunk(2)
+    mean_rows *= scale[:, None]
+    mean_rows[:, least] += shift
+    logvar_rows[:, least] += 2 * scale.log()
+    weight = first.weight / scale.view(1, -1, 1, 1, 1)
+    first.bias -= (weight.flatten(1) * shift).sum(dim=1)
+    first.weight.copy_(weight)
+
+
+def channel_means(latents: Tensor) -> Tensor:
+    """(B, 12, T, H, W) to (12,)."""
+    return latents.mean(dim=(0, 2, 3, 4))
+
+
+def channel_deviations(latents: Tensor) -> Tensor:
+    """(B, 12, T, H, W) to (12,)."""
+    return latents.std(dim=(0, 2, 3, 4))
 
 
 def decoder_loss(vae: AsymmVAE, video: Tensor) -> Tensor:
@@ -117,10 +152,9 @@ def decoder_loss(vae: AsymmVAE, video: Tensor) -> Tensor:
     return F.mse_loss(decode(vae, latents), video)
 
 
-def captioned_batch(rng: np.random.Generator) -> Tensor:
-    """Whole clips (2, 3, 13, H, W) such as a denoiser is to make."""
-    width = 96 if rng.random() < 0.3 else 64
-    return to_video([draw(random_clip(rng, width / 64)[0], 13, 64, width) for _ in range(2)])
+def captioned_batch(rng: np.random.Generator, count: int, width: int = 64) -> Tensor:
+    """Whole clips (count, 3, 13, 64, width) such as a denoiser is to make."""
+    return to_video([draw(random_clip(rng, width / 64)[0], 13, 64, width) for _ in range(count)])
 
 
 def batch(rng: np.random.Generator) -> Tensor:
