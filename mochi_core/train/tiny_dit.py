@@ -145,7 +145,7 @@ def read_clips(path: Path) -> Clips:
 def write_clips(path: Path, clips: Clips) -> None:
     """As one file, whole or not at all."""
     partial = path.with_suffix(".partial")
-    tensors = {"latents": clips.latents, "lengths": clips.lengths}
+    tensors = {"latents": clips.latents.contiguous(), "lengths": clips.lengths}
     save_file(tensors, partial, metadata={"captions": json.dumps(clips.captions)})
     partial.replace(path)
 
