@@ -66,7 +66,7 @@ def prepare(options: argparse.Namespace) -> int:
 
 def run_training(options: argparse.Namespace, *, full: bool) -> int:
     config = read_config(options.config, full=full)
-    accelerator = new_accelerator(config.dtype.replace("fp32", "no") if full else "no")
+    accelerator = new_accelerator()
     samples = config.sample and prepare_samples(config.sample, accelerator.device)
     trainee = (full_trainee if full else lora_trainee)(config, accelerator.device)
     step = train(config, trainee, accelerator, samples)

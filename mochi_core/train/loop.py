@@ -31,7 +31,7 @@ STATE, LOG, SAMPLES = "state.pt", "log.csv", "samples"
 PATIENCE = timedelta(hours=3)
 
 
-def new_accelerator(mixed_precision: str) -> Accelerator:
+def new_accelerator() -> Accelerator:
     """The device of this process and its ties to the others, if `accelerate launch` has started several.
 
     Raises:
@@ -41,7 +41,7 @@ def new_accelerator(mixed_precision: str) -> Accelerator:
         from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError as error:
         raise ValueError("Training needs accelerate; get it with: python -m pip install accelerate") from error
-    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    return Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def add_gradients(run: Run, index: int) -> Tensor:
     tensors = example(batch, config.caption_dropout, config.seed, index)
     latents, embeds, mask, sigma, noise = (tensor.to(run.accelerator.device) for tensor in tensors)
     blocks = dit.config.depth if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
-    with run.accelerator.autocast():
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=run.trainee.autocast):
         loss = velocity_loss(dit, latents, embeds, mask, sigma, noise, blocks) / config.gradient_accumulation
     loss.backward()
     return loss.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,13 +27,16 @@ class Trainee:
     parameters: dict[str, nn.Parameter]
     write: Callable[[Path], list[Path]]
     """Writes what has been trained to files whose names begin with a stem."""
+    autocast: bool
+    """Whether float32 parameters are rounded to bf16 for the time of each product."""
 
 
 def lora_trainee(config: Config, device: torch.device) -> Trainee:
     """A new LoRA in a denoiser that stays as it is."""
     dit = load_transformer(config.transformer, DTYPES[config.dtype], device, config.quantize)
     factors = add_lora(dit, config.lora, config.seed)
-    return Trainee(dit, factors, lambda stem: write_lora(stem, factors, config.lora, dit.config.depth))
+    write = partial(write_lora, factors=factors, keys=config.lora, depth=dit.config.depth)
+    return Trainee(dit, factors, write, autocast=False)
 
 
 def full_trainee(config: Config, device: torch.device) -> Trainee:
@@ -48,7 +52,7 @@ def full_trainee(config: Config, device: torch.device) -> Trainee:
             "python -m mochi_core convert ... --to canonical --dtype bf16."
         )
     parameters = dict(dit.named_parameters())
-    return Trainee(dit, parameters, lambda stem: [_write_all(stem, dit)])
+    return Trainee(dit, parameters, lambda stem: [_write_all(stem, dit)], config.dtype == "bf16")
 
 
 def _write_all(stem: Path, dit: AsymmDiT) -> Path:
