@@ -1,0 +1,104 @@
+"""Prepared clips: one safetensors file each, with what the autoencoder and the text encoder made of it.
+
+What a training sees at a step depends on the seed and the step alone, so that one that was interrupted goes on exactly as
+it would have gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoints import StoredTensor, from_state_dict, open_tensors
+from ..checkpoints.writer import write_safetensors
+from ..latents import normalize_latents
+from ..vae import Posterior
+
+SUFFIX = ".safetensors"
+NAMES = {"mean", "logvar", "embeds"}
+Example = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""latents, embeds, mask, sigma and noise, as `velocity_loss` takes them."""
+# One stream of random numbers for the order of the clips, another for the noise.
+ORDER, NOISE = 0, 1
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One prepared clip; nothing of it is read before it is used."""
+
+    mean: StoredTensor
+    """(12, T, H, W) in VAE space, as is `logvar`."""
+    logvar: StoredTensor
+    embeds: StoredTensor
+    """(valid tokens, text_width)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.mean.shape
+
+
+def write_clip(path: Path, posterior: Posterior, embeds: Tensor, notes: dict[str, str]) -> None:
+    """Write one clip; `posterior` has a batch of one, `embeds` (valid tokens, text_width)."""
+    tensors = {"mean": posterior.mean[0].cpu(), "logvar": posterior.logvar[0].cpu(), "embeds": embeds.cpu()}
+    write_safetensors(path, from_state_dict(tensors), notes)
+
+
+def open_dataset(folder: Path, text_width: int) -> list[Clip]:
+    """The clips of a folder that `prepare` has filled.
+
+    Raises:
+        ValueError: there are none, or they are for a model with another text encoder.
+    """
+    paths = sorted(folder.glob(f"*{SUFFIX}"))
+    if not paths:
+        raise ValueError(f"There are no clips in {folder}; make them with: python -m mochi_core.train prepare.")
+    return [_open_clip(path, text_width) for path in paths]
+
+
+def _open_clip(path: Path, text_width: int) -> Clip:
+    tensors = open_tensors(path).tensors
+    if set(tensors) != NAMES:
+        raise ValueError(f"{path} is no clip; keep nothing but what `prepare` writes in a data set's folder.")
+    clip = Clip(**tensors)
+    if clip.embeds.shape[1] != text_width:
+        raise ValueError(
+            f"{path} was prepared with a text encoder of width {clip.embeds.shape[1]}, but the transformer takes "
+            f"{text_width}; prepare it with the transformer's own."
+        )
+    return clip
+
+
+def batch_at(clips: Sequence[Clip], batch_size: int, seed: int, index: int) -> list[Clip]:
+    """The batch that is the `index`-th ever since the training began; all of its clips have one size.
+
+    In every round through the data each clip comes once, in a new order; a size whose clips do not fill the last batch
+    has a smaller one.
+    """
+    sizes = [[clip for clip in clips if clip.shape == shape] for shape in sorted({clip.shape for clip in clips})]
+    round_length = sum(-(-len(group) // batch_size) for group in sizes)
+    rng = np.random.default_rng((seed, ORDER, index // round_length))
+    batches = []
+    for group in sizes:
+        shuffled = [group[i] for i in rng.permutation(len(group))]
+        batches += [shuffled[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    return batches[rng.permutation(round_length)[index % round_length]]
+
+
+def example(clips: Sequence[Clip], caption_dropout: float, seed: int, index: int) -> Example:
+    """Draw latents, noise level, noise and dropped captions for a batch; `index` as for `batch_at`."""
+    entropy = np.random.SeedSequence((seed, NOISE, index)).generate_state(1)
+    generator = torch.Generator().manual_seed(int(entropy[0]))
+    mean, logvar = (torch.stack([getattr(clip, name).read().float() for clip in clips]) for name in ("mean", "logvar"))
+    latents = normalize_latents(Posterior(mean, logvar).sample(generator))
+    noise = torch.randn(latents.shape, generator=generator)
+    sigma = torch.rand(len(clips), generator=generator)
+    kept = torch.rand(len(clips), generator=generator) >= caption_dropout
+    embeds = torch.nn.utils.rnn.pad_sequence([clip.embeds.read().float() for clip in clips], batch_first=True)
+    lengths = torch.tensor([clip.embeds.shape[0] for clip in clips])
+    mask = (torch.arange(embeds.shape[1]) < lengths[:, None]) & kept[:, None]
+    return latents, embeds, mask, sigma, noise

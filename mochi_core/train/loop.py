@@ -1,0 +1,170 @@
+"""The training loop: steps, log, saved states, samples."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import Config
+from .dataset import Clip, batch_at, example, open_dataset
+from .objective import velocity_loss
+from .samples import Samples, write_samples
+from .state import load_state, save_state, step_log
+from .weights import Trainee
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+STATE, LOG, SAMPLES = "state.pt", "log.csv", "samples"
+# Other processes wait while one is still making its sample video.
+PATIENCE = timedelta(hours=3)
+
+
+def new_accelerator() -> Accelerator:
+    """The device of this process and its ties to the others, if `accelerate launch` has started several.
+
+    Raises:
+        ValueError: accelerate is not installed.
+    """
+    try:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+    except ImportError as error:
+        raise ValueError("Training needs accelerate; get it with: python -m pip install accelerate") from error
+    return Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all steps of a training share."""
+
+    config: Config
+    trainee: Trainee
+    clips: Sequence[Clip]
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+
+
+def train(config: Config, trainee: Trainee, accelerator: Accelerator, samples: Samples | None = None) -> int:
+    """Train from the step of the saved state, if there is one, to the last one or to Ctrl+C; returns the step reached.
+
+    Everything is written into the folder `config.output`: the state, the log, what has been trained, and samples.
+
+    Raises:
+        ValueError: the data set or the saved state do not fit, or the loss is no number any more.
+    """
+    clips = open_dataset(config.dataset, trainee.dit.config.text_width)
+    optimizer = torch.optim.AdamW(trainee.parameters.values(), weight_decay=config.weight_decay)
+    run = Run(config, trainee, clips, optimizer, accelerator)
+    config.output.mkdir(parents=True, exist_ok=True)
+    step, is_main = load_state(config.output / STATE, trainee.parameters, optimizer), accelerator.is_main_process
+    with (
+        interrupts(accelerator) as interrupted,
+        step_log(config.output / LOG, step, enabled=is_main) as log,
+        tqdm(total=config.steps, initial=step, unit="step", disable=not is_main) as bar,
+    ):
+        stop = False
+        while step < config.steps and not stop:
+            began, rate = time.monotonic(), learning_rate(config, step)
+            loss = take_step(run, step, rate)
+            step, stop = step + 1, interrupted()
+            log(step, loss, rate, time.monotonic() - began)
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+            last = stop or step == config.steps
+            if is_main and (last or step % config.save_every == 0):
+                save_state(config.output / STATE, step, trainee.parameters, optimizer)
+                trainee.write(step_stem(config.output, step))
+            if samples is not None and not stop and (last or step % samples.keys.every == 0):
+                make_samples(run, samples, step)
+    return step
+
+
+def take_step(run: Run, step: int, rate: float) -> float:
+    """Change the parameters once; returns the loss before.
+
+    Raises:
+        ValueError: loss or gradients are no numbers any more; the parameters are as they were.
+    """
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.zero_grad()
+    count, processes = run.config.gradient_accumulation, run.accelerator.num_processes
+    first = (step * count * processes) + run.accelerator.process_index
+    losses = [add_gradients(run, first + i * processes) for i in range(count)]
+    loss, parameters = mean_of_processes(run, torch.stack(losses).sum()), list(run.trainee.parameters.values())
+    for parameter in parameters:
+        # Not by wrapping the model for it, which would send the frozen weights around.
+        parameter.grad = mean_of_processes(run, cast(Tensor, parameter.grad))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.gradient_clip)
+    if not (loss.isfinite() and norm.isfinite()):
+        raise ValueError(
+            f"The loss is {loss:.4g} and its gradient {norm:.4g} at step {step + 1}: the training has failed; lower "
+            "learning_rate, and start again from the last saved step."
+        )
+    run.optimizer.step()
+    return loss.item()
+
+
+def add_gradients(run: Run, index: int) -> Tensor:
+    """Add the share of the `index`-th batch to the gradients, and return its share of the loss."""
+    config, dit = run.config, run.trainee.dit
+    batch = batch_at(run.clips, config.batch_size, config.seed, index)
+    tensors = example(batch, config.caption_dropout, config.seed, index)
+    latents, embeds, mask, sigma, noise = (tensor.to(run.accelerator.device) for tensor in tensors)
+    blocks = dit.config.depth if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=run.trainee.autocast):
+        loss = velocity_loss(dit, latents, embeds, mask, sigma, noise, blocks) / config.gradient_accumulation
+    loss.backward()
+    return loss.detach()
+
+
+def mean_of_processes(run: Run, tensor: Tensor) -> Tensor:
+    return cast(Tensor, run.accelerator.reduce(tensor, "mean"))
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Rises in a line while it warms up, then falls along half a cosine to 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_samples(run: Run, samples: Samples, step: int) -> None:
+    """Every process makes its share of the videos."""
+    folder, accelerator = run.config.output / SAMPLES, run.accelerator
+    folder.mkdir(exist_ok=True)
+    share = range(accelerator.process_index, len(samples.keys.prompts), accelerator.num_processes)
+    write_samples(samples, run.trainee.dit, step_stem(folder, step), share)
+    accelerator.wait_for_everyone()
+
+
+def step_stem(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"
+
+
+@contextmanager
+def interrupts(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
+    """While it lasts, the first Ctrl+C does nothing but turn the answer to True, in every process at the same step."""
+    usual = signal.getsignal(signal.SIGINT)
+
+    def note(*_: object) -> None:
+        accelerator.set_trigger()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield accelerator.check_trigger
+    finally:
+        signal.signal(signal.SIGINT, usual)

@@ -1,0 +1,188 @@
+"""A folder of videos and captions becomes a folder of clips: latents and text features, computed once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from warnings import warn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoints import open_tensors
+from ..geometry import VideoSize
+from ..text_encoder import TextEncoder
+from ..vae import AsymmVAE
+from ..video import FPS
+from .dataset import SUFFIX, write_clip
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.filter import Graph
+
+CAPTION_SUFFIX = ".txt"
+SOURCE = "source"
+"""The metadata entry that says what a clip was made from."""
+
+# By the degrees, counterclockwise, that a player has to turn a frame: phones leave the turning to it.
+UPRIGHT = {
+    90: [("transpose", "cclock")],
+    -90: [("transpose", "clock")],
+    180: [("hflip", ""), ("vflip", "")],
+    -180: [("hflip", ""), ("vflip", "")],
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video, its caption, and the file that its clip goes into."""
+
+    video: Path
+    caption: str
+    clip: Path
+    notes: dict[str, str]
+    """Kept in the clip: while they stay the same, so does the clip."""
+
+    @property
+    def is_done(self) -> bool:
+        try:
+            return self.clip.exists() and open_tensors(self.clip).metadata.get(SOURCE) == self.notes[SOURCE]
+        except ValueError:
+            return False
+
+
+def find_sources(videos: Path, dataset: Path, settings: dict[str, Any]) -> list[Source]:
+    """Every video of a folder that has a caption, name.mp4 and name.txt; the others are warned about.
+
+    Raises:
+        ValueError: there is no such folder, or no video with a caption in it.
+    """
+    if not videos.is_dir():
+        raise ValueError(f"{videos} is no folder; give the one that holds the videos and their captions.")
+    sources = []
+    for video in sorted(videos.iterdir()):
+        if video.is_file() and video.suffix.lower() != CAPTION_SUFFIX and not video.name.startswith("."):
+            caption = _read_caption(video.with_suffix(CAPTION_SUFFIX))
+            if caption:
+                sources.append(_source(video, caption, dataset, settings))
+            else:
+                warn(f"{video.name} is left out: {video.stem}.txt beside it must hold its caption.", stacklevel=2)
+    if not sources:
+        raise ValueError(f"There is no video with a caption in {videos}; put name.mp4 and name.txt there.")
+    return sources
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _source(video: Path, caption: str, dataset: Path, settings: dict[str, Any]) -> Source:
+    made_from = {"video": fingerprint(video), "caption": caption, **settings}
+    notes = {"caption": caption, SOURCE: json.dumps(made_from, sort_keys=True)}
+    return Source(video, caption, dataset / f"{video.name}{SUFFIX}", notes)
+
+
+def fingerprint(path: Path) -> list[Any]:
+    """Name, size and date of a file."""
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns]
+
+
+def encode_captions(sources: Sequence[Source], text_encoder: TextEncoder) -> list[Tensor]:
+    """(valid tokens, text_width) for each."""
+    features = []
+    for source in sources:
+        embeds, mask = text_encoder.encode(source.caption)
+        features.append(embeds[mask])
+    return features
+
+
+def encode_videos(
+    sources: Sequence[Source],
+    features: Sequence[Tensor],
+    vae: AsymmVAE,
+    size: VideoSize,
+    on_clip: Callable[[], object],
+) -> int:
+    """Write the clip of every source that can be read, warn about the others, and return how many were written."""
+    device, written = next(vae.parameters()).device, 0
+    for source, embeds in zip(sources, features, strict=True):
+        try:
+            frames = read_video(source.video, size)
+        except ValueError as error:
+            warn(f"{source.video.name} is left out: {error}", stacklevel=2)
+        else:
+            posterior = vae.encode(to_model_range(frames), device=device)
+            write_clip(source.clip, posterior, embeds, source.notes)
+            written += 1
+        on_clip()
+    return written
+
+
+def to_model_range(frames: np.ndarray[Any, Any]) -> Tensor:
+    """(F, H, W, 3) uint8 to (1, 3, F, H, W) in [-1, 1]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def read_video(path: Path, size: VideoSize) -> np.ndarray[Any, Any]:
+    """The first frames of a video at 30 frames per second, cropped in the middle and resized, (F, H, W, 3) uint8.
+
+    Raises:
+        ValueError: it is no video, or too short.
+    """
+    import av  # optional outside ComfyUI, and slow to import
+    from av.error import FFmpegError
+
+    frames = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("there is no picture in it.")
+            for frame in islice(resampled(container.decode(video=0), size), size.num_frames):
+                frames.append(frame.to_ndarray(format="rgb24"))
+    except (FFmpegError, OSError) as error:
+        raise ValueError(f"it cannot be read ({error.strerror or error}).") from error
+    if len(frames) < size.num_frames:
+        raise ValueError(f"it has {len(frames)} frames at {FPS} per second, and {size.num_frames} are wanted.")
+    return np.stack(frames)
+
+
+def resampled(frames: Iterator[VideoFrame], size: VideoSize) -> Iterator[VideoFrame]:
+    """Upright frames of that size, 30 per second, by FFmpeg's own filters."""
+    first = next(frames, None)
+    if first is None:
+        return
+    graph = _filters(first, size)
+    for frame in chain([first], frames, [None]):  # the last asks for what is still inside
+        graph.vpush(frame)
+        while True:
+            try:
+                yield graph.vpull()
+            except (BlockingIOError, EOFError):  # it wants another frame, or is done
+                break
+
+
+def _filters(frame: VideoFrame, size: VideoSize) -> Graph:
+    from av.filter import Graph
+
+    shape = f"{size.width}:{size.height}"
+    steps = [
+        ("fps", str(FPS)),
+        *UPRIGHT.get(frame.rotation, ()),
+        ("scale", f"{shape}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd+full_chroma_int"),
+        ("crop", shape),
+        ("format", "rgb24"),
+        ("buffersink", ""),
+    ]
+    graph = Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    graph.link_nodes(source, *(graph.add(name, options) for name, options in steps)).configure()
+    return graph

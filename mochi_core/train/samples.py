@@ -1,0 +1,53 @@
+"""Videos made on the way, so that one sees what a training is learning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoints import load_vae
+from ..dit import AsymmDiT
+from ..latents import denormalize_latents
+from ..pipeline import initial_noise
+from ..sample import Condition, sample
+from ..schedule import linear_quadratic_schedule
+from ..text_encoder import load_text_encoder
+from ..vae import AsymmVAE
+from ..video import save_video, to_unit_range
+from .config import SampleKeys
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the samples of a training need, but for the denoiser. The autoencoder waits in main memory."""
+
+    keys: SampleKeys
+    vae: AsymmVAE
+    conditions: list[Condition]
+    uncond: Condition
+
+
+def prepare_samples(keys: SampleKeys, device: torch.device) -> Samples:
+    """Load the autoencoder and encode the prompts; the text encoder is let go of at once."""
+    vae = load_vae(keys.vae)
+    vae.check_decoder(keys.video_size.latent_shape())
+    text_encoder = load_text_encoder(keys.t5, keys.tokenizer, device=device)
+    return Samples(keys, vae, [text_encoder.encode(prompt) for prompt in keys.prompts], text_encoder.encode(""))
+
+
+def write_samples(samples: Samples, dit: AsymmDiT, stem: Path, chosen: Iterable[int]) -> list[Path]:
+    """Make the videos of the chosen prompts, STEM-1.mp4 for the first."""
+    keys, device, paths = samples.keys, dit.pos_frequencies.device, []
+    noise = initial_noise(keys.video_size.latent_shape(), keys.seed)
+    sigmas = linear_quadratic_schedule(keys.steps)
+    for i in chosen:
+        latents = sample(dit, noise, sigmas, samples.conditions[i], samples.uncond, keys.guidance)
+        samples.vae.to(device)
+        video = to_unit_range(samples.vae.decode(denormalize_latents(latents.to(device)))[0])  # (3, F, H, W)
+        samples.vae.to("cpu")
+        paths.append(stem.with_name(f"{stem.name}-{i + 1}.mp4"))
+        save_video(video.permute(1, 2, 3, 0), paths[-1])
+    return paths

@@ -1,0 +1,69 @@
+"""What a training leaves in its folder so that it can go on: a state, and a log of its steps."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+LOG_HEAD = ("step", "loss", "learning_rate", "seconds")
+
+
+def save_state(
+    path: Path, step: int, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """What is needed to go on; it replaces the older state when it is complete."""
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    partial = path.with_suffix(".partial")
+    torch.save({"step": step, "weights": weights, "optimizer": optimizer.state_dict()["state"]}, partial)
+    partial.replace(path)
+
+
+def load_state(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Put a saved state where it came from, and return its step; 0 if there is none.
+
+    Raises:
+        ValueError: it is damaged, or of a training of other parameters.
+    """
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, "cpu", weights_only=True)
+        weights = state["weights"]
+    except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read; delete it to start from the beginning.") from error
+    if {name: value.shape for name, value in weights.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise ValueError(
+            f"{path} is of a training of other layers or ranks; choose another output, or delete it to start anew."
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+    return state["step"]
+
+
+@contextmanager
+def step_log(path: Path, step: int, *, enabled: bool) -> Iterator[Callable[[int, float, float, float], None]]:
+    """A CSV file that goes on after `step`: rows of later steps, which are about to be taken again, are dropped."""
+    if not enabled:
+        yield lambda *_: None
+        return
+    rows: list[Sequence[Any]] = [LOG_HEAD]
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows += [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows(rows)
+
+        def log(step: int, loss: float, rate: float, seconds: float) -> None:
+            writer.writerow((step, f"{loss:.6g}", f"{rate:.6g}", f"{seconds:.3f}"))
+            file.flush()
+
+        yield log
