@@ -1,4 +1,4 @@
-"""`python -m mochi_core.train prepare | lora | full`: from a folder of videos to a LoRA or to other weights."""
+"""`python -m mochi_core.train prepare | lora | full | plot`: from a folder of videos to a LoRA or to other weights."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..streaming import OutOfMemory
 from ..text_encoder import load_text_encoder
 from .config import read_config, read_size
 from .loop import new_accelerator, train
+from .plot import plot
 from .prepare import encode_captions, encode_videos, find_sources, fingerprint
 from .samples import prepare_samples
 from .weights import DTYPES, full_trainee, lora_trainee
@@ -77,9 +78,15 @@ def run_training(options: argparse.Namespace, *, full: bool) -> int:
     return 0
 
 
+def draw_losses(options: argparse.Namespace) -> int:
+    plot(options.logs, options.output)
+    print(f"The losses are drawn in {options.output}.")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mochi_core.train", description="Train LoRAs for Mochi 1.")
-    commands = parser.add_subparsers(required=True, metavar="prepare | lora | full")
+    commands = parser.add_subparsers(required=True, metavar="prepare | lora | full | plot")
     _add_prepare(commands.add_parser("prepare", help="encode a folder of videos and captions"))
     for name, full, what in (
         ("lora", False, "train a LoRA"),
@@ -88,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what)
         command.add_argument("config", type=Path, help="YAML file, see docs/train.md")
         command.set_defaults(run=partial(run_training, full=full))
+    command = commands.add_parser("plot", help="draw the losses of trainings")
+    command.add_argument("logs", type=Path, nargs="+", help="log.csv of a training")
+    command.add_argument("-o", "--output", required=True, type=Path, help="image file")
+    command.set_defaults(run=draw_losses)
     return parser
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from .state import step_log
 
 SAVE_EVERY = 200
 
@@ -50,18 +51,18 @@ def follow(course: Course, model: Model, learn: Callable[[int], Tensor], folder:
     parts = {"model": model, "optimizer": optimizer, "averaged": averaged}
     state = folder / f"{course.name}.state"
     first = _restore(parts, state)
-    with _Log(folder / f"{course.name}.csv", first) as log:
+    with step_log(folder / f"{course.name}.csv", first, enabled=first < course.steps) as log:
         for step in tqdm(range(first, course.steps), initial=first, total=course.steps, desc=course.name):
-            start = time.monotonic()
+            start, rate = time.monotonic(), course.rate(step)
             for group in optimizer.param_groups:
-                group["lr"] = course.rate(step)
+                group["lr"] = rate
             loss = learn(step)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             averaged.update_parameters(model)
-            log.write(step, loss.item(), time.monotonic() - start)
+            log(step + 1, loss.item(), rate, time.monotonic() - start)
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == course.steps:
                 _keep({"step": step + 1, **{name: part.state_dict() for name, part in parts.items()}}, state)
     return cast(Model, averaged.module.eval().requires_grad_(False))
@@ -80,23 +81,3 @@ def _keep(saved: dict[str, Any], state: Path) -> None:
     partial = state.with_suffix(".partial")
     torch.save(saved, partial)
     partial.replace(state)
-
-
-class _Log:
-    """One line a step; those from `first` on are written anew."""
-
-    def __init__(self, path: Path, first: int) -> None:
-        kept = path.read_text(encoding="utf-8").splitlines()[: first + 1] if path.is_file() and first else []
-        self.file = path.open("w", encoding="utf-8", newline="")
-        self.file.writelines(line + "\n" for line in kept or ["step,loss,seconds"])
-        self.writer = csv.writer(self.file)
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def write(self, step: int, loss: float, seconds: float) -> None:
-        self.writer.writerow([step, f"{loss:.5g}", f"{seconds:.2f}"])
-        self.file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()

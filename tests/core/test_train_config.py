@@ -1,0 +1,101 @@
+"""What a training's YAML file may say, and the sentence for everything else."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mochi_core.train.__main__ import main
+from mochi_core.train.config import Config, LoraKeys, SampleKeys, parse, read_config
+
+ROOT = Path(__file__).parents[2]
+NEEDED = "transformer: dit.safetensors\ndataset: clips\noutput: out\n"
+SAMPLE = "sample:\n  prompts: [a kite]\n  vae: vae.safetensors\n  t5: t5.safetensors\n"
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text):
+        (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+        return tmp_path / "c.yaml"
+
+    return write
+
+
+def test_defaults_are_the_documented_ones(written):
+    expected = Config(Path("dit.safetensors"), Path("clips"), Path("out"))
+    assert read_config(written(NEEDED)) == expected
+    assert read_config(written(NEEDED + "quantize: null\nlora:\n")) == expected
+
+
+def test_numbers_as_people_write_them(written):
+    config = read_config(written(NEEDED + "learning_rate: 1e-4\nweight_decay: 0\nlora: {qkv_proj_lora_alpha: 32}\n"))
+    assert (config.learning_rate, config.weight_decay) == (1e-4, 0.0)
+    assert config.lora == LoraKeys(qkv_proj_lora_alpha=32.0)
+
+
+def test_the_example_in_the_documentation_is_complete():
+    config = read_config(ROOT / "docs" / "train_lora.yaml")
+    text = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    assert config.sample is not None
+    for keys in (Config, LoraKeys, SampleKeys):
+        assert [name for name in keys.__dataclass_fields__ if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("dataset: a\noutput: b\n", "transformer is missing; it is a file or folder."),
+        (NEEDED + "rank: 4\n", "there is no key rank; the keys are transformer, dataset, output, steps"),
+        (NEEDED + "steps: 0\n", "steps is 0, but must be a whole number, 1 or more."),
+        (NEEDED + "steps: true\n", "steps is True, but must be a whole number, 1 or more."),
+        (NEEDED + "steps: 2.5\n", "steps is 2.5, but must be"),
+        (NEEDED + "learning_rate: fast\n", "learning_rate is 'fast', but must be a number above 0."),
+        (NEEDED + "learning_rate: .inf\n", "learning_rate is inf, but must be a number above 0."),
+        (NEEDED + "caption_dropout: 1.1\n", "caption_dropout is 1.1, but must be a number from 0 to 1."),
+        (NEEDED + "gradient_checkpointing: some\n", "gradient_checkpointing is 'some', but must be true, false or a"),
+        (NEEDED + "dtype: fp16\n", "dtype is 'fp16', but must be one of bf16, fp32."),
+        (NEEDED + "quantize: int4\n", "quantize is 'int4', but must be one of fp8, int8, q4_0."),
+        (NEEDED + "output: 3\n", "output is 3, but must be a file or folder."),
+        (NEEDED + "lora: 16\n", "lora is 16, but must be a section with keys of its own."),
+        (NEEDED + "lora: {rank: 16}\n", "in lora, there is no key rank; the keys are qkv_proj_lora_rank"),
+        (NEEDED + "sample: {vae: a, t5: b}\n", "in sample, prompts is missing; it is a list of texts."),
+        (NEEDED + SAMPLE + "  size: wide\n", "in sample, size is 'wide', but must be a width and a height, such as"),
+        (NEEDED + SAMPLE + "  size: 848x470\n", "in sample, height is 470, but Mochi needs a multiple of 16"),
+        (NEEDED + SAMPLE + "  frames: 36\n", "in sample, num_frames is 36, but Mochi needs 6k + 1 frames"),
+        ("just text", "must hold keys and values, such as steps: 2000."),
+        ("a: [1", "is no YAML file: while parsing"),
+        ("a: !!python/object/apply:os.system ['x']", "is no YAML file: could not determine a constructor"),
+    ],
+)
+def test_what_does_not_fit_gets_a_sentence(written, capsys, text, sentence):
+    path = written(text)
+    assert main(["lora", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {path}")
+    assert sentence in message
+    assert message.count("\n") == 1
+
+
+def test_keys_of_loras_have_no_place_in_full_training(written):
+    for text in ("quantize: int8", "lora: {qkv_proj_lora_rank: 4}"):
+        with pytest.raises(ValueError, match=r"c.yaml: \w+ is for LoRAs only; remove it to train all weights."):
+            read_config(written(f"{NEEDED}{text}\n"), full=True)
+
+
+def test_the_sections_are_values_too():
+    assert parse(LoraKeys, {}) == LoraKeys(16, 16.0, 16, 16.0)
+
+
+def test_without_accelerate_there_is_a_command_to_get_it(written):
+    code = f"""
+import sys
+sys.path.append({str(ROOT)!r})
+sys.modules["accelerate"] = None
+from mochi_core.train.__main__ import main
+sys.exit(main(["lora", {str(written(NEEDED))!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: Training needs accelerate; get it with: python -m pip install accelerate\n"
