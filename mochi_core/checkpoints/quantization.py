@@ -29,7 +29,7 @@ STORED_AS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e
 GGML_FORMAT = "ggml_"
 MAX_NOTE_BYTES = 4096
 SCALES, INPUT_SCALES = ("weight_scale", "scale_weight"), ("input_scale", "scale_input")
-LARGE = re.compile(r"blocks\..*\.weight")
+LARGE = re.compile(r"blocks\..*\.weight|encoder\.block\..*\.(q|k|v|o|wi_0|wi_1|wo)\.weight")
 
 
 def resolve(tensors: Tensors) -> Tensors:
@@ -61,7 +61,7 @@ def ggml_weight(stored: StoredTensor, block_type: str) -> StoredTensor:
 
 
 def is_large(name: str, tensor: StoredTensor | Tensor) -> bool:
-    """Whether it is a matrix of the blocks; nothing else is ever quantised here."""
+    """Whether it is a matrix of the blocks of a transformer or of T5; nothing else is ever quantised here."""
     return LARGE.fullmatch(name) is not None and len(tensor.shape) == 2
 
 

@@ -3,33 +3,18 @@
 One process loads all files; the tests compare what it wrote down.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from mochi_core import load_text_encoder, load_transformer
 from tests.core.test_formats import FORMATS, T5_FORMS, WIDE, file_name, relative_error, shallow_t5, velocity
+from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.tiny_models import random_dit
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = '''
-import importlib.util, json, sys
-comfyui, root, folder = sys.argv[1:]
-sys.argv = sys.argv[:1]
-sys.path.insert(0, comfyui)
-from comfy.cli_args import args
-args.cpu = True
-import comfy.model_management, comfy.utils, torch
+import comfy.model_management
 from pathlib import Path
-from safetensors.torch import load_file, save_file
-
-spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
-sys.modules["pack"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["pack"])
 from pack.nodes.bridge.model import load_model
 from pack.nodes.bridge.quantized import read_part
 from pack.nodes.bridge.text import encode_prompt, load_clip
@@ -53,7 +38,7 @@ def matrices(patcher):
 def same(weights, others):
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(weights, others, strict=True))
 
-folder, results = Path(folder), {}
+folder, results = Path(*arguments), {}
 lora = load_file(folder / "lora.safetensors")
 for path in sorted(folder.glob("dit/*")):
     patcher = load_model(str(path))
@@ -101,10 +86,7 @@ def folder(tmp_path_factory, comfy_path):
     down, up = torch.randn(4, 256, generator=generator), torch.randn(768, 4, generator=generator) * 0.02
     name = "diffusion_model.blocks.0.attn.qkv_x"
     save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, folder / "lora.safetensors")
-    command = [sys.executable, "-c", SCRIPT, str(comfy_path), str(ROOT), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "log.txt").write_text(done.stderr)
+    (folder / "log.txt").write_text(run_in_comfyui(comfy_path, SCRIPT, folder).stderr)
     return folder
 
 
