@@ -18,6 +18,7 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 LARGE = re.compile(r"(blocks|transformer_blocks|encoder\.block)\..*\.weight")
+AUTOENCODER = re.compile(r"(encoder\.layers|decoder\.blocks)\..*\.weight")
 # Where the float16 numbers lie in a block of each type.
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
@@ -26,7 +27,9 @@ HALVES = {
 
 
 def is_large(name: str, tensor: Tensor) -> bool:
-    """What is quantised in real files: the matrices of the blocks."""
+    """What is quantised in real files: the matrices of the blocks; of an autoencoder the convolutions, too."""
+    if AUTOENCODER.fullmatch(name):
+        return tensor.ndim in (2, 5)
     return bool(LARGE.fullmatch(name)) and tensor.ndim == 2 and "relative" not in name
 
 
@@ -83,7 +86,8 @@ def _scaled(tensors: Tensors, dtype: torch.dtype, scale_name: str) -> tuple[Tens
     stored, expected = {}, {}
     for name, tensor in tensors.items():
         if is_large(name, tensor):
-            magnitude = tensor.abs().amax(1, keepdim=True) if dtype == torch.int8 else tensor.abs().max()
+            rows = tuple(range(1, tensor.ndim))
+            magnitude = tensor.abs().amax(rows, keepdim=True) if dtype == torch.int8 else tensor.abs().max()
             scale = magnitude.float() / (127 if dtype == torch.int8 else torch.finfo(dtype).max)
             scaled = tensor.float() / scale
             stored[name] = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
