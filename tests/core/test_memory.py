@@ -18,6 +18,7 @@ SLACK = 10e6
 def write_large(folder, layout):
     """A file in bf16; the bytes of the model in float32, and of the largest tensor as it is stored."""
     dit = AsymmDiT(LARGE, dtype=torch.bfloat16).requires_grad_(False)
+    dit.pos_frequencies.zero_()
     save_file(dit.state_dict(), folder / "canonical.safetensors")
     if LAYOUTS[layout]:
         convert(folder / "canonical.safetensors", folder / f"{layout}.safetensors", *LAYOUTS[layout])
