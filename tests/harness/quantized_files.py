@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.harness.k_types import K_QUANTIZERS
+
 Tensors = dict[str, Tensor]
 LARGE = re.compile(r"(blocks|transformer_blocks|encoder\.block)\..*\.weight")
 AUTOENCODER = re.compile(r"(encoder\.layers|decoder\.blocks)\..*\.weight")
@@ -142,9 +144,14 @@ def gguf_file(
 
 
 def to_blocks(tensor: Tensor, kind: str) -> tuple[numpy.ndarray, Tensor]:
-    """What a GGUF file stores, and what that means; K types, which no package can write, are random blocks."""
+    """What a GGUF file stores, and what that means; of some K types random blocks."""
     type_ = gguf.GGMLQuantizationType[kind]
-    data = random_blocks(kind, *tensor.shape) if kind.endswith("_K") else gguf.quantize(tensor.float().numpy(), type_)
+    if kind in K_QUANTIZERS:
+        data = K_QUANTIZERS[kind](tensor).numpy()
+    elif kind.endswith("_K"):
+        data = random_blocks(kind, *tensor.shape)
+    else:
+        data = gguf.quantize(tensor.float().numpy(), type_)
     return data, torch.from_numpy(gguf.dequantize(data, type_).copy()).reshape(tensor.shape)
 
 
