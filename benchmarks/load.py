@@ -1,7 +1,7 @@
-"""Time and memory of loading a transformer in bf16, ours beside diffusers and ComfyUI's own class.
+"""Time and memory of loading a transformer in bf16, ours beside diffusers, ComfyUI's own loader and its class.
 
 ComfyUI's class knows the released width only, and diffusers' loader of single files 48 blocks only; so one model is wide and
-the other one is deep.
+the other one is deep. ComfyUI's loader takes 48 blocks for granted, too, and is told the depth here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def from_single_file(case: dict):
 
 
 def comfyui(case: dict):
-    """Its loader's steps, for a depth other than 48: map the file, build the class, copy the weights."""
+    """The steps that count: map the file, build the class, copy the weights."""
     one_thread()
     use_comfyui()
     import comfy.utils
@@ -62,6 +62,19 @@ def comfyui(case: dict):
         return touched(model)
 
     return load
+
+
+def comfyui_loader(case: dict):
+    """All of it: detection, model and patcher, too."""
+    one_thread()
+    use_comfyui()
+    import comfy.model_detection
+    import comfy.sd
+
+    detect = comfy.model_detection.detect_unet_config
+    comfy.model_detection.detect_unet_config = lambda *a, **k: {**detect(*a, **k), "depth": WIDE.depth}
+    options = {"dtype": torch.bfloat16}
+    return lambda: touched(comfy.sd.load_diffusion_model(case["path"], options).model.diffusion_model)
 
 
 def one_thread() -> None:
@@ -78,7 +91,8 @@ def touched(module: torch.nn.Module) -> torch.nn.Module:
 
 CONTENDERS = {
     "ours": ours,
-    "ComfyUI": comfyui,
+    "ComfyUI's class": comfyui,
+    "ComfyUI's loader": comfyui_loader,
     "diffusers from_pretrained": from_pretrained,
     "diffusers from_single_file": from_single_file,
 }
@@ -100,12 +114,12 @@ def main() -> None:
         wide, wide_folder = write_files(Path(folder), "wide", WIDE)
         deep, deep_folder = write_files(Path(folder), "deep", DEEP)
         cases = {
-            "wide, original layout": ({"path": wide}, "ComfyUI"),
+            "wide, original layout": ({"path": wide}, "ComfyUI's class", "ComfyUI's loader"),
             "wide, diffusers layout": ({"path": wide_folder}, "diffusers from_pretrained"),
             "deep, original layout": ({"path": deep, "config": deep_folder}, "diffusers from_single_file"),
             "deep, diffusers layout": ({"path": deep_folder}, "diffusers from_pretrained"),
         }
-        results = [compare("benchmarks.load", ["ours", peer], [case], calls)[0] for case, peer in cases.values()]
+        results = [compare("benchmarks.load", ["ours", *peers], [case], calls)[0] for case, *peers in cases.values()]
     write_report("load", table("Loading a transformer", list(cases), results, NOTE, "what was held before"))
 
 

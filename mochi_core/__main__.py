@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .checkpoints import load_transformer, load_vae
 from .checkpoints.convert import DTYPES as STORED_DTYPES
 from .checkpoints.convert import LAYOUTS, plan_conversion, write_conversion
+from .checkpoints.detect import PREFIXES
 from .checkpoints.inspect import inspect as inspect_file
 from .checkpoints.inspect import render
 from .latent_files import load_latents, save_latents
@@ -127,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("file", type=Path, help="weights file or folder")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=inspect)
-    _add_convert(commands.add_parser("convert", help="rewrite a transformer or autoencoder in another layout or dtype"))
+    _add_convert(commands.add_parser("convert", help="rewrite a model in another layout or dtype"))
     return parser
 
 
@@ -138,7 +139,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     add("destination", type=Path, help=".safetensors file; or, for diffusers, a folder")
     add("--to", choices=LAYOUTS, required=True, help="canonical: the names of Genmo and ComfyUI")
     add("--dtype", choices=STORED_DTYPES, default="keep", help="fp8_scaled is for ComfyUI (default: %(default)s)")
-    add("--part", choices=("transformer", "vae"), help="which one, of a file that holds both")
+    add("--part", choices=PREFIXES, help="which one, of a file that holds several")
     add("--force", action="store_true", help="overwrite the destination")
 
 

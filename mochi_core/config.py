@@ -46,3 +46,16 @@ class AsymmVAEConfig:
     temporal_reductions: tuple[int, ...] = (1, 2, 3)
     spatial_reductions: tuple[int, ...] = (2, 2, 2)
     attention_head_dim: int = 32
+
+
+@dataclass(frozen=True)
+class T5EncoderConfig:
+    """Shape of the text encoder, T5 v1.1."""
+
+    depth: int = 24
+    width: int = 4096
+    num_heads: int = 64
+    head_dim: int = 64
+    mlp_size: int = 10240
+    vocabulary: int = 32128
+    position_buckets: int = 32

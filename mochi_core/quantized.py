@@ -20,7 +20,10 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix (rows, columns) in its stored form: values * scale, or GGML blocks."""
+    """A matrix (rows, columns) in its stored form: values * scale, or GGML blocks.
+
+    Kernels of convolutions can be stored so, too; only to be widened when they are loaded.
+    """
 
     values: Tensor
     """(rows, columns) float8 or int8; with a `block_type`, (rows, bytes of a row) uint8."""

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checkpoints import blaming, file_label, load_into, open_part, shape_of
-from .checkpoints.reader import StoredTensor
+from .checkpoints import blaming, file_label, load_into, open_part
+from .checkpoints.t5 import hugging_face_entries, t5_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
+    from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 MAX_TOKENS = 256
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
@@ -84,36 +84,16 @@ def load_text_encoder(
     Raises:
         ValueError: the weights are not those of a T5 encoder, or there is no tokenizer.
     """
-    from transformers import T5EncoderModel
+    from transformers import T5Config, T5EncoderModel
 
     path = Path(path)
     tensors, label = open_part(path, "t5"), file_label(path)
     with blaming(label), torch.device("meta"):
-        model = T5EncoderModel(t5_config(tensors)).to(dtype=dtype)  # pyright: ignore[reportCallIssue]
+        config = T5Config(**hugging_face_entries(t5_config(tensors)))
+        model = T5EncoderModel(config).to(dtype=dtype)  # pyright: ignore[reportCallIssue]
     model.encoder.embed_tokens = model.shared  # one table under two names
     load_into(model, tensors, label, device)
     return TextEncoder(model.eval(), _load_tokenizer(path, tokenizer))
-
-
-def t5_config(tensors: dict[str, StoredTensor]) -> T5Config:
-    """Read the sizes of a T5 v1.1 encoder from its tensors."""
-    from transformers import T5Config
-
-    attention, feed_forward = "encoder.block.{}.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
-    vocabulary, width = shape_of(tensors, "shared.weight")
-    buckets, heads = shape_of(tensors, attention.format(0) + ".relative_attention_bias.weight")
-    depth = sum(attention.format(i) + ".q.weight" in tensors for i in range(len(tensors)))
-    return T5Config(
-        vocab_size=vocabulary,
-        d_model=width,
-        d_kv=shape_of(tensors, attention.format(0) + ".q.weight")[0] // heads,
-        d_ff=shape_of(tensors, feed_forward + ".wo.weight")[1],
-        num_layers=depth,
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
 
 
 def _load_tokenizer(weights: Path, tokenizer: str | Path | None) -> PreTrainedTokenizerBase:

@@ -9,7 +9,6 @@ from .detect import (
     has_decoder,
     has_encoder,
     open_part,
-    shape_of,
     vae_config,
 )
 from .diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
@@ -56,7 +55,6 @@ __all__ = [
     "open_tensors",
     "quantize_large",
     "read_lora",
-    "shape_of",
     "to_canonical",
     "to_diffusers",
     "transformer_rules",

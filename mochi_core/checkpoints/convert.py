@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import AsymmDiTConfig, AsymmVAEConfig
-from ..dit import AsymmDiT
+from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
 from ..quantized import quantize_fp8
-from ..vae import AsymmVAE
-from .detect import blaming, find_part, parts_of
+from .detect import blaming, find_part, has_decoder, has_encoder, parts_of
 from .diffusers import autoencoder_rules, to_diffusers, transformer_rules
-from .loading import EMPTY, check_finite, check_tensors, joined
+from .loading import Blueprint, blueprint, check_finite, check_parameters, joined
 from .quantization import is_large
 from .reader import NOTE, QUANTIZATION, StoredTensor, TensorFile, Tensors, from_state_dict, open_tensors
+from .t5 import hugging_face_entries
 from .writer import write_safetensors
 
 LAYOUTS = ("canonical", "diffusers")
@@ -34,7 +33,12 @@ DTYPES = {
 }
 """What is stored in other dtypes becomes this one; with fp8_scaled, what is not quantised does."""
 FP8_NOTE = json.dumps({"format": "float8_e4m3fn"}).encode()
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+# What the weights are called in a folder of diffusers or transformers.
+WEIGHTS = {
+    "transformer": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "t5": "model.safetensors",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ class Conversion:
 
     tensors: Tensors
     metadata: dict[str, str]
-    diffusers_config: dict[str, Any]
+    config_entries: dict[str, Any]
+    """Of the config.json in a folder, and what the weights are called there."""
+    weights_name: str
 
 
 def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str | None = None) -> Conversion:
@@ -52,10 +58,10 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
     Args:
         sources: a file or folder, or the two halves of an autoencoder.
         layout, dtype: among `LAYOUTS` and `DTYPES`.
-        part: "transformer" or "vae", if the source holds both.
+        part: "transformer", "vae" or "t5", if the source holds several.
 
     Raises:
-        FileNotFoundError, ValueError: see `open_tensors`, `find_part` and `check_tensors`; or the model cannot be written so.
+        FileNotFoundError, ValueError: see `open_tensors`, `find_part` and `check_parameters`; or the model cannot be written so.
     """
     files = [open_tensors(source) for source in sources]
     label = " and ".join(file.path.name for file in files)
@@ -63,26 +69,26 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
         part = part or _only_part(files)
     tensors = joined([find_part(file.tensors, part, file.path.name) for file in files], label)
     with blaming(label):
-        module = EMPTY[part](tensors, DTYPES[dtype])
-    check_tensors(module, tensors, label)
+        model = blueprint(part, tensors, DTYPES[dtype])
+    check_parameters(model.parameters, tensors, label)
     with blaming(label):
-        converted = _cast(tensors, module, DTYPES[dtype], label)
+        converted = _cast(tensors, model, DTYPES[dtype], label)
     if dtype == FP8_SCALED:
-        if part != "transformer" or layout != "canonical":
+        if part == "vae" or layout != "canonical":
             raise ValueError(
-                "Scaled fp8 is for a transformer in canonical names; diffusers loads none, use --dtype bf16."
+                "Scaled fp8 is for a transformer or T5 in canonical names; diffusers loads none, use --dtype bf16."
             )
         converted = _with_fp8(converted)
     if layout == "diffusers":
-        converted = to_diffusers(converted, _rules(module))
+        converted = _to_diffusers(converted, model)
     metadata = {key: value for file in files for key, value in file.metadata.items() if key != QUANTIZATION}
-    return Conversion(converted, {"format": "pt", **metadata}, _diffusers_config(module))
+    return Conversion(converted, {"format": "pt", **metadata}, _config_entries(model), WEIGHTS[part])
 
 
 def write_conversion(conversion: Conversion, destination: Path, on_tensor: Callable[[], object] = lambda: None) -> None:
-    """Write a .safetensors file or, under any other name, a folder that diffusers' `from_pretrained` loads."""
+    """Write a .safetensors file or, under any other name, a folder that `from_pretrained` loads."""
     is_file = destination.suffix == ".safetensors"
-    weights = destination if is_file else destination / DIFFUSERS_WEIGHTS
+    weights = destination if is_file else destination / conversion.weights_name
     is_new_folder = not weights.parent.exists()
     weights.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -92,21 +98,21 @@ def write_conversion(conversion: Conversion, destination: Path, on_tensor: Calla
             weights.parent.rmdir()
         raise
     if not is_file:
-        config = json.dumps(conversion.diffusers_config, indent=2) + "\n"
+        config = json.dumps(conversion.config_entries, indent=2) + "\n"
         (destination / "config.json").write_text(config, encoding="utf-8")
 
 
 def _only_part(files: list[TensorFile]) -> str:
-    found = {part for file in files for part in parts_of(file.tensors)} - {"t5"}
+    found = {part for file in files for part in parts_of(file.tensors)}
     if len(found) != 1:
-        raise ValueError("a transformer or an autoencoder can be converted; of both, choose one with --part.")
+        raise ValueError("a transformer, an autoencoder or T5 can be converted; of several, choose one with --part.")
     return found.pop()
 
 
-def _cast(tensors: Tensors, module: nn.Module, dtype: torch.dtype | None, file_name: str) -> Tensors:
-    """In the order of the module. What it keeps in float32 whatever its dtype stays as it is stored."""
+def _cast(tensors: Tensors, model: Blueprint, dtype: torch.dtype | None, file_name: str) -> Tensors:
+    """In the order of the model. What it keeps in float32 whatever its dtype stays as it is stored."""
     converted: Tensors = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in model.parameters.items():
         tensor = tensors[name]
         if dtype is None and tensor.dtype.itemsize == 1:
             raise ValueError(f"{name} is stored in 8 bits or fewer; say with --dtype what it is to become.")
@@ -144,16 +150,21 @@ def _with_fp8(tensors: Tensors) -> Tensors:
     return converted
 
 
-def _rules(module: AsymmDiT | AsymmVAE):
-    if isinstance(module, AsymmDiT):
-        return transformer_rules(module.config.depth)
-    if module.encoder is None or module.decoder is None:
+def _to_diffusers(tensors: Tensors, model: Blueprint) -> Tensors:
+    config = model.config
+    if isinstance(config, T5EncoderConfig):
+        return tensors
+    if isinstance(config, AsymmDiTConfig):
+        return to_diffusers(tensors, transformer_rules(config.depth))
+    if not (has_encoder(tensors) and has_decoder(tensors)):
         raise ValueError("diffusers' autoencoder needs both halves; name the encoder's and the decoder's file.")
-    return autoencoder_rules(module.config.encoder_blocks, module.config.decoder_blocks)
+    return to_diffusers(tensors, autoencoder_rules(config.encoder_blocks, config.decoder_blocks))
 
 
-def _diffusers_config(module: AsymmDiT | AsymmVAE) -> dict[str, Any]:
-    config = module.config
+def _config_entries(model: Blueprint) -> dict[str, Any]:
+    config = model.config
+    if isinstance(config, T5EncoderConfig):
+        return {"architectures": ["T5EncoderModel"], "model_type": "t5", **hugging_face_entries(config)}
     return _dit_entries(config) if isinstance(config, AsymmDiTConfig) else _vae_entries(config)
 
 

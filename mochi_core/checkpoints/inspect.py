@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..config import AsymmDiTConfig, AsymmVAEConfig
+from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
 from .detect import blaming, describe, find_part, parts_of
-from .loading import EMPTY, misfits
+from .loading import blueprint, misfits
 from .reader import Tensors, open_tensors
 
 SHOWN_NAMES, SHOWN_LETTERS = 20, 200
@@ -37,13 +37,11 @@ def _inspect_part(tensors: Tensors, part: str, file_name: str) -> dict[str, Any]
     """Configuration and what does not fit it; or the reason why there is none."""
     try:
         found = find_part(tensors, part, file_name)
-        if part == "t5":
-            return {"tensors": len(found)}
-        module = EMPTY[part](found)
+        model = blueprint(part, found)
     except ValueError as error:
         return {"problem": str(error)}
-    released = module.config in (AsymmDiTConfig(), AsymmVAEConfig())
-    return {"released_sizes": released, "config": asdict(module.config), **misfits(module, found)}
+    released = model.config in (AsymmDiTConfig(), AsymmVAEConfig(), T5EncoderConfig())
+    return {"released_sizes": released, "config": asdict(model.config), **misfits(model.parameters, found)}
 
 
 def _stored(tensors: Tensors) -> dict[str, dict[str, int]]:
@@ -71,8 +69,6 @@ def render(report: dict[str, Any]) -> str:
 def _render_part(part: str, found: dict[str, Any]) -> list[str]:
     if "problem" in found:
         return [part, f"  {found['problem']}"]
-    if "config" not in found:
-        return [part, f"  {found['tensors']} tensors"]
     lines = [part + (", sizes of the released model" if found["released_sizes"] else "")]
     lines += [f"  {key} = {value}" for key, value in found["config"].items()]
     complete = not any(found[kind] for kind in ("missing", "unexpected", "misshapen"))

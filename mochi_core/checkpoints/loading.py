@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
 from ..dit import AsymmDiT
 from ..quantized import QuantizedLinear, QuantizedWeight
 from ..vae import AsymmVAE
 from .detect import blaming, dit_config, file_label, has_decoder, has_encoder, open_part, vae_config
 from .quantization import quantize_large
 from .reader import Tensors
+from .t5 import t5_config, t5_shapes
 
 EXAMPLES = 6
 # The first bit pattern, without its sign, that is no finite number.
@@ -77,6 +80,25 @@ def empty_vae(tensors: Tensors, dtype: torch.dtype | None = None) -> AsymmVAE:
 EMPTY: dict[str, Callable[..., AsymmDiT | AsymmVAE]] = {"transformer": empty_transformer, "vae": empty_vae}
 
 
+@dataclass(frozen=True)
+class Blueprint:
+    """A model of the sizes of a file's tensors."""
+
+    config: AsymmDiTConfig | AsymmVAEConfig | T5EncoderConfig
+    parameters: dict[str, Tensor]
+    """All that it consists of, on the meta device."""
+
+
+def blueprint(part: str, tensors: Tensors, dtype: torch.dtype | None = None) -> Blueprint:
+    """Of "transformer", "vae" or "t5"; ValueError if the canonical tensors do not tell its sizes."""
+    if part == "t5":
+        config = t5_config(tensors)
+        shapes = t5_shapes(config)
+        return Blueprint(config, {n: torch.empty(shapes[n], dtype=dtype, device="meta") for n in shapes})
+    module = EMPTY[part](tensors, dtype)
+    return Blueprint(module.config, dict(module.named_parameters()))
+
+
 def joined(parts: Sequence[Tensors], file_name: str) -> Tensors:
     """The tensors of several files together; ValueError if two bring the same."""
     tensors: Tensors = {}
@@ -112,16 +134,21 @@ def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch
 
 def check_tensors(module: nn.Module, tensors: Tensors, file_name: str) -> None:
     """Raise one ValueError that names every kind of misfit between the parameters of `module` and `tensors`."""
-    problems = [_listed(kind, names) for kind, names in misfits(module, tensors).items() if names]
+    check_parameters(dict(module.named_parameters()), tensors, file_name)
+
+
+def check_parameters(parameters: Mapping[str, Tensor], tensors: Tensors, file_name: str) -> None:
+    """The same of parameters by name."""
+    problems = [_listed(kind, names) for kind, names in misfits(parameters, tensors).items() if names]
     if problems:
         raise ValueError(
             f"{file_name} does not fit the model: {'; '.join(problems)}. Download it again or use another file."
         )
 
 
-def misfits(module: nn.Module, tensors: Tensors) -> dict[str, list[str]]:
+def misfits(parameters: Mapping[str, Tensor], tensors: Tensors) -> dict[str, list[str]]:
     """Names of tensors that are missing, unexpected or misshapen."""
-    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return {
         "missing": sorted(name for name in expected if name not in tensors),
         "unexpected": sorted(name for name in tensors if name not in expected),

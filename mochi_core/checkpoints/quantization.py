@@ -29,7 +29,7 @@ STORED_AS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e
 GGML_FORMAT = "ggml_"
 MAX_NOTE_BYTES = 4096
 SCALES, INPUT_SCALES = ("weight_scale", "scale_weight"), ("input_scale", "scale_input")
-LARGE = re.compile(r"blocks\..*\.weight")
+LARGE = re.compile(r"blocks\..*\.weight|encoder\.block\..*\.(q|k|v|o|wi_0|wi_1|wo)\.weight")
 
 
 def resolve(tensors: Tensors) -> Tensors:
@@ -42,13 +42,12 @@ def resolve(tensors: Tensors) -> Tensors:
     exact = tuple(name.removesuffix("scaled_fp8") for name, marker in markers.items() if marker.shape == (2,))
     resolved = {name: tensor for name, tensor in tensors.items() if name not in markers}
     for name, tensor in tensors.items():
-        if len(tensor.shape) != 2:
-            continue
-        if (match := GGML_WEIGHT.fullmatch(name)) and _holds_blocks(tensor, match[2]):
+        is_matrix, is_weight = len(tensor.shape) == 2, name.endswith(".weight")
+        if is_matrix and (match := GGML_WEIGHT.fullmatch(name)) and _holds_blocks(tensor, match[2]):
             resolved[match[1] + "weight"] = ggml_weight(resolved.pop(name), match[2])
-        elif name.endswith(".weight") and tensor.dtype == torch.uint8:
+        elif is_matrix and is_weight and tensor.dtype == torch.uint8:
             _resolve_blocks(resolved, name.removesuffix("weight"))
-        elif name.endswith(".weight") and tensor.dtype in STORED_AS.values():
+        elif is_weight and len(tensor.shape) > 1 and tensor.dtype in STORED_AS.values():
             _resolve_scaled(resolved, name.removesuffix("weight"), exact_product=bool(exact) and name.startswith(exact))
     return resolved
 
@@ -61,7 +60,7 @@ def ggml_weight(stored: StoredTensor, block_type: str) -> StoredTensor:
 
 
 def is_large(name: str, tensor: StoredTensor | Tensor) -> bool:
-    """Whether it is a matrix of the blocks; nothing else is ever quantised here."""
+    """Whether it is a matrix of the blocks of a transformer or of T5; nothing else is ever quantised here."""
     return LARGE.fullmatch(name) is not None and len(tensor.shape) == 2
 
 
@@ -122,8 +121,8 @@ def _resolve_scaled(tensors: Tensors, layer: str, *, exact_product: bool) -> Non
     def read() -> QuantizedWeight:
         return QuantizedWeight(
             values.read(),
-            None if scale is None else _read_scale(scale),
-            input_scale=None if input_scale is None else _read_scale(input_scale),
+            None if scale is None else _read_scale(scale, len(values.shape)),
+            input_scale=None if input_scale is None else _read_scale(input_scale, len(values.shape)),
             exact_product=exact_product,
         )
 
@@ -134,9 +133,9 @@ def _count(scale: StoredTensor | None) -> int:
     return 1 if scale is None else math.prod(scale.shape)
 
 
-def _read_scale(scale: StoredTensor) -> Tensor:
-    """One float32 number, or (rows, 1)."""
-    return scale.read().float().reshape(() if _count(scale) == 1 else (-1, 1))
+def _read_scale(scale: StoredTensor, axes: int) -> Tensor:
+    """One float32 number, or (rows, 1), with more ones for the kernels of convolutions."""
+    return scale.read().float().reshape(() if _count(scale) == 1 else (-1, *(1,) * (axes - 1)))
 
 
 def _first(tensors: Tensors, layer: str, leaves: tuple[str, ...]) -> StoredTensor | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ...mochi_core import AsymmDiT, AsymmDiTConfig
 from ...mochi_core.checkpoints import blaming, check_tensors, empty_transformer, is_large, quantize_large
 from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.dit import run_block
-from .quantized import host_weights, is_quantized, quantized_operations, read_part
+from .quantized import by_layer, host_weights, is_quantized, quantized_operations, read_part
 
 COMPUTE_DTYPES = [torch.bfloat16, torch.float32]
 
@@ -156,22 +155,11 @@ def _build(config: AsymmDiTConfig, tensors: Tensors, dtype: torch.dtype | None, 
 
 
 def _load_weights(network: HostAsymmDiT, tensors: Tensors, module: AsymmDiT, *, assign: bool) -> None:
-    """Block by block: what a conversion makes is copied or kept before the next block's is made, so it is never there twice.
-
-    With `assign`, tensors that need no conversion stay a map of the file.
-    """
-    weights = {name: tensor for name, tensor in tensors.items() if "." in name}
+    """Layer by layer. With `assign`, tensors that need no conversion stay a map of the file."""
     network.pos_frequencies.data.copy_(tensors["pos_frequencies"].read())
-    for child, names in groupby(sorted(weights, key=_unit), key=_unit):
-        part = {name.removeprefix(child + "."): weights[name] for name in names}
-        state = host_weights(part, module.get_submodule(child))
-        network.get_submodule(child).load_state_dict(state, assign=assign)
-
-
-def _unit(name: str) -> str:
-    """`blocks.3` of `blocks.3.mod_x.weight`; `x_embedder` of `x_embedder.proj.weight`."""
-    parts = name.split(".")
-    return ".".join(parts[: 2 if parts[0] == "blocks" else 1])
+    for layer, part in by_layer({name: tensor for name, tensor in tensors.items() if "." in name}):
+        state = {name.removeprefix(layer + "."): value for name, value in host_weights(part, module).items()}
+        network.get_submodule(layer).load_state_dict(state, assign=assign)
 
 
 def _stored_dtype(tensors: Tensors, supported: list[torch.dtype]) -> torch.dtype:

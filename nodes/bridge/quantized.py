@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import comfy.memory_management
@@ -90,6 +92,19 @@ def _finite(tensor: StoredTensor, name: str, file_name: str) -> StoredTensor:
         return read_and_check
 
     return replace(tensor, read=finite(tensor.read), quantized=tensor.quantized and finite(tensor.quantized))
+
+
+def by_layer(tensors: Tensors) -> Iterator[tuple[str, Tensors]]:
+    """One layer after the other: its name, and its tensors under their full names.
+
+    What a conversion makes is then copied or kept before the next layer's is made, so it is never there twice.
+    """
+    for layer, names in groupby(sorted(tensors, key=_owner), key=_owner):
+        yield layer, {name: tensors[name] for name in names}
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def is_quantized(tensors: Tensors) -> bool:

@@ -17,7 +17,8 @@ import torch
 
 from ...mochi_core.checkpoints import blaming, check_tensors
 from ...mochi_core.checkpoints.reader import Tensors
-from ...mochi_core.text_encoder import MAX_TOKENS, t5_config
+from ...mochi_core.checkpoints.t5 import hugging_face_entries, t5_config
+from ...mochi_core.text_encoder import MAX_TOKENS
 from .quantized import host_weights, is_quantized, quantized_operations, read_part
 
 TOKENS_KEY = "t5xxl"
@@ -76,10 +77,8 @@ def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "defaul
 
 def host_config(tensors: Tensors) -> dict:
     """The sizes of a T5 v1.1 encoder in the words of the host's T5."""
-    sizes = t5_config(tensors).to_dict()
-    keys = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
     fixed = {"dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True, "model_type": "t5"}
-    return {**{key: sizes[key] for key in keys}, **fixed}
+    return {**hugging_face_entries(t5_config(tensors)), **fixed}
 
 
 def _stored_dtype(tensors: Tensors) -> torch.dtype:

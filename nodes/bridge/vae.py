@@ -18,7 +18,7 @@ from ...mochi_core import AsymmVAE
 from ...mochi_core.checkpoints import blaming, check_tensors, empty_vae, joined
 from ...mochi_core.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
 from ...mochi_core.streaming import Layer
-from .quantized import read_part
+from .quantized import by_layer, read_part
 
 WORKING_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # In latents; the host's own autoencoder needs tiles to fit at all, and generous ones to hide their seams.
@@ -152,8 +152,9 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
     )
     mm.archive_model_dtypes(module)
     vae = HostVAE(module.eval().requires_grad_(False), device)
-    weights = {key: tensor.read() for key, tensor in tensors.items()}
-    module.load_state_dict(weights, assign=vae.patcher.is_dynamic())
+    for layer, part in by_layer(tensors):
+        state = {key.removeprefix(layer + "."): tensor.read() for key, tensor in part.items()}
+        module.get_submodule(layer).load_state_dict(state, assign=vae.patcher.is_dynamic())
     return vae
 
 

@@ -1,7 +1,11 @@
 """Bad files in a real server: one sentence each, nothing stays open, and the server goes on working."""
 
+import json
 import os
 import pickle
+import re
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,12 @@ GOOD = {
     "diffusion_models": "mochi_preview_bf16.safetensors",
     "vae": "mochi_vae.safetensors",
     "text_encoders": "t5xxl_fp16.safetensors",
+}
+
+KINDS = {
+    "diffusion_models": "a Mochi transformer",
+    "vae": "a Mochi autoencoder",
+    "text_encoders": "a T5 text encoder",
 }
 
 
@@ -50,21 +60,61 @@ def still_open(server):
     return [line for line in [*opened, *(process / "maps").read_text().splitlines()] if "bad." in line]
 
 
-def test_bad_files_of_every_kind_in_every_loader(comfy_client, comfy_server, refusal):
-    for folder in PLACES:
-        for case in ("empty", "Git LFS pointer", "web page", "cut in the data", "overlap", "duplicate name"):
-            content, phrase = BAD[case]
-            assert phrase in refusal(folder, lambda path, content=content: path.write_bytes(content))
-        for kind in ("a FLUX transformer", "a Wan transformer", "an image autoencoder"):
-            tensors = {name: torch.zeros(2, 2) for name in OTHERS[kind]}
-            assert f"holds {kind}" in refusal(folder, lambda path, tensors=tensors: save_file(tensors, path))
-        good = load_file(comfy_server.base / "models" / folder / GOOD[folder])
-        name = sorted(name for name in good if name.endswith("weight"))[5]
-        nan = {**good, name: torch.full_like(good[name], torch.nan)}
-        message = refusal(folder, lambda path, nan=nan: save_file(nan, path))
+@pytest.mark.parametrize("folder", PLACES)
+def test_bad_bytes_other_models_and_no_numbers(comfy_client, comfy_server, refusal, folder):
+    """Everything in the transformer's loader; the other two read files in the same way, and get some of it."""
+    everything = folder == "diffusion_models"
+    for case in BAD if everything else ("empty", "Git LFS pointer", "cut in the data", "overlap", "duplicate name"):
+        content, phrase = BAD[case]
+        message = refusal(folder, lambda path, content=content: path.write_bytes(content))
+        assert re.search(phrase, message), message
+    strangers = {kind: {name: torch.zeros(2, 2) for name in names} for kind, names in OTHERS.items()}
+    own = {kind: load_file(comfy_server.base / "models" / place / GOOD[place]) for place, kind in KINDS.items()}
+    wrong = strangers | own if everything else dict(list(strangers.items())[:2])
+    for kind, tensors in wrong.items():
+        if kind != KINDS[folder]:
+            message = refusal(folder, lambda path, tensors=tensors: save_file(tensors, path))
+            assert f"holds {kind}" in message
+    good = own[KINDS[folder]]
+    name = sorted(name for name in good if name.endswith("weight"))[5]
+    for value in (torch.nan, torch.inf) if everything else (torch.nan,):
+        broken = {**good, name: torch.full_like(good[name], value)}
+        message = refusal(folder, lambda path, broken=broken: save_file(broken, path))
         assert f"holds NaN or infinite values in {name}" in message
     assert_healthy(comfy_client)  # and the server forgets the last error
     assert not still_open(comfy_server)
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"), [("gone.safetensors", "is missing"), ("../vae/mochi_vae.safetensors", "outside its folder")]
+)
+def test_indices_of_shards_that_are_not_there(comfy_client, refusal, shard, message):
+    index = json.dumps({"weight_map": {"t5_yproj.weight": shard}})
+    name = "bad.safetensors.index.json"
+    assert message in refusal("diffusion_models", lambda path: path.write_text(index), name)
+    assert_healthy(comfy_client)
+
+
+def test_a_file_that_changes_while_it_loads(comfy_client, comfy_server, refusal):
+    """Its date does; one that became shorter could not be told from here at the right moment."""
+    good = comfy_server.base / "models" / "diffusion_models" / GOOD["diffusion_models"]
+    done = threading.Event()
+
+    def keep_changing(path):
+        with suppress(FileNotFoundError):  # the end of it
+            while not done.wait(0.002):
+                os.utime(path)
+
+    def write(path):
+        path.write_bytes(good.read_bytes())
+        threading.Thread(target=keep_changing, args=(path,), daemon=True).start()
+
+    try:
+        message = refusal("diffusion_models", write)
+    finally:
+        done.set()
+    assert "bad.safetensors changed while it was loaded; load it again when it is complete." in message
+    assert_healthy(comfy_client)
 
 
 class Trap:

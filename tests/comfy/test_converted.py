@@ -1,8 +1,6 @@
 """Files that `convert` writes, in ComfyUI's own loaders, in a process of ComfyUI's."""
 
 import json
-import subprocess
-import sys
 
 import torch
 
@@ -11,18 +9,13 @@ from mochi_core.checkpoints.convert import plan_conversion
 from mochi_core.checkpoints.reader import NOTE
 from mochi_core.checkpoints.writer import layout
 from tests.core.test_convert import write_sparse
+from tests.harness.comfy_process import run_in_comfyui
 
 SCRIPT = """
-import json, sys
-comfyui, path = sys.argv[1:]
-sys.argv = sys.argv[:1]
-sys.path.insert(0, comfyui)
-from comfy.cli_args import args
-args.cpu = True
-import comfy.sd
+import json
 from comfy.quant_ops import QuantizedTensor
 
-network = comfy.sd.load_diffusion_model(path).model.diffusion_model
+network = comfy.sd.load_diffusion_model(*arguments).model.diffusion_model
 quantized = [name for name, p in network.named_parameters() if isinstance(p.data, QuantizedTensor)]
 print(json.dumps([type(network).__name__, len(network.blocks), quantized]))
 """
@@ -48,9 +41,7 @@ def write_full_size_fp8(folder):
 def test_comfyuis_own_loader_takes_a_full_size_fp8_file(comfy_path, tmp_path):
     path, quantized = write_full_size_fp8(tmp_path)
     assert 10.0e9 < path.stat().st_size < 10.5e9
-    command = [sys.executable, "-c", SCRIPT, str(comfy_path), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_in_comfyui(comfy_path, SCRIPT, path)
     kind, depth, theirs = json.loads(done.stdout.splitlines()[-1])
     assert (kind, depth) == ("AsymmDiTJoint", 48)
     assert set(theirs) == quantized

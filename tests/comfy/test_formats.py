@@ -3,36 +3,32 @@
 One process loads all files; the tests compare what it wrote down.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mochi_core import load_text_encoder, load_transformer
-from tests.core.test_formats import FORMATS, T5_FORMS, WIDE, file_name, relative_error, shallow_t5, velocity
-from tests.harness.tiny_models import random_dit
+from mochi_core import load_text_encoder, load_transformer, load_vae
+from tests.core.test_formats import (
+    FORMATS,
+    T5_FORMS,
+    VAE_FORMS,
+    WIDE,
+    file_name,
+    passes,
+    relative_error,
+    shallow_t5,
+    velocity,
+)
+from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.tiny_models import random_dit, random_vae
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = '''
-import importlib.util, json, sys
-comfyui, root, folder = sys.argv[1:]
-sys.argv = sys.argv[:1]
-sys.path.insert(0, comfyui)
-from comfy.cli_args import args
-args.cpu = True
-import comfy.model_management, comfy.utils, torch
+import comfy.model_management
 from pathlib import Path
-from safetensors.torch import load_file, save_file
-
-spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
-sys.modules["pack"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["pack"])
 from pack.nodes.bridge.model import load_model
 from pack.nodes.bridge.quantized import read_part
 from pack.nodes.bridge.text import encode_prompt, load_clip
+from pack.nodes.bridge.vae import load_vae
 
 def velocity(patcher, resident=None):
     """With `resident` bytes allowed on the device, the rest is cast and patched layer by layer, as on a small card."""
@@ -53,7 +49,7 @@ def matrices(patcher):
 def same(weights, others):
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(weights, others, strict=True))
 
-folder, results = Path(folder), {}
+folder, results = Path(*arguments), {}
 lora = load_file(folder / "lora.safetensors")
 for path in sorted(folder.glob("dit/*")):
     patcher = load_model(str(path))
@@ -75,6 +71,12 @@ for kind in ("fp8", "int8", "q4_0"):
     results[f"{kind}/velocity"] = velocity(patcher)
 for path in sorted(folder.glob("t5/*")):
     results[f"{path.stem}/text"] = encode_prompt(load_clip(str(path)), "a red kite")[0][0]
+generator = torch.Generator().manual_seed(0)
+latents, video = (torch.randn(s, generator=generator) for s in ((1, 12, 2, 2, 4), (1, 3, 7, 16, 16)))
+for path in sorted(folder.glob("vae/*")):
+    vae = load_vae([str(path)], torch.float32).first_stage_model
+    results[f"{path.stem}/decoded"] = vae.decode(latents)
+    results[f"{path.stem}/encoded"] = vae.encode(video / 4 + 0.5, torch.device("cpu"))  # it takes pixels from 0 to 1
 changing = folder / "changing.safetensors"
 changing.write_bytes((folder / "plain.safetensors").read_bytes())
 tensors = read_part(str(changing), "transformer")
@@ -90,8 +92,9 @@ save_file({name: t.clone().contiguous() for name, t in results.items()}, folder 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, comfy_path):
     folder = tmp_path_factory.mktemp("formats")
-    dit, t5, generator = random_dit(WIDE).state_dict(), shallow_t5(), torch.Generator().manual_seed(5)
-    for kind, forms, tensors in (("dit", FORMATS, dit), ("t5", T5_FORMS, t5)):
+    dit, generator = random_dit(WIDE).state_dict(), torch.Generator().manual_seed(5)
+    parts = {"dit": (FORMATS, dit), "t5": (T5_FORMS, shallow_t5()), "vae": (VAE_FORMS, random_vae().state_dict())}
+    for kind, (forms, tensors) in parts.items():
         (folder / kind).mkdir()
         (folder / f"{kind} meaning").mkdir()
         for form, write in forms.items():
@@ -101,10 +104,7 @@ def folder(tmp_path_factory, comfy_path):
     down, up = torch.randn(4, 256, generator=generator), torch.randn(768, 4, generator=generator) * 0.02
     name = "diffusion_model.blocks.0.attn.qkv_x"
     save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, folder / "lora.safetensors")
-    command = [sys.executable, "-c", SCRIPT, str(comfy_path), str(ROOT), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "log.txt").write_text(done.stderr)
+    (folder / "log.txt").write_text(run_in_comfyui(comfy_path, SCRIPT, folder).stderr)
     return folder
 
 
@@ -168,6 +168,13 @@ def test_text_encoder_computes_what_the_file_means(folder, results, comfy_path, 
     )
     embeds, mask = meaning.encode("a red kite")
     assert relative_error(results[f"{form}/text"][mask], embeds[mask]) < 1e-4
+
+
+@pytest.mark.parametrize("form", VAE_FORMS)
+def test_autoencoder_computes_what_the_file_means(folder, results, form):
+    video, latents = passes(load_vae(folder / "vae meaning" / f"{form}.safetensors"))
+    assert relative_error(results[f"{form}/decoded"], video) < 1e-5
+    assert relative_error(results[f"{form}/encoded"], latents) < 1e-4
 
 
 def test_a_file_that_changes_while_it_loads(results):

@@ -1,9 +1,6 @@
 """Load Mochi LoRA in a real ComfyUI server, against checkpoints merged by hand and beside the host's own LoRA nodes."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +19,7 @@ from tests.comfy.test_server import (  # noqa: F401 - a fixture among them
     upto_sampler,
     with_defaults,
 )
+from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.lora_files import (
     ALPHA,
     ATTENTION,
@@ -35,7 +33,6 @@ from tests.harness.lora_files import (
 from tests.harness.tiny_models import random_dit
 from tests.peers.builders import relative_error
 
-ROOT = Path(__file__).parents[2]
 GENMO_NOTES = {"kwargs": {"qkv_proj_lora_alpha": ALPHA, "out_proj_lora_alpha": ALPHA}}
 PEFT_NOTES = {"lora_adapter_metadata": {"transformer.r": RANK, "transformer.lora_alpha": ALPHA}}
 own_weights = AsymmDiT.state_dict
@@ -198,18 +195,9 @@ def test_names_without_a_place_are_logged(comfy_client, comfy_server, dit):
 
 
 SCRIPT = """
-import importlib.util, json, sys
-comfyui, root, model, lora, released_lora, result = sys.argv[1:]
-sys.argv = sys.argv[:1]
-sys.path.insert(0, comfyui)
-from comfy.cli_args import args
-args.cpu = True
-import comfy.model_detection, comfy.model_patcher, torch
-from safetensors.torch import save_file
-
-spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
-sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(pack)
+import json
+import comfy.model_detection, comfy.model_patcher
+model, lora, released_lora, result = arguments
 from pack.nodes.bridge.lora import add_lora
 from pack.nodes.bridge.model import load_model
 
@@ -252,9 +240,7 @@ def test_weight_streaming_and_the_stock_loaders_model(comfy_path, dit, tmp_path)
     write_adapter(lora, adapter, "comfyui", alpha=ALPHA)
     released = random_adapter(diffusers_weights(AsymmDiT(device="meta")), "0.attn1.to_k", "47.norm1_context.linear_1")
     released_lora = write_adapter(tmp_path / "released.safetensors", released, "diffusers")
-    arguments = [str(path) for path in (comfy_path, ROOT, model, lora, released_lora, result)]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_in_comfyui(comfy_path, SCRIPT, model, lora, released_lora, result)
     streamed, expected = load_file(result), merged(weights, adapter, ALPHA / RANK, 0.8)
     assert streamed.keys() == {f"{host}{layer}.weight" for layer in adapter for host in ("", "host/")}
     for layer in adapter:

@@ -1,59 +1,70 @@
-"""T5 Encode on ComfyUI's own Mochi CLIP, in a process of its own: only code can make that one small."""
+"""T5 in ComfyUI's own Mochi CLIP, in a process of its own: only code can make that one small."""
 
-import subprocess
-import sys
-from pathlib import Path
+import json
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mochi_core.__main__ import main
+from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.tiny_models import T5_HEADS, TEXT_WIDTH, random_t5
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
-import importlib.util, sys
-comfyui, root, weights, result = sys.argv[1:]
-sys.argv = sys.argv[:1]
-sys.path.insert(0, comfyui)
-from comfy.cli_args import args
-args.cpu = True
-import comfy.sd, comfy.text_encoders.genmo, comfy.utils, torch
-from comfy.supported_models_base import ClipTarget
-from safetensors.torch import save_file
-
-spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
-sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(pack)
+import json
 from pack.nodes.bridge.text import encode_prompt, load_clip
 
-config = {"d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": 2 * WIDTH, "num_heads": HEADS}
-target = ClipTarget(comfy.text_encoders.genmo.MochiT5Tokenizer, comfy.text_encoders.genmo.mochi_te(torch.float16))
-options = {"t5xxl_model_config": config}
-stock = comfy.sd.CLIP(target, state_dict=[comfy.utils.load_torch_file(weights)], model_options=options)
+*paths, config, result = arguments
+options = {"t5xxl_model_config": json.loads(config)}
+comfy.sd.detect_te_model = lambda _: comfy.sd.TEModel.T5_XXL  # it knows the encoder by the width of its MLPs
 long = " ".join(f"w{i}" for i in range(200))
 out = {}
-for name, clip in (("stock", stock), ("ours", load_clip(weights))):
-    for kind, prompt in (("text", "a (blue:1.5) kite"), ("empty", ""), ("long", long)):
-        (embeds, extra), = encode_prompt(clip, prompt)
-        out[f"{name} {kind}"], out[f"{name} {kind} mask"] = embeds.contiguous(), extra["attention_mask"].contiguous()
+for i, path in enumerate(paths):
+    stock = comfy.sd.load_clip([path], clip_type=comfy.sd.CLIPType.MOCHI, model_options=options)
+    for name, clip in (("stock", stock), ("ours", load_clip(path))):
+        for kind, prompt in (("text", "a (blue:1.5) kite"), ("empty", ""), ("long", long))[:1 if i else 3]:
+            (embeds, extra), = encode_prompt(clip, prompt)
+            out[f"{i} {name} {kind}"] = embeds.contiguous()
+            out[f"{i} {name} {kind} mask"] = extra["attention_mask"].contiguous()
 save_file(out, result)
 """
+CONVERTED = ("fp32", "fp8_scaled")
 
 
-def test_stock_clip_and_ours_condition_alike(comfy_path, tmp_path):
-    weights, result = tmp_path / "t5.safetensors", tmp_path / "out.safetensors"
-    save_file({name: tensor.half() for name, tensor in random_t5().items()}, weights)
-    code = SCRIPT.replace("WIDTH", str(TEXT_WIDTH)).replace("HEADS", str(T5_HEADS))
-    command = [sys.executable, "-c", code, str(comfy_path), str(ROOT), str(weights), str(result)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Mochi reads 256; cut off" in done.stdout + done.stderr
-    out = load_file(result)
+@pytest.fixture(scope="module")
+def done(comfy_path, tmp_path_factory):
+    """A file as people have it, and what `convert` makes of it; the log, and all conditioning."""
+    folder = tmp_path_factory.mktemp("t5")
+    source, result = folder / "t5.safetensors", folder / "out.safetensors"
+    tensors = {name: tensor.half() for name, tensor in random_t5().items()}
+    save_file({**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"].clone()}, source)
+    converted = [folder / f"{dtype}.safetensors" for dtype in CONVERTED]
+    for path in converted:
+        assert main(["convert", str(source), str(path), "--to", "canonical", "--dtype", path.stem]) == 0
+    config = {"d_model": TEXT_WIDTH, "d_kv": TEXT_WIDTH // T5_HEADS, "d_ff": 2 * TEXT_WIDTH, "num_heads": T5_HEADS}
+    run = run_in_comfyui(comfy_path, SCRIPT, source, *converted, json.dumps(config), result)
+    return run.stdout + run.stderr, load_file(result)
+
+
+def test_stock_clip_and_ours_condition_alike(done):
+    log, out = done
+    assert "Mochi reads 256; cut off" in log
     for kind, valid in (("text", None), ("empty", 0), ("long", 256)):
-        ours, theirs = out[f"ours {kind}"], out[f"stock {kind}"]
+        ours, theirs = out[f"0 ours {kind}"], out[f"0 stock {kind}"]
         assert ours.shape == (1, 256, TEXT_WIDTH)
         torch.testing.assert_close(ours, theirs)
-        assert torch.equal(out[f"ours {kind} mask"], out[f"stock {kind} mask"])
+        assert torch.equal(out[f"0 ours {kind} mask"], out[f"0 stock {kind} mask"])
         if valid is not None:
-            assert out[f"ours {kind} mask"].sum() == valid
-    assert not out["ours empty"].any()
+            assert out[f"0 ours {kind} mask"].sum() == valid
+    assert not out["0 ours empty"].any()
+
+
+@pytest.mark.parametrize("dtype", CONVERTED)
+def test_stock_clip_loads_what_convert_writes(done, dtype):
+    log, out = done
+    number = CONVERTED.index(dtype) + 1
+    torch.testing.assert_close(out[f"{number} ours text"], out[f"{number} stock text"])
+    # Float32 holds all that the file held.
+    assert torch.equal(out[f"{number} stock text"], out["0 stock text"]) == (dtype == "fp32")
+    assert "missing" not in log.replace("clip missing: ['logit_scale']", "")
+    assert "unexpected" not in log

@@ -16,8 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.harness.k_types import K_QUANTIZERS
+
 Tensors = dict[str, Tensor]
 LARGE = re.compile(r"(blocks|transformer_blocks|encoder\.block)\..*\.weight")
+AUTOENCODER = re.compile(r"(encoder\.layers|decoder\.blocks)\..*\.weight")
 # Where the float16 numbers lie in a block of each type.
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
@@ -26,7 +29,9 @@ HALVES = {
 
 
 def is_large(name: str, tensor: Tensor) -> bool:
-    """What is quantised in real files: the matrices of the blocks."""
+    """What is quantised in real files: the matrices of the blocks; of an autoencoder the convolutions, too."""
+    if AUTOENCODER.fullmatch(name):
+        return tensor.ndim in (2, 5)
     return bool(LARGE.fullmatch(name)) and tensor.ndim == 2 and "relative" not in name
 
 
@@ -83,7 +88,8 @@ def _scaled(tensors: Tensors, dtype: torch.dtype, scale_name: str) -> tuple[Tens
     stored, expected = {}, {}
     for name, tensor in tensors.items():
         if is_large(name, tensor):
-            magnitude = tensor.abs().amax(1, keepdim=True) if dtype == torch.int8 else tensor.abs().max()
+            rows = tuple(range(1, tensor.ndim))
+            magnitude = tensor.abs().amax(rows, keepdim=True) if dtype == torch.int8 else tensor.abs().max()
             scale = magnitude.float() / (127 if dtype == torch.int8 else torch.finfo(dtype).max)
             scaled = tensor.float() / scale
             stored[name] = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
@@ -138,9 +144,14 @@ def gguf_file(
 
 
 def to_blocks(tensor: Tensor, kind: str) -> tuple[numpy.ndarray, Tensor]:
-    """What a GGUF file stores, and what that means; K types, which no package can write, are random blocks."""
+    """What a GGUF file stores, and what that means; of some K types random blocks."""
     type_ = gguf.GGMLQuantizationType[kind]
-    data = random_blocks(kind, *tensor.shape) if kind.endswith("_K") else gguf.quantize(tensor.float().numpy(), type_)
+    if kind in K_QUANTIZERS:
+        data = K_QUANTIZERS[kind](tensor).numpy()
+    elif kind.endswith("_K"):
+        data = random_blocks(kind, *tensor.shape)
+    else:
+        data = gguf.quantize(tensor.float().numpy(), type_)
     return data, torch.from_numpy(gguf.dequantize(data, type_).copy()).reshape(tensor.shape)
 
 
