@@ -1,4 +1,4 @@
-"""Make a tiny video through ComfyUI's API, or leave the editor open on the same set-up.
+"""Make three tiny videos through ComfyUI's API, or leave the editor open on the same set-up.
 
 Run by `python dev.py demo` and `python dev.py serve`.
 """
@@ -12,45 +12,66 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.harness import trained
 from tests.harness.client import ComfyClient
 from tests.harness.server import ROOT, ComfyServer
-from tests.harness.tiny_models import write_models
 
 BASE = ROOT / ".dev" / "comfyui-data"
 WORKFLOW = ROOT / "workflows" / "api" / "text_to_video.json"
 SMALL = {"width": 96, "height": 64, "num_frames": 25, "steps": 8}
+PROMPTS = (
+    "a red star moving to the right",
+    "A yellow circle falling over a gray background.",
+    "a video of a blue square growing larger",
+)
+# What the tiny model was trained on.
+TRAINED = {"width": 64, "height": 64, "num_frames": 25, "steps": 32}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--serve", action="store_true", help="open the editor instead of making a video")
+    parser.add_argument("--serve", action="store_true", help="open the editor instead of making videos")
     serve = parser.parse_args().serve
-    print("Writing tiny models with random weights ...", flush=True)
-    write_models(BASE / "models")
+    trained.install(BASE / "models")
     print("Starting ComfyUI (10 to 60 seconds) ...", flush=True)
     with ComfyServer(Path(os.environ["COMFYUI_PATH"]), BASE) as server:
         if serve:
             keep_open(server)
         else:
-            make_video(ComfyClient(server.url))
+            make_videos(ComfyClient(server.url))
 
 
 def keep_open(server: ComfyServer) -> None:
-    print(f"The editor is at {server.url}; open the template text_to_video there. Ctrl+C ends it.", flush=True)
+    saved = BASE / "user" / "default" / "workflows" / "tiny_mochi.json"
+    saved.parent.mkdir(parents=True, exist_ok=True)
+    saved.write_text(json.dumps(tiny_workflow()), encoding="utf-8")
+    print(f"The editor is at {server.url}; open the workflow {saved.stem} there. Ctrl+C ends it.", flush=True)
     try:
         server.process.wait()
     except KeyboardInterrupt:
         print("\nStopping.")
 
 
-def make_video(client: ComfyClient) -> None:
-    start = time.monotonic()
-    run = client.run(small_prompt(), on_event=show_progress)
-    if run.outcome != "execution_success":
-        raise SystemExit(f"\nThe run failed: {run.error or run.outcome}; the log is {BASE / 'server.log'}.")
-    file = run.files[0]
-    print(f"\nDone in {time.monotonic() - start:.0f} s: {BASE / 'output' / file['subfolder'] / file['filename']}")
-    print("(The weights are random, so the video is coloured noise; real weights go into ComfyUI's model folders.)")
+def make_videos(client: ComfyClient) -> None:
+    for seed, prompt in enumerate(PROMPTS):
+        print(f"\n“{prompt}”", end="", flush=True)
+        start = time.monotonic()
+        run = client.run(tiny_prompt(prompt, **TRAINED, seed=seed), on_event=show_progress)
+        if run.outcome != "execution_success":
+            raise SystemExit(f"\nThe run failed: {run.error or run.outcome}; the log is {BASE / 'server.log'}.")
+        file = run.files[0]
+        print(f"\nDone in {time.monotonic() - start:.0f} s: {BASE / 'output' / file['subfolder'] / file['filename']}")
+    print("\n(From a model of 22 MB that knows coloured shapes; the real one's files go into ComfyUI's model folders.)")
+
+
+def tiny_prompt(text: str, **inputs: Any) -> dict[str, Any]:
+    """The shipped workflow with the trained tiny model and another prompt; `inputs` go to the sampler."""
+    prompt = small_prompt(**inputs)
+    for node in prompt.values():
+        node["inputs"] |= trained.FILES.get(node["class_type"], {})
+    sampler = next(node for node in prompt.values() if node["class_type"] == "Mochi1Sampler")
+    prompt[sampler["inputs"]["positive"][0]]["inputs"]["prompt"] = text
+    return prompt
 
 
 def small_prompt(**inputs: Any) -> dict[str, Any]:
@@ -59,6 +80,21 @@ def small_prompt(**inputs: Any) -> dict[str, Any]:
     sampler = next(node for node in prompt.values() if node["class_type"] == "Mochi1Sampler")
     sampler["inputs"] |= {**SMALL, "seed": time.time_ns() % 2**32, **inputs}
     return prompt
+
+
+def tiny_workflow() -> dict[str, Any]:
+    """The same, for the editor, where a node's values have no names."""
+    workflow = json.loads((ROOT / "workflows" / "text_to_video.json").read_text(encoding="utf-8"))
+    prompts = iter((PROMPTS[0], ""))
+    for node in workflow["nodes"]:
+        values = node["widgets_values"]
+        if node["type"] == "Mochi1Sampler":
+            values[:4] = TRAINED.values()
+        elif node["type"] == "Mochi1T5Encode":
+            values[0] = next(prompts)
+        elif node["type"] in trained.FILES:
+            (values[0],) = trained.FILES[node["type"]].values()
+    return workflow
 
 
 def show_progress(name: str, data: dict[str, Any]) -> None:

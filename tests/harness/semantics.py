@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mochi_core.train.shapes import BACKGROUNDS, COLORS, NEW_COLORS
+from mochi_core.train.shapes import BACKGROUNDS, COLORS, NEW_COLORS, OUTLINES
 
 PALETTE = {**COLORS, **NEW_COLORS}
 MIN_PIXELS = 12  # of a colour, in a frame of 64 x 64, to count as a shape
@@ -17,11 +17,20 @@ def masks(frames: np.ndarray) -> dict[str, Any]:
 
     `frames` (F, H, W, 3) in [0, 1].
     """
+    nearest = _distances(frames).argmin(-1)
+    return {name: nearest == i for i, name in enumerate(PALETTE)}
+
+
+def stray(frames: np.ndarray) -> float:
+    """How far pixels are from the nearest colour that a clip may have, root mean square: what is no clean picture."""
+    return float(np.sqrt(_distances(frames).min(-1).mean()))
+
+
+def _distances(frames: np.ndarray) -> np.ndarray:
+    """Squared distance of each pixel to the colours of shapes, then to those of backgrounds, (F, H, W, colours)."""
     grounds = [np.array(color) * shade for color in BACKGROUNDS.values() for shade in (1.0, 2 / 3, 1 / 3)]
     references = np.stack([*(np.array(color) for color in PALETTE.values()), *grounds])
-    distances = ((frames[..., None, :] - references) ** 2).sum(-1)
-    nearest = distances.argmin(-1)
-    return {name: nearest == i for i, name in enumerate(PALETTE)}
+    return ((frames[..., None, :] - references) ** 2).sum(-1)
 
 
 def main_color(frames: np.ndarray) -> str | None:
@@ -50,6 +59,22 @@ def direction(frames: np.ndarray, color: str, least: float = 0.08) -> str:
     if abs(down) > abs(right):
         return "down" if down > 0 else "up"
     return "right" if right > 0 else "left"
+
+
+def main_shape(frames: np.ndarray, color: str) -> str | None:
+    """The outline that covers a colour best, in the first, middle and last frame together."""
+    shown = [mask for mask in masks(frames)[color][:: max(1, len(frames) // 2)] if mask.sum() >= MIN_PIXELS]
+    fits = {shape: sum(_overlap(mask, shape) for mask in shown) for shape in OUTLINES}
+    return max(fits, key=lambda shape: fits[shape]) if shown else None
+
+
+def _overlap(mask: np.ndarray, shape: str) -> float:
+    """Intersection over union with the outline, where and as large as it fits best."""
+    height, width = mask.shape
+    y, x = np.mgrid[:height, :width] - _center(mask)[:, None, None]
+    # The centre of the pixels is not that of a triangle.
+    drawn = [OUTLINES[shape](y - down, x, radius) < 0 for radius in np.arange(6.0, 14.0) for down in (-2, 0, 2)]
+    return max((mask & inside).sum() / (mask | inside).sum() for inside in drawn)
 
 
 def _center(mask: np.ndarray) -> np.ndarray:

@@ -1,0 +1,31 @@
+"""The tiny Mochi that comes with the project."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from mochi_core import MochiPipeline, load_text_encoder, load_transformer, load_vae
+from tests.harness.server import ROOT
+
+FOLDER = ROOT / "models"
+TRANSFORMER = FOLDER / "diffusion_models" / "mochi_tiny.safetensors"
+VAE = FOLDER / "vae" / "mochi_tiny_vae.safetensors"
+T5 = FOLDER / "text_encoders" / "t5_tiny.safetensors"
+FILES = {
+    "Mochi1LoadTransformer": {"model_name": TRANSFORMER.name},
+    "Mochi1LoadT5": {"t5_name": T5.name},
+    "Mochi1LoadVAE": {"vae_name": VAE.name},
+}
+"""What the loader nodes of a workflow have to be given."""
+
+
+def install(models_dir: Path) -> None:
+    """Copy the files to where a server looks for them."""
+    shutil.copytree(FOLDER, models_dir, dirs_exist_ok=True)
+
+
+def pipeline(tokenizer: Path) -> MochiPipeline:
+    import torch
+
+    return MochiPipeline(load_transformer(TRANSFORMER, torch.float32), load_vae(VAE), load_text_encoder(T5, tokenizer))

@@ -1,0 +1,84 @@
+"""Whether videos of the trained tiny model show what their prompts say, and whether mistakes would be noticed."""
+
+import numpy as np
+import torch
+
+from mochi_core import MochiPipeline, linear_quadratic_schedule, load_transformer
+from mochi_core.train.shapes import COLORS, MOTIONS, OUTLINES
+from tests.harness import trained
+from tests.harness.semantics import direction, main_color, main_shape, stray
+
+DIRECTIONS = ("left", "right", "up", "down")
+SENTENCES = (
+    "a {} {} {}",
+    "A {} {} {} over a gray background.",
+    "a video of a {} {} {}",
+    "black background, a {} {} {}",
+)
+CASES = [
+    (color, way, SENTENCES[(i + j) % 4].format(color, list(OUTLINES)[(i + j) % 4], MOTIONS[way][(i + j) % 3]))
+    for i, color in enumerate(COLORS)
+    for j, way in enumerate(DIRECTIONS)
+]
+STEPS, SIZE = 24, {"height": 64, "width": 64, "num_frames": 13}
+CLEAN = 0.06  # what `stray` gives at most for a clean picture
+
+
+def videos(pipe, prompts, seed=0, **arguments):
+    """(B, F, H, W, 3) in [0, 1]."""
+    return pipe(prompts, num_inference_steps=STEPS, seed=seed, **{**SIZE, **arguments})
+
+
+def scores(pipe, cases=CASES, seeds=(0, 1), **arguments):
+    """Shares of videos with the right colour and with the right direction of that colour, and how far they are from clean."""
+    colors, ways, dirt = [], [], []
+    for seed in seeds:
+        made = videos(pipe, [prompt for _, _, prompt in cases], seed, **arguments)
+        for frames, (color, way, _) in zip(made, cases, strict=True):
+            colors.append(main_color(frames) == color)
+            ways.append(direction(frames, color) == way)
+            dirt.append(stray(frames))
+    return np.mean(colors), np.mean(ways), np.mean(dirt)
+
+
+def test_colors_and_directions_are_those_of_the_prompts(pipe):
+    colors, ways, dirt = scores(pipe)
+    print(f"right colour in {colors:.0%}, direction in {ways:.0%} of {2 * len(CASES)} videos, {dirt:.3f} astray")
+    assert colors >= 0.9
+    assert ways >= 0.85
+    assert dirt < CLEAN
+
+
+def right_shapes(pipe, **arguments):
+    """Share of videos with the shape that the prompt names."""
+    made = [frames for seed in (0, 1) for frames in videos(pipe, [prompt for *_, prompt in CASES], seed, **arguments)]
+    return np.mean([str(main_shape(f, color)) in prompt for f, (color, _, prompt) in zip(made, 2 * CASES, strict=True)])
+
+
+def test_without_guidance_prompts_are_followed_less(pipe):
+    with_guidance, without = (right_shapes(pipe, guidance_scale=scale) for scale in (4.5, 1.0))
+    print(f"right shape in {with_guidance:.0%} with guidance, in {without:.0%} without")
+    assert without < with_guidance - 0.1
+
+
+def test_an_empty_prompt_has_no_color_of_its_own(pipe):
+    found = {main_color(frames) for seed in range(8) for frames in videos(pipe, "", seed, guidance_scale=1.0)}
+    assert len(found - {None}) >= 3
+
+
+def test_a_flipped_velocity_is_noticed(pipe):
+    dit = load_transformer(trained.TRANSFORMER, torch.float32)
+    for parameter in dit.final_layer.linear.parameters():
+        parameter.neg_()
+    colors, ways, _ = scores(MochiPipeline(dit, pipe.vae, pipe.text_encoder), seeds=(0,))
+    assert colors < 0.5
+    assert ways < 0.5
+
+
+def test_a_shuffled_schedule_is_noticed(pipe):
+    sigmas = linear_quadratic_schedule(STEPS)
+    order = torch.randperm(STEPS - 1, generator=torch.Generator().manual_seed(2)) + 1
+    sigmas[1:-1] = sigmas[order]
+    dirt = scores(pipe, seeds=(0,), sigmas=sigmas)[2]
+    print(f"shuffled schedule: {dirt:.3f} astray")
+    assert dirt > CLEAN

@@ -1,0 +1,71 @@
+"""The trained tiny autoencoder on clips that it has never seen."""
+
+import numpy as np
+import pytest
+import torch
+
+from mochi_core import denormalize_latents, load_vae, normalize_latents
+from mochi_core.decoder import DecoderStage
+from mochi_core.train import tiny_vae
+from mochi_core.train.shapes import draw, random_clip
+from tests.harness import trained
+
+CLIPS = 32
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return load_vae(trained.VAE)
+
+
+@pytest.fixture(scope="module")
+def video():
+    """(32, 3, 13, 64, 64) in [-1, 1]."""
+    scenes = [random_clip(np.random.default_rng([2, seed]))[0] for seed in range(CLIPS)]
+    return tiny_vae.to_video([draw(scene, 13, 64, 64) for scene in scenes])
+
+
+@pytest.fixture(scope="module")
+def latents(vae, video):
+    return vae.encode(video).mode()
+
+
+def psnr(decoded, video):
+    """Of all clips together, in dB."""
+    return 10 * torch.log10(4 / (decoded.clamp(-1, 1) - video).square().mean())
+
+
+def test_held_out_clips_are_reconstructed(vae, video, latents):
+    quality = psnr(vae.decode(latents), video)
+    print(f"{quality:.1f} dB")
+    assert quality >= 28
+
+
+def test_streaming_equals_one_pass(vae, video, latents):
+    one_pass = tiny_vae.decode(vae, latents[:4])
+    torch.testing.assert_close(vae.decode(latents[:4], memory_limit=2**20), one_pass, rtol=0, atol=1e-4)
+    torch.testing.assert_close(tiny_vae.encode(vae, video[:4]).mean, latents[:4], rtol=0, atol=1e-4)
+
+
+def off(latents):
+    """How far the statistics are from 0 and 1, at most."""
+    return max(tiny_vae.channel_means(latents).abs().max(), (tiny_vae.channel_deviations(latents) - 1).abs().max())
+
+
+def test_latents_have_the_statistics_of_mochi(latents):
+    assert off(normalize_latents(latents)) < 0.2
+    assert off(latents) > 0.3  # not scaled at all
+    assert off(denormalize_latents(latents)) > 0.3  # scaled the wrong way
+
+
+def test_dropping_the_wrong_frames_is_noticed(vae, video, latents, monkeypatch):
+    unfold = DecoderStage.unfold
+
+    def drops_the_last(stage, x, cache, plan):
+        x, _ = unfold(stage, x, (), plan)  # as if frames had come before: nothing is dropped
+        return (x[:, :, : x.shape[2] - stage.temporal_expansion + 1] if cache is None else x), ()
+
+    monkeypatch.setattr(DecoderStage, "unfold", drops_the_last)
+    decoded = vae.decode(latents)
+    assert decoded.shape == video.shape
+    assert psnr(decoded, video) < 28 - 3
