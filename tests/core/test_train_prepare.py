@@ -85,6 +85,10 @@ def test_clips_are_made_once_and_the_rest_is_named(videos, models, comfy_path, t
     changed = {path.name for path in output.iterdir() if dates[path.name] != path.stat().st_mtime_ns}
     assert changed == {"good.mp4.safetensors"}
 
+    (videos / "large.mp4").unlink()
+    assert prepare(videos, models, comfy_path, output) == 0
+    assert "large.mp4.safetensors is in" in capsys.readouterr().err
+
 
 def test_frames_are_cropped_in_the_middle_and_resampled(videos):
     frames = read_video(videos / "large.mp4", SIZE)
