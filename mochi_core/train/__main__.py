@@ -72,9 +72,9 @@ def run_training(options: argparse.Namespace, *, full: bool) -> int:
     trainee = (full_trainee if full else lora_trainee)(config, accelerator.device)
     step = train(config, trainee, accelerator, samples)
     if step < config.steps:
-        print(f"Stopped after step {step} of {config.steps}; the same command goes on from there.")
+        accelerator.print(f"Stopped after step {step} of {config.steps}; the same command goes on from there.")
         return 130
-    print(f"{config.steps} steps are done; see {config.output}.")
+    accelerator.print(f"{config.steps} steps are done; see {config.output}.")
     return 0
 
 

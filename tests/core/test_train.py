@@ -1,9 +1,14 @@
 """Training learns, goes on where it was interrupted, and writes files that mean what was trained."""
 
 import csv
+import json
 import math
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +28,7 @@ from tests.harness.training import SHAPES, config, fixed_loss, write_dataset
 from tests.peers.builders import relative_error
 
 INPUTS = inputs([5, 9])
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SIZES = {"qkv_proj_lora_rank": 8, "qkv_proj_lora_alpha": 4, "out_proj_lora_rank": 4, "out_proj_lora_alpha": 6}
 
@@ -187,6 +193,24 @@ def test_accumulated_batches_count_as_one(tmp_path, accelerator):
     assert sum(losses) == pytest.approx(sum(add_gradients(single, i) for i in range(3)) / 3)
     for name, parameter in trainee.parameters.items():
         torch.testing.assert_close(parameter.grad / 3, together[name], rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_train_as_one_with_twice_the_batches(tmp_path, accelerator):
+    alone = config(tmp_path, gradient_accumulation=2)
+    expected = run(alone, accelerator).parameters
+    keys = {"transformer": "dit.safetensors", "dataset": "dataset", "output": "together"}
+    same = ("steps", "warmup_steps", "learning_rate", "batch_size", "dtype")
+    keys |= {name: getattr(alone, name) for name in same}
+    (tmp_path / "c.yaml").write_text(json.dumps(keys), encoding="utf-8")  # JSON is YAML
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "mochi_core.train", "lora", "c.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("6 steps are done; see together.") == 1
+    weights = saved_weights(config(tmp_path, output=str(tmp_path / "together")))
+    for name, parameter in expected.items():
+        torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_learning_rate_warms_up_and_falls_to_nothing(tmp_path):
