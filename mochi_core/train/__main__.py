@@ -71,6 +71,7 @@ def run_training(options: argparse.Namespace, *, full: bool) -> int:
     samples = config.sample and prepare_samples(config.sample, accelerator.device)
     trainee = (full_trainee if full else lora_trainee)(config, accelerator.device)
     step = train(config, trainee, accelerator, samples)
+    accelerator.end_training()
     if step < config.steps:
         accelerator.print(f"Stopped after step {step} of {config.steps}; the same command goes on from there.")
         return 130
