@@ -1,6 +1,6 @@
 """Set up, run and test Mochi Nodes. Needs nothing but Python.
 
-    python dev.py demo                  make a tiny video through a real ComfyUI server
+    python dev.py demo                  make three tiny videos through a real ComfyUI server
     python dev.py serve                 leave the editor open on the same set-up
     python dev.py test [pytest args]    run all the tests
 

@@ -19,7 +19,7 @@ from ..text_encoder import load_text_encoder
 from .config import read_config, read_size
 from .loop import new_accelerator, train
 from .plot import plot
-from .prepare import encode_captions, encode_videos, find_sources, fingerprint
+from .prepare import encode_captions, encode_videos, find_sources, fingerprint, other_clips
 from .samples import prepare_samples
 from .weights import DTYPES, full_trainee, lora_trainee
 
@@ -60,6 +60,10 @@ def prepare(options: argparse.Namespace) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         with tqdm(total=len(sources), initial=len(sources) - len(new), unit="clip") as bar:
             encode_videos(new, features, vae.to(device), size, bar.update)
+    for path in other_clips(options.output, sources):
+        warnings.warn(
+            f"{path.name} is in {options.output}, but not of these videos; delete it if it is old.", stacklevel=1
+        )
     done = sum(source.is_done for source in sources)
     print(f"{done} of {len(sources)} clips are in {options.output}; {len(sources) - len(new)} were there before.")
     return 0 if done else 2
@@ -68,7 +72,7 @@ def prepare(options: argparse.Namespace) -> int:
 def run_training(options: argparse.Namespace, *, full: bool) -> int:
     config = read_config(options.config, full=full)
     accelerator = new_accelerator()
-    samples = config.sample and prepare_samples(config.sample, accelerator.device)
+    samples = config.sample and prepare_samples(config.sample)
     trainee = (full_trainee if full else lora_trainee)(config, accelerator.device)
     step = train(config, trainee, accelerator, samples)
     accelerator.end_training()

@@ -148,6 +148,10 @@ class Config:
     lora: Annotated[LoraKeys, _section(LoraKeys)] = LoraKeys()
     sample: Annotated[SampleKeys | None, _section(SampleKeys)] = None
 
+    def __post_init__(self) -> None:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, but must be fewer than steps, {self.steps}.")
+
 
 LORA_ONLY = ("lora", "quantize")
 

@@ -67,7 +67,8 @@ def train(config: Config, trainee: Trainee, accelerator: Accelerator, samples: S
     optimizer = torch.optim.AdamW(trainee.parameters.values(), weight_decay=config.weight_decay)
     run = Run(config, trainee, clips, optimizer, accelerator)
     config.output.mkdir(parents=True, exist_ok=True)
-    step, is_main = load_state(config.output / STATE, trainee.parameters, optimizer), accelerator.is_main_process
+    settings, is_main = fixed_settings(config, accelerator), accelerator.is_main_process
+    step = load_state(config.output / STATE, trainee.parameters, optimizer, settings)
     with (
         interrupts(accelerator) as interrupted,
         step_log(config.output / LOG, step, enabled=is_main) as log,
@@ -83,12 +84,22 @@ def train(config: Config, trainee: Trainee, accelerator: Accelerator, samples: S
             bar.update()
             last = stop or step == config.steps
             if is_main and (last or step % config.save_every == 0):
-                save_state(config.output / STATE, step, trainee.parameters, optimizer)
+                # In this order: with the state of the last step, there would be nothing left to run that writes it.
                 trainee.write(step_stem(config.output, step))
+                save_state(config.output / STATE, step, trainee.parameters, optimizer, settings)
             if samples is not None and not stop and (last or step % samples.keys.every == 0):
                 make_samples(run, samples, step)
     accelerator.wait_for_everyone()  # until the files are there: a launcher ends the others with the first that ends
     return step
+
+
+def fixed_settings(config: Config, accelerator: Accelerator) -> dict[str, str]:
+    """What must not change when a training goes on."""
+    keys = ("transformer", "quantize", "dtype", "lora", "seed", "batch_size", "gradient_accumulation")
+    return {
+        **{key: str(getattr(config, key)) for key in keys},
+        "the number of processes": str(accelerator.num_processes),
+    }
 
 
 def take_step(run: Run, step: int, rate: float) -> float:

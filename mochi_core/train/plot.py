@@ -25,7 +25,7 @@ def plot(logs: Sequence[Path], image: Path) -> None:
     figure = Figure(figsize=(4 * len(logs), 3), layout="constrained")
     for axes, log in zip(np.atleast_1d(figure.subplots(1, len(logs))), logs, strict=True):
         axes.plot(*averaged(*read_losses(log)))
-        axes.set(title=log.stem, xlabel="step", ylabel="loss", yscale="log")
+        axes.set(title=log.parent.name if log.stem == "log" else log.stem, xlabel="step", ylabel="loss", yscale="log")
     figure.savefig(image, dpi=120)
 
 

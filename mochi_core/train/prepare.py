@@ -79,7 +79,7 @@ def find_sources(videos: Path, dataset: Path, settings: dict[str, Any]) -> list[
 
 def _read_caption(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError):
         return ""
 
@@ -101,7 +101,7 @@ def encode_captions(sources: Sequence[Source], text_encoder: TextEncoder) -> lis
     features = []
     for source in sources:
         embeds, mask = text_encoder.encode(source.caption)
-        features.append(embeds[mask])
+        features.append(embeds[mask].cpu())  # the autoencoder needs the device's memory next
     return features
 
 
@@ -125,6 +125,12 @@ def encode_videos(
             written += 1
         on_clip()
     return written
+
+
+def other_clips(dataset: Path, sources: Sequence[Source]) -> list[Path]:
+    """Clips in a data set that none of these sources has made in its present form; they would be trained on, too."""
+    own = {source.clip for source in sources if source.is_done}
+    return sorted(set(dataset.glob(f"*{SUFFIX}")) - own)
 
 
 def to_model_range(frames: np.ndarray[Any, Any]) -> Tensor:

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..checkpoints import load_vae
 from ..dit import AsymmDiT
 from ..latents import denormalize_latents
@@ -30,11 +28,11 @@ class Samples:
     uncond: Condition
 
 
-def prepare_samples(keys: SampleKeys, device: torch.device) -> Samples:
-    """Load the autoencoder and encode the prompts; the text encoder is let go of at once."""
+def prepare_samples(keys: SampleKeys) -> Samples:
+    """Load the autoencoder and encode the prompts, on the CPU, for they are few; the text encoder is let go of at once."""
     vae = load_vae(keys.vae)
     vae.check_decoder(keys.video_size.latent_shape())
-    text_encoder = load_text_encoder(keys.t5, keys.tokenizer, device=device)
+    text_encoder = load_text_encoder(keys.t5, keys.tokenizer)
     return Samples(keys, vae, [text_encoder.encode(prompt) for prompt in keys.prompts], text_encoder.encode(""))
 
 

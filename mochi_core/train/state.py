@@ -14,32 +14,44 @@ import torch
 LOG_HEAD = ("step", "loss", "learning_rate", "seconds")
 
 
+Parameters = dict[str, torch.nn.Parameter]
+Settings = dict[str, str]
+
+
 def save_state(
-    path: Path, step: int, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    path: Path, step: int, parameters: Parameters, optimizer: torch.optim.Optimizer, settings: Settings
 ) -> None:
     """What is needed to go on; it replaces the older state when it is complete."""
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
     partial = path.with_suffix(".partial")
-    torch.save({"step": step, "weights": weights, "optimizer": optimizer.state_dict()["state"]}, partial)
+    torch.save(
+        {"step": step, "weights": weights, "optimizer": optimizer.state_dict()["state"], "settings": settings}, partial
+    )
     partial.replace(path)
 
 
-def load_state(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+def load_state(path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, settings: Settings) -> int:
     """Put a saved state where it came from, and return its step; 0 if there is none.
 
     Raises:
-        ValueError: it is damaged, or of a training of other parameters.
+        ValueError: it is damaged, or of a training of other parameters or with other settings.
     """
     if not path.exists():
         return 0
     try:
         state = torch.load(path, "cpu", weights_only=True)
-        weights = state["weights"]
+        weights, before = state["weights"], state["settings"]
     except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read; delete it to start from the beginning.") from error
     if {name: value.shape for name, value in weights.items()} != {n: p.shape for n, p in parameters.items()}:
         raise ValueError(
             f"{path} is of a training of other layers or ranks; choose another output, or delete it to start anew."
+        )
+    if changed := [key for key, value in settings.items() if before.get(key) != value]:
+        key = changed[0]
+        raise ValueError(
+            f"{path} is of a training with {key} {before.get(key)}, and now it is {settings[key]}; set it back, choose another "
+            "output, or delete the state to start anew."
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -2,8 +2,8 @@
 
     python -m mochi_core.train.tiny FOLDER --tokenizer ComfyUI/comfy/text_encoders/t5_tokenizer
 
-takes a few hours on two CPU cores; run it again to go on where it stopped. FOLDER gets the weights, laid out as ComfyUI's
-model folders, and a CSV file of the losses for each of the two courses.
+takes one and a half hours on two CPU cores; run it again to go on where it stopped. FOLDER gets the weights, laid out as
+ComfyUI's model folders, and a CSV file of the losses for each of the three courses.
 """
 
 from __future__ import annotations

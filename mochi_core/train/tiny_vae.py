@@ -123,7 +123,7 @@ def standardize(vae: AsymmVAE, video: Tensor) -> None:
     least = int((last[: CONFIG.latent_channels].norm(dim=0) * norm.weight.abs()).argmin())
     norm.weight[least], norm.bias[least] = 0, ONE_BEFORE_SILU
     means, deviations = (f(encode(vae, video).mean) for f in (channel_means, channel_deviations))
-    wanted_means, wanted_deviations = (torch.tensor(values) for values in (LATENTS_MEAN, LATENTS_STD))
+    wanted_means, wanted_deviations = (means.new_tensor(values) for values in (LATENTS_MEAN, LATENTS_STD))
     scale = wanted_deviations / deviations
     shift = wanted_means - scale * means
     mean_rows, logvar_rows = last.chunk(2)

@@ -112,7 +112,7 @@ def test_the_log_has_the_loss_and_the_rate_of_every_step(tmp_path, accelerator):
 
 
 def test_genmos_file_has_genmos_names(tmp_path, accelerator):
-    settings = config(tmp_path, steps=1, lora=SIZES)
+    settings = config(tmp_path, steps=1, warmup_steps=0, lora=SIZES)
     run(settings, accelerator)
     with safe_open(settings.output / "step_000001.lora.safetensors", "pt") as file:
         kinds = [*(("qkv_x", "qkv_y", "proj_x", "proj_y"),) * 2, ("qkv_x", "qkv_y", "proj_x")]
@@ -159,6 +159,8 @@ def test_a_state_of_other_ranks_or_none_at_all_is_refused(tmp_path, accelerator)
     run(config(tmp_path), accelerator)
     with pytest.raises(ValueError, match=r"state.pt is of a training of other layers or ranks; choose another output"):
         run(config(tmp_path, lora=SIZES), accelerator)
+    with pytest.raises(ValueError, match=r"state.pt is of a training with seed 0, and now it is 7; set it back"):
+        run(config(tmp_path, seed=7, steps=8), accelerator)
     (tmp_path / "out" / STATE).write_bytes(b"no state")
     with pytest.raises(ValueError, match=r"state.pt cannot be read; delete it to start from the beginning."):
         run(config(tmp_path), accelerator)

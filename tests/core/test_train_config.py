@@ -48,6 +48,7 @@ def test_the_example_in_the_documentation_is_complete():
     [
         ("dataset: a\noutput: b\n", "transformer is missing; it is a file or folder."),
         (NEEDED + "rank: 4\n", "there is no key rank; the keys are transformer, dataset, output, steps"),
+        (NEEDED + "steps: 100\n", "warmup_steps is 200, but must be fewer than steps, 100."),
         (NEEDED + "steps: 0\n", "steps is 0, but must be a whole number, 1 or more."),
         (NEEDED + "steps: true\n", "steps is True, but must be a whole number, 1 or more."),
         (NEEDED + "steps: 2.5\n", "steps is 2.5, but must be"),

@@ -125,6 +125,9 @@ def test_only_what_is_new_or_has_changed_is_made(videos, models, capsys):
     assert made() == ["kite"]
     more = ["--vae-dtype=bf16"]
     assert made() == ["kite", "sea."]
+    (videos / "sea.mp4").unlink()
+    assert made() == []
+    assert "sea.mp4.safetensors is in" in capsys.readouterr().err
 
 
 def test_what_cannot_be_used_is_left_out_with_a_sentence(videos, models, capsys):
@@ -161,7 +164,8 @@ def test_from_videos_to_a_lora_in_a_shell(videos, models, tmp_path):
     """All of it: prepare, train, stop with Ctrl+C, go on, look at samples, use the LoRA."""
     sample = {name: models[name] for name in ("vae", "t5", "tokenizer")}
     sample |= {"prompts": ["a red kite", ""], "every": 20, "steps": 2, "size": "48x32", "frames": 7}
-    config = {"transformer": models["transformer"], "dataset": "clips", "output": "out", "steps": 40, "sample": sample}
+    config = {"transformer": models["transformer"], "dataset": "clips", "output": "out", "sample": sample}
+    config |= {"steps": 40, "warmup_steps": 10}
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     assert prepare(videos, models) == 0

@@ -37,8 +37,12 @@ def main_color(frames: np.ndarray) -> str | None:
     """The colour of which most is seen, if it is seen in most frames."""
     found = masks(frames)
     name = max(found, key=lambda color: int(found[color].sum()))
-    shown = (found[name].sum(axis=(1, 2)) >= MIN_PIXELS).mean()
-    return name if shown > 0.5 else None
+    return name if name in shown_colors(frames) else None
+
+
+def shown_colors(frames: np.ndarray) -> list[str]:
+    """The colours that are seen in most frames."""
+    return [name for name, mask in masks(frames).items() if (mask.sum(axis=(1, 2)) >= MIN_PIXELS).mean() > 0.5]
 
 
 def shift(frames: np.ndarray, color: str) -> tuple[float, float]:

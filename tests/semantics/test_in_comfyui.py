@@ -13,6 +13,7 @@ from tests.comfy.test_server import MODEL, SAMPLER, VAE, node
 from tests.harness.demo import PROMPTS, TRAINED, tiny_prompt
 from tests.harness.semantics import direction, main_color
 
+PURPLE = ("a purple circle moving left", "a purple square moving left", "a purple triangle moving left")
 SHORT = {**TRAINED, "num_frames": 13, "steps": 24, "seed": 0}
 
 
@@ -32,7 +33,7 @@ def test_demo_prompts(comfy):
     assert direction(yellow, "yellow") == "down"
 
 
-def with_lora(comfy, path, class_type, prompt="a purple circle moving left", **inputs):
+def with_lora(comfy, path, class_type, prompt, **inputs):
     """The workflow with a LoRA node behind the loader."""
     folder = comfy.base / "models" / "loras"
     folder.mkdir(exist_ok=True)
@@ -44,12 +45,14 @@ def with_lora(comfy, path, class_type, prompt="a purple circle moving left", **i
 
 
 def test_new_color_with_our_lora_loader_and_the_stock_one(comfy, purple_loras):
-    assert main_color(frames_of(comfy, tiny_prompt("a purple circle moving left", **SHORT))) != "purple"
-    for path in purple_loras:
-        assert main_color(frames_of(comfy, with_lora(comfy, path, "Mochi1LoadLoRA", strength=1.0))) == "purple"
-    genmo = next(path for path in purple_loras if "diffusers" not in path.name)
-    stock = with_lora(comfy, genmo, "LoraLoaderModelOnly", strength_model=1.0)
-    assert main_color(frames_of(comfy, stock)) == "purple"
+    def purple(build):
+        return sum(main_color(frames_of(comfy, build(prompt))) == "purple" for prompt in PURPLE)
+
+    diffusers, genmo = purple_loras
+    assert purple(lambda prompt: tiny_prompt(prompt, **SHORT)) == 0
+    assert purple(lambda prompt: with_lora(comfy, genmo, "Mochi1LoadLoRA", prompt, strength=1.0)) >= 2
+    assert purple(lambda prompt: with_lora(comfy, diffusers, "Mochi1LoadLoRA", prompt, strength=1.0)) >= 2
+    assert purple(lambda prompt: with_lora(comfy, genmo, "LoraLoaderModelOnly", prompt, strength_model=1.0)) >= 2
 
 
 @pytest.mark.parametrize(("way", "start"), [("right", -0.2), ("left", 0.2)])

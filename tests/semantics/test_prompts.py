@@ -3,10 +3,11 @@
 import numpy as np
 import torch
 
-from mochi_core import MochiPipeline, linear_quadratic_schedule, load_transformer
+from mochi_core import MochiPipeline, linear_quadratic_schedule, load_transformer, normalize_latents, sample
+from mochi_core.pipeline import initial_noise
 from mochi_core.train.shapes import COLORS, MOTIONS, OUTLINES
 from tests.harness import trained
-from tests.harness.semantics import direction, main_color, main_shape, stray
+from tests.harness.semantics import direction, main_color, main_shape, shown_colors, stray
 
 DIRECTIONS = ("left", "right", "up", "down")
 SENTENCES = (
@@ -21,6 +22,7 @@ CASES = [
     for j, way in enumerate(DIRECTIONS)
 ]
 STEPS, SIZE = 24, {"height": 64, "width": 64, "num_frames": 13}
+SAME_LATENTS = 0.165
 CLEAN = 0.06  # what `stray` gives at most for a clean picture
 
 
@@ -61,6 +63,14 @@ def test_without_guidance_prompts_are_followed_less(pipe):
     assert without < with_guidance - 0.1
 
 
+def test_two_shapes_in_one_prompt(pipe):
+    pairs = [(first, second) for first in COLORS for second in COLORS if first != second]
+    prompts = [f"a {first} circle moving left and a {second} square rising" for first, second in pairs]
+    seen = [set(shown_colors(frames)) >= set(pair) for frames, pair in zip(videos(pipe, prompts), pairs, strict=True)]
+    print(f"both colours in {np.mean(seen):.0%} of {len(pairs)} videos")
+    assert np.mean(seen) >= 0.4
+
+
 def test_an_empty_prompt_has_no_color_of_its_own(pipe):
     found = {main_color(frames) for seed in range(8) for frames in videos(pipe, "", seed, guidance_scale=1.0)}
     assert len(found - {None}) >= 3
@@ -82,3 +92,19 @@ def test_a_shuffled_schedule_is_noticed(pipe):
     dirt = scores(pipe, seeds=(0,), sigmas=sigmas)[2]
     print(f"shuffled schedule: {dirt:.3f} astray")
     assert dirt > CLEAN
+
+
+def mismatch(pipe):
+    """How far videos, encoded again, are from the latents that the denoiser made: their distance, relative to them."""
+    prompts, text = [prompt for *_, prompt in CASES[:6]], pipe.text_encoder
+    noise, sigmas = initial_noise((len(prompts), 12, 3, 8, 8), 0), linear_quadratic_schedule(STEPS)
+    made = sample(pipe.dit, noise, sigmas, text.encode(prompts), text.encode(""))
+    video = torch.from_numpy(videos(pipe, prompts)).movedim(-1, 1) * 2 - 1
+    return ((normalize_latents(pipe.vae.encode(video).mode()) - made).norm() / made.norm()).item()
+
+
+def test_wrong_latent_statistics_are_noticed(pipe, monkeypatch):
+    assert mismatch(pipe) < SAME_LATENTS
+    for wrong in (lambda latents: latents, normalize_latents):
+        monkeypatch.setattr("mochi_core.pipeline.denormalize_latents", wrong)
+        assert mismatch(pipe) > SAME_LATENTS
