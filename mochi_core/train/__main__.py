@@ -75,10 +75,11 @@ def run_training(options: argparse.Namespace, *, full: bool) -> int:
     samples = config.sample and prepare_samples(config.sample)
     trainee = (full_trainee if full else lora_trainee)(config, accelerator.device)
     step = train(config, trainee, accelerator, samples)
+    accelerator.end_training()
     if step < config.steps:
-        print(f"Stopped after step {step} of {config.steps}; the same command goes on from there.")
+        accelerator.print(f"Stopped after step {step} of {config.steps}; the same command goes on from there.")
         return 130
-    print(f"{config.steps} steps are done; see {config.output}.")
+    accelerator.print(f"{config.steps} steps are done; see {config.output}.")
     return 0
 
 

@@ -89,6 +89,7 @@ def train(config: Config, trainee: Trainee, accelerator: Accelerator, samples: S
                 save_state(config.output / STATE, step, trainee.parameters, optimizer, settings)
             if samples is not None and not stop and (last or step % samples.keys.every == 0):
                 make_samples(run, samples, step)
+    accelerator.wait_for_everyone()  # until the files are there: a launcher ends the others with the first that ends
     return step
 
 

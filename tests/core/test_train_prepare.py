@@ -1,117 +1,189 @@
-"""Videos and captions become clips: the right frames, each once, and a sentence for what is left out."""
+"""A folder of videos and captions becomes a data set, and from there a LoRA, from the command line."""
 
-import av
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from mochi_core import load_vae, save_video
+from mochi_core import VideoSize, load_text_encoder, load_transformer, load_vae, save_video
 from mochi_core.checkpoints import open_tensors
-from mochi_core.geometry import VideoSize
 from mochi_core.train.__main__ import main
-from mochi_core.train.dataset import open_dataset
 from mochi_core.train.prepare import read_video, to_model_range
-from tests.harness.tiny_models import TEXT_WIDTH, write_models
+from tests.harness.tiny_models import write_models
 
+ROOT = Path(__file__).parents[2]
 SIZE = VideoSize(32, 48, 7)
+TKHD_MATRIX = 44  # bytes from the name of the mp4 box to the matrix in it
 
 
-def clip(frames, height=32, width=48, seed=0):
-    """Smooth noise, so that a video codec changes little of it."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.random((frames, height // 16, width // 16, 3), dtype=np.float32)
-    return coarse.repeat(16, axis=1).repeat(16, axis=2)
+def quadrants(frames, height=48, width=96):
+    """Red above left, blue below right, ever brighter green in the rest."""
+    video = np.zeros((frames, height, width, 3))
+    video[..., 1] = np.linspace(0, 1, frames)[:, None, None]
+    video[:, : height // 2, : width // 2] = (1, 0, 0)
+    video[:, height // 2 :, width // 2 :] = (0, 0, 1)
+    return video
+
+
+def turned_by_the_player(path, target):
+    """The same mp4 with a note that it has to be shown turned clockwise, as phones write it."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + TKHD_MATRIX
+    one, unit = 1 << 16, 1 << 30
+    assert struct.unpack(">9i", data[place : place + 36]) == (one, 0, 0, 0, one, 0, 0, 0, unit)
+    data[place : place + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, unit)
+    target.write_bytes(data)
+
+
+def corners(frame):
+    """Of an image, the colours of the four corners: above left and right, below left and right."""
+    return [tuple((frame[row, column] > 128).astype(int)) for row in (4, -4) for column in (4, -4)]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, comfy_path):
     folder = tmp_path_factory.mktemp("models")
     write_models(folder, torch.float32)
-    return folder
+    paths = {
+        "transformer": folder / "diffusion_models" / "mochi_preview_bf16.safetensors",
+        "vae": folder / "vae" / "mochi_vae.safetensors",
+        "t5": folder / "text_encoders" / "t5xxl_fp16.safetensors",
+        "tokenizer": comfy_path / "comfy" / "text_encoders" / "t5_tokenizer",
+    }
+    return {name: str(path) for name, path in paths.items()}
 
 
 @pytest.fixture
 def videos(tmp_path):
     folder = tmp_path / "videos"
     folder.mkdir()
-
-    def add(name, frames, caption="a kite"):
-        save_video(frames, folder / f"{name}.mp4")
-        if caption:
-            (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
-
-    add("good", clip(10))
-    add("large", clip(10, 64, 128, seed=1), "a wide kite")
-    add("short", clip(5))
-    add("silent", clip(10), caption="")
-    (folder / "broken.mp4").write_bytes(b"no video")
-    (folder / "broken.txt").write_text("a kite")
+    for name, caption in (("kite", "a red kite"), ("sea", "the blue sea\n")):
+        save_video(quadrants(12), folder / f"{name}.mp4")
+        (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
     return folder
 
 
-def prepare(videos, models, comfy_path, output):
-    files = [
-        "--vae",
-        str(models / "vae/mochi_vae.safetensors"),
-        "--t5",
-        str(models / "text_encoders/t5xxl_fp16.safetensors"),
+def prepare(videos, models, *more):
+    options = [f"--{name}={models[name]}" for name in ("vae", "t5", "tokenizer")]
+    size = [f"--size={SIZE.width}x{SIZE.height}", f"--frames={SIZE.num_frames}", "--device=cpu"]
+    return main(["prepare", str(videos), *options, *size, "-o", str(videos.parent / "clips"), *more])
+
+
+def test_frames_are_resampled_resized_and_cropped_in_the_middle(videos):
+    save_video(quadrants(12), videos / "slow.mp4", fps=10)
+    frames = read_video(videos / "slow.mp4", VideoSize(48, 32, 31))  # of 1.2 seconds
+    assert frames.shape == (31, 48, 32, 3)
+    assert corners(frames[0]) == [(1, 0, 0), (0, 0, 0), (0, 0, 0), (0, 0, 1)]
+    green = frames[:, 4, -4, 1] / 255
+    assert np.abs(green - np.arange(31) // 3 / 11).max() < 0.06  # of three frames each
+    assert (np.abs(frames[0, 8, :, 0] / 255 - (np.arange(32) < 16)) > 0.5).sum() == 0
+
+
+def test_videos_of_phones_stand_upright(videos):
+    turned_by_the_player(videos / "kite.mp4", videos / "turned.mp4")
+    frames = read_video(videos / "turned.mp4", VideoSize(96, 48, 7))
+    assert corners(frames[0]) == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (0, 0, 0)]
+
+
+def test_clips_hold_what_the_encoders_give(videos, models):
+    assert prepare(videos, models) == 0
+    clips = videos.parent / "clips"
+    assert sorted(path.name for path in clips.iterdir()) == ["kite.mp4.safetensors", "sea.mp4.safetensors"]
+    clip = load_file(clips / "kite.mp4.safetensors")
+    expected = load_vae(models["vae"]).encode(to_model_range(read_video(videos / "kite.mp4", SIZE)))
+    assert torch.equal(clip["mean"], expected.mean[0])
+    assert torch.equal(clip["logvar"], expected.logvar[0])
+    assert open_tensors(clips / "sea.mp4.safetensors").metadata["caption"] == "the blue sea"
+    embeds, mask = load_text_encoder(models["t5"], models["tokenizer"]).encode("a red kite")
+    assert torch.equal(clip["embeds"], embeds[mask])
+
+
+def test_only_what_is_new_or_has_changed_is_made(videos, models, capsys):
+    def made():
+        before = {path.name: path.stat().st_mtime_ns for path in clips.glob("*")}
+        assert prepare(videos, models, *more) == 0
+        return sorted(path.name[:4] for path in clips.iterdir() if path.stat().st_mtime_ns != before.get(path.name))
+
+    clips, more = videos.parent / "clips", []
+    assert made() == ["kite", "sea."]
+    assert made() == []
+    assert "2 of 2 clips are in" in capsys.readouterr().out
+    (videos / "sea.txt").write_text("a green sea", encoding="utf-8")
+    assert made() == ["sea."]
+    save_video(quadrants(13), videos / "kite.mp4")
+    assert made() == ["kite"]
+    (clips / "kite.mp4.safetensors").write_bytes(b"cut off")
+    assert made() == ["kite"]
+    more = ["--vae-dtype=bf16"]
+    assert made() == ["kite", "sea."]
+    (videos / "sea.mp4").unlink()
+    assert made() == []
+    assert "sea.mp4.safetensors is in" in capsys.readouterr().err
+
+
+def test_what_cannot_be_used_is_left_out_with_a_sentence(videos, models, capsys):
+    save_video(quadrants(5), videos / "short.mp4")
+    (videos / "broken.mp4").write_bytes(b"no video")
+    for name in ("short", "broken"):
+        (videos / f"{name}.txt").write_text("a caption", encoding="utf-8")
+    save_video(quadrants(12), videos / "silent.mp4")
+    (videos / "silent.txt").write_text(" \n", encoding="utf-8")
+    assert prepare(videos, models) == 0
+    warnings = sorted(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+    assert warnings == [
+        "warning: broken.mp4 is left out: it cannot be read (Invalid data found when processing input).",
+        "warning: short.mp4 is left out: it has 5 frames at 30 per second, and 7 are wanted.",
+        "warning: silent.mp4 is left out: silent.txt beside it must hold its caption.",
     ]
-    tokenizer = comfy_path / "comfy/text_encoders/t5_tokenizer"
-    size = ["--size", "48x32", "--frames", "7"]
-    return main(["prepare", str(videos), *files, "--tokenizer", str(tokenizer), *size, "-o", str(output)])
+    assert len(list((videos.parent / "clips").iterdir())) == 2
 
 
-def test_clips_are_made_once_and_the_rest_is_named(videos, models, comfy_path, tmp_path, capsys):
-    output = tmp_path / "clips"
-    assert prepare(videos, models, comfy_path, output) == 0
-    said = capsys.readouterr()
-    assert "2 of 4 clips are in" in said.out
-    assert "short.mp4 is left out: it has 5 frames at 30 per second, and 7 are wanted." in said.err
-    assert "silent.mp4 is left out: silent.txt beside it must hold its caption." in said.err
-    assert "broken.mp4 is left out: it cannot be read" in said.err
-    clips = open_dataset(output, TEXT_WIDTH)
-    assert [c.shape for c in clips] == [(12, 2, 4, 6)] * 2
-
-    expected = load_vae(models / "vae/mochi_vae.safetensors").encode(
-        to_model_range(read_video(videos / "good.mp4", SIZE))
-    )
-    torch.testing.assert_close(clips[0].mean.read(), expected.mean[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(clips[0].logvar.read(), expected.logvar[0], rtol=1e-4, atol=1e-4)
-    assert open_tensors(output / "large.mp4.safetensors").metadata["caption"] == "a wide kite"
-
-    dates = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
-    (videos / "good.txt").write_text("another kite")
-    assert prepare(videos, models, comfy_path, output) == 0
-    changed = {path.name for path in output.iterdir() if dates[path.name] != path.stat().st_mtime_ns}
-    assert changed == {"good.mp4.safetensors"}
-
-    (videos / "large.mp4").unlink()
-    assert prepare(videos, models, comfy_path, output) == 0
-    assert "large.mp4.safetensors is in" in capsys.readouterr().err
-
-
-def test_frames_are_cropped_in_the_middle_and_resampled(videos):
-    frames = read_video(videos / "large.mp4", SIZE)
-    assert frames.shape == (7, 32, 48, 3)
-    # 64 x 128 becomes 32 x 64 and loses 8 columns on both sides; each square of 16 is one of 8 then.
-    colors = clip(10, 64, 128, seed=1)[:7, 8::16, 24::16][:, :, :6]
-    assert np.abs(frames[:, 4::8, 4::8][:, :, :6] / 255 - colors).mean() < 0.1
-
-
-def test_other_rates_become_thirty(tmp_path):
-    with av.open(str(tmp_path / "slow.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=15)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for picture in (clip(5) * 255).astype(np.uint8):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    frames = read_video(tmp_path / "slow.mp4", SIZE).astype(int)
-    assert np.abs(frames[0::2][:3] - frames[1::2][:3]).max() <= 2  # every frame twice
-    assert np.abs(frames[1:-1:2] - frames[2::2]).mean() > 10
-
-
-def test_folders_that_are_none_get_a_sentence(models, comfy_path, tmp_path, capsys):
-    assert prepare(tmp_path / "nowhere", models, comfy_path, tmp_path) == 2
-    assert "nowhere is no folder" in capsys.readouterr().err
-    assert prepare(models, models, comfy_path, tmp_path) == 2
+def test_folders_and_sizes_that_will_not_do(videos, models, tmp_path, capsys):
+    assert prepare(tmp_path / "nowhere", models) == 2
+    assert "nowhere is no folder; give the one that holds the videos" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert prepare(tmp_path / "empty", models) == 2
     assert "There is no video with a caption in" in capsys.readouterr().err
+    assert prepare(videos, models, "--frames=8") == 2
+    assert "num_frames is 8, but Mochi needs 6k + 1 frames" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare(videos, models, "--size=large")
+    assert "large is no width and height, such as 848x480." in capsys.readouterr().err
+
+
+def test_from_videos_to_a_lora_in_a_shell(videos, models, tmp_path):
+    """All of it: prepare, train, stop with Ctrl+C, go on, look at samples, use the LoRA."""
+    sample = {name: models[name] for name in ("vae", "t5", "tokenizer")}
+    sample |= {"prompts": ["a red kite", ""], "every": 20, "steps": 2, "size": "48x32", "frames": 7}
+    config = {"transformer": models["transformer"], "dataset": "clips", "output": "out", "sample": sample}
+    config |= {"steps": 40, "warmup_steps": 10}
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    assert prepare(videos, models) == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mochi_core.train", "lora", str(path)]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        log, deadline = tmp_path / "out" / "log.csv", time.monotonic() + 120
+        while not (log.exists() and len(log.read_bytes().splitlines()) > 2) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate()[0]
+    assert process.returncode == 130
+    assert "of 40; the same command goes on from there." in output
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "40 steps are done; see out." in done.stdout
+    samples = sorted(path.name for path in (tmp_path / "out" / "samples").iterdir())
+    assert samples == [f"step_0000{step}-{i}.mp4" for step in (20, 40) for i in (1, 2)]
+    assert read_video(tmp_path / "out" / "samples" / samples[-1], SIZE).shape == (7, 32, 48, 3)
+    dit = load_transformer(models["transformer"])
+    dit.load_lora(tmp_path / "out" / "step_000040.lora.safetensors")
