@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .state import step_log
+from .state import replace_state, step_log
 
 SAVE_EVERY = 200
 
@@ -64,7 +64,7 @@ def follow(course: Course, model: Model, learn: Callable[[int], Tensor], folder:
             averaged.update_parameters(model)
             log(step + 1, loss.item(), rate, time.monotonic() - start)
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == course.steps:
-                _keep({"step": step + 1, **{name: part.state_dict() for name, part in parts.items()}}, state)
+                replace_state(state, {"step": step + 1, **{name: part.state_dict() for name, part in parts.items()}})
     return cast(Model, averaged.module.eval().requires_grad_(False))
 
 
@@ -75,9 +75,3 @@ def _restore(parts: dict[str, Any], state: Path) -> int:
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     return saved["step"]
-
-
-def _keep(saved: dict[str, Any], state: Path) -> None:
-    partial = state.with_suffix(".partial")
-    torch.save(saved, partial)
-    partial.replace(state)

@@ -21,12 +21,16 @@ Settings = dict[str, str]
 def save_state(
     path: Path, step: int, parameters: Parameters, optimizer: torch.optim.Optimizer, settings: Settings
 ) -> None:
-    """What is needed to go on; it replaces the older state when it is complete."""
+    """What is needed to go on."""
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    optimized = optimizer.state_dict()["state"]
+    replace_state(path, {"step": step, "weights": weights, "optimizer": optimized, "settings": settings})
+
+
+def replace_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a state; the one before stays until this one is complete."""
     partial = path.with_suffix(".partial")
-    torch.save(
-        {"step": step, "weights": weights, "optimizer": optimizer.state_dict()["state"], "settings": settings}, partial
-    )
+    torch.save(state, partial)
     partial.replace(path)
 
 

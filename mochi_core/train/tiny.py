@@ -12,9 +12,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..checkpoints import from_state_dict
+from ..checkpoints.writer import write_safetensors
 from ..vae import AsymmVAE
 from . import tiny_dit, tiny_vae
 from .course import Course, follow
@@ -112,12 +113,12 @@ def train_dit(
 
 
 def write_model(path: Path, model: nn.Module) -> None:
-    """In bf16, as published files are; what the model keeps in float32 stays so."""
+    """In bf16 but for `pos_frequencies`, as published files are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items() if name not in SKIPPED}
-    exact = {name for name in tensors if name == "pos_frequencies"}
-    tensors = {name: tensor if name in exact else tensor.bfloat16() for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata=METADATA)
+    dtypes = {"pos_frequencies": torch.float32}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in SKIPPED}
+    stored = {name: tensor.to("cpu", dtypes.get(name, torch.bfloat16)) for name, tensor in weights.items()}
+    write_safetensors(path, from_state_dict(stored), METADATA)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import AsymmDiTConfig
+from ..checkpoints import from_state_dict, open_tensors
+from ..checkpoints.t5 import hugging_face_entries
+from ..checkpoints.writer import write_safetensors
+from ..config import AsymmDiTConfig, T5EncoderConfig
 from ..dit import AsymmDiT
 from ..latents import normalize_latents
 from ..vae import AsymmVAE
@@ -28,14 +29,7 @@ if TYPE_CHECKING:
 CONFIG = AsymmDiTConfig(
     depth=6, hidden_size_x=192, hidden_size_y=96, num_heads=3, text_width=64, mlp_size_x=512, mlp_size_y=256
 )
-T5_SIZES: dict[str, Any] = {
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 128,
-    "num_layers": 2,
-    "num_heads": 4,
-    "vocab_size": 32128,
-}
+T5_CONFIG = T5EncoderConfig(depth=2, width=64, num_heads=4, head_dim=16, mlp_size=128)
 SIZES = ((13, 64, 64), (13, 64, 96), (25, 64, 64))
 """Frames, height and width of the clips."""
 SHARES = (0.6, 0.2, 0.2)
@@ -64,7 +58,7 @@ class TinyMochi(nn.Module):
         from transformers import T5Config, T5EncoderModel
 
         super().__init__()
-        self.t5 = T5EncoderModel(T5Config(**T5_SIZES, feed_forward_proj="gated-gelu", dropout_rate=0.0))
+        self.t5 = T5EncoderModel(T5Config(**hugging_face_entries(T5_CONFIG)))
         self.dit = new_dit()
 
 
@@ -137,17 +131,15 @@ def features(tiny: TinyMochi, tokenizer: Tokenizer, captions: list[str]) -> tupl
 
 def read_clips(path: Path) -> Clips:
     """What `write_clips` wrote."""
-    with safe_open(path, "pt") as file:
-        captions = json.loads(file.metadata()["captions"])
-        return Clips(file.get_tensor("latents"), captions, file.get_tensor("lengths"))
+    file = open_tensors(path)
+    latents, lengths = (file.tensors[name].read() for name in ("latents", "lengths"))
+    return Clips(latents, json.loads(file.metadata["captions"]), lengths)
 
 
 def write_clips(path: Path, clips: Clips) -> None:
     """As one file, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    tensors = {"latents": clips.latents.contiguous(), "lengths": clips.lengths}
-    save_file(tensors, partial, metadata={"captions": json.dumps(clips.captions)})
-    partial.replace(path)
+    tensors = from_state_dict({"latents": clips.latents, "lengths": clips.lengths})
+    write_safetensors(path, tensors, {"captions": json.dumps(clips.captions)})
 
 
 def choose(rng: np.random.Generator, sets: list[Clips]) -> Clips:

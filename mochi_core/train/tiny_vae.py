@@ -18,6 +18,7 @@ from ..config import AsymmVAEConfig
 from ..encoder import RGB, EncoderStage, fourier_features
 from ..latents import LATENTS_MEAN, LATENTS_STD, normalize_latents
 from ..vae import LOGVAR_RANGE, AsymmVAE, Posterior
+from .prepare import to_model_range
 from .shapes import draw, random_clip, random_colors
 
 # No blocks at full size: with 32 channels in 32 groups, a frame of one colour has no variance to divide by.
@@ -164,9 +165,9 @@ def batch(rng: np.random.Generator) -> Tensor:
     return to_video([_crop(rng) for _ in range(8)])
 
 
-def to_video(clips: list[Any]) -> Tensor:
+def to_video(clips: list[np.ndarray[Any, Any]]) -> Tensor:
     """uint8 clips (F, H, W, 3) to (B, 3, F, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(clips)).float().div(127.5).sub(1).movedim(-1, 1)
+    return torch.cat([to_model_range(clip) for clip in clips])
 
 
 def _crop(rng: np.random.Generator) -> np.ndarray:

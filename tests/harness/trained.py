@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
+
 from mochi_core import MochiPipeline, load_text_encoder, load_transformer, load_vae
 from tests.harness.server import ROOT
 
@@ -26,6 +28,4 @@ def install(models_dir: Path) -> None:
 
 
 def pipeline(tokenizer: Path) -> MochiPipeline:
-    import torch
-
     return MochiPipeline(load_transformer(TRANSFORMER, torch.float32), load_vae(VAE), load_text_encoder(T5, tokenizer))
