@@ -4,7 +4,7 @@ from .attention import Attention, sdpa
 from .checkpoints import load_transformer, load_vae
 from .config import AsymmDiTConfig, AsymmVAEConfig
 from .dit import AsymmDiT
-from .geometry import VideoSize
+from .geometry import VideoSize, seconds_to_frames
 from .latents import denormalize_latents, normalize_latents
 from .lora import Lora
 from .pipeline import MochiPipeline
@@ -36,4 +36,5 @@ __all__ = [
     "sample",
     "save_video",
     "sdpa",
+    "seconds_to_frames",
 ]

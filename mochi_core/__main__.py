@@ -18,6 +18,7 @@ from .checkpoints.convert import LAYOUTS, plan_conversion, write_conversion
 from .checkpoints.detect import PREFIXES
 from .checkpoints.inspect import inspect as inspect_file
 from .checkpoints.inspect import render
+from .geometry import FPS, seconds_to_frames
 from .latent_files import load_latents, save_latents
 from .pipeline import MochiPipeline
 from .quantized import QUANTIZERS
@@ -25,7 +26,7 @@ from .schedule import linear_quadratic_schedule
 from .streaming import GIB, OutOfMemory
 from .text_encoder import load_text_encoder
 from .vae import AsymmVAE
-from .video import FPS, VideoWriter, save_video, to_unit_range
+from .video import VideoWriter, save_video, to_unit_range
 
 LATENT_SUFFIXES = (".latent", ".safetensors")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +67,7 @@ def generate(options: argparse.Namespace) -> None:
             options.negative_prompt,
             height=options.height,
             width=options.width,
-            num_frames=options.frames,
+            num_frames=options.frames if options.seconds is None else seconds_to_frames(options.seconds),
             guidance_scale=options.guidance,
             seed=options.seed,
             sigmas=sigmas,
@@ -155,6 +156,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--height", type=int, default=480, help="pixels, a multiple of 16 (default: %(default)s)")
     add("--width", type=int, default=848, help="pixels, a multiple of 16 (default: %(default)s)")
     add("--frames", type=int, default=163, help="6k + 1 (default: %(default)s)")
+    add("--seconds", type=float, help=f"instead of --frames, at {FPS} a second")
     add("--steps", type=int, default=64, help="(default: %(default)s)")
     add("--threshold-noise", type=float, default=0.025, help="noise removed by the linear steps (default: %(default)s)")
     add("--linear-steps", type=int, help="(default: half of the steps)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 LATENT_CHANNELS = 12
 SPATIAL_COMPRESSION = 8
 TEMPORAL_COMPRESSION = 6
+FPS = 30  # Mochi's frame rate
 SIZE_STEP = 16  # one latent patch: 8 pixels per latent cell, 2 cells per patch
 
 
@@ -18,6 +19,11 @@ def frames_to_latents(num_frames: int) -> int:
 def latents_to_frames(num_latents: int) -> int:
     """Number of video frames that `num_latents` latent frames decode to."""
     return TEMPORAL_COMPRESSION * (num_latents - 1) + 1
+
+
+def seconds_to_frames(seconds: float) -> int:
+    """The 6k + 1 frames at 30 per second whose last one is shown nearest to `seconds` after the first."""
+    return latents_to_frames(max(0, round(seconds * FPS / TEMPORAL_COMPRESSION)) + 1)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FPS = 30
-"""Mochi's frame rate."""
+from .geometry import FPS
+
 CRF = "17"
 
 

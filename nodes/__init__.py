@@ -6,7 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .loaders import LoadT5, LoadTransformer, LoadVAE
 from .lora import LoadLoRA
-from .sampling import Sampler, Sigmas
+from .sampling import Length, Sampler, Sigmas
 from .text import T5Encode
 from .vae import TiledVAEDecode, VAEEncode
 
@@ -16,6 +16,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadT5,
     LoadLoRA,
     T5Encode,
+    Length,
     Sigmas,
     Sampler,
     TiledVAEDecode,

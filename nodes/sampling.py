@@ -1,10 +1,10 @@
-"""Mochi Sigmas and Mochi Sampler."""
+"""Mochi Length, Mochi Sigmas and Mochi Sampler."""
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from ..mochi_core.geometry import frames_problem, size_problem
+from ..mochi_core.geometry import FPS, TEMPORAL_COMPRESSION, frames_problem, seconds_to_frames, size_problem
 from .bridge.sampling import empty_latent, make_sigmas, sample
 
 CATEGORY = "Mochi"
@@ -14,10 +14,41 @@ DENOISE = io.Float.Input(
     min=0.01,
     max=1.0,
     step=0.01,
+    display_mode=io.NumberDisplay.slider,
     optional=True,
     tooltip="Share of the noise to start from. Below 1, the last `steps` steps of a longer schedule are taken: lower values "
     "stay closer to the LATENT.",
 )
+
+
+class Length(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Mochi1Length",
+            display_name="Mochi Length",
+            category=CATEGORY,
+            description="Seconds to frames: the number of frames, always 6k + 1, that Mochi makes for a video of that length.",
+            search_aliases=["seconds", "duration", "mochi frames"],
+            inputs=[
+                io.Float.Input(
+                    "seconds",
+                    default=5.4,
+                    min=0.2,
+                    max=20.0,
+                    step=TEMPORAL_COMPRESSION / FPS,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="Length at 30 frames per second, in steps of 0.2. Mochi was trained for 5.4 seconds (163 frames).",
+                ),
+            ],
+            outputs=[io.Int.Output("num_frames", display_name="num_frames", tooltip="For Mochi Sampler's num_frames.")],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(cls, seconds):
+        frames = seconds_to_frames(seconds)
+        return io.NodeOutput(frames, ui=ui.PreviewText(f"{seconds:g} s = {frames} frames at {FPS} per second"))
 
 
 class Sigmas(io.ComfyNode):
@@ -37,6 +68,7 @@ class Sigmas(io.ComfyNode):
                     min=0.001,
                     max=0.999,
                     step=0.001,
+                    display_mode=io.NumberDisplay.slider,
                     tooltip="Share of the noise that the linear steps remove. FastMochi: 0.1.",
                 ),
                 io.Int.Input(
@@ -48,7 +80,7 @@ class Sigmas(io.ComfyNode):
                 ),
                 DENOISE,
             ],
-            outputs=[io.Sigmas.Output()],
+            outputs=[io.Sigmas.Output(tooltip="For Mochi Sampler, SamplerCustom and SamplerCustomAdvanced.")],
         )
 
     @classmethod
@@ -84,7 +116,7 @@ class Sampler(io.ComfyNode):
                     "cfg",
                     default=4.5,
                     min=0.0,
-                    max=100.0,
+                    max=30.0,
                     step=0.1,
                     tooltip="Guidance: how strictly the prompt is followed. 1 is off, and twice as fast.",
                 ),
@@ -113,7 +145,7 @@ class Sampler(io.ComfyNode):
                 ),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels that replace steps and denoise."),
             ],
-            outputs=[io.Latent.Output()],
+            outputs=[io.Latent.Output(tooltip="The video as latents; Tiled VAE Decode (Mochi) makes frames of it.")],
         )
 
     @classmethod

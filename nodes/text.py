@@ -26,7 +26,7 @@ class T5Encode(io.ComfyNode):
                     "cut, and the console says what was lost. An empty prompt means no text.",
                 ),
             ],
-            outputs=[io.Conditioning.Output()],
+            outputs=[io.Conditioning.Output(tooltip="For positive or negative of a sampler.")],
         )
 
     @classmethod

@@ -7,10 +7,10 @@ import logging
 from comfy_api.latest import io
 
 from ..mochi_core.geometry import frames_to_latents, latents_to_frames, size_problem
+from ..mochi_core.streaming import GIB
 from .bridge.vae import decode_video, require_mochi_vae
 
 CATEGORY = "Mochi"
-GIB = 2**30
 
 
 class TiledVAEDecode(io.ComfyNode):
@@ -62,7 +62,7 @@ class VAEEncode(io.ComfyNode):
                 ),
                 io.Vae.Input("vae", tooltip="From Load Mochi VAE, with an encoder."),
             ],
-            outputs=[io.Latent.Output()],
+            outputs=[io.Latent.Output(tooltip="For the latent input of Mochi Sampler, with denoise below 1.")],
         )
 
     @classmethod

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import open_tensors
-from ..geometry import VideoSize
+from ..geometry import FPS, VideoSize
 from ..text_encoder import TextEncoder
 from ..vae import AsymmVAE
-from ..video import FPS
 from .dataset import SUFFIX, write_clip
 
 if TYPE_CHECKING:

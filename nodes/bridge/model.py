@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.conds
-import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -16,12 +15,14 @@ import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 
 from ...mochi_core import AsymmDiT, AsymmDiTConfig
 from ...mochi_core.checkpoints import blaming, check_tensors, empty_transformer, is_large, quantize_large
 from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.dit import run_block
+from .attention import attention_function, attention_reason
+from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
+from .preview import MochiLatents, with_previews
 from .quantized import by_layer, host_weights, is_quantized, quantized_operations, read_part
 
 COMPUTE_DTYPES = [torch.bfloat16, torch.float32]
@@ -66,8 +67,10 @@ class HostAsymmDiT(AsymmDiT):
 def host_attention(transformer_options: dict):
     """The host's attention, with its per-call override."""
 
+    function = attention_function()
+
     def attention(q, k, v):
-        return optimized_attention(
+        return function(
             q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=transformer_options
         )
 
@@ -115,6 +118,8 @@ class HostMochi(comfy.model_base.GenmoMochi):
 class MochiConfig(comfy.supported_models.GenmoMochi):
     """What the host wants to know of a model before it is built."""
 
+    latent_format = MochiLatents
+
     def get_model(self, state_dict, prefix="", device=None):  # noqa: ARG002 - the host's signature
         return HostMochi(self, device=device)
 
@@ -125,14 +130,26 @@ def load_model(path: str, dtype: torch.dtype | None = None, quantize: str | None
     Raises:
         ValueError: the file is no whole Mochi transformer.
     """
-    tensors, name = quantize_large(read_part(path, "transformer"), quantize), Path(path).name
+    name = Path(path).name
+    stored = read_part(path, "transformer")
+    tensors = quantize_large(stored, quantize)
     with blaming(name):
         module = empty_transformer(tensors)
     check_tensors(module, tensors, name)
     patcher = _build(module.config, tensors, dtype, disable_dynamic)
     _load_weights(patcher.model.diffusion_model, tensors, module, assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path, dtype, quantize))
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "mochi_preview", with_previews)
+    _announce(patcher, stored_form(stored), quantize, dtype)
     return patcher
+
+
+def _announce(patcher, stored: str, quantize: str | None, dtype: torch.dtype | None) -> None:
+    held = patcher.model.get_dtype()
+    kept = quantize or (stored if patcher.model.model_config.quant_config else dtype_name(held))
+    weights = weights_choice(stored, kept, bool(quantize or dtype), patcher.load_device)
+    compute = arithmetic_choice(patcher.model.manual_cast_dtype or held, patcher.load_device)
+    announce("transformer", weights, compute, f"attention {attention_reason()}")
 
 
 def _build(config: AsymmDiTConfig, tensors: Tensors, dtype: torch.dtype | None, disable_dynamic: bool):
@@ -167,5 +184,8 @@ def _stored_dtype(tensors: Tensors, supported: list[torch.dtype]) -> torch.dtype
     sizes = Counter[torch.dtype]()
     for tensor in tensors.values():
         sizes[tensor.dtype] += math.prod(tensor.shape)
-    stored = sizes.most_common(1)[0][0]
-    return mm.unet_dtype(model_params=sizes.total(), supported_dtypes=supported, weight_dtype=stored)
+    stored, count = sizes.most_common(1)[0][0], sizes.total()
+    dtype = mm.unet_dtype(model_params=count, supported_dtypes=supported, weight_dtype=stored)
+    wider = dtype.itemsize > stored.itemsize and stored in supported
+    # Widened layer by layer while it computes, a model that would not fit still runs.
+    return stored if wider and count * dtype.itemsize > mm.get_free_memory(mm.unet_offload_device()) else dtype

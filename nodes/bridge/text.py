@@ -19,6 +19,7 @@ from ...mochi_core.checkpoints import blaming, check_tensors
 from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.checkpoints.t5 import hugging_face_entries, t5_config
 from ...mochi_core.text_encoder import MAX_TOKENS
+from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
 from .quantized import host_weights, is_quantized, quantized_operations, read_part
 
 TOKENS_KEY = "t5xxl"
@@ -70,9 +71,13 @@ def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "defaul
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     target = comfy.supported_models_base.ClipTarget(MochiTokenizer, comfy.text_encoders.genmo.MochiT5XXL)
-    return comfy.sd.CLIP(
+    clip = comfy.sd.CLIP(
         target, parameters=comfy.utils.calculate_parameters(weights), state_dict=[weights], model_options=options
     )
+    stored, where = stored_form(tensors), clip.patcher.load_device
+    held = stored if is_quantized(tensors) else dtype_name(options["dtype"])
+    announce("T5", weights_choice(stored, held, dtype is not None, where), arithmetic_choice(torch.float32, where))
+    return clip
 
 
 def host_config(tensors: Tensors) -> dict:

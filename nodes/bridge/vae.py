@@ -17,7 +17,8 @@ import torch
 from ...mochi_core import AsymmVAE
 from ...mochi_core.checkpoints import blaming, check_tensors, empty_vae, joined
 from ...mochi_core.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
-from ...mochi_core.streaming import Layer
+from ...mochi_core.streaming import GIB, Layer
+from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
 from .quantized import by_layer, read_part
 
 WORKING_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -38,9 +39,16 @@ class HostAsymmVAE(AsymmVAE):
         """Latents on the working device to video in [-1, 1] in `output_buffer`, with progress and cancel."""
         if output_buffer is None:
             output_buffer = torch.empty(self.decoded_shape(latents.shape), device=mm.intermediate_device())
-        if memory_limit is None:
-            memory_limit = free_memory(latents.device)
-        return super().decode(latents, memory_limit, host_progress(), out=output_buffer, device=latents.device)
+        limit = free_memory(latents.device) if memory_limit is None else memory_limit
+        self._announce(latents, limit, "are free" if memory_limit is None else "are allowed")
+        return super().decode(latents, limit, host_progress(), out=output_buffer, device=latents.device)
+
+    def _announce(self, latents, limit, reason) -> None:
+        footprint = self.check_decoder(latents.shape).footprint(*latents.shape[-2:], self.dtype.itemsize)
+        plan = footprint.plan(limit, latents.device)
+        apart = "" if plan.cache_device == plan.device else ", and caches in main memory"
+        needs = f"{footprint.needs(plan) / GIB:.2f} GiB on {plan.device}{apart}"
+        announce("decode", needs, f"{limit / GIB:.2f} GiB {reason}")
 
     def encode(self, pixels, device=None):
         """Float32 pixels in [0, 1], (B, 3, F, H, W) on any device, to the mean of their latents."""
@@ -137,8 +145,7 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
     name = " and ".join(Path(path).name for path in paths)
     tensors = joined([read_part(path, "vae") for path in paths], name)
     device = mm.vae_device()
-    if dtype is None:
-        dtype = mm.vae_dtype(device, WORKING_DTYPES)
+    chosen = dtype or mm.vae_dtype(device, WORKING_DTYPES)
     with blaming(name):
         expected = empty_vae(tensors)
     check_tensors(expected, tensors, name)
@@ -146,7 +153,7 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
         expected.config,
         ops=comfy.ops.disable_weight_init,
         device=mm.vae_offload_device(),
-        dtype=dtype,
+        dtype=chosen,
         encoder=expected.encoder is not None,
         decoder=expected.decoder is not None,
     )
@@ -155,6 +162,8 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
     for layer, part in by_layer(tensors):
         state = {key.removeprefix(layer + "."): tensor.read() for key, tensor in part.items()}
         module.get_submodule(layer).load_state_dict(state, assign=vae.patcher.is_dynamic())
+    weights = weights_choice(stored_form(tensors), dtype_name(chosen), dtype is not None, device)
+    announce("VAE", weights, arithmetic_choice(chosen, device))
     return vae
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mochi_core import VideoSize, denormalize_latents, normalize_latents
-from mochi_core.geometry import frames_to_latents, latents_to_frames
+from mochi_core.geometry import frames_problem, frames_to_latents, latents_to_frames, seconds_to_frames
 
 
 def test_released_size():
@@ -37,3 +37,11 @@ def test_latent_spaces_round_trip():
     torch.testing.assert_close(denormalize_latents(normalize_latents(latents)), latents)
     zero = denormalize_latents(torch.zeros(1, 12, 1, 1, 1))
     assert zero[0, 7, 0, 0, 0] == pytest.approx(-0.09346305707025976)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "frames"), [(0, 1), (0.2, 7), (1, 31), (5.4, 163), (5.45, 163), (5.55, 169), (-3, 1)]
+)
+def test_seconds_become_frames_that_mochi_makes(seconds, frames):
+    assert seconds_to_frames(seconds) == frames
+    assert frames_problem(frames) is None

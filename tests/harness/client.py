@@ -36,7 +36,8 @@ class Run:
 
     prompt_id: str
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    previews: int = 0
+    previews: list[bytes] = field(default_factory=list)
+    """As they came: 4 bytes of length, metadata, an image."""
 
     @property
     def outcome(self) -> str:
@@ -57,8 +58,8 @@ class Run:
 
 
 class ComfyClient:
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, preview_method: str = "latent2rgb") -> None:
+        self.url, self.preview_method = url, preview_method
 
     def run(self, prompt: dict[str, Any], on_event: Callable[[str, dict[str, Any]], None] | None = None) -> Run:
         """Queue a prompt and follow it to its end.
@@ -77,13 +78,13 @@ class ComfyClient:
                 run = Run(await self._queue(session, prompt, client_id))
                 async for message in events:
                     if message.type == aiohttp.WSMsgType.BINARY:
-                        run.previews += 1
+                        run.previews.append(message.data[4:])
                     elif message.type == aiohttp.WSMsgType.TEXT and self._record(run, message.json(), on_event):
                         return run
         raise ConnectionError("The server closed the connection before the prompt ended.")
 
     async def _queue(self, session: aiohttp.ClientSession, prompt: dict[str, Any], client_id: str) -> str:
-        body = {"prompt": prompt, "client_id": client_id, "extra_data": {"preview_method": "latent2rgb"}}
+        body = {"prompt": prompt, "client_id": client_id, "extra_data": {"preview_method": self.preview_method}}
         async with session.post(f"{self.url}/prompt", json=body) as answer:
             details = await answer.json()
             if answer.status != 200 or details.get("node_errors"):

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / "mochi_core"
 # Each layer may use the ones before it.
 LAYERS = (
-    ("config", "geometry", "latents", "schedule", "rope", "attention", "video", "streaming", "ggml"),
-    ("layers", "causal", "quantized"),
+    ("config", "geometry", "latents", "schedule", "rope", "attention", "streaming", "ggml"),
+    ("layers", "causal", "quantized", "video"),
     ("encoder", "decoder"),
     ("dit", "vae"),
     ("sample", "checkpoints"),

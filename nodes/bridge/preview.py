@@ -1,0 +1,93 @@
+"""The video so far, moving, while it is sampled."""
+
+from __future__ import annotations
+
+import time
+from io import BytesIO
+
+import comfy.latent_formats
+import comfy.utils
+import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from PIL import Image
+
+from ...mochi_core.geometry import FPS, TEMPORAL_COMPRESSION
+
+MAX_SHARE = 0.01
+"""Of the sampling time, for making previews."""
+QUALITY = 70
+CALLBACK = 5
+"""Position of the callback among the arguments of the host's `outer_sample`."""
+
+
+class MochiLatents(comfy.latent_formats.Mochi):
+    """The host's latent format, without what makes the host show the first frame only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.preview_factors, self.latent_rgb_factors = self.latent_rgb_factors, None
+
+
+class AnimatedPreview:
+    """Looks to the host like an image that it has only to save."""
+
+    def __init__(self, frames: torch.Tensor) -> None:
+        """`frames` (T, H, W, 3) uint8 on the CPU, one for every latent frame."""
+        first, *others = [Image.fromarray(frame.numpy()) for frame in frames]
+        file = BytesIO()
+        first.save(
+            file, "WEBP", save_all=True, append_images=others, duration=_durations(len(frames)), loop=0,
+            quality=QUALITY, method=0,
+        )  # fmt: skip
+        self.content = file.getvalue()
+
+    def save(self, file, **_) -> None:
+        """Browsers go by the content, not by the format that the host asks for."""
+        file.write(self.content)
+
+
+def _durations(count: int) -> list[int]:
+    """Milliseconds; the first latent frame stands for one frame, every other for six."""
+    return [1000 // FPS, *[1000 * TEMPORAL_COMPRESSION // FPS] * (count - 1)]
+
+
+def latents_to_rgb(latents: torch.Tensor, latent_format: MochiLatents) -> torch.Tensor:
+    """The first video of latents (B, 12, T, H, W) as frames (T, H, W, 3), uint8 on the CPU, by a linear fit."""
+    factors = torch.tensor(latent_format.preview_factors, dtype=latents.dtype, device=latents.device)  # (12, 3)
+    bias = torch.tensor(latent_format.latent_rgb_factors_bias, dtype=latents.dtype, device=latents.device)
+    pixels = torch.einsum("cthw,cr->thwr", latents[0], factors) + bias  # (T, H, W, 3) in [-1, 1]
+    return ((pixels + 1) * 127.5).clamp(0, 255).to("cpu", torch.uint8)
+
+
+class Previewer:
+    """Sends a preview after a step, as long as all of them together stay a hundredth of the time."""
+
+    def __init__(self, latent_format: MochiLatents) -> None:
+        self.latent_format = latent_format
+        self.started, self.spent = time.perf_counter(), 0.0
+
+    def show(self, step: int, denoised: torch.Tensor, total: int) -> None:
+        """`denoised` (B, 12, T, H, W) in the denoiser's space."""
+        if self.spent > MAX_SHARE * (time.perf_counter() - self.started):
+            return
+        frames = latents_to_rgb(denoised, self.latent_format)
+        # Copying waits for the device's step; only what comes after it is a cost.
+        start = time.perf_counter()
+        preview = AnimatedPreview(frames)
+        self.spent += time.perf_counter() - start
+        comfy.utils.ProgressBar(total).update_absolute(step + 1, total, ("WEBP", preview, None))
+
+
+def with_previews(executor, *arguments, **named):
+    """Wraps the host's sampling: the caller's callback is called as before, and the preview is sent after it."""
+    if args.preview_method == LatentPreviewMethod.NoPreviews:
+        return executor(*arguments, **named)
+    callback = arguments[CALLBACK]
+    previewer = Previewer(executor.class_obj.model_patcher.model.latent_format)
+
+    def show(step, denoised, x, total):
+        if callback is not None:
+            callback(step, denoised, x, total)
+        previewer.show(step, denoised, total)
+
+    return executor(*arguments[:CALLBACK], show, *arguments[CALLBACK + 1 :], **named)

@@ -1,0 +1,56 @@
+"""While it is sampled, the video so far is shown, moving."""
+
+import io
+import struct
+
+import pytest
+from PIL import Image
+
+from tests.comfy.test_server import SAMPLER, node, upto_sampler
+from tests.harness.client import ComfyClient
+
+FRAMES = 25
+LATENTS = 5
+
+
+def graph(**inputs):
+    return {**upto_sampler(num_frames=FRAMES, **inputs), "see": node("PreviewAny", source=[SAMPLER, 0])}
+
+
+def images(run):
+    for preview in run.previews:
+        (length,) = struct.unpack(">I", preview[:4])
+        yield Image.open(io.BytesIO(preview[4 + length :]))
+
+
+def test_preview_is_a_moving_picture_of_all_latent_frames(comfy_client):
+    shown = list(images(comfy_client.run(graph())))
+    assert shown
+    for image in shown:
+        assert (image.format, image.size) == ("WEBP", (96 // 8, 64 // 8))
+        assert image.n_frames == LATENTS
+
+
+def test_stock_sampler_shows_the_same(comfy_client):
+    prompt = graph()
+    inputs = prompt[SAMPLER]["inputs"]
+    size = {key: inputs[key] for key in ("width", "height")}
+    prompt["empty"] = node("EmptyMochiLatentVideo", **size, length=FRAMES, batch_size=1)
+    prompt[SAMPLER] = node(
+        "KSampler",
+        **{key: inputs[key] for key in ("model", "positive", "negative", "seed", "steps", "cfg", "denoise")},
+        latent_image=["empty", 0], sampler_name="euler", scheduler="linear_quadratic",
+    )  # fmt: skip
+    (image, *_) = images(comfy_client.run(prompt))
+    assert (image.format, image.n_frames) == ("WEBP", LATENTS)
+
+
+def test_the_servers_setting_is_followed(comfy_server):
+    run = ComfyClient(comfy_server.url, preview_method="none").run(graph())
+    assert run.outcome == "execution_success"
+    assert not run.previews
+
+
+@pytest.mark.parametrize("setting", ["auto", "taesd", "latent2rgb"])
+def test_every_way_of_previewing_shows_it(comfy_server, setting):
+    assert ComfyClient(comfy_server.url, setting).run(graph()).previews
