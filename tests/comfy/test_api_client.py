@@ -91,6 +91,18 @@ def test_a_refused_output_is_not_overlooked_where_another_is_made(comfy_server, 
     assert "Value not in list: format: 'stone tablet' not in" in done.stderr
 
 
+def test_runs_of_others_are_not_shown(finish, comfy_client):
+    """The server tells everyone about prompts that came without a client's name."""
+    graph = small_prompt(steps=100)
+    graph["theirs"] = graph.pop("6")
+    graph["7"]["inputs"]["samples"] = ["theirs", 0]
+    comfy_client.post("/prompt", {"prompt": graph})
+    code, out, err = finish("6.steps=2", "6.seed=74")
+    assert code == 0, err
+    assert "node 6" in out
+    assert "theirs" not in out
+
+
 def test_a_cancelled_run_says_so(start, comfy_client):
     process = start("6.steps=200", "6.seed=73")
     next(line for line in process.stdout if "node 6" in line)

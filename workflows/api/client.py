@@ -21,7 +21,7 @@ def run(graph, server, folder="."):
         problems = [problem for node in answer["node_errors"].values() for problem in node["errors"]]
         if problems or "error" in answer:
             raise RuntimeError("\n".join(f"{p['message']}: {p['details']}" for p in problems or [answer["error"]]))
-        for event in (json.loads(text) for text in events if isinstance(text, str)):
+        for event in (json.loads(text) for text in events if isinstance(text, str) and answer["prompt_id"] in text):
             if event["type"] == "progress":
                 print("\rnode {node}: {value} of {max}".format(**event["data"]), end=" ", flush=True)
             elif event["type"] == "executing" and event["data"]["node"] is None:
