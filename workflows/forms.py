@@ -222,7 +222,7 @@ def _note(text: str, number: int) -> Json:
         "id": number,
         "type": "MarkdownNote",
         "pos": [-NOTE_WIDTH - GAP, 0],
-        "size": [NOTE_WIDTH, 70 + 18 * lines],
+        "size": [NOTE_WIDTH, 70 + 16 * lines],
         "flags": {},
         "order": number - 1,
         "mode": 0,

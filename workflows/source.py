@@ -75,7 +75,7 @@ def saved(images: str) -> Nodes:
 
 
 def video_to_video() -> Nodes:
-    nodes = text_to_video(PAPER, latent=Link("encode"), steps=64, denoise=0.6)
+    nodes = text_to_video(PAPER, latent=Link("encode"), denoise=0.3)
     size = {"upscale_method": "lanczos", "width": 848, "height": 480, "crop": "center"}
     return nodes | {
         "load": Node("LoadVideo", {"file": "mochi_input.mp4"}),
@@ -145,11 +145,11 @@ def tiny() -> Nodes:
 
 
 FILES = """
-| folder in `models/` | file |
+| folder in **models/** | file |
 |---|---|
-| `diffusion_models` | `mochi_preview_bf16.safetensors` |
-| `text_encoders` | `t5xxl_fp16.safetensors` |
-| `vae` | `mochi_vae.safetensors` |
+| **diffusion_models** | **mochi_preview_bf16.safetensors** |
+| **text_encoders** | **t5xxl_fp16.safetensors** |
+| **vae** | **mochi_vae.safetensors** |
 
 Any other Mochi file works as well: Genmo's own, diffusers', fp8, int8, GGUF.
 """
@@ -161,9 +161,9 @@ TEMPLATES = [
 
 Write what the video shows into **Prompt** and press Run.
 {FILES}
-**Worth changing:** the prompt, the seed, and `num_frames` (6k + 1; 163 are 5.4 seconds, and 85 take about half the time).
+**Worth changing:** the prompt, the seed, and **num_frames** (6k + 1; 163 are 5.4 seconds, and 85 take about half the time).
 Mochi likes one scene, described in plain words, with what the camera does. Sensible values
-of `cfg` are 3 to 6.
+of **cfg** are 3 to 6.
 """,
         text_to_video(WAVES),
     ),
@@ -174,7 +174,7 @@ of `cfg` are 3 to 6.
 A small, short, coarse video to try prompts with: 1.2 seconds of 432 x 240 in 16 steps, about a sixtieth of the work of the
 full video.
 {FILES}
-The full video from the same seed is **another** video: noise of another size is other noise. Prompts and `cfg` carry over.
+The full video from the same seed is **another** video: noise of another size is other noise. Prompts and **cfg** carry over.
 """,
         text_to_video(WAVES, width=432, height=240, steps=16, num_frames=Link("length"))
         | {"length": Node("Mochi1Length", {"seconds": 1.2})},
@@ -185,10 +185,10 @@ The full video from the same seed is **another** video: noise of another size is
 
 Choose your video in **Load Video**, and describe what it shall become.
 {FILES}
-The autoencoder file must hold the **encoder**, too (`mochi_vae.safetensors` does).
+The autoencoder file must hold the **encoder**, too (**mochi_vae.safetensors** does).
 
-**Worth changing:** `denoise`. 0.4 keeps shapes and colours, 0.6 the motion and the composition, 0.8 little. Of the video the
-first 163 frames are taken, and of those 6k + 1; it is scaled to 848 x 480.
+**Worth changing:** **denoise**. 0.3 starts at 81 % noise, 0.2 at 62 %, 0.1 at 35 %, 0.5 at 97 %: less noise keeps more of
+your video, first of all its motion. The first 163 frames are taken, of those 6k + 1, and scaled to 848 x 480.
 """,
         video_to_video(),
     ),
@@ -199,13 +199,13 @@ first 163 frames are taken, and of those 6k + 1; it is scaled to 848 x 480.
 10 seconds with 8-bit weights, the text encoder on the CPU, and the denoiser in overlapping windows of the length that Mochi
 was trained for.
 
-| folder in `models/` | file |
+| folder in **models/** | file |
 |---|---|
-| `diffusion_models` | `mochi_preview_fp8_scaled.safetensors` |
-| `text_encoders` | `t5xxl_fp8_e4m3fn_scaled.safetensors` |
-| `vae` | `mochi_vae.safetensors` |
+| **diffusion_models** | **mochi_preview_fp8_scaled.safetensors** |
+| **text_encoders** | **t5xxl_fp8_e4m3fn_scaled.safetensors** |
+| **vae** | **mochi_vae.safetensors** |
 
-ComfyUI streams the weights that do not fit. If memory runs out all the same: make `context_length` smaller (22 or 16
+ComfyUI streams the weights that do not fit. If memory runs out all the same: make **context_length** smaller (22 or 16
 latents; 6 frames each), then width and height. The decode needs the same memory however long the video is.
 
 **What to expect:** the windows share their overlaps, not a plot; describe one continuing motion.
@@ -216,8 +216,8 @@ latents; 6 frames each), then width and height. The decode needs the same memory
         "fastmochi",
         """# FastMochi: 8 steps
 
-Distilled weights: `dit.safetensors` from FastVideo's FastMochi, saved as
-`models/diffusion_models/fastmochi.safetensors`. Text encoder and VAE as always.
+Distilled weights: **dit.safetensors** from FastVideo's FastMochi, saved as
+**models/diffusion_models/fastmochi.safetensors**. Text encoder and VAE as always.
 
 Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cfg 1.5.** Ordinary Mochi weights need the
 64 steps and cfg 4.5 of the template *text_to_video*.
@@ -231,11 +231,11 @@ Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cf
 The precision and the settings of Genmo's own code: T5 and autoencoder in fp32, denoiser in bf16, 163 frames of 848 x 480 in
 64 steps, guidance 6.0 (4.5 in Genmo's first release).
 
-| folder in `models/` | file |
+| folder in **models/** | file |
 |---|---|
-| `diffusion_models` | `mochi_preview_bf16.safetensors`, or Genmo's `dit.safetensors` |
-| `text_encoders` | a T5 v1.1 XXL in fp32 or fp16 |
-| `vae` | `mochi_vae.safetensors` in fp32, or Genmo's `decoder.safetensors` |
+| **diffusion_models** | **mochi_preview_bf16.safetensors**, or Genmo's **dit.safetensors** |
+| **text_encoders** | a T5 v1.1 XXL in fp32 or fp16 |
+| **vae** | **mochi_vae.safetensors** in fp32, or Genmo's **decoder.safetensors** |
 
 Noise comes from a generator on the CPU, so that a seed means the same video on every machine. Genmo's code draws it on the
 GPU: its seeds are other noise, but the same noise gives the same video.
@@ -248,10 +248,10 @@ GPU: its seeds are other noise, but the same noise gives the same video.
         "lora",
         f"""# LoRA
 
-Put the LoRA into `models/loras` and choose it in **Load Mochi LoRA**. Every kind works: Genmo's trainer with its alphas,
+Put the LoRA into **models/loras** and choose it in **Load Mochi LoRA**. Every kind works: Genmo's trainer with its alphas,
 diffusers, PEFT, kohya, DoRA.
 {FILES}
-**Worth changing:** `strength` (1 is as trained, 0 is off). Several LoRAs: one node after the other.
+**Worth changing:** **strength** (1 is as trained, 0 is off). Several LoRAs: one node after the other.
 """,
         lora(),
     ),

@@ -27,9 +27,8 @@ SCALED = {f"diffusion_models/{source.FP8}": trained.TRANSFORMER, f"text_encoders
 SIZE = {"width": 64, "height": 64}
 # What makes every node of the templates fit the tiny model.
 TINY: dict[str, dict[str, Any]] = {
-    "Mochi1Sampler": {**SIZE, "num_frames": 25, "steps": 32},
+    "Mochi1Sampler": {**SIZE, "num_frames": 25},
     "EmptyMochiLatentVideo": {**SIZE, "length": 25},
-    "KSampler": {"steps": 32},
     "Mochi1Length": {"seconds": 0.8},
     "ImageScale": SIZE,
     "ImageFromBatch": {"length": 25},
@@ -64,10 +63,12 @@ def write_video(path: Path) -> None:
     save_video(draw(Scene((sprite,), ((0.03, 0.03, 0.03),) * 2), 31, 128, 128), path)
 
 
-def shrunk(prompt: dict[str, Any]) -> dict[str, Any]:
-    """A template's API form, small; links stay."""
+def shrunk(prompt: dict[str, Any], text: str) -> dict[str, Any]:
+    """A template's API form, small, with another prompt; links stay."""
     prompt = copy.deepcopy(prompt)
     for node in prompt.values():
         inputs = node["inputs"]
         inputs |= {k: v for k, v in TINY.get(node["class_type"], {}).items() if not isinstance(inputs[k], list)}
+        if node["_meta"]["title"] == "Prompt":
+            inputs[next(key for key in ("prompt", "text") if key in inputs)] = text
     return prompt
