@@ -25,7 +25,7 @@ class Migration:
     notes: list[str]
 
 
-def migrate(workflow: dict[str, Any], *, stock: bool = False) -> Migration:
+def migrate(workflow: Any, *, stock: bool = False) -> Migration:
     """Convert a workflow in the editor's or the API form; the one that is given stays as it is.
 
     Raises:
