@@ -59,7 +59,8 @@ def _convert(graphs: list[Nodes], ids: Iterator[Any], stock: bool) -> list[str]:
         else:
             hint = [STOCK_HINT]
     if not any(rules) and not any(map(passes_on, graphs)):
-        raise ValueError(" ".join(["There is no node of MochiWrapper in this workflow.", *hint]))
+        sought = "MochiWrapper, or of ComfyUI for Mochi," if stock else "MochiWrapper"
+        raise ValueError(" ".join([f"There is no node of {sought} in this workflow.", *hint]))
     notes = [convert(nodes, found, lambda: next(ids)) for nodes, found in zip(graphs, rules, strict=True)]
     return [*chain(*notes), *hint]
 
@@ -83,7 +84,8 @@ def _names_mochi(node: Node) -> bool:
 def _stock_rules(nodes: Nodes) -> dict[Any, Rule]:
     """The loaders whose files say mochi, or that are the only ones; and what is linked to them."""
     loaders = {key for key, node in nodes.items() if _loads_mochi(node, nodes)}
-    links = {key: source(nodes, node.links.get(LOADED_INPUTS.get(node.type, ""))) for key, node in nodes.items()}
+    users = {key: node for key, node in nodes.items() if node.type in LOADED_INPUTS}
+    links = {key: source(nodes, node.links.get(LOADED_INPUTS[node.type])) for key, node in users.items()}
     chosen = loaders | {key for key, link in links.items() if link and link.origin in loaders}
     return {key: STOCK[node.type] for key, node in nodes.items() if key in chosen}
 

@@ -15,7 +15,9 @@ def is_prompt(workflow: Any) -> bool:
 
 
 def _is_node(raw: Any) -> bool:
-    return isinstance(raw, dict) and isinstance(raw.get("class_type"), str) and isinstance(raw.get("inputs"), dict)
+    if not isinstance(raw, dict) or not isinstance(raw.get("_meta") or {}, dict):
+        return False
+    return isinstance(raw.get("class_type"), str) and isinstance(raw.get("inputs"), dict)
 
 
 def read(prompt: Prompt) -> Nodes:

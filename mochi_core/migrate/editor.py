@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 from .graph import Link, Node, Nodes
@@ -9,6 +10,19 @@ from .tables import MODEL_TYPES, NEW_NODES
 
 Graph = dict[str, Any]
 LINK_FIELDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+# What has to be of which type.
+LIST, ID = (list, NoneType), (int, str)
+GRAPH = {"nodes": list, "links": LIST, "inputs": LIST, "outputs": LIST, "state": (dict, NoneType)}
+NODE = {
+    "id": ID,
+    "type": str,
+    "inputs": LIST,
+    "outputs": LIST,
+    "widgets_values": (list, dict, NoneType),
+    "properties": (dict, NoneType),
+}
+SLOT = {"name": str, "link": (*ID, NoneType), "links": LIST, "linkIds": LIST}
+LINK = {"id": ID, "origin_id": ID, "origin_slot": ID, "target_id": ID, "target_slot": ID, "type": object}
 INSIDE, OUTSIDE = -10, -20  # where links start and end that come from a subgraph's inputs, or go to its outputs
 PACK = "mochi-nodes"
 FOREIGN_PROPERTIES = ("aux_id", "ver")
@@ -19,24 +33,38 @@ GAP = 60  # pixels between a node and the one that was made of it
 
 def graphs(workflow: Graph) -> list[Graph]:
     """The workflow and its subgraphs."""
-    return [workflow, *(workflow.get("definitions") or {}).get("subgraphs", [])]
+    return [workflow, *((workflow.get("definitions") or {}).get("subgraphs") or [])]
 
 
 def is_workflow(workflow: Any) -> bool:
-    return isinstance(workflow, dict) and all(map(_is_graph, graphs(workflow)))
+    if not _has(workflow, {"definitions": (dict, NoneType)}):
+        return False
+    subgraphs = (workflow.get("definitions") or {}).get("subgraphs")
+    return isinstance(subgraphs, list | NoneType) and all(map(_is_graph, graphs(workflow)))
 
 
 def _is_graph(graph: Any) -> bool:
-    if not isinstance(graph, dict) or not isinstance(graph.get("nodes"), list):
+    if not _has(graph, GRAPH) or not all(isinstance(link, list | dict) for link in _links(graph)):
         return False
-    links = graph.get("links") or []
-    return all(map(_is_node, graph["nodes"])) and all(set(LINK_FIELDS) <= set(_record(link)) for link in links)
+    slots = [slot for key in ("inputs", "outputs") for slot in graph.get(key) or []]
+    return (
+        all(map(_is_node, graph["nodes"]))
+        and all(_has(_record(link), LINK) for link in _links(graph))
+        and all(_has(slot, SLOT) for slot in slots)
+    )
 
 
 def _is_node(raw: Any) -> bool:
-    if not isinstance(raw, dict) or "id" not in raw or not isinstance(raw.get("type"), str):
-        return False
-    return all(isinstance(slot, dict) and "name" in slot for slot in raw.get("inputs") or [])
+    return _has(raw, NODE) and all(_has(slot, SLOT) for key in ("inputs", "outputs") for slot in raw.get(key) or [])
+
+
+def _has(value: Any, fields: dict[str, Any]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), kinds) for name, kinds in fields.items())
+
+
+def _links(graph: Graph) -> list[Any]:
+    """Old files have gaps among them."""
+    return [link for link in graph.get("links") or [] if link is not None]
 
 
 def _record(link: Any) -> dict[str, Any]:
@@ -46,13 +74,14 @@ def _record(link: Any) -> dict[str, Any]:
 
 def read(graph: Graph) -> Nodes:
     """The nodes by id, and what a subgraph's outputs are linked to."""
-    records = {record["id"]: record for record in map(_record, graph.get("links") or [])}
+    records = {record["id"]: record for record in map(_record, _links(graph))}
     where = f" in {graph['name']}" if "name" in graph else ""
     nodes = {raw["id"]: _node(raw, records, where) for raw in graph["nodes"]}
-    outside = {
-        str(record["target_slot"]): _link(record) for record in records.values() if record["target_id"] == OUTSIDE
-    }
-    return {**nodes, OUTSIDE: Node(OUTSIDE, "", [], outside, {}, f"The output{where}")} if outside else nodes
+    outward = [record for record in records.values() if record["target_id"] == OUTSIDE]
+    if outward:
+        links = {str(record["target_slot"]): _link(record) for record in outward}
+        nodes[OUTSIDE] = Node(OUTSIDE, "", [], links, {}, f"The output{where}")
+    return nodes
 
 
 def _node(raw: dict[str, Any], records: dict[Any, dict[str, Any]], where: str) -> Node:
@@ -72,7 +101,7 @@ def write(graph: Graph, nodes: Nodes) -> None:
     kept = [made.pop(raw["id"], raw) for raw in graph["nodes"] if raw["id"] in nodes]
     graph["nodes"] = kept + list(made.values())
     targets = {link.number: (node, name) for node in nodes.values() for name, link in node.links.items()}
-    links = [link for link in graph.get("links") or [] if _record(link)["id"] in targets]
+    links = [link for link in _links(graph) if _record(link)["id"] in targets]
     graph["links"] = [_relinked(link, *targets[_record(link)["id"]]) for link in links]
     _agree(graph)
     if made:
@@ -84,7 +113,7 @@ def _written(node: Node) -> dict[str, Any]:
     raw, output = node.raw, NEW_NODES[node.type].output
     properties = {key: value for key, value in (raw.get("properties") or {}).items() if key not in FOREIGN_PROPERTIES}
     if raw["id"] != node.id:
-        raw = {**raw, "pos": _below(raw), "title": output}
+        raw = {key: value for key, value in raw.items() if key != "title"} | {"pos": _below(raw)}
     return {
         **raw,
         "id": node.id,
@@ -103,8 +132,9 @@ def _below(raw: dict[str, Any]) -> list[float]:
 
 def _pair(value: Any) -> tuple[float, float]:
     """Positions and sizes are lists, or objects with the keys 0 and 1."""
-    first, second, *_ = [*(value.values() if isinstance(value, dict) else value or []), 0, 0]
-    return first, second
+    values = list(value.values()) if isinstance(value, dict) else value
+    first, second, *_ = [*(values if isinstance(values, list) else []), 0, 0]
+    return first if isinstance(first, int | float) else 0, second if isinstance(second, int | float) else 0
 
 
 def _inputs(node: Node) -> list[dict[str, Any]]:
@@ -116,7 +146,7 @@ def _inputs(node: Node) -> list[dict[str, Any]]:
         before = old.get(was.get(name, ""), {})
         slot = {"shape": OPTIONAL_SHAPE} if name in new.optional else {}
         slot |= {key: value for key, value in before.items() if key in SLOT_LOOKS}
-        slot |= {"name": name, "type": new.slots.get(name) or before["type"], "link": None}
+        slot |= {"name": name, "type": new.slots.get(name) or before.get("type"), "link": None}
         if name in node.links:
             slot["link"] = node.links[name].number
         inputs.append(slot if name in new.slots else {**slot, "widget": {"name": name}})
@@ -128,12 +158,14 @@ def _relinked(link: Any, node: Node, name: str) -> Any:
     record |= {"origin_id": source.origin, "origin_slot": source.slot}
     if node.was is not None:
         record["target_slot"] = [slot["name"] for slot in _inputs(node)].index(name)
-    record["type"] = _type_today(record["type"])
+    _use_todays_type(record)
     return record if isinstance(link, dict) else list(record.values())
 
 
-def _type_today(kind: Any) -> Any:
-    return MODEL_TYPES.get(kind, kind) if isinstance(kind, str) else kind
+def _use_todays_type(link_or_slot: dict[str, Any]) -> None:
+    kind = link_or_slot.get("type")
+    if isinstance(kind, str) and kind in MODEL_TYPES:
+        link_or_slot["type"] = MODEL_TYPES[kind]
 
 
 def _agree(graph: Graph) -> None:
@@ -142,7 +174,7 @@ def _agree(graph: Graph) -> None:
     numbers = {record["id"] for record in records}
     for node in graph["nodes"]:
         for slot in node.get("inputs") or []:
-            slot["type"] = _type_today(slot.get("type"))
+            _use_todays_type(slot)
             if slot.get("link") not in numbers:
                 slot["link"] = None
         _list_links(node.get("outputs"), "links", records, "origin", node["id"])
@@ -152,14 +184,17 @@ def _agree(graph: Graph) -> None:
 
 def _list_links(slots: Any, key: str, records: list[dict[str, Any]], end: str, node_id: Any) -> None:
     for i, slot in enumerate(slots or []):
-        slot["type"] = _type_today(slot.get("type"))
+        _use_todays_type(slot)
         numbers = [record["id"] for record in records if (record[f"{end}_id"], record[f"{end}_slot"]) == (node_id, i)]
-        if set(numbers) != set(slot.get(key) or []):
-            slot[key] = numbers
+        before = slot.get(key) or []
+        kept = [number for number in before if number in numbers]
+        today = kept + [number for number in numbers if number not in kept]
+        if today != before:
+            slot[key] = today
 
 
 def _count_nodes(graph: Graph) -> None:
     last = max(node["id"] for node in graph["nodes"] if isinstance(node["id"], int))
     for counters, name in ((graph, "last_node_id"), (graph.get("state") or {}, "lastNodeId")):
-        if name in counters:
+        if isinstance(counters.get(name), int):
             counters[name] = max(last, counters[name])

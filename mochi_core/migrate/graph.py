@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .tables import AFTER_SEED, CLIP_LOADERS, DROPPED, LEFT, NEW_NODES, PASSES_ON, REMOVED, Part, Rule
@@ -22,7 +22,10 @@ class Link:
 
 @dataclass
 class Node:
-    """`values` is by name, or the editor's list; `raw` is the node in the workflow; `old` is set for a node that is new."""
+    """`values` is by name, or the editor's list; `raw` is the node in the workflow, or the one whose place this one takes.
+
+    `was` is set for a node that takes an old one's place: the old input that each of its inputs was.
+    """
 
     id: Any
     type: str
@@ -30,8 +33,7 @@ class Node:
     links: dict[str, Link]
     raw: dict[str, Any]
     label: str
-    # For a node that takes an old one's place: the old input that each of its inputs was.
-    was: dict[str, str] | None = field(default=None)
+    was: dict[str, str] | None = None
 
 
 def named_values(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
@@ -68,15 +70,22 @@ def convert(nodes: Nodes, rules: dict[Any, Rule], new_id: Callable[[], Any]) -> 
         notes += _replace(nodes, nodes[key], rule, moved, new_id)
     removed = {key: nodes.pop(key) for key in list(nodes) if nodes[key].type in REMOVED}
     notes += [f"{node.label} is removed; {REMOVED[node.type]}." for node in removed.values()]
-    for node in nodes.values():
+    for node in list(nodes.values()):
         for name, link in list(node.links.items()):
             if link.origin in removed:
-                del node.links[name]
-                notes.append(f"{node.label} has lost the link to {name}, which came from {removed[link.origin].label}.")
+                notes.append(_cut(nodes, node, name, removed[link.origin]))
             elif new := moved.get((link.origin, link.slot)):
                 node.links[name] = Link(new.origin, new.slot, link.number)
     left = [node for node in nodes.values() if node.type in LEFT]
     return notes + [f"{node.label} stays as it is; there is no counterpart to it here." for node in left]
+
+
+def _cut(nodes: Nodes, node: Node, name: str, removed: Node) -> str:
+    if node.type == "PreviewImage":
+        del nodes[node.id]
+        return f"{node.label} is removed with it; it showed nothing else."
+    del node.links[name]
+    return f"{node.label} has lost the link to {name}, which came from {removed.label}."
 
 
 def _use_mochi_clip(nodes: Nodes, rules: dict[Any, Rule]) -> list[str]:

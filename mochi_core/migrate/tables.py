@@ -87,7 +87,7 @@ def weight_dtype(old: Any, values: dict[str, Any]) -> Adapted:
     """GGUF files stay as they are, whatever the node said, as they did."""
     if any("gguf" in str(value).lower() for value in values.values()):
         return "auto", ""
-    new = WEIGHT_DTYPES.get(old, "auto")
+    new = WEIGHT_DTYPES.get(str(old), "auto")
     return new, "" if new == old or old == "default" else "products are computed in 16 bits"
 
 

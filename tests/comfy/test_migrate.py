@@ -147,9 +147,18 @@ def without_meta(graph):
     return {key: {name: value for name, value in node.items() if name != "_meta"} for key, node in graph.items()}
 
 
-@pytest.mark.parametrize(
-    "form", [lambda g: migrate(g).workflow, lambda g: g, without_meta], ids=["migrated", "old", "no meta"]
-)
+def replaced_in_the_editor(graph):
+    """It leaves links of MochiTextEncode's second output."""
+    graph = migrate(graph).workflow
+    graph["8"]["inputs"]["clip"] = ["1", 1]
+    return graph
+
+
+FORMS = (lambda graph: migrate(graph).workflow, lambda graph: graph, without_meta, replaced_in_the_editor)
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("form", FORMS, ids=["migrated", "as it was", "without _meta", "replaced in the editor"])
 def test_the_api_form_makes_the_video_of_its_settings(frames_of, by_hand, form):
     """Old prompts run as they are, on arrival: with the title that the editor adds to nodes, and without."""
     assert frames_of(form(old("api")), "15").equal(frames_of(by_hand, "decode"))

@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 from copy import deepcopy
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -137,15 +139,26 @@ def test_one_loader_becomes_two():
     assert nodes[14][2] == {"model": (4, 0), "positive": (1, 0), "negative": (8, 0)}
     assert nodes[15] == ("Mochi1TiledVAEDecode", [0.0], {"samples": (14, 0), "vae": (19, 0)})
     assert nodes[1][2] == nodes[8][2] == {"clip": (2, 0)}
-    assert 17 not in nodes
-    assert nodes[18] == ("PreviewImage", [], {})
+    assert not {17, 18} & set(nodes)
     assert migration.workflow["last_node_id"] == 19
     (vae,) = (node for node in migration.workflow["nodes"] if node["id"] == 19)
     assert vae["pos"] == [465, 20 + 174 + 60]
     said = "\n".join(migration.notes)
     assert "precision fp8_e4m3fn_fast becomes fp8_e4m3fn; products are computed in 16 bits." in said
     assert "the link to trigger is dropped" in said
-    assert "PreviewImage (node 18) has lost the link to images, which came from MochiLatentPreview (node 17)." in said
+    assert "MochiLatentPreview (node 17) is removed" in said
+    assert "PreviewImage (node 18) is removed with it" in said
+
+
+def test_a_link_from_a_removed_node_is_reported():
+    graph = old("download_and_load")
+    next(node for node in graph["nodes"] if node["id"] == 18)["type"] = "ImageBlur"
+    migration = migrate(graph)
+    assert summary(migration.workflow)[18] == ("ImageBlur", [], {})
+    assert (
+        "ImageBlur (node 18) has lost the link to images, which came from MochiLatentPreview (node 17)."
+        in migration.notes
+    )
 
 
 def test_video_to_video():
@@ -416,6 +429,32 @@ def test_clip_without_a_source_is_reported():
 def test_what_is_no_workflow(workflow):
     with pytest.raises(ValueError, match="This is no workflow of ComfyUI"):
         migrate(workflow)
+
+
+JUNK = (None, -1, 1.5, "", "x", True, [], [[]], [None], {}, {"a": 1})
+
+
+def places(value, path=()):
+    """The paths of everything inside."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("name", [*EDITOR_FORMS, "api"])
+def test_damaged_workflows_are_converted_or_refused(name):
+    """Whatever stands in the place of a value, there is a workflow or a ValueError, and nothing else."""
+    chance = random.Random(0)
+    refused = 0
+    for path in places(old(name)):
+        workflow = old(name)
+        *outer, last = path
+        reduce(lambda inside, key: inside[key], outer, workflow)[last] = deepcopy(chance.choice(JUNK))
+        try:
+            json.dumps(migrate(workflow, stock=True).workflow)
+        except ValueError:
+            refused += 1
+    assert refused > 10
 
 
 def test_command_writes_beside_and_reports(tmp_path, capsys):
