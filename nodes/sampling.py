@@ -16,8 +16,8 @@ DENOISE = io.Float.Input(
     step=0.01,
     display_mode=io.NumberDisplay.slider,
     optional=True,
-    tooltip="Share of the noise to start from. Below 1, the last `steps` steps of a longer schedule are taken: lower values "
-    "stay closer to the LATENT.",
+    tooltip="Share of the noise to start from; lower values stay closer to the video that is sampled from. Below 1, the "
+    "steps are the last ones of a longer schedule.",
 )
 
 
@@ -61,7 +61,9 @@ class Sigmas(io.ComfyNode):
             description="Genmo's linear-quadratic noise schedule with all its settings.",
             search_aliases=["linear quadratic", "mochi scheduler", "MochiSigmaSchedule"],
             inputs=[
-                io.Int.Input("steps", default=64, min=1, max=1000, tooltip="Number of sampling steps."),
+                io.Int.Input(
+                    "steps", default=64, min=1, max=1000, tooltip="Number of sampling steps: 64, or 8 for FastMochi."
+                ),
                 io.Float.Input(
                     "threshold_noise",
                     default=0.025,
@@ -69,14 +71,14 @@ class Sigmas(io.ComfyNode):
                     max=0.999,
                     step=0.001,
                     display_mode=io.NumberDisplay.slider,
-                    tooltip="Share of the noise that the linear steps remove. FastMochi: 0.1.",
+                    tooltip="Share of the noise that the linear steps remove: 0.025, or 0.1 for FastMochi.",
                 ),
                 io.Int.Input(
                     "linear_steps",
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="How many steps are linear before the quadratic ones; 0 is half of all. FastMochi: 6 of 8.",
+                    tooltip="How many steps are linear before the quadratic ones: 0 is half of all, 6 (of 8) for FastMochi.",
                 ),
                 DENOISE,
             ],
@@ -101,8 +103,22 @@ class Sampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="From Load Mochi Transformer, or any other Mochi MODEL."),
                 io.Conditioning.Input("positive", tooltip="What the video shows."),
                 io.Conditioning.Input("negative", tooltip="What it does not show; usually an empty prompt."),
-                io.Int.Input("width", default=848, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."),
-                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input(
+                    "width",
+                    default=848,
+                    min=16,
+                    max=4096,
+                    step=16,
+                    tooltip="Pixels, a multiple of 16; Mochi was trained for 848.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=480,
+                    min=16,
+                    max=4096,
+                    step=16,
+                    tooltip="Pixels, a multiple of 16; Mochi was trained for 480.",
+                ),
                 io.Int.Input(
                     "num_frames",
                     default=163,
@@ -111,14 +127,17 @@ class Sampler(io.ComfyNode):
                     step=6,
                     tooltip="Frames at 30 per second, always 6k + 1: 31 is one second, 163 is what Mochi was trained for.",
                 ),
-                io.Int.Input("steps", default=64, min=1, max=1000, tooltip="More steps are slower and finer."),
+                io.Int.Input(
+                    "steps", default=64, min=1, max=1000, tooltip="More steps are slower and finer; Genmo takes 64."
+                ),
                 io.Float.Input(
                     "cfg",
                     default=4.5,
                     min=0.0,
                     max=30.0,
                     step=0.1,
-                    tooltip="Guidance: how strictly the prompt is followed. 1 is off, and twice as fast.",
+                    tooltip="Guidance: how strictly the prompt is followed; 4.5, or 1.5 for FastMochi. 1 is off, and twice as "
+                    "fast.",
                 ),
                 io.Int.Input(
                     "seed",

@@ -1,0 +1,127 @@
+"""The help pages of the nodes say what the nodes do: every input with its real range and default, and real messages."""
+
+import ast
+import re
+import urllib.request
+
+import pytest
+
+from tests.harness.locales import inputs_of, node_infos
+from tests.harness.server import PACK, ROOT
+
+PAGES = ROOT / "web" / "docs"
+SECTIONS = ["Inputs", "Outputs", "Example", "Common errors"]
+# Each has a picture of that name in web/docs/images.
+TEMPLATES = {"fastmochi", "lora", "stock_nodes", "text_to_video", "tiny_mochi", "video_to_video"}
+# A sentence is told from any other by this many letters of its own.
+FIXED_LETTERS = 20
+
+
+def pages():
+    return {path.stem: path.read_text(encoding="utf-8") for path in PAGES.rglob("*.md")}
+
+
+def sections(page):
+    """The text under each heading; what is above the first is under the title."""
+    title, *rest = re.split(r"^#+ (.+)\n", page, flags=re.M)[1:]
+    return {title: rest[0], **dict(zip(rest[1::2], rest[2::2], strict=True))}
+
+
+def rows(section):
+    """The cells of the first table in it, without its head."""
+    table = section[section.index("|") :].split("\n\n")[0].strip()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
+
+
+def value_range(kind, options):
+    """What the page must say of an input's range."""
+    if kind == "COMBO":
+        fixed = [choice for choice in options["options"] if "." not in choice]
+        files = ["or a file" if fixed else "a file"] if fixed != options["options"] or not fixed else []
+        return ", ".join(fixed + files)
+    if kind in ("INT", "FLOAT"):
+        step = f", step {number(options['step'])}" if "step" in options else ""
+        return f"{number(options['min'])} to {number(options['max'])}{step}"
+    return "text" if kind == "STRING" else kind
+
+
+def number(value):
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def default(name, options, info):
+    if "default" in options:
+        return number(options["default"]) or "empty"
+    return "required" if name in info["input"]["required"] else "optional"
+
+
+def sentences():
+    """Patterns of all the longer texts in the code, values left open."""
+    for path in [*(ROOT / "nodes").rglob("*.py"), *(ROOT / "mochi_core").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+            if sum(len(text) for text in texts if isinstance(text, str)) >= FIXED_LETTERS:
+                yield re.compile("".join(re.escape(text) if isinstance(text, str) else ".*" for text in texts))
+
+
+@pytest.fixture
+def infos(comfy_client):
+    return node_infos(comfy_client)
+
+
+def test_every_node_has_a_page_and_every_page_a_node(infos):
+    assert pages().keys() == infos.keys(), "a node's page is web/docs/<its id>.md"
+    for name, page in pages().items():
+        title, *others = sections(page)
+        assert title == infos[name]["display_name"]
+        assert others == SECTIONS, name
+
+
+def test_every_input_is_there_with_its_range_and_default(infos):
+    for name, page in pages().items():
+        expected = [
+            [f"`{key}`", value_range(kind, options), default(key, options, infos[name])]
+            for key, (kind, options) in inputs_of(infos[name]).items()
+        ]
+        found = rows(sections(page)["Inputs"])
+        assert [[row[0], *row[3:]] for row in found] == expected, name
+        assert all(meaning and unit for _, meaning, unit, *_ in found), name
+        advanced = [options.get("advanced", False) for _, options in inputs_of(infos[name]).values()]
+        assert [row[1].startswith("Advanced. ") for row in found] == advanced, name
+
+
+def test_every_output_is_there(infos):
+    for name, page in pages().items():
+        assert [row[0].strip("`") for row in rows(sections(page)["Outputs"])] == infos[name]["output_name"], name
+
+
+def test_examples_are_pictures_and_templates_that_exist():
+    for name, page in pages().items():
+        example = sections(page)["Example"]
+        pictures = re.findall(r"!\[.+\]\(images/(\w+)\.png\)", example)
+        assert len(pictures) == page.count("](") == 1, f"{name} has one picture, and links to nothing else"
+        assert set(pictures) <= TEMPLATES, name
+        named = set(re.findall(r"\*\*(.+?)\*\*", example))
+        assert named and named <= TEMPLATES, name
+
+
+def test_messages_are_those_of_the_code():
+    known = list(sentences())
+    shown = [
+        (name, row[0].strip("`"))
+        for name, page in pages().items()
+        if "|" in sections(page)["Common errors"]
+        for row in rows(sections(page)["Common errors"])
+    ]
+    unknown = [(name, message) for name, message in shown if not any(text.fullmatch(message) for text in known)]
+    assert len(shown) > 20
+    assert not unknown
+
+
+def test_the_front_end_gets_the_pages(comfy_server):
+    for name, page in pages().items():
+        address = f"{comfy_server.url}/extensions/{PACK}/docs/{name}.md"
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            assert answer.read().decode() == page
+            assert "html" not in answer.headers["Content-Type"]
