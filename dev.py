@@ -50,35 +50,35 @@ def main() -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    return run_module("tests.harness.demo", arguments, prepare())
+    return run_module("tests.harness.demo", arguments, prepare("demo"))
 
 
 def serve(arguments: list[str]) -> int:
-    return run_module("tests.harness.demo", ["--serve", *arguments], prepare())
+    return run_module("tests.harness.demo", ["--serve", *arguments], prepare("demo"))
 
 
 def test(arguments: list[str]) -> int:
-    return run_module("pytest", arguments, prepare(test_requirements()))
+    return run_module("pytest", arguments, prepare("demo", "test"))
 
 
-def prepare(extra: list[str] | None = None) -> Path:
-    """A virtual environment with ComfyUI's requirements; returns ComfyUI's folder."""
+def prepare(*groups: str) -> Path:
+    """A virtual environment with ComfyUI's requirements and our dependency groups; returns ComfyUI's folder."""
     if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs this file may have any Python
         raise SetupError(f"this is Python {sys.version.split()[0]}; run dev.py with Python 3.10 or newer.")
     DEV.mkdir(exist_ok=True)
     make_environment()
     comfyui = find_comfyui()
     install([*TORCH, "-r", str(comfyui / "requirements.txt")], "ComfyUI's requirements (about 7 GB, 2 to 10 minutes)")
-    if extra:
-        install([*TORCH, *extra], "the test tools (about a minute)")
+    for group in groups:
+        install([*TORCH, *requirements(group)], f"what the {group} needs (up to a minute)")
     return comfyui
 
 
-def test_requirements() -> list[str]:
-    """The `test` group of pyproject.toml, without needing a TOML parser (Python 3.10 has none)."""
-    group = re.search(r"^test = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
-    assert group, "pyproject.toml has lost its test group"
-    return re.findall(r'"([^"]+)"', group[1])
+def requirements(group: str) -> list[str]:
+    """A dependency group of pyproject.toml, without needing a TOML parser (Python 3.10 has none)."""
+    found = re.search(rf"^{group} = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
+    assert found, f"pyproject.toml has lost its {group} group"
+    return re.findall(r'"([^"]+)"', found[1])
 
 
 def make_environment() -> None:

@@ -1,4 +1,4 @@
-"""`python -m mochi_core generate | decode | inspect | convert`: the library from a shell."""
+"""`python -m mochi_core generate | decode | inspect | convert | migrate`: the library from a shell."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .checkpoints.inspect import inspect as inspect_file
 from .checkpoints.inspect import render
 from .geometry import FPS, seconds_to_frames
 from .latent_files import load_latents, save_latents
+from .migrate import migrate as migrate_workflow
 from .pipeline import MochiPipeline
 from .quantized import QUANTIZERS
 from .schedule import linear_quadratic_schedule
@@ -120,9 +121,27 @@ def convert(options: argparse.Namespace) -> None:
     print(destination)
 
 
+def migrate(options: argparse.Namespace) -> None:
+    output = options.output or options.workflow.with_stem(f"{options.workflow.stem}-mochi1")
+    if output.exists() and not options.force:
+        raise ValueError(f"{output} exists already; choose another name with -o, or overwrite it with --force.")
+    try:
+        workflow = json.loads(options.workflow.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{options.workflow} is not a JSON file ({error}); save the workflow in the editor.") from None
+    try:
+        migration = migrate_workflow(workflow, stock=options.stock)
+    except ValueError as error:
+        raise ValueError(f"{options.workflow}: {error}") from None
+    output.write_text(json.dumps(migration.workflow, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for note in migration.notes:
+        print(note, file=sys.stderr)
+    print(output)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mochi_core", description="Mochi 1 text to video.")
-    commands = parser.add_subparsers(required=True, metavar="generate | decode | inspect | convert")
+    commands = parser.add_subparsers(required=True, metavar="generate | decode | inspect | convert | migrate")
     _add_generate(commands.add_parser("generate", help="make a video from a prompt"))
     _add_decode(commands.add_parser("decode", help="make a video from latents"))
     command = commands.add_parser("inspect", help="say what a model file is")
@@ -130,7 +149,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=inspect)
     _add_convert(commands.add_parser("convert", help="rewrite a model in another layout or dtype"))
+    _add_migrate(commands.add_parser("migrate", help="put our nodes into a workflow made for MochiWrapper"))
     return parser
+
+
+def _add_migrate(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    command.set_defaults(run=migrate)
+    add("workflow", type=Path, help=".json file, saved in the editor or exported for the API")
+    add("-o", "--output", type=Path, help="(default: the same name with -mochi1 behind)")
+    add("--stock", action="store_true", help="also replace ComfyUI's own nodes in a graph for its built-in Mochi")
+    add("--force", action="store_true", help="overwrite the output")
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .loaders import LoadT5, LoadTransformer, LoadVAE
 from .lora import LoadLoRA
+from .replacements import register
 from .sampling import Length, Sampler, Sigmas
 from .text import T5Encode
 from .vae import TiledVAEDecode, VAEEncode
@@ -25,5 +26,8 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class MochiExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        await register()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from pathlib import Path
 
 import folder_paths
 import torch
@@ -20,12 +21,18 @@ DTYPES_WITH_FP8 = {**DTYPES, "fp8_e4m3fn": torch.float8_e4m3fn}
 QUANTIZED = {"fp8_e4m3fn": "fp8", "int8": "int8", "q4_0": "q4_0"}
 UNLISTED = ("*.gguf", INDEX_PATTERN)
 NO_SECOND_FILE = "none"
+# The tiny Mochi that comes with the pack: only these loaders list it, so that other nodes' lists stay as they are.
+OWN_MODELS = Path(__file__).parents[1] / "models"
 
 
 def files(*kinds: str) -> list[str]:
-    """What the host lists in its model folders, and what it does not: GGUF files, and the indices of sharded ones."""
-    listed = {name for kind in kinds for name in folder_paths.get_filename_list(kind)}
-    return sorted(listed | {name for kind in kinds for name in unlisted_files(kind)})
+    """What the host lists in its model folders, what it does not (GGUF, indices of sharded files), and the tiny Mochi."""
+    listed = {name for kind in kinds for name in [*folder_paths.get_filename_list(kind), *unlisted_files(kind)]}
+    return [*sorted(listed - own_files(*kinds)), *sorted(own_files(*kinds))]
+
+
+def own_files(*kinds: str) -> set[str]:
+    return {path.name for kind in kinds for path in (OWN_MODELS / kind).glob("*.safetensors")}
 
 
 def unlisted_files(kind: str) -> list[str]:
@@ -36,10 +43,12 @@ def unlisted_files(kind: str) -> list[str]:
 
 
 def full_path(name: str, *kinds: str) -> str:
-    """The file of that name in the host's model folders, and nowhere else."""
+    """The file of that name in the host's model folders, or in the pack's own, and nowhere else."""
     for kind in kinds:
         if path := folder_paths.get_full_path(kind, name):
             return path
+        if name in own_files(kind):
+            return str(OWN_MODELS / kind / name)
     raise ValueError(f"{name} is in none of the model folders {', '.join(kinds)}; put it there and press R.")
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.harness import trained
-from tests.harness.client import ComfyClient
 from tests.harness.server import ROOT, ComfyServer
+from workflows.api.client import run
 
 BASE = ROOT / ".dev" / "comfyui-data"
+VIDEOS = ROOT / ".dev" / "videos"
 WORKFLOW = ROOT / "workflows" / "api" / "text_to_video.json"
 SMALL = {"width": 96, "height": 64, "num_frames": 25, "steps": 8}
 PROMPTS = (
@@ -38,7 +39,7 @@ def main() -> None:
         if serve:
             keep_open(server)
         else:
-            make_videos(ComfyClient(server.url))
+            make_videos(server)
 
 
 def keep_open(server: ComfyServer) -> None:
@@ -52,15 +53,16 @@ def keep_open(server: ComfyServer) -> None:
         print("\nStopping.")
 
 
-def make_videos(client: ComfyClient) -> None:
+def make_videos(server: ComfyServer) -> None:
+    VIDEOS.mkdir(exist_ok=True)
     for seed, prompt in enumerate(PROMPTS):
-        print(f"\n“{prompt}”", end="", flush=True)
+        print(f"\n“{prompt}”", flush=True)
         start = time.monotonic()
-        run = client.run(tiny_prompt(prompt, **TRAINED, seed=seed), on_event=show_progress)
-        if run.outcome != "execution_success":
-            raise SystemExit(f"\nThe run failed: {run.error or run.outcome}; the log is {BASE / 'server.log'}.")
-        file = run.files[0]
-        print(f"\nDone in {time.monotonic() - start:.0f} s: {BASE / 'output' / file['subfolder'] / file['filename']}")
+        try:
+            (path,) = run(tiny_prompt(prompt, **TRAINED, seed=seed), server.url, VIDEOS)
+        except RuntimeError as error:
+            raise SystemExit(f"\nThe run failed: {error}\nThe log is {server.log}.") from None
+        print(f"\nDone in {time.monotonic() - start:.0f} s: {path}")
     print("\n(From a model of 22 MB that knows coloured shapes; the real one's files go into ComfyUI's model folders.)")
 
 
@@ -95,13 +97,6 @@ def tiny_workflow() -> dict[str, Any]:
         elif node["type"] in trained.FILES:
             (values[0],) = trained.FILES[node["type"]].values()
     return workflow
-
-
-def show_progress(name: str, data: dict[str, Any]) -> None:
-    if name == "executing" and data.get("node"):
-        print(f"\nnode {data['node']}", end="", flush=True)
-    elif name == "progress":
-        print(f"\rnode {data['node']}: {data['value']} of {data['max']}", end="", flush=True)
 
 
 if __name__ == "__main__":

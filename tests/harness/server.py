@@ -26,9 +26,16 @@ class ComfyServer:
     """
 
     def __init__(
-        self, comfyui: Path, base: Path, arguments: tuple[str, ...] = ("--cpu",), packs: tuple[Path, ...] = ()
+        self,
+        comfyui: Path,
+        base: Path,
+        arguments: tuple[str, ...] = ("--cpu",),
+        packs: tuple[Path, ...] = (),
+        threads: int | None = None,
     ) -> None:
+        """`threads` for PyTorch; tiny models are fastest with one, and much slower with more than are free."""
         self.comfyui, self.base, self.arguments, self.packs = comfyui, base, arguments, packs
+        self.environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         self.log = base / "server.log"
         self.port = free_port()
 
@@ -47,7 +54,9 @@ class ComfyServer:
             "--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}", *self.arguments,
         ]  # fmt: skip
         self.output = self.log.open("w", encoding="utf-8")
-        self.process = subprocess.Popen(command, cwd=self.comfyui, stdout=self.output, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command, cwd=self.comfyui, env=self.environment, stdout=self.output, stderr=subprocess.STDOUT
+        )
         try:
             self._wait_until_ready()
         except BaseException:

@@ -1,0 +1,200 @@
+"""The editor's form: a graph, or a subgraph, of nodes with values by position, and a list of links with numbers."""
+
+from __future__ import annotations
+
+from types import NoneType
+from typing import Any
+
+from .graph import Link, Node, Nodes
+from .tables import MODEL_TYPES, NEW_NODES
+
+Graph = dict[str, Any]
+LINK_FIELDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+# What has to be of which type.
+LIST, ID = (list, NoneType), (int, str)
+GRAPH = {"nodes": list, "links": LIST, "inputs": LIST, "outputs": LIST, "state": (dict, NoneType)}
+NODE = {
+    "id": ID,
+    "type": str,
+    "inputs": LIST,
+    "outputs": LIST,
+    "widgets_values": (list, dict, NoneType),
+    "properties": (dict, NoneType),
+}
+SLOT = {"name": str, "link": (*ID, NoneType), "links": LIST, "linkIds": LIST}
+LINK = {"id": ID, "origin_id": ID, "origin_slot": ID, "target_id": ID, "target_slot": ID, "type": object}
+INSIDE, OUTSIDE = -10, -20  # where links start and end that come from a subgraph's inputs, or go to its outputs
+PACK = "mochi-nodes"
+FOREIGN_PROPERTIES = ("aux_id", "ver")
+SLOT_LOOKS = ("label", "shape", "dir")
+OPTIONAL_SHAPE = 7
+GAP = 60  # pixels between a node and the one that was made of it
+
+
+def graphs(workflow: Graph) -> list[Graph]:
+    """The workflow and its subgraphs."""
+    return [workflow, *((workflow.get("definitions") or {}).get("subgraphs") or [])]
+
+
+def is_workflow(workflow: Any) -> bool:
+    if not _has(workflow, {"definitions": (dict, NoneType)}):
+        return False
+    subgraphs = (workflow.get("definitions") or {}).get("subgraphs")
+    return isinstance(subgraphs, list | NoneType) and all(map(_is_graph, graphs(workflow)))
+
+
+def _is_graph(graph: Any) -> bool:
+    if not _has(graph, GRAPH) or not all(isinstance(link, list | dict) for link in _links(graph)):
+        return False
+    slots = [slot for key in ("inputs", "outputs") for slot in graph.get(key) or []]
+    return (
+        all(map(_is_node, graph["nodes"]))
+        and all(_has(_record(link), LINK) for link in _links(graph))
+        and all(_has(slot, SLOT) for slot in slots)
+    )
+
+
+def _is_node(raw: Any) -> bool:
+    return _has(raw, NODE) and all(_has(slot, SLOT) for key in ("inputs", "outputs") for slot in raw.get(key) or [])
+
+
+def _has(value: Any, fields: dict[str, Any]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), kinds) for name, kinds in fields.items())
+
+
+def _links(graph: Graph) -> list[Any]:
+    """Old files have gaps among them."""
+    return [link for link in graph.get("links") or [] if link is not None]
+
+
+def _record(link: Any) -> dict[str, Any]:
+    """A link by field: in old files it is a list."""
+    return link if isinstance(link, dict) else dict(zip(LINK_FIELDS, link, strict=False))
+
+
+def read(graph: Graph) -> Nodes:
+    """The nodes by id, and what a subgraph's outputs are linked to."""
+    records = {record["id"]: record for record in map(_record, _links(graph))}
+    where = f" in {graph['name']}" if "name" in graph else ""
+    nodes = {raw["id"]: _node(raw, records, where) for raw in graph["nodes"]}
+    outward = [record for record in records.values() if record["target_id"] == OUTSIDE]
+    if outward:
+        links = {str(record["target_slot"]): _link(record) for record in outward}
+        nodes[OUTSIDE] = Node(OUTSIDE, "", [], links, {}, f"The output{where}")
+    return nodes
+
+
+def _node(raw: dict[str, Any], records: dict[Any, dict[str, Any]], where: str) -> Node:
+    slots = [slot for slot in raw.get("inputs") or [] if slot.get("link") in records]
+    links = {slot["name"]: _link(records[slot["link"]]) for slot in slots}
+    label = f"{raw.get('title') or raw['type']} (node {raw['id']}{where})"
+    return Node(raw["id"], raw["type"], raw.get("widgets_values") or [], links, raw, label)
+
+
+def _link(record: dict[str, Any]) -> Link:
+    return Link(record["origin_id"], record["origin_slot"], record["id"])
+
+
+def write(graph: Graph, nodes: Nodes) -> None:
+    """Bring the graph, in place, into agreement with its nodes."""
+    made = {key: _written(node) for key, node in nodes.items() if node.was is not None}
+    kept = [made.pop(raw["id"], raw) for raw in graph["nodes"] if raw["id"] in nodes]
+    graph["nodes"] = kept + list(made.values())
+    targets = {link.number: (node, name) for node in nodes.values() for name, link in node.links.items()}
+    links = [link for link in _links(graph) if _record(link)["id"] in targets]
+    graph["links"] = [_relinked(link, *targets[_record(link)["id"]]) for link in links]
+    _agree(graph)
+    if made:
+        _count_nodes(graph)
+
+
+def _written(node: Node) -> dict[str, Any]:
+    """The node as the editor saves it: where the old one was, with its title and colours."""
+    raw, output = node.raw, NEW_NODES[node.type].output
+    properties = {key: value for key, value in (raw.get("properties") or {}).items() if key not in FOREIGN_PROPERTIES}
+    if raw["id"] != node.id:
+        raw = {key: value for key, value in raw.items() if key != "title"} | {"pos": _below(raw)}
+    return {
+        **raw,
+        "id": node.id,
+        "type": node.type,
+        "inputs": _inputs(node),
+        "outputs": [{"name": output, "type": output, "links": []}],
+        "properties": {**properties, "cnr_id": PACK, "Node name for S&R": node.type},
+        "widgets_values": list(dict(node.values).values()),
+    }
+
+
+def _below(raw: dict[str, Any]) -> list[float]:
+    (x, y), (_, height) = _pair(raw.get("pos")), _pair(raw.get("size"))
+    return [x, y + height + GAP]
+
+
+def _pair(value: Any) -> tuple[float, float]:
+    """Positions and sizes are lists, or objects with the keys 0 and 1."""
+    values = list(value.values()) if isinstance(value, dict) else value
+    first, second, *_ = [*(values if isinstance(values, list) else []), 0, 0]
+    return first if isinstance(first, int | float) else 0, second if isinstance(second, int | float) else 0
+
+
+def _inputs(node: Node) -> list[dict[str, Any]]:
+    """All inputs that take a link, and those widgets that have one."""
+    new, was = NEW_NODES[node.type], node.was or {}
+    old = {slot["name"]: slot for slot in node.raw.get("inputs") or []}
+    inputs = []
+    for name in [*new.slots, *(name for name in node.links if name not in new.slots)]:
+        before = old.get(was.get(name, ""), {})
+        slot = {"shape": OPTIONAL_SHAPE} if name in new.optional else {}
+        slot |= {key: value for key, value in before.items() if key in SLOT_LOOKS}
+        slot |= {"name": name, "type": new.slots.get(name) or before.get("type"), "link": None}
+        if name in node.links:
+            slot["link"] = node.links[name].number
+        inputs.append(slot if name in new.slots else {**slot, "widget": {"name": name}})
+    return inputs
+
+
+def _relinked(link: Any, node: Node, name: str) -> Any:
+    record, source = _record(link), node.links[name]
+    record |= {"origin_id": source.origin, "origin_slot": source.slot}
+    if node.was is not None:
+        record["target_slot"] = [slot["name"] for slot in _inputs(node)].index(name)
+    _use_todays_type(record)
+    return record if isinstance(link, dict) else list(record.values())
+
+
+def _use_todays_type(link_or_slot: dict[str, Any]) -> None:
+    kind = link_or_slot.get("type")
+    if isinstance(kind, str) and kind in MODEL_TYPES:
+        link_or_slot["type"] = MODEL_TYPES[kind]
+
+
+def _agree(graph: Graph) -> None:
+    """Inputs and outputs name the links that there are, and today's types."""
+    records = [_record(link) for link in graph["links"]]
+    numbers = {record["id"] for record in records}
+    for node in graph["nodes"]:
+        for slot in node.get("inputs") or []:
+            _use_todays_type(slot)
+            if slot.get("link") not in numbers:
+                slot["link"] = None
+        _list_links(node.get("outputs"), "links", records, "origin", node["id"])
+    _list_links(graph.get("inputs"), "linkIds", records, "origin", INSIDE)
+    _list_links(graph.get("outputs"), "linkIds", records, "target", OUTSIDE)
+
+
+def _list_links(slots: Any, key: str, records: list[dict[str, Any]], end: str, node_id: Any) -> None:
+    for i, slot in enumerate(slots or []):
+        _use_todays_type(slot)
+        numbers = [record["id"] for record in records if (record[f"{end}_id"], record[f"{end}_slot"]) == (node_id, i)]
+        before = slot.get(key) or []
+        kept = [number for number in before if number in numbers]
+        today = kept + [number for number in numbers if number not in kept]
+        if today != before:
+            slot[key] = today
+
+
+def _count_nodes(graph: Graph) -> None:
+    last = max(node["id"] for node in graph["nodes"] if isinstance(node["id"], int))
+    for counters, name in ((graph, "last_node_id"), (graph.get("state") or {}, "lastNodeId")):
+        if isinstance(counters.get(name), int):
+            counters[name] = max(last, counters[name])

@@ -1,0 +1,52 @@
+"""Workflows made for MochiWrapper: what the editor offers to replace, and prompts, which are converted on arrival."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_api.latest import ComfyAPI, io
+from server import PromptServer
+
+import nodes as host
+
+from ..mochi_core.migrate import migrate
+from ..mochi_core.migrate.tables import WRAPPER, Rule
+
+
+async def register() -> None:
+    """The editor's offer comes for nodes that become one of ours; the server itself would stop at a missing input."""
+    api = ComfyAPI()
+    for old, rule in WRAPPER.items():
+        if len(rule.parts) == 1:
+            await api.node_replacement.register(replacement(old, rule))
+    PromptServer.instance.add_on_prompt_handler(migrate_prompt)
+
+
+def replacement(old: str, rule: Rule) -> io.NodeReplace:
+    (part,) = rule.parts
+    return io.NodeReplace(
+        new_node_id=part.node,
+        old_node_id=old,
+        old_widget_ids=list(rule.widgets),
+        input_mapping=[mapping(new, old) for new, old in part.carry.items()],
+        output_mapping=[{"new_idx": 0, "old_idx": 0}],
+    )
+
+
+def mapping(new: str, old: str) -> dict[str, Any]:
+    """The host copies values as they are, and the loader has not all of the wrapper's precisions: the file's own will do."""
+    return {"new_id": new, "set_value": "auto"} if new == "weight_dtype" else {"new_id": new, "old_id": old}
+
+
+def migrate_prompt(request: dict[str, Any]) -> dict[str, Any]:
+    """Convert the old nodes of a prompt, unless the wrapper is there to run them."""
+    if WRAPPER.keys() & host.NODE_CLASS_MAPPINGS.keys():
+        return request
+    try:
+        migration = migrate(request.get("prompt"))
+    except ValueError:  # nothing of the wrapper's in it
+        return request
+    for note in migration.notes:
+        logging.info("Old Mochi workflow: %s", note)
+    return {**request, "prompt": migration.workflow}

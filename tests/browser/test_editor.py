@@ -1,0 +1,107 @@
+"""What a person does in the editor who has never read the documentation."""
+
+import pytest
+
+from tests.browser.test_templates import read
+from tests.harness.browser import open_editor
+
+NODES = [
+    "Mochi1LoadTransformer", "Mochi1LoadVAE", "Mochi1LoadT5", "Mochi1LoadLoRA", "Mochi1T5Encode", "Mochi1Length",
+    "Mochi1Sigmas", "Mochi1Sampler", "Mochi1TiledVAEDecode", "Mochi1VAEEncode",
+]  # fmt: skip
+WATCH_PREVIEWS = """() => {
+    window.previews = 0;
+    window.comfyAPI.api.api.addEventListener("b_preview_with_metadata", () => { window.previews += 1; });
+}"""
+PLAYED = """() => [...document.querySelectorAll("video")].some(video => {
+    video.muted = true; video.play(); return video.readyState >= 3 && video.currentTime > 0.2; })"""
+
+
+def select(editor, node_type):
+    editor.page.evaluate(
+        "type => { const node = app.graph._nodes.find(node => node.type === type);"
+        " app.canvas.selectNode(node); app.canvas.centerOnNode(node); }",
+        node_type,
+    )
+    editor.page.wait_for_timeout(300)
+
+
+def set_widget(editor, node_type, name, value):
+    editor.page.evaluate(
+        "([type, name, value]) => { const node = app.graph._nodes.find(node => node.type === type);"
+        " const widget = node.widgets.find(widget => widget.name === name);"
+        " widget.value = value; widget.callback?.(value); }",
+        [node_type, name, value],
+    )
+
+
+def label(editor, node_type, name):
+    return editor.page.evaluate(
+        "([type, name]) => app.graph._nodes.find(node => node.type === type)"
+        ".widgets.find(widget => widget.name === name).label",
+        [node_type, name],
+    )
+
+
+def test_run_button_makes_a_video_that_plays_and_shows_it_on_the_way(editor):
+    editor.errors.clear()
+    editor.load(read("tiny_mochi.json"), "tiny")
+    editor.page.evaluate(WATCH_PREVIEWS)
+    editor.page.get_by_test_id("queue-button").click()
+    editor.page.wait_for_function(PLAYED, timeout=120_000)
+    size = editor.page.locator("video").first.evaluate("video => [video.videoWidth, video.videoHeight]")
+    assert size == [64, 64]
+    assert editor.page.evaluate("window.previews") >= 1
+    assert editor.errors == []
+
+
+def test_invalid_width_is_explained_on_the_node(editor):
+    editor.load(read("tiny_mochi.json"), "tiny")
+    set_widget(editor, "Mochi1Sampler", "width", 100)
+    editor.page.get_by_test_id("queue-button").click()
+    editor.page.wait_for_function("app.lastNodeErrors && Object.keys(app.lastNodeErrors).length")
+    (errors,) = editor.page.evaluate("Object.values(app.lastNodeErrors)")
+    assert errors["class_type"] == "Mochi1Sampler"
+    editor.page.get_by_text("width is 100, but Mochi needs a multiple of 16; use 96 or 112.").first.wait_for(
+        state="visible"
+    )
+    assert editor.page.evaluate("app.graph._nodes.find(node => node.type === 'Mochi1Sampler').has_errors")
+
+
+def test_lengths_are_shown_in_the_other_unit(editor):
+    editor.load(read("fast_preview.json"), "fast")
+    assert label(editor, "Mochi1Length", "seconds") == "seconds (37 frames)"
+    set_widget(editor, "Mochi1Length", "seconds", 2.0)
+    assert label(editor, "Mochi1Length", "seconds") == "seconds (61 frames)"
+    assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames"  # comes from the link
+    editor.load(read("text_to_video.json"), "text")
+    assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (5.4 s)"
+    set_widget(editor, "Mochi1Sampler", "num_frames", 31)
+    assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (1 s)"
+
+
+@pytest.mark.parametrize("node_type", NODES)
+def test_help_opens(editor, node_type):
+    editor.errors.clear()
+    editor.page.evaluate("type => { app.graph.clear(); app.graph.add(LiteGraph.createNode(type)); }", node_type)
+    select(editor, node_type)
+    editor.page.get_by_test_id("info-button").first.click()
+    help_page = editor.page.locator(".node-help-content").first
+    help_page.wait_for(state="visible")
+    editor.page.wait_for_timeout(500)
+    text = help_page.inner_text()
+    assert "Common errors" in text
+    images = help_page.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
+    assert images
+    assert all(images)
+    assert editor.errors == []
+
+
+def test_old_renderer_opens_and_names_everything_too(templates_server):
+    with open_editor(templates_server.url, **{"Comfy.VueNodes.Enabled": False}) as editor:
+        editor.load(read("tiny_mochi.json"), "tiny")
+        assert editor.missing() == []
+        assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (0.8 s)"
+        editor.page.get_by_test_id("queue-button").click()
+        editor.page.wait_for_function("Object.keys(app.nodeOutputs).length > 0", timeout=120_000)
+        assert editor.errors == []

@@ -1,0 +1,35 @@
+"""The templates on a real server. No page is open here: Playwright and the client cannot share a thread."""
+
+import av
+import numpy as np
+import pytest
+
+from tests.browser.test_templates import NAMES, read
+from tests.harness.client import ComfyClient
+from tests.harness.semantics import main_color
+from tests.harness.template_files import shrunk
+from tests.harness.templates import FOLDER, files
+
+
+def test_files_are_what_the_source_says(templates_server):
+    definitions = ComfyClient(templates_server.url).get("/object_info")
+    for path, text in files(definitions).items():
+        assert path.read_text(encoding="utf-8") == text, (
+            f"run `python dev.py templates`; {path} is older than its source"
+        )
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(NAMES)
+    assert {path.stem for path in FOLDER.glob("api/*.json")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_to_a_video(templates_server, name, tmp_path):
+    client = ComfyClient(templates_server.url)
+    run = client.run(shrunk(read("api", f"{name}.json"), "a green square moving left"))
+    assert run.outcome == "execution_success", run.error
+    video = tmp_path / "video.mp4"
+    video.write_bytes(client.download(run.files[0]))
+    with av.open(str(video)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 25
+    assert frames[0].shape == (64, 64, 3)
+    assert main_color(np.stack(frames) / 255) == "green"

@@ -1,0 +1,46 @@
+"""The templates in a real editor."""
+
+import json
+
+import pytest
+
+from tests.harness.server import PACK
+from tests.harness.templates import FOLDER
+from workflows.source import TEMPLATES
+
+NAMES = [template.name for template in TEMPLATES]
+
+
+def read(*parts):
+    return json.loads(FOLDER.joinpath(*parts).read_text(encoding="utf-8"))
+
+
+def essence(prompt):
+    """Without the titles, and the place where the editor shows a chosen video."""
+    return {
+        key: (node["class_type"], {k: v for k, v in node["inputs"].items() if k != "video-preview"})
+        for key, node in prompt.items()
+    }
+
+
+def test_browser_lists_every_template_with_its_thumbnail(editor):
+    editor.command("Comfy.BrowseTemplates")
+    editor.page.get_by_text(PACK, exact=True).first.click()
+    for name in NAMES:
+        card = editor.page.get_by_test_id(f"template-workflow-{name}")
+        card.scroll_into_view_if_needed()
+        picture = card.locator("img").first
+        picture.wait_for(state="visible")
+        editor.page.wait_for_function("image => image.complete", arg=picture.element_handle())
+        assert f"{PACK}/{name}.jpg" in picture.get_attribute("src")
+        assert picture.evaluate("image => image.naturalWidth") >= 256
+    editor.close_dialogs()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opens_without_complaint_and_means_the_same_as_its_api_form(editor, name):
+    editor.errors.clear()
+    editor.load(read(f"{name}.json"), name)
+    assert editor.missing() == []
+    assert editor.errors == []
+    assert essence(editor.prompt()) == essence(read("api", f"{name}.json"))

@@ -1,0 +1,184 @@
+"""Old workflows run on a real server, converted beforehand or on arrival, with the settings that they had."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from mochi_core.migrate import migrate
+from mochi_core.migrate.editor import LINK_FIELDS
+from mochi_core.migrate.tables import AFTER_SEED, NEW_NODES, WRAPPER
+
+OLD = Path(__file__).parents[1] / "data" / "old_workflows"
+EDITOR_ONLY = ("Note", "PrimitiveNode", "Reroute")
+FILES = {"diffusion_models": "mochi_preview_bf16.safetensors", "vae": "mochi_vae.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def server(comfy_server):
+    """With the files where the downloading loader puts them, too."""
+    for kind, name in FILES.items():
+        folder = comfy_server.base / "models" / kind
+        (folder / "mochi").mkdir(exist_ok=True)
+        shutil.copy(folder / name, folder / "mochi" / name)
+    yield comfy_server
+    for kind in FILES:
+        shutil.rmtree(comfy_server.base / "models" / kind / "mochi")
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    from tests.harness.client import ComfyClient
+
+    return ComfyClient(server.url).get("/object_info")
+
+
+@pytest.fixture
+def frames_of(comfy_client):
+    """Run a graph, and read the frames of one of its nodes."""
+
+    def run(graph, name):
+        graph = {key: narrow_t5(node) for key, node in graph.items()}
+        save = {"class_type": "ProbeSaveTensor", "inputs": {"images": [name, 0], "name": "migrated"}, "_meta": {}}
+        done = comfy_client.run({**graph, "save": save})
+        assert done.outcome == "execution_success", done.error
+        return load_file(done.outputs["save"]["path"][0])["images"]
+
+    return run
+
+
+def narrow_t5(node):
+    """The host's own loader takes no T5 but the real one."""
+    if node["class_type"] != "CLIPLoader":
+        return node
+    return {**node, "class_type": "Mochi1LoadT5", "inputs": {"t5_name": node["inputs"]["clip_name"], "dtype": "auto"}}
+
+
+def old(name):
+    return json.loads((OLD / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def as_prompt(workflow, object_info):
+    """What the editor would send: values by the names that the server says."""
+    links = {link[0]: dict(zip(LINK_FIELDS, link, strict=True)) for link in workflow["links"]}
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+
+    def origin(number):
+        link = links[number]
+        if nodes[link["origin_id"]]["type"] == "Reroute":
+            return origin(nodes[link["origin_id"]]["inputs"][0]["link"])
+        return [str(link["origin_id"]), link["origin_slot"]]
+
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in EDITOR_ONLY:
+            continue
+        linked = {slot["name"]: slot["link"] for slot in node["inputs"] if slot["link"] is not None}
+        linked = {name: n for name, n in linked.items() if nodes[links[n]["origin_id"]]["type"] != "PrimitiveNode"}
+        values = dict(zip(widgets(object_info[node["type"]]), node["widgets_values"], strict=False))
+        values.pop(AFTER_SEED, None)
+        prompt[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": values | {name: origin(n) for name, n in linked.items()},
+        }
+    return prompt
+
+
+def widgets(info):
+    """Names by position in the editor's form."""
+    names = []
+    for kind in ("required", "optional"):
+        for name, (type_, *options) in info["input"].get(kind, {}).items():
+            if isinstance(type_, list) or type_ in ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN"):
+                names += [name, AFTER_SEED] if options and options[0].get(AFTER_SEED) else [name]
+    return names
+
+
+def test_the_table_knows_our_nodes(object_info):
+    """Inputs may be added behind; those of the table keep their places, and their defaults."""
+    for name, new in NEW_NODES.items():
+        known = widgets(object_info[name])
+        assert known[: len(new.widgets)] == list(new.widgets), name
+        inputs = object_info[name]["input"]
+        specs = {**inputs["required"], **inputs.get("optional", {})}
+        slots = [key for key in specs if key not in known]
+        assert sorted(slots) == sorted(new.slots), name
+        assert [specs[key][0] for key in new.slots] == list(new.slots.values()), name
+        assert object_info[name]["output"] == [new.output], name
+        for key in inputs.get("optional", {}).keys() & new.widgets.keys():
+            assert specs[key][1]["default"] == new.widgets[key], (name, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "decode"), [("text_to_video", "7"), ("download_and_load", "15"), ("video_to_video", "12"), ("stock", "8")]
+)
+def test_migrated_workflows_run(frames_of, object_info, name, decode):
+    workflow = migrate(old(name), stock=name == "stock").workflow
+    workflow["nodes"] = [node for node in workflow["nodes"] if node["type"] != "PreviewImage"]  # lost what it showed
+    frames = frames_of(as_prompt(workflow, object_info), decode)
+    assert frames.shape == (13, 64, 96, 3)
+    assert frames.std() > 0.05
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+    """What the old graph in API form says, written for our nodes."""
+
+    def node(class_type, **inputs):
+        return {"class_type": class_type, "inputs": inputs}
+
+    return {
+        "model": node("Mochi1LoadTransformer", model_name=FILES["diffusion_models"], weight_dtype="fp32"),
+        "vae": node("Mochi1LoadVAE", vae_name=FILES["vae"], dtype="auto"),
+        "t5": node("Mochi1LoadT5", t5_name="t5xxl_fp16.safetensors", dtype="auto"),
+        "positive": node("Mochi1T5Encode", clip=["t5", 0], prompt="a red panda"),
+        "negative": node("Mochi1T5Encode", clip=["t5", 0], prompt=""),
+        "sampler": node(
+            "Mochi1Sampler", model=["model", 0], positive=["positive", 0], negative=["negative", 0],
+            width=96, height=64, num_frames=13, steps=4, cfg=3.5, seed=1234,
+        ),
+        "decode": node("Mochi1TiledVAEDecode", samples=["sampler", 0], vae=["vae", 0]),
+    }  # fmt: skip
+
+
+def without_meta(graph):
+    return {key: {name: value for name, value in node.items() if name != "_meta"} for key, node in graph.items()}
+
+
+def replaced_in_the_editor(graph):
+    """It leaves links of MochiTextEncode's second output."""
+    graph = migrate(graph).workflow
+    graph["8"]["inputs"]["clip"] = ["1", 1]
+    return graph
+
+
+FORMS = (lambda graph: migrate(graph).workflow, lambda graph: graph, without_meta, replaced_in_the_editor)
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("form", FORMS, ids=["migrated", "as it was", "without _meta", "replaced in the editor"])
+def test_the_api_form_makes_the_video_of_its_settings(frames_of, by_hand, form):
+    """Old prompts run as they are, on arrival: with the title that the editor adds to nodes, and without."""
+    assert frames_of(form(old("api")), "15").equal(frames_of(by_hand, "decode"))
+
+
+def test_prompts_of_other_nodes_arrive_unchanged(comfy_client):
+    graph = {"1": {"class_type": "MochiNowhere", "inputs": {}}}
+    with pytest.raises(Exception, match="MochiNowhere"):
+        comfy_client.run(graph)
+
+
+def test_the_editor_offers_what_becomes_one_node(comfy_client, object_info):
+    offered = comfy_client.get("/node_replacements")
+    one_to_one = {name for name, rule in WRAPPER.items() if len(rule.parts) == 1}
+    assert {name for name in offered if "Mochi" in name} == one_to_one
+    for name in one_to_one:
+        (offer,) = offered[name]
+        info = object_info[offer["new_node_id"]]["input"]
+        known = {**info["required"], **info.get("optional", {})}
+        for mapping in offer["input_mapping"]:
+            assert mapping["new_id"] in (*known, AFTER_SEED)
+            if "set_value" in mapping:
+                assert mapping["set_value"] in known[mapping["new_id"]][1]["options"]

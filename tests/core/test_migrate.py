@@ -1,0 +1,490 @@
+"""Workflows made for MochiWrapper, and for ComfyUI's built-in Mochi, with our nodes in their place."""
+
+import json
+import os
+import random
+from copy import deepcopy
+from functools import reduce
+from pathlib import Path
+
+import pytest
+
+from mochi_core.__main__ import main
+from mochi_core.migrate import migrate
+from mochi_core.migrate.editor import LINK_FIELDS
+from mochi_core.migrate.tables import NEW_NODES
+
+OLD = Path(__file__).parents[1] / "data" / "old_workflows"
+MOCHI = f"mochi{os.sep}"
+EDITOR_FORMS = ("text_to_video", "download_and_load", "video_to_video", "stock")
+
+
+def old(name):
+    return json.loads((OLD / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def migrated(name):
+    return migrate(old(name), stock=name == "stock")
+
+
+def records(graph):
+    return [link if isinstance(link, dict) else dict(zip(LINK_FIELDS, link, strict=True)) for link in graph["links"]]
+
+
+def summary(graph):
+    """{id: (type, values, {input: origin})} of a graph in the editor's form, from its links alone."""
+    inputs = {node["id"]: {} for node in graph["nodes"]}
+    names = {node["id"]: [slot["name"] for slot in node["inputs"]] for node in graph["nodes"]}
+    for link in records(graph):
+        if link["target_id"] in names:
+            name = names[link["target_id"]][link["target_slot"]]
+            inputs[link["target_id"]][name] = (link["origin_id"], link["origin_slot"])
+    return {node["id"]: (node["type"], node["widgets_values"], inputs[node["id"]]) for node in graph["nodes"]}
+
+
+def assert_links_agree(graph):
+    """Both ends of every link name it, with one type, and nothing names another."""
+    nodes, links = {node["id"]: node for node in graph["nodes"]}, records(graph)
+    assert len({link["id"] for link in links}) == len(links)
+    for link in links:
+        if link["origin_id"] in nodes:
+            output = nodes[link["origin_id"]]["outputs"][link["origin_slot"]]
+            assert link["id"] in output["links"], link
+            assert output["type"] == link["type"], link
+        if link["target_id"] in nodes:
+            slot = nodes[link["target_id"]]["inputs"][link["target_slot"]]
+            assert slot["link"] == link["id"], link
+            assert slot["type"] in (link["type"], "*"), link
+    named = [slot["link"] for node in nodes.values() for slot in node["inputs"] if slot["link"] is not None]
+    named_at_origin = [n for node in nodes.values() for slot in node["outputs"] for n in slot["links"] or []]
+    inside = {link["id"] for link in links if link["target_id"] in nodes}
+    assert sorted(named) == sorted(inside)
+    assert sorted(named_at_origin) == sorted(link["id"] for link in links if link["origin_id"] in nodes)
+    assert "MOCHI" not in json.dumps(graph).replace('"name": "MOCHIVAE"', "")
+
+
+@pytest.mark.parametrize("name", EDITOR_FORMS)
+def test_links_agree_and_the_rest_stays(name):
+    before, after = old(name), migrated(name).workflow
+    assert_links_agree(after)
+    assert {key: after[key] for key in ("groups", "extra", "config", "version")} == {
+        key: before[key] for key in ("groups", "extra", "config", "version")
+    }
+    nodes = {node["id"]: node for node in before["nodes"]}
+    for node in after["nodes"]:
+        was = nodes.get(node["id"])
+        if was:
+            looks = ("pos", "size", "flags", "order", "mode", "title", "color", "bgcolor")
+            assert [node.get(key) for key in looks] == [was.get(key) for key in looks]
+        if node["type"] in NEW_NODES:
+            assert node["properties"]["Node name for S&R"] == node["type"]
+            assert node["properties"]["cnr_id"] == "mochi-nodes"
+            assert "ver" not in node["properties"]
+
+
+def test_what_is_given_stays_as_it_is():
+    for name in (*EDITOR_FORMS, "api"):
+        given, copy = old(name), old(name)
+        migrate(given, stock=True)
+        assert given == copy
+
+
+def test_text_to_video():
+    nodes = summary(migrated("text_to_video").workflow)
+    assert nodes == {
+        1: ("Mochi1LoadTransformer", ["mochi_preview_bf16.safetensors", "bf16"], {}),
+        2: ("CLIPLoader", ["t5xxl_fp16.safetensors", "mochi"], {}),
+        3: ("Mochi1LoadVAE", ["mochi_vae.safetensors", "fp32", "none"], {}),
+        4: ("Mochi1T5Encode", ["a red panda eating bamboo"], {"clip": (2, 0)}),
+        5: ("Mochi1T5Encode", ["low quality"], {"clip": (2, 0)}),
+        6: (
+            "Mochi1Sampler",
+            [96, 64, 13, 4, 3.5, 1234, "increment", 1, 1.0],
+            {"model": (1, 0), "positive": (4, 0), "negative": (5, 0), "steps": (11, 0)},
+        ),
+        7: ("Mochi1TiledVAEDecode", [0.0], {"samples": (6, 0), "vae": (3, 0)}),
+        8: ("SaveAnimatedWEBP", ["mochi", 24, True, 80, "default"], {"images": (7, 0)}),
+        11: ("PrimitiveNode", [4, "fixed"], {}),
+        12: ("Note", ["Made for the wrapper."], {}),
+    }
+
+
+def test_text_to_video_reports_what_mattered_and_nothing_else():
+    notes = migrated("text_to_video").notes
+    starts = [
+        "CLIPLoader (node 2): type sd3 becomes mochi.",
+        "The model (node 1): the link to compile_args is dropped",
+        "The model (node 1): attention_mode sage_attn is dropped",
+        "MochiTextEncode (node 4): force_offload False is dropped",
+        "Negative (node 5): strength 0.5 is dropped",
+        "MochiSampler (node 6): the link to fastercache is dropped",
+        "MochiTorchCompileSettings (node 9) is removed",
+        "MochiFasterCache (node 10) is removed",
+    ]
+    assert len(notes) == len(starts)
+    assert all(note.startswith(start) and note.endswith(".") for note, start in zip(notes, starts, strict=True)), notes
+
+
+def test_a_linked_widget_keeps_its_slot():
+    sampler = next(n for n in migrated("text_to_video").workflow["nodes"] if n["type"] == "Mochi1Sampler")
+    assert sampler["inputs"][-1] == {"name": "steps", "type": "INT", "link": 14, "widget": {"name": "steps"}}
+    assert [slot["name"] for slot in sampler["inputs"][:5]] == ["model", "positive", "negative", "latent", "sigmas"]
+
+
+def test_one_loader_becomes_two():
+    migration = migrated("download_and_load")
+    nodes = summary(migration.workflow)
+    assert nodes[4] == ("Mochi1LoadTransformer", [f"{MOCHI}mochi_preview_bf16.safetensors", "fp8_e4m3fn"], {})
+    assert nodes[19] == ("Mochi1LoadVAE", [f"{MOCHI}mochi_vae.safetensors", "auto", "none"], {})
+    assert nodes[14][2] == {"model": (4, 0), "positive": (1, 0), "negative": (8, 0)}
+    assert nodes[15] == ("Mochi1TiledVAEDecode", [0.0], {"samples": (14, 0), "vae": (19, 0)})
+    assert nodes[1][2] == nodes[8][2] == {"clip": (2, 0)}
+    assert not {17, 18} & set(nodes)
+    assert migration.workflow["last_node_id"] == 19
+    (vae,) = (node for node in migration.workflow["nodes"] if node["id"] == 19)
+    assert vae["pos"] == [465, 20 + 174 + 60]
+    said = "\n".join(migration.notes)
+    assert "precision fp8_e4m3fn_fast becomes fp8_e4m3fn; products are computed in 16 bits." in said
+    assert "the link to trigger is dropped" in said
+    assert "MochiLatentPreview (node 17) is removed" in said
+    assert "PreviewImage (node 18) is removed with it" in said
+
+
+def test_a_link_from_a_removed_node_is_reported():
+    graph = old("download_and_load")
+    next(node for node in graph["nodes"] if node["id"] == 18)["type"] = "ImageBlur"
+    migration = migrate(graph)
+    assert summary(migration.workflow)[18] == ("ImageBlur", [], {})
+    assert (
+        "ImageBlur (node 18) has lost the link to images, which came from MochiLatentPreview (node 17)."
+        in migration.notes
+    )
+
+
+def test_video_to_video():
+    nodes = summary(migrated("video_to_video").workflow)
+    assert nodes[3] == ("Mochi1LoadVAE", ["mochi_vae.safetensors", "bf16", "none"], {})
+    assert nodes[4] == ("Mochi1LoadVAE", ["mochi_vae.safetensors", "fp32", "none"], {})
+    assert nodes[8] == ("Mochi1VAEEncode", [], {"pixels": (7, 0), "vae": (4, 0)})
+    assert nodes[9] == ("Mochi1Sigmas", [4, 0.03, 2, 0.8], {})
+    assert nodes[10][1] == [96, 64, 13, 4, 2.5, 99, "randomize", 1, 1.0]
+    assert nodes[10][2] == {
+        "model": (1, 0), "positive": (5, 0), "negative": (6, 0), "latent": (8, 0), "sigmas": (9, 0),
+    }  # fmt: skip
+    assert nodes[11][2] == {"": (3, 0)}  # the reroute, now of a VAE
+    assert nodes[12][2] == {"samples": (10, 0), "vae": (11, 0)}
+
+
+def test_api_form():
+    migration = migrated("api")
+    assert migration.workflow == {
+        "1": {
+            "inputs": {"prompt": "a red panda", "clip": ["2", 0]},
+            "class_type": "Mochi1T5Encode",
+            "_meta": {"title": "Mochi TextEncode"},
+        },
+        "2": {
+            "inputs": {"clip_name": "t5xxl_fp16.safetensors", "type": "mochi"},
+            "class_type": "CLIPLoader",
+            "_meta": {"title": "Load CLIP"},
+        },
+        "4": {
+            "inputs": {"model_name": f"{MOCHI}mochi_preview_bf16.safetensors", "weight_dtype": "fp32"},
+            "class_type": "Mochi1LoadTransformer",
+            "_meta": {"title": "(Down)load Mochi Model"},
+        },
+        "8": {
+            "inputs": {"prompt": "", "clip": ["2", 0]},
+            "class_type": "Mochi1T5Encode",
+            "_meta": {"title": "Mochi TextEncode"},
+        },
+        "14": {
+            "inputs": {
+                "width": 96, "height": 64, "num_frames": 13, "steps": 4, "cfg": 3.5, "seed": 1234,
+                "batch_size": 1, "denoise": 1.0, "model": ["4", 0], "positive": ["1", 0], "negative": ["8", 0],
+            },
+            "class_type": "Mochi1Sampler",
+            "_meta": {"title": "Mochi Sampler"},
+        },
+        "15": {
+            "inputs": {"memory": 0.0, "samples": ["14", 0], "vae": ["16", 0]},
+            "class_type": "Mochi1TiledVAEDecode",
+            "_meta": {"title": "Mochi VAE Decode Spatial Tiling"},
+        },
+        "9": old("api")["9"],
+        "16": {
+            "inputs": {"vae_name": f"{MOCHI}mochi_vae.safetensors", "dtype": "auto", "second_file": "none"},
+            "class_type": "Mochi1LoadVAE",
+            "_meta": {"title": "(Down)load Mochi Model"},
+        },
+    }  # fmt: skip
+
+
+def test_stock_graph_is_left_alone_unless_asked():
+    with pytest.raises(ValueError, match="stay as they are, and work; --stock"):
+        migrate(old("stock"))
+    migration = migrated("stock")
+    nodes, before = summary(migration.workflow), summary(old("stock"))
+    assert nodes == before | {
+        1: ("Mochi1LoadTransformer", ["mochi_preview_bf16.safetensors", "auto"], {}),
+        2: ("Mochi1LoadT5", ["t5xxl_fp16.safetensors", "auto", "cpu"], {}),
+        3: ("Mochi1LoadVAE", ["mochi_vae.safetensors", "auto", "none"], {}),
+        4: ("Mochi1T5Encode", ["a (red:1.2) panda"], {"clip": (2, 0)}),
+        5: ("Mochi1T5Encode", [""], {"clip": (2, 0)}),
+        8: ("Mochi1TiledVAEDecode", [0.0], {"samples": (7, 0), "vae": (3, 0)}),
+    }
+    assert migration.notes == [
+        "CLIPTextEncode (node 4): brackets are text for T5 Encode, no weights.",
+        "VAEDecodeTiled (node 8) needs no tiles any more: frames stream through the decoder.",
+    ]
+
+
+def test_stock_nodes_of_another_model_stay():
+    graph = old("stock")
+    graph["nodes"] += [
+        {
+            "id": 20,
+            "type": "UNETLoader",
+            "inputs": [],
+            "outputs": [],
+            "widgets_values": ["flux1.safetensors", "default"],
+        },
+        {"id": 21, "type": "VAELoader", "inputs": [], "outputs": [], "widgets_values": ["ae.safetensors"]},
+        {
+            "id": 22,
+            "type": "CLIPLoader",
+            "inputs": [],
+            "outputs": [],
+            "widgets_values": ["t5xxl_fp16.safetensors", "sd3"],
+        },
+        {"id": 23, "type": "VAEDecode", "inputs": [{"name": "vae", "link": None}], "outputs": [], "widgets_values": []},
+    ]
+    types = {node["id"]: node["type"] for node in migrate(graph, stock=True).workflow["nodes"]}
+    assert [types[i] for i in (20, 21, 22, 23)] == ["UNETLoader", "VAELoader", "CLIPLoader", "VAEDecode"]
+    assert [types[i] for i in (1, 2, 3)] == ["Mochi1LoadTransformer", "Mochi1LoadT5", "Mochi1LoadVAE"]
+
+
+def as_objects(graph):
+    return {**graph, "links": records(graph)}
+
+
+@pytest.mark.parametrize("name", EDITOR_FORMS)
+def test_links_may_be_objects(name):
+    newer = migrate(as_objects(old(name)), stock=name == "stock")
+    assert newer.workflow == as_objects(migrated(name).workflow)
+
+
+def in_a_subgraph(graph):
+    """Everything but the CLIP loader and the saving moves into a subgraph."""
+    outside = {2: "clip", 8: "images"}
+    links = records(graph)
+    for link in links:
+        if link["origin_id"] == 2:
+            link |= {"origin_id": -10, "origin_slot": 0}
+        if link["target_id"] == 8:
+            link |= {"target_id": -20, "target_slot": 0}
+    inner = {
+        "id": "sub",
+        "name": "Mochi",
+        "nodes": [node for node in graph["nodes"] if node["id"] not in outside],
+        "links": links,
+        "inputs": [{"name": "clip", "type": "CLIP", "linkIds": [2]}],
+        "outputs": [{"name": "images", "type": "IMAGE", "linkIds": [9]}],
+        "state": {"lastNodeId": 12},
+    }
+    instance = {
+        "id": 30,
+        "type": "sub",
+        "inputs": [{"name": "clip", "type": "CLIP", "link": 1}],
+        "outputs": [{"name": "images", "type": "IMAGE", "links": [2]}],
+        "widgets_values": [],
+    }
+    loader, save = (deepcopy(next(node for node in graph["nodes"] if node["id"] == i)) for i in outside)
+    loader["outputs"][0]["links"], save["inputs"][0]["link"] = [1], 2
+    root = {**graph, "nodes": [loader, instance, save], "definitions": {"subgraphs": [inner]}}
+    return {**root, "links": [[1, 2, 0, 30, 0, "CLIP"], [2, 30, 0, 8, 0, "IMAGE"]], "last_node_id": 30}
+
+
+def test_subgraphs():
+    migration = migrate(in_a_subgraph(old("text_to_video")))
+    (inner,) = migration.workflow["definitions"]["subgraphs"]
+    assert_links_agree(migration.workflow)
+    assert_links_agree(inner)
+    whole, nodes = summary(migrated("text_to_video").workflow), summary(inner)
+    assert nodes[4] == (*whole[4][:2], {"clip": (-10, 0)})
+    assert nodes[5] == (*whole[5][:2], {"clip": (-10, 0)})
+    assert {key: nodes[key] for key in (1, 3, 6, 7)} == {key: whole[key] for key in (1, 3, 6, 7)}
+    assert inner["inputs"][0]["linkIds"] == [2, 3]
+    assert inner["outputs"][0]["linkIds"] == [9]
+    assert any("in Mochi) needs a CLIP" in note for note in migration.notes)
+
+
+def test_a_subgraph_passes_a_model_on():
+    graph = old("text_to_video")
+    graph["definitions"] = {
+        "subgraphs": [
+            {
+                "name": "loader",
+                "nodes": [node for node in old("download_and_load")["nodes"] if node["id"] == 4],
+                "links": [
+                    {"id": n, "origin_id": 4, "origin_slot": i, "target_id": -20, "target_slot": i, "type": kind}
+                    for i, (n, kind) in enumerate([(16, "MOCHIMODEL"), (23, "MOCHIVAE")])
+                ],
+                "outputs": [
+                    {"name": "a", "type": "MOCHIMODEL", "linkIds": [16]},
+                    {"name": "b", "type": "MOCHIVAE", "linkIds": [23]},
+                ],
+            }
+        ]
+    }
+    (inner,) = migrate(graph).workflow["definitions"]["subgraphs"]
+    assert_links_agree(inner)
+    assert [(slot["type"], slot["linkIds"]) for slot in inner["outputs"]] == [("MODEL", [16]), ("VAE", [23])]
+    assert [(link["origin_id"], link["origin_slot"]) for link in inner["links"]] == [(4, 0), (13, 0)]
+
+
+@pytest.mark.parametrize(
+    ("file", "precision", "weight_dtype", "said"),
+    [
+        ("m.safetensors", "fp8_e4m3fn", "fp8_e4m3fn", ""),
+        ("m.safetensors", "fp8_e4m3fn_fast", "fp8_e4m3fn", "precision fp8_e4m3fn_fast becomes fp8_e4m3fn"),
+        ("m.safetensors", "fp16", "fp16", ""),
+        ("m.safetensors", "int3", "auto", "precision int3 becomes auto"),
+        ("mochi_preview_dit_GGUF_Q8_0.safetensors", "fp8_e4m3fn", "auto", ""),
+        ("mochi-Q4_0.gguf", "fp8_e4m3fn_fast", "auto", ""),
+    ],
+)
+def test_precision_is_one_that_the_loader_has(file, precision, weight_dtype, said):
+    graph = {"1": {"class_type": "MochiModelLoader", "inputs": {"model_name": file, "precision": precision}}}
+    migration = migrate(graph)
+    assert migration.workflow["1"]["inputs"]["weight_dtype"] == weight_dtype
+    assert len(migration.notes) == bool(said)
+    assert said in "".join(migration.notes)
+
+
+def test_nodes_without_a_counterpart_stay_and_are_reported():
+    graph = old("api")
+    graph["20"] = {"class_type": "MochiUnsampler", "inputs": {"model": ["4", 0], "latents": ["14", 0]}}
+    migration = migrate(graph)
+    assert migration.workflow["20"] == graph["20"]
+    assert "MochiUnsampler (node 20) stays as it is; there is no counterpart to it here." in migration.notes
+
+
+def test_settings_of_latents_are_reported_if_they_are_not_the_usual():
+    graph = old("api")
+    graph["15"]["inputs"]["unnormalize"] = False
+    assert any("unnormalize False is dropped" in note for note in migrate(graph).notes)
+
+
+@pytest.mark.parametrize("name", ["mochi\\a.safetensors", "mochi/a.safetensors"])
+def test_file_names_get_the_separator_of_this_system(name):
+    graph = {"1": {"class_type": "MochiVAELoader", "inputs": {"model_name": name}}}
+    assert migrate(graph).workflow["1"]["inputs"]["vae_name"] == f"mochi{os.sep}a.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([96, 64, 13, 4, 3.5, 7, "increment", 0], [96, 64, 13, 4, 3.5, 7, "increment"]),
+        ([96, 64, 13, 4, 3.5, 7, "increment"], [96, 64, 13, 4, 3.5, 7, "increment"]),
+        ([96, 64, 13, 4, 3.5, 7], [96, 64, 13, 4, 3.5, 7, "fixed"]),
+        ([96, 64, 13, 4, 3.5, 7, 0], [96, 64, 13, 4, 3.5, 7, "fixed"]),
+        ([96, 64], [96, 64, 49, 50, 4.5, 0, "fixed"]),
+        (None, [848, 480, 49, 50, 4.5, 0, "fixed"]),
+    ],
+)
+def test_nodes_of_any_age(values, expected):
+    graph = {"nodes": [{"id": 1, "type": "MochiSampler", "widgets_values": values}], "links": []}
+    (node,) = migrate(graph).workflow["nodes"]
+    assert node["widgets_values"] == [*expected, 1, 1.0]
+
+
+def test_a_clip_link_that_the_editor_left_behind_is_mended():
+    """Replacing MochiTextEncode in the editor leaves links of its second output."""
+    graph = migrated("api").workflow
+    graph["8"]["inputs"]["clip"] = ["1", 1]
+    assert migrate(graph).workflow["8"]["inputs"]["clip"] == ["2", 0]
+
+
+def test_clip_without_a_source_is_reported():
+    graph = {"1": {"class_type": "MochiTextEncode", "inputs": {"prompt": "x", "clip": ["1", 1]}}}
+    migration = migrate(graph)
+    assert migration.workflow["1"]["inputs"] == {"prompt": "x"}
+    assert "needs a CLIP from Load Mochi T5" in migration.notes[0]
+
+
+@pytest.mark.parametrize(
+    "workflow",
+    [
+        [],
+        {},
+        None,
+        3,
+        {"nodes": 3},
+        {"nodes": [{"id": 1}]},
+        {"nodes": [], "links": [[1, 2]]},
+        {"a": {"class_type": "x"}},
+    ],
+)
+def test_what_is_no_workflow(workflow):
+    with pytest.raises(ValueError, match="This is no workflow of ComfyUI"):
+        migrate(workflow)
+
+
+JUNK = (None, -1, 1.5, "", "x", True, [], [[]], [None], {}, {"a": 1})
+
+
+def places(value, path=()):
+    """The paths of everything inside."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("name", [*EDITOR_FORMS, "api"])
+def test_damaged_workflows_are_converted_or_refused(name):
+    """Whatever stands in the place of a value, there is a workflow or a ValueError, and nothing else."""
+    chance = random.Random(0)
+    refused = 0
+    for path in places(old(name)):
+        workflow = old(name)
+        *outer, last = path
+        reduce(lambda inside, key: inside[key], outer, workflow)[last] = deepcopy(chance.choice(JUNK))
+        try:
+            json.dumps(migrate(workflow, stock=True).workflow)
+        except ValueError:
+            refused += 1
+    assert refused > 10
+
+
+def test_command_writes_beside_and_reports(tmp_path, capsys):
+    path = tmp_path / "old.json"
+    path.write_bytes(b"\xef\xbb\xbf" + (OLD / "text_to_video.json").read_bytes())
+    assert main(["migrate", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == str(tmp_path / "old-mochi1.json")
+    assert json.loads(Path(out.strip()).read_text(encoding="utf-8")) == migrated("text_to_video").workflow
+    assert err.splitlines() == migrated("text_to_video").notes
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("{", [], "is not a JSON file"),
+        ("[1, 2]", [], "This is no workflow"),
+        ('{"1": {"class_type": "KSampler", "inputs": {}}}', [], "no node of MochiWrapper"),
+        ('{"1": {"class_type": "EmptyMochiLatentVideo", "inputs": {}}}', [], "--stock puts ours in their place"),
+        ("{}", ["-o", "old.json"], "exists already"),
+    ],
+)
+def test_command_says_what_is_wrong(tmp_path, capsys, monkeypatch, content, options, message):
+    monkeypatch.chdir(tmp_path)
+    path = Path("old.json")
+    path.write_text(content, encoding="utf-8")
+    assert main(["migrate", str(path), *options]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.count("\n") == 1
+    assert not out
+    assert [item.name for item in tmp_path.iterdir()] == ["old.json"]
+    assert path.read_text(encoding="utf-8") == content

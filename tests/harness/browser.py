@@ -1,0 +1,96 @@
+"""ComfyUI's editor in a headless Chromium."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from playwright.sync_api import Page, sync_playwright
+
+from tests.harness.client import ComfyClient
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+# For machines without a screen, a sandbox or a way out to the network.
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+]  # fmt: skip
+# Settings of a person who has seen the tutorial.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": True}
+READY = "Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.Mochi1Sampler)"
+# What the front end itself logs on a server that is fresh, or has no network.
+HARMLESS = (
+    "404",
+    "ERR_NAME_NOT_RESOLVED",
+    "ERR_INTERNET_DISCONNECTED",
+    "ERR_CONNECTION",
+    "net::ERR_",
+    "ComfyApp graph",
+)
+
+
+def executable() -> str | None:
+    """A browser of this machine; None for the one that Playwright has installed."""
+    return os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Editor:
+    """A page with the editor, and what its console said."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        page.on("console", self._note)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _note(self, message: Any) -> None:
+        if message.type == "error" and not any(word in message.text for word in HARMLESS):
+            self.errors.append(message.text)
+
+    def load(self, workflow: dict[str, Any], name: str = "test") -> None:
+        self.page.evaluate("([flow, name]) => app.loadGraphData(flow, true, true, name)", [workflow, name])
+        self.page.wait_for_timeout(500)
+
+    def prompt(self) -> dict[str, Any]:
+        """What the editor would queue now."""
+        import json
+
+        return json.loads(self.page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
+
+    def node_types(self) -> list[str]:
+        return self.page.evaluate("app.graph._nodes.map(node => node.type)")
+
+    def missing(self) -> list[str]:
+        """Node types that the editor does not know, and files that it marks as missing."""
+        return self.page.evaluate(
+            "app.graph._nodes.filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types))"
+            ".map(node => node.type)"
+        )
+
+    def command(self, name: str) -> None:
+        self.page.evaluate("name => app.extensionManager.command.execute(name)", name)
+
+    def close_dialogs(self) -> None:
+        for _ in range(3):
+            self.page.keyboard.press("Escape")
+            self.page.wait_for_timeout(150)
+
+
+@contextmanager
+def open_editor(url: str, width: int = 1600, height: int = 1000, **settings: Any) -> Iterator[Editor]:
+    """A fresh browser on the server's editor; `settings` are the front end's."""
+    ComfyClient(url).post("/settings", SETTINGS | settings)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable(), headless=True, args=FLAGS)
+        page = browser.new_page(viewport={"width": width, "height": height})
+        editor = Editor(page)
+        page.goto(url)
+        page.wait_for_function(READY, timeout=60_000)
+        page.wait_for_timeout(2000)
+        try:
+            yield editor
+        finally:
+            browser.close()

@@ -1,0 +1,133 @@
+"""Make the pictures of the documentation from the real thing: `python dev.py pictures`.
+
+Thumbnails of the templates are videos that the templates made, with the tiny model; the rest are screenshots of the editor.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+from tests.harness.browser import Editor, open_editor
+from tests.harness.client import ComfyClient
+from tests.harness.purple import train_purple
+from tests.harness.server import PACK, ROOT, ComfyServer
+from tests.harness.template_files import shrunk, write_files
+
+WORKFLOWS = ROOT / "workflows"
+HELP = ROOT / "web" / "docs" / "images"
+DOCS = ROOT / "docs" / "images"
+THUMBNAIL = 320
+PROMPTS = {
+    "text_to_video": "a red star moving to the right",
+    "fast_preview": "a video of a blue square growing larger",
+    "video_to_video": "a green circle moving right",
+    "long_video_low_memory": "a yellow circle moving in a circle",
+    "fastmochi": "a white square moving to the left",
+    "genmo_exact": "A yellow circle falling over a gray background.",
+    "lora": "a purple square moving left",
+    "tiny_mochi": "a green triangle rising",
+    "stock_nodes": "a blue star moving in a circle",
+}
+LONG = 0.2 * 16
+
+
+def main() -> None:
+    comfyui = Path(os.environ["COMFYUI_PATH"])
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        write_files(base)
+        # Ends in .safetensors, and is Genmo's kind: what the template asks for.
+        *_, lora = train_purple(base / "purple", comfyui / "comfy" / "text_encoders" / "t5_tokenizer")
+        (base / "models" / "loras" / "mochi_lora.safetensors").write_bytes(lora.read_bytes())
+        with ComfyServer(comfyui, base, threads=1) as server:
+            client = ComfyClient(server.url)
+            for name, prompt in PROMPTS.items():
+                frames = template_frames(client, name, prompt)
+                if name == "video_to_video":
+                    frames = side_by_side(read_frames(base / "input" / "mochi_input.mp4"), frames)
+                write_thumbnail(frames, WORKFLOWS / f"{name}.jpg")
+            take_screenshots(server.url)
+
+
+def template_frames(client: ComfyClient, name: str, prompt: str) -> list[Image.Image]:
+    graph = shrunk(json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8")), prompt)
+    for node in graph.values():
+        if name == "long_video_low_memory" and node["class_type"] == "Mochi1Length":
+            node["inputs"]["seconds"] = LONG
+    run = client.run(graph)
+    assert run.outcome == "execution_success", run.error
+    return read_frames(io.BytesIO(client.download(run.files[0])))
+
+
+def read_frames(file: Any) -> list[Image.Image]:
+    with av.open(file if isinstance(file, io.BytesIO) else str(file)) as container:
+        return [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+
+
+def side_by_side(before: list[Image.Image], after: list[Image.Image]) -> list[Image.Image]:
+    """The left half of what went in, the right half of what came out."""
+    joined = []
+    for old, new in zip(before, after, strict=False):
+        pair = np.concatenate(
+            [np.asarray(old.resize(new.size))[:, : new.width // 2], np.asarray(new)[:, new.width // 2 :]], 1
+        )
+        picture = Image.fromarray(pair)
+        ImageDraw.Draw(picture).line([(new.width // 2, 0), (new.width // 2, new.height)], fill="white")
+        joined.append(picture)
+    return joined
+
+
+def write_thumbnail(frames: list[Image.Image], path: Path) -> None:
+    """A moving WebP: the editor asks for .jpg, browsers go by the content."""
+    first, *others = [frame.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC) for frame in frames]
+    first.save(path, "WEBP", save_all=True, append_images=others, duration=50, loop=0, quality=70, method=4)
+    print(path.relative_to(ROOT), path.stat().st_size)
+
+
+def take_screenshots(url: str) -> None:
+    HELP.mkdir(parents=True, exist_ok=True)
+    with open_editor(url, 1600, 1000, **{"Comfy.Minimap.Visible": False}) as editor:
+        editor.command("Comfy.BrowseTemplates")
+        editor.page.get_by_text(PACK, exact=True).first.click()
+        editor.page.wait_for_timeout(2000)
+        shoot(editor, DOCS / "templates.png")
+        editor.close_dialogs()
+        for name in (
+            "text_to_video",
+            "video_to_video",
+            "lora",
+            "fastmochi",
+            "stock_nodes",
+            "tiny_mochi",
+            "fast_preview",
+        ):
+            editor.load(json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")), name)
+            shoot_graph(editor, HELP / f"{name}.png")
+        editor.page.get_by_test_id("queue-button").click()
+        editor.page.locator("video").first.wait_for(state="visible", timeout=120_000)
+        shoot(editor, DOCS / "editor.png")
+
+
+def shoot(editor: Editor, path: Path) -> None:
+    editor.page.screenshot(path=path)
+    print(path.relative_to(ROOT), path.stat().st_size)
+
+
+def shoot_graph(editor: Editor, path: Path) -> None:
+    """The graph alone, without the note and what the editor has around it."""
+    editor.command("Comfy.Canvas.FitView")
+    editor.page.wait_for_timeout(1500)
+    shoot(editor, path)
+
+
+if __name__ == "__main__":
+    main()

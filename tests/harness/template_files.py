@@ -1,0 +1,74 @@
+"""The files that the templates name, as tiny as the trained model, and graphs of a size that it was trained for."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from mochi_core import load_transformer, save_video
+from mochi_core.train.shapes import COLORS, Scene, Sprite, draw
+from tests.harness import trained
+from tests.harness.lora_files import random_adapter, write_adapter
+from tests.harness.quantized_files import scaled_fp8
+from workflows import source
+
+COPIES = {
+    f"diffusion_models/{source.BF16}": trained.TRANSFORMER,
+    "diffusion_models/fastmochi.safetensors": trained.TRANSFORMER,
+    f"text_encoders/{source.T5}": trained.T5,
+    f"vae/{source.VAE}": trained.VAE,
+}
+SCALED = {f"diffusion_models/{source.FP8}": trained.TRANSFORMER, f"text_encoders/{source.T5_FP8}": trained.T5}
+SIZE = {"width": 64, "height": 64}
+# What makes every node of the templates fit the tiny model.
+TINY: dict[str, dict[str, Any]] = {
+    "Mochi1Sampler": {**SIZE, "num_frames": 25},
+    "EmptyMochiLatentVideo": {**SIZE, "length": 25},
+    "Mochi1Length": {"seconds": 0.8},
+    "ImageScale": SIZE,
+    "ImageFromBatch": {"length": 25},
+    "ContextWindowsManual": {"context_length": 3, "context_overlap": 1},
+}
+
+
+def write_files(base: Path) -> None:
+    """Fill models/ and input/ of a server's folder."""
+    for name, origin in COPIES.items():
+        place(base / "models" / name, lambda path, origin=origin: shutil.copyfile(origin, path))
+    for name, origin in SCALED.items():
+        tensors = {key: tensor.float() for key, tensor in load_file(origin).items()}
+        place(base / "models" / name, lambda path, tensors=tensors: scaled_fp8(tensors, path))
+    place(base / "models" / "loras" / "mochi_lora.safetensors", write_lora)
+    place(base / "input" / "mochi_input.mp4", write_video)
+
+
+def place(path: Path, write: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path)
+
+
+def write_lora(path: Path) -> None:
+    weights = load_transformer(trained.TRANSFORMER, torch.float32).state_dict()
+    write_adapter(path, random_adapter(weights, "qkv_x", "proj_x"), "peft")
+
+
+def write_video(path: Path) -> None:
+    """A yellow circle that moves to the right."""
+    sprite = Sprite("circle", COLORS["yellow"], "right", 0.2, (0.0, -0.2), 0.4)
+    save_video(draw(Scene((sprite,), ((0.03, 0.03, 0.03),) * 2), 31, 128, 128), path)
+
+
+def shrunk(prompt: dict[str, Any], text: str) -> dict[str, Any]:
+    """A template's API form, small, with another prompt; links stay."""
+    prompt = copy.deepcopy(prompt)
+    for node in prompt.values():
+        inputs = node["inputs"]
+        inputs |= {k: v for k, v in TINY.get(node["class_type"], {}).items() if not isinstance(inputs[k], list)}
+        if node["_meta"]["title"] == "Prompt":
+            inputs[next(key for key in ("prompt", "text") if key in inputs)] = text
+    return prompt

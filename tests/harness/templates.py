@@ -1,0 +1,46 @@
+"""Write the templates in both of their forms: `python -m tests.harness.templates`.
+
+Needs COMFYUI_PATH; `python dev.py templates` sets it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.harness.client import ComfyClient
+from tests.harness.server import ROOT, ComfyServer
+from workflows.forms import to_api, to_editor
+from workflows.source import TEMPLATES
+
+FOLDER = ROOT / "workflows"
+
+
+def files(definitions: dict[str, Any]) -> dict[Path, str]:
+    """What stands in every file, given a server's /object_info."""
+    found = {}
+    for template in TEMPLATES:
+        found[FOLDER / f"{template.name}.json"] = written(to_editor(template, definitions))
+        found[FOLDER / "api" / f"{template.name}.json"] = written(to_api(template, definitions))
+    return found
+
+
+def written(graph: dict[str, Any]) -> str:
+    return json.dumps(graph, indent=2, ensure_ascii=False) + "\n"
+
+
+def main() -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ComfyServer(Path(os.environ["COMFYUI_PATH"]), Path(folder)) as server,
+    ):
+        for path, text in files(ComfyClient(server.url).get("/object_info")).items():
+            path.write_text(text, encoding="utf-8")
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
