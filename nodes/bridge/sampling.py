@@ -18,7 +18,7 @@ def make_sigmas(steps: int, denoise: float, threshold_noise: float = 0.025, line
     `linear_steps` 0 means half of the steps.
     """
     if not 0 < denoise <= 1:
-        raise ValueError(f"denoise is {denoise}, but it is a share of the noise; use a value above 0 and up to 1.")
+        raise ValueError(f"denoise is {denoise}, but it is a share of the schedule; use a value above 0 and up to 1.")
     total = max(steps, int(steps / denoise))
     return linear_quadratic_schedule(total, threshold_noise, linear_steps or None)[-(steps + 1) :]
 

@@ -43,7 +43,7 @@ def node_texts(info: dict[str, Any]) -> dict[str, Any]:
             name: {"name": options.get("display_name", name), "tooltip": options.get("tooltip")}
             for name, (_, options) in inputs_of(info).items()
         },
-        "outputs": dict(map(output_texts, range(len(info["output"])), [info] * len(info["output"]))),
+        "outputs": {str(index): output_texts(info, index) for index in range(len(info["output"]))},
     }
 
 
@@ -52,11 +52,10 @@ def inputs_of(info: dict[str, Any]) -> dict[str, list[Any]]:
     return {name: spec for kind in ("required", "optional") for name, spec in info["input"].get(kind, {}).items()}
 
 
-def output_texts(index: int, info: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def output_texts(info: dict[str, Any], index: int) -> dict[str, Any]:
     """An output that is called like its type is shown under the front end's own name of the type."""
     name, tooltip = info["output_name"][index], info["output_tooltips"][index]
-    named = {} if name == info["output"][index] else {"name": name}
-    return str(index), {**named, "tooltip": tooltip}
+    return ({} if name == info["output"][index] else {"name": name}) | {"tooltip": tooltip}
 
 
 def read(language: str, file: str = "nodeDefs") -> dict[str, Any]:
