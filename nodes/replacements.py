@@ -1,10 +1,15 @@
-"""Workflows made for MochiWrapper: what the editor offers to replace, and prompts, which are converted on arrival."""
+"""Workflows of others.
+
+For MochiWrapper's, the editor offers to replace nodes, and prompts are converted on arrival. The editor's command converts
+those and, as only a person who chose the command wants it, graphs for the built-in Mochi.
+"""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+from aiohttp import web
 from comfy_api.latest import ComfyAPI, io
 from server import PromptServer
 
@@ -21,6 +26,7 @@ async def register() -> None:
         if len(rule.parts) == 1:
             await api.node_replacement.register(replacement(old, rule))
     PromptServer.instance.add_on_prompt_handler(migrate_prompt)
+    PromptServer.instance.routes.post("/mochi-nodes/migrate")(migrate_request)
 
 
 def replacement(old: str, rule: Rule) -> io.NodeReplace:
@@ -50,3 +56,12 @@ def migrate_prompt(request: dict[str, Any]) -> dict[str, Any]:
     for note in migration.notes:
         logging.info("Old Mochi workflow: %s", note)
     return {**request, "prompt": migration.workflow}
+
+
+async def migrate_request(request: web.Request) -> web.Response:
+    """For the editor's command: a workflow in, {"workflow", "notes"} or {"error"} out."""
+    try:
+        migration = migrate(await request.json(), stock=True)
+    except ValueError as problem:
+        return web.json_response({"error": str(problem)}, status=400)
+    return web.json_response({"workflow": migration.workflow, "notes": migration.notes})

@@ -19,8 +19,12 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update",
 ]  # fmt: skip
 # Settings of a person who has seen the tutorial.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": True}
+SETTINGS = {
+    "Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": True, "Comfy.Execution.PreviewMethod": "latent2rgb",
+}  # fmt: skip
 READY = "Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.Mochi1Sampler)"
+PLAYING = """() => [...document.querySelectorAll("video")].some(video => {
+    video.muted = true; video.play(); return video.readyState >= 3 && video.currentTime > 0.2; })"""
 # What the front end itself logs on a server that is fresh, or has no network.
 HARMLESS = (
     "404",
@@ -49,6 +53,10 @@ class Editor:
     def _note(self, message: Any) -> None:
         if message.type == "error" and not any(word in message.text for word in HARMLESS):
             self.errors.append(message.text)
+
+    def wait_until_ready(self) -> None:
+        self.page.wait_for_function(READY, timeout=60_000)
+        self.page.wait_for_timeout(2000)
 
     def load(self, workflow: dict[str, Any], name: str = "test") -> None:
         self.page.evaluate("([flow, name]) => app.loadGraphData(flow, true, true, name)", [workflow, name])
@@ -88,8 +96,7 @@ def open_editor(url: str, width: int = 1600, height: int = 1000, **settings: Any
         page = browser.new_page(viewport={"width": width, "height": height})
         editor = Editor(page)
         page.goto(url)
-        page.wait_for_function(READY, timeout=60_000)
-        page.wait_for_timeout(2000)
+        editor.wait_until_ready()
         try:
             yield editor
         finally:

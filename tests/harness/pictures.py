@@ -16,10 +16,10 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tests.harness.browser import Editor, open_editor
+from tests.harness.browser import PLAYING, Editor, open_editor
 from tests.harness.client import ComfyClient
 from tests.harness.purple import train_purple
-from tests.harness.server import PACK, ROOT, ComfyServer
+from tests.harness.server import ROOT, ComfyServer
 from tests.harness.template_files import shrunk, write_files
 
 WORKFLOWS = ROOT / "workflows"
@@ -35,9 +35,12 @@ PROMPTS = {
     "genmo_exact": "A yellow circle falling over a gray background.",
     "lora": "a purple square moving left",
     "tiny_mochi": "a green triangle rising",
-    "stock_nodes": "a blue star moving in a circle",
+    "stock_nodes": "a blue square rising",
 }
-LONG = 0.2 * 16
+LONG = 3.2
+# Shown in help pages; the last one is also run.
+SHOWN = ("text_to_video", "video_to_video", "lora", "fastmochi", "stock_nodes", "tiny_mochi")
+CANVAS = {"x": 190, "y": 120, "width": 1240, "height": 740}
 
 
 def main() -> None:
@@ -97,36 +100,28 @@ def take_screenshots(url: str) -> None:
     HELP.mkdir(parents=True, exist_ok=True)
     with open_editor(url, 1600, 1000, **{"Comfy.Minimap.Visible": False}) as editor:
         editor.command("Comfy.BrowseTemplates")
-        editor.page.get_by_text(PACK, exact=True).first.click()
+        editor.page.get_by_role("dialog").get_by_text("Mochi Nodes", exact=True).first.click()
         editor.page.wait_for_timeout(2000)
         shoot(editor, DOCS / "templates.png")
         editor.close_dialogs()
-        for name in (
-            "text_to_video",
-            "video_to_video",
-            "lora",
-            "fastmochi",
-            "stock_nodes",
-            "tiny_mochi",
-            "fast_preview",
-        ):
-            editor.load(json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")), name)
-            shoot_graph(editor, HELP / f"{name}.png")
+        for name in SHOWN:
+            open_template(editor, name)
+            shoot(editor, HELP / f"{name}.png", clip=CANVAS)
         editor.page.get_by_test_id("queue-button").click()
-        editor.page.locator("video").first.wait_for(state="visible", timeout=120_000)
+        editor.page.wait_for_function(PLAYING, timeout=120_000)
+        editor.page.wait_for_timeout(700)
         shoot(editor, DOCS / "editor.png")
 
 
-def shoot(editor: Editor, path: Path) -> None:
-    editor.page.screenshot(path=path)
-    print(path.relative_to(ROOT), path.stat().st_size)
-
-
-def shoot_graph(editor: Editor, path: Path) -> None:
-    """The graph alone, without the note and what the editor has around it."""
+def open_template(editor: Editor, name: str) -> None:
+    editor.load(json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")), name)
     editor.command("Comfy.Canvas.FitView")
     editor.page.wait_for_timeout(1500)
-    shoot(editor, path)
+
+
+def shoot(editor: Editor, path: Path, **options: Any) -> None:
+    editor.page.screenshot(path=path, **options)
+    print(path.relative_to(ROOT), path.stat().st_size)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ COPIES = {
     "diffusion_models/fastmochi.safetensors": trained.TRANSFORMER,
     f"text_encoders/{source.T5}": trained.T5,
     f"vae/{source.VAE}": trained.VAE,
+    # Where the downloading loader of old workflows put them.
+    f"diffusion_models/mochi/{source.BF16}": trained.TRANSFORMER,
+    f"vae/mochi/{source.VAE}": trained.VAE,
 }
 SCALED = {f"diffusion_models/{source.FP8}": trained.TRANSFORMER, f"text_encoders/{source.T5_FP8}": trained.T5}
 SIZE = {"width": 64, "height": 64}

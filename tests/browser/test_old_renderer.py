@@ -1,0 +1,15 @@
+"""The same nodes, drawn on the canvas as ComfyUI did before its "Nodes 2.0"."""
+
+from tests.browser.test_editor import label
+from tests.browser.test_templates import read
+from tests.harness.browser import open_editor
+
+
+def test_old_renderer_opens_and_names_everything_too(templates_server):
+    with open_editor(templates_server.url, **{"Comfy.VueNodes.Enabled": False}) as editor:
+        editor.load(read("tiny_mochi.json"), "tiny")
+        assert editor.missing() == []
+        assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (0.8 s)"
+        editor.page.get_by_test_id("queue-button").click()
+        editor.page.wait_for_function("Object.keys(app.nodeOutputs).length > 0", timeout=120_000)
+        assert editor.errors == []

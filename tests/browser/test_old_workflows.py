@@ -1,0 +1,81 @@
+"""Workflows of others in a real editor: what it offers, and that the result runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+OLD = Path(__file__).parents[1] / "data" / "old_workflows"
+
+SETTINGS = {"width": 96, "height": 64, "num_frames": 13, "steps": 4, "cfg": 3.5, "seed": 1234}
+
+
+def old(name):
+    return json.loads((OLD / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def convert(editor):
+    editor.command("MochiNodes.Convert")
+    editor.page.wait_for_timeout(1500)
+
+
+def only(prompt, class_type):
+    (node,) = (node for node in prompt.values() if node.get("class_type") == class_type)
+    return node["inputs"]
+
+
+@pytest.mark.parametrize("name", ["text_to_video", "download_and_load", "video_to_video", "stock"])
+def test_command_converts_the_open_workflow(editor, name):
+    editor.load(old(name), name)
+    convert(editor)
+    assert editor.missing() == []
+    prompt = editor.prompt()
+    types = {node["class_type"] for node in prompt.values()}
+    assert {"Mochi1LoadTransformer", "Mochi1T5Encode", "Mochi1TiledVAEDecode"} <= types
+    assert not any(t.startswith(("Mochi", "DownloadAndLoadMochi")) and not t.startswith("Mochi1") for t in types)
+
+
+def test_command_says_when_there_is_nothing_to_convert(editor):
+    editor.page.evaluate("app.graph.clear()")
+    convert(editor)
+    editor.page.get_by_text("There is no node of MochiWrapper", exact=False).first.wait_for()
+
+
+def test_builtin_graphs_get_an_offer_once_and_are_left_alone(editor):
+    before = old("stock")
+    editor.page.reload()
+    editor.wait_until_ready()
+    editor.load(before, "stock")
+    offer = editor.page.get_by_text("This workflow uses ComfyUI's built-in Mochi", exact=False)
+    offer.first.wait_for()
+    assert editor.node_types() == [node["type"] for node in before["nodes"]]
+    offer.first.wait_for(state="hidden", timeout=20_000)
+    editor.load(before, "again")
+    assert offer.count() == 0
+
+
+def test_replace_all_carries_the_settings_over(editor):
+    editor.load(old("text_to_video"), "old")
+    editor.page.get_by_role("button", name="View details").first.click()
+    editor.page.get_by_role("button", name="Replace All").first.click()
+    editor.page.wait_for_timeout(1500)
+    assert set(editor.missing()) == {"MochiTorchCompileSettings", "MochiFasterCache"}  # docs/migrate.md: delete them
+    sampler = only(editor.prompt(), "Mochi1Sampler")
+    assert {name: sampler[name] for name in SETTINGS} == SETTINGS
+
+
+@pytest.mark.parametrize("name", ["text_to_video", "stock"])
+def test_converted_workflow_runs_from_the_button(editor, name):
+    editor.load(with_our_t5(old(name)), name)
+    convert(editor)
+    editor.page.evaluate("app.nodeOutputs = {}")
+    editor.page.get_by_test_id("queue-button").click()
+    editor.page.wait_for_function("Object.values(app.nodeOutputs).some(output => output.images)", timeout=120_000)
+
+
+def with_our_t5(workflow):
+    """The host's own loader takes no T5 but the real one."""
+    for node in workflow["nodes"]:
+        if node["type"] == "CLIPLoader":
+            node |= {"type": "Mochi1LoadT5", "widgets_values": [node["widgets_values"][0], "auto", "default"]}
+    return workflow
