@@ -1,6 +1,6 @@
 """Names and tooltips in the locale files: English is what the nodes say, the other languages say all of it.
 
-After a change to a node: `python -m tests.harness.locales` writes English again, and these tests list what the other
+After a change to a node: `python dev.py generate locales` writes English again, and these tests list what the other
 languages lack.
 """
 
@@ -49,7 +49,7 @@ def test_every_node_input_and_output_has_a_name_and_a_tooltip(said):
 
 
 def test_english_is_what_the_nodes_say(said):
-    assert read("en") == said, "run `python -m tests.harness.locales`"
+    assert read("en") == said, "run `python dev.py generate locales`"
 
 
 def test_the_other_languages_have_every_text_and_no_other(said):

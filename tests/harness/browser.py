@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,9 +11,9 @@ from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
+from dev import BROWSERS
 from tests.harness.client import ComfyClient
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # For machines without a screen, a sandbox or a way out to the network.
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -38,7 +39,7 @@ HARMLESS = (
 
 def executable() -> str | None:
     """A browser of this machine; None for the one that Playwright has installed."""
-    return os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, NAMES)), None)
+    return os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 class Editor:
@@ -64,8 +65,6 @@ class Editor:
 
     def prompt(self) -> dict[str, Any]:
         """What the editor would queue now."""
-        import json
-
         return json.loads(self.page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
 
     def node_types(self) -> list[str]:

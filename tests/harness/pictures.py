@@ -1,4 +1,4 @@
-"""Make the pictures of the documentation from the real thing: `python dev.py pictures`.
+"""Make the pictures of the documentation from the real thing: `python dev.py generate pictures`.
 
 Thumbnails of the templates are videos that the templates made, with the tiny model; the rest are screenshots of the editor.
 """
