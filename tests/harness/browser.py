@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,15 +27,11 @@ SETTINGS = {
 READY = "Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.Mochi1Sampler)"
 PLAYING = """() => [...document.querySelectorAll("video")].some(video => {
     video.muted = true; video.play(); return video.readyState >= 3 && video.currentTime > 0.2; })"""
-# What the front end itself logs on a server that is fresh, or has no network.
-HARMLESS = (
-    "404",
-    "ERR_NAME_NOT_RESOLVED",
-    "ERR_INTERNET_DISCONNECTED",
-    "ERR_CONNECTION",
-    "net::ERR_",
-    "ComfyApp graph",
+# What the front end itself logs on a server that is fresh or has no network, and when it looks for help in a language first.
+FOREIGN = re.compile(
+    r"/(?:api/)?(?:userdata|users?\.css|user\.css|settings|view\?)|/docs/\w+/\w+\.md|^https?://(?!127\.0\.0\.1)"
 )
+HARMLESS = ("ComfyApp graph accessed before initialization",)
 
 
 def executable() -> str | None:
@@ -52,8 +49,10 @@ class Editor:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def _note(self, message: Any) -> None:
-        if message.type == "error" and not any(word in message.text for word in HARMLESS):
-            self.errors.append(message.text)
+        if message.type != "error" or any(words in message.text for words in HARMLESS):
+            return
+        if not (message.text.startswith("Failed to load resource") and FOREIGN.search(message.location["url"])):
+            self.errors.append(f"{message.text} {message.location['url']}")
 
     def wait_until_ready(self) -> None:
         self.page.wait_for_function(READY, timeout=60_000)
