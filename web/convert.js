@@ -11,7 +11,7 @@ async function convert() {
   const response = await api.fetchApi("/mochi-nodes/migrate", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(app.graph.serialize()),
+    body: JSON.stringify((app.rootGraph ?? app.graph).serialize()),
   });
   const answer = await response.json().catch(() => ({ error: "The server could not convert this workflow; its console says why." }));
   if (!response.ok) return toast("warn", "Mochi Nodes", answer.error);
