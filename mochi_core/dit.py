@@ -10,7 +10,7 @@ Whatever does not depend on the noisy latents comes in as an argument: `prepare_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,16 +261,38 @@ class AsymmDiT(nn.Module):
         run_block: RunBlock = run_block,
     ) -> Tensor:
         """Velocity from prepared conditioning, in the dtype of `latents` (B, C, T, H, W)."""
+        (velocity,) = self.denoise_each(latents, [(text, modulation)], rope, attention=attention, run_block=run_block)
+        return velocity
+
+    def denoise_each(
+        self,
+        latents: Tensor,
+        conditions: Sequence[tuple[Text, Modulation]],
+        rope: Rope,
+        *,
+        attention: Attention = sdpa,
+        run_block: RunBlock = run_block,
+    ) -> list[Tensor]:
+        """The velocity under each condition, in one pass over the blocks.
+
+        A block takes one condition after the other: its weights are needed once, and no prompt is padded to another's
+        length. The residual streams are all that is held for every condition.
+        """
         _, _, num_latents, height, width = latents.shape
-        context = BlockContext(text.lengths, rope, attention)
         latents = pad_to_patches(latents, self.config.patch_size)
         rows = latents.shape[-2] // self.config.patch_size
-        x, y = self.x_embedder(latents), text.tokens  # (B, N, Dx), (B, L, Dy)
+        embedded = self.x_embedder(latents)
+        streams = [(embedded, text.tokens) for text, _ in conditions]  # (B, N, Dx), (B, L, Dy)
+        contexts = [BlockContext(text.lengths, rope, attention) for text, _ in conditions]
+        del embedded
         for i, block in enumerate(self.joint_blocks()):
-            x, y = run_block(block, i, x, y, modulation.blocks[i], context)
-        x = self.final_layer(x, modulation.final)  # (B, N, patch * patch * C)
-        velocity = self._unpatchify(x, num_latents, rows)  # (B, C, T, H, W), padded
-        return velocity[..., :height, :width]
+            for c, (_, modulation) in enumerate(conditions):
+                streams[c] = run_block(block, i, *streams[c], modulation.blocks[i], contexts[c])
+        velocities = []  # (B, C, T, H, W), padded
+        for (x, _), (_, modulation) in zip(streams, conditions, strict=True):
+            x = self.final_layer(x, modulation.final)  # (B, N, patch * patch * C)
+            velocities.append(self._unpatchify(x, num_latents, rows)[..., :height, :width])
+        return velocities
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> Lora:
         """Put a LoRA file of any known kind into the denoiser; several add up.
