@@ -111,9 +111,9 @@ class AsymmetricAttention(nn.Module):
         batch, num_tokens = visual.shape[:2]
         joint = visual.new_empty(3, batch, num_tokens + text.shape[1], *visual.shape[3:])
         norms = (self.q_norm_x, self.q_norm_y), (self.k_norm_x, self.k_norm_y)
-        for tokens, turn in rope.pieces(ROWS // batch):
+        for tokens, turns in rope.pieces(ROWS // batch):
             for i, (norm_x, _) in enumerate(norms):
-                joint[i, :, tokens] = rotate(norm_x(visual[:, tokens, i].float()), turn)
+                joint[i, :, tokens] = rotate(norm_x(visual[:, tokens, i].float()), turns)
         for i, (_, norm_y) in enumerate(norms):
             joint[i, :, num_tokens:] = norm_y(text[:, :, i].float())
         joint[2, :, :num_tokens], joint[2, :, num_tokens:] = visual[:, :, 2], text[:, :, 2]

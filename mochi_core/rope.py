@@ -16,26 +16,26 @@ from torch import Tensor
 REFERENCE_AREA = 192 * 192
 """The area, in position units, that every frame is scaled to, whatever its size."""
 
-Turn = tuple[Tensor, Tensor]
-"""cos and sin of angles, each (tokens, heads, head_dim / 2), float32."""
-
 
 @dataclass(frozen=True)
 class Rope:
-    """The angle of a token is that of its frame plus that of its place there; all tokens' table would be large."""
+    """Turns as unit complex numbers: a token's is that of its frame times that of its place there.
 
-    frames: Turn
-    places: Turn
+    The table of all tokens would be large. One complex product is also several times as fast as its four real ones.
+    """
 
-    def pieces(self, tokens: int) -> Iterator[tuple[slice, Turn]]:
+    frames: Tensor
+    """(T, heads, head_dim / 2) complex64."""
+    places: Tensor
+    """(rows * columns, heads, head_dim / 2) complex64."""
+
+    def pieces(self, tokens: int) -> Iterator[tuple[slice, Tensor]]:
         """Turns of whole frames, at most `tokens` tokens at a time but at least one frame, and which tokens they are."""
-        (cos_t, sin_t), (cos, sin) = self.frames, self.places
-        step = max(1, tokens // len(cos))
-        for first in range(0, len(cos_t), step):
-            c, s = cos_t[first : first + step, None], sin_t[first : first + step, None]
-            turn = (c * cos - s * sin).flatten(0, 1), (s * cos + c * sin).flatten(0, 1)
-            start = first * len(cos)
-            yield slice(start, start + len(turn[0])), turn
+        step = max(1, tokens // len(self.places))
+        for first in range(0, len(self.frames), step):
+            turns = (self.frames[first : first + step, None] * self.places).flatten(0, 1)
+            start = first * len(self.places)
+            yield slice(start, start + len(turns)), turns
 
 
 def axis_positions(num_latents: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,12 +64,10 @@ def rope_table(pos_frequencies: Tensor, num_latents: int, rows: int, columns: in
         for positions, frequency in zip(axis_positions(num_latents, rows, columns), frequencies, strict=True)
         for angles in [positions[:, None, None] * frequency]
     )  # (positions, heads, head_dim / 2) each
-    places = (h[:, None] * w).flatten(0, 1)
-    return Rope(*((turns.real.contiguous(), turns.imag.contiguous()) for turns in (t, places)))
+    return Rope(t, (h[:, None] * w).flatten(0, 1))
 
 
-def rotate(x: Tensor, turn: Turn) -> Tensor:
-    """Turn neighbouring pairs of the last axis of `x` (B, N, heads, head_dim)."""
-    cos, sin = turn
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn neighbouring pairs of the last axis of `x` (B, N, heads, head_dim) float32 by `turns` (N, heads, head_dim / 2)."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2)

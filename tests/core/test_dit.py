@@ -127,7 +127,7 @@ def test_a_row_of_a_large_latent_is_what_it_is_in_a_small_one(dtype):
     modulation, rope = dit.modulation(sigma, text.pooled), dit.rope(latents.shape, latents.device)
 
     def velocity(frames):
-        turns = Rope(tuple(turn[frames] for turn in rope.frames), rope.places)
+        turns = Rope(rope.frames[frames], rope.places)
         return dit.denoise(latents[:, :, frames], text, modulation, turns, attention=lambda q, k, v: q + k + v)
 
     together = velocity(slice(3))
