@@ -13,7 +13,7 @@ LAYERS = (
     ("layers", "causal", "quantized", "video"),
     ("encoder", "decoder"),
     ("dit", "vae"),
-    ("sample", "checkpoints"),
+    ("sample", "checkpoints", "offload"),
     ("text_encoder", "lora", "latent_files"),
     ("pipeline",),
     ("__init__", "__main__"),
