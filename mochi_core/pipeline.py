@@ -35,11 +35,14 @@ class MochiPipeline:
         *,
         offload: bool = False,
         device: torch.device | str | None = None,
+        attention: str = "auto",
     ) -> None:
+        """`attention`: see `sample.sample`."""
         if offload and device is None:
             raise ValueError("offload=True needs device=..., the device on which the models take turns.")
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
         self.work_device = device if offload else None
+        self.attention = attention
 
     @torch.no_grad()
     def __call__(
@@ -88,7 +91,7 @@ class MochiPipeline:
             cond = self.text_encoder.encode(prompts)
             uncond = self.text_encoder.encode(negative_prompt)
         with self._working(self.dit):
-            denoised = sample(self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step)
+            denoised = sample(self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step, self.attention)
         denoised = denormalize_latents(denoised)
         return denoised if output_type == "latent" else self._decode(denoised, output_type)
 
