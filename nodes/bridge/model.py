@@ -20,7 +20,7 @@ from ...mochi_core import AsymmDiT, AsymmDiTConfig
 from ...mochi_core.checkpoints import blaming, check_tensors, empty_transformer, is_large, quantize_large
 from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.dit import run_block
-from .attention import attention_function, attention_reason
+from .attention import host_attention, set_attention
 from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
 from .preview import MochiLatents, with_previews
 from .quantized import by_layer, host_weights, is_quantized, quantized_operations, read_part
@@ -62,19 +62,6 @@ class HostAsymmDiT(AsymmDiT):
         run = host_run_block(transformer_options, self.config.depth)
         # The host's flow models return noise - data.
         return -self.denoise(x, text, modulation, rope, attention=attention, run_block=run)
-
-
-def host_attention(transformer_options: dict):
-    """The host's attention, with its per-call override."""
-
-    function = attention_function()
-
-    def attention(q, k, v):
-        return function(
-            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=transformer_options
-        )
-
-    return attention
 
 
 def host_run_block(transformer_options: dict, depth: int):
@@ -124,11 +111,19 @@ class MochiConfig(comfy.supported_models.GenmoMochi):
         return HostMochi(self, device=device)
 
 
-def load_model(path: str, dtype: torch.dtype | None = None, quantize: str | None = None, disable_dynamic: bool = False):
-    """A MODEL from a Mochi transformer file in any known layout; `quantize` as in `mochi_core.load_transformer`.
+def load_model(
+    path: str,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    attention: str = "auto",
+    disable_dynamic: bool = False,
+):
+    """A MODEL from a Mochi transformer file in any known layout.
+
+    `quantize` as in `mochi_core.load_transformer`, `attention` one of `attention.CHOICES`.
 
     Raises:
-        ValueError: the file is no whole Mochi transformer.
+        ValueError: the file is no whole Mochi transformer, or the attention cannot be used here.
     """
     name = Path(path).name
     stored = read_part(path, "transformer")
@@ -137,19 +132,20 @@ def load_model(path: str, dtype: torch.dtype | None = None, quantize: str | None
         module = empty_transformer(tensors)
     check_tensors(module, tensors, name)
     patcher = _build(module.config, tensors, dtype, disable_dynamic)
+    attending = set_attention(patcher, attention, patcher.model.get_dtype_inference(), module.config.head_dim)
     _load_weights(patcher.model.diffusion_model, tensors, module, assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_model, (path, dtype, quantize))
+    patcher.cached_patcher_init = (load_model, (path, dtype, quantize, attention))
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "mochi_preview", with_previews)
-    _announce(patcher, stored_form(stored), quantize, dtype)
+    _announce(patcher, stored_form(stored), quantize, dtype, attending)
     return patcher
 
 
-def _announce(patcher, stored: str, quantize: str | None, dtype: torch.dtype | None) -> None:
+def _announce(patcher, stored: str, quantize: str | None, dtype: torch.dtype | None, attending: str) -> None:
     held = patcher.model.get_dtype()
     kept = quantize or (stored if patcher.model.model_config.quant_config else dtype_name(held))
     weights = weights_choice(stored, kept, bool(quantize or dtype), patcher.load_device)
     compute = arithmetic_choice(patcher.model.manual_cast_dtype or held, patcher.load_device)
-    announce("transformer", weights, compute, f"attention {attention_reason()}")
+    announce("transformer", weights, compute, f"attention {attending}")
 
 
 def _build(config: AsymmDiTConfig, tensors: Tensors, dtype: torch.dtype | None, disable_dynamic: bool):
