@@ -21,6 +21,8 @@ FLAGS = (
     "flash_attention",
 )
 """The server's options for attention, each after `use_`."""
+LEAN_ON = ("cpu", "cuda")
+"""Devices for which PyTorch has attention without that matrix."""
 OVERRIDE = "optimized_attention_override"
 CALL_KEYS = {"skip_reshape", "skip_output_reshape", "transformer_options", "_inside_attn_wrapper"}
 
@@ -28,7 +30,8 @@ CALL_KEYS = {"skip_reshape", "skip_output_reshape", "transformer_options", "_ins
 def set_attention(model, name: str, dtype: torch.dtype, head_dim: int) -> str:
     """Have a MODEL attend by `name`, one of `CHOICES`; returns what was chosen and why, in words.
 
-    "auto" is the fastest exact one, unless the server was started with a choice of its own.
+    "auto" is the fastest exact one, unless the server was started with a choice of its own, or PyTorch has none here that
+    never holds the whole matrix of tokens by tokens.
 
     Raises:
         ValueError: it cannot be used here.
@@ -37,6 +40,8 @@ def set_attention(model, name: str, dtype: torch.dtype, head_dim: int) -> str:
     if name == HOST or (name == "auto" and _server_was_asked()):
         return f"{server} (the server's)"
     choice = choose_attention(name, model.load_device, dtype, head_dim)
+    if name == "auto" and (model.load_device.type not in LEAN_ON or choice.name == "math"):
+        return f"{server} (the server's, because PyTorch's needs too much memory on {model.load_device})"
     model.model_options["transformer_options"][OVERRIDE] = _override(choice.run)
     return f"{choice.name} ({choice.reason}; the server's is {server})"
 
