@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from .attention import ATTENTIONS, choose_attention
 from .checkpoints import load_transformer, load_vae
 from .checkpoints.convert import DTYPES as STORED_DTYPES
 from .checkpoints.convert import LAYOUTS, plan_conversion, write_conversion
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def generate(options: argparse.Namespace) -> None:
+    choose_attention(options.attention, options.device, DTYPES[options.dtype])  # refused before anything is loaded
     home = "cpu" if options.offload else options.device
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
     transformer = load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize)
@@ -59,6 +61,7 @@ def generate(options: argparse.Namespace) -> None:
         text_encoder,
         offload=options.offload,
         device=options.device,
+        attention=options.attention,
     )
     sigmas = linear_quadratic_schedule(options.steps, options.threshold_noise, options.linear_steps)
     as_latents = options.output.suffix in LATENT_SUFFIXES
@@ -193,6 +196,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
     add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
     add("--quantize", choices=QUANTIZERS, help="keep the matrices of the transformer in 8 or 4 bits")
+    add("--attention", choices=ATTENTIONS, default="auto", help="auto: the fastest exact one (default: %(default)s)")
     add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
     offload = "keep only the model at work on the device; with stream, of the transformer only the blocks at work"
     add("--offload", nargs="?", const=True, default=False, choices=["stream"], help=offload)

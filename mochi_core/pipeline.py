@@ -41,7 +41,9 @@ class MochiPipeline:
         *,
         offload: bool | Literal["stream"] = False,
         device: torch.device | str | None = None,
+        attention: str = "auto",
     ) -> None:
+        """`attention`: see `sample.sample`."""
         if offload not in OFFLOADS:
             raise ValueError(f"offload is {offload!r}; use one of {', '.join(map(repr, OFFLOADS))}.")
         if offload and device is None:
@@ -49,6 +51,7 @@ class MochiPipeline:
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
         self.work_device = device if offload else None
         self.streams = offload == "stream"
+        self.attention = attention
 
     @torch.no_grad()
     def __call__(
@@ -97,7 +100,7 @@ class MochiPipeline:
             cond = self.text_encoder.encode(prompts)
             uncond = self.text_encoder.encode(negative_prompt)
         with self._working(self.dit):
-            denoised = sample(self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step)
+            denoised = sample(self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step, self.attention)
         denoised = denormalize_latents(denoised)
         return denoised if output_type == "latent" else self._decode(denoised, output_type)
 

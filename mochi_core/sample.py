@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .attention import Attention, sdpa
+from .attention import Attention, choose_attention, sdpa
 from .dit import AsymmDiT, Modulation, Text
 
 Velocity = Callable[[Tensor, int], Tensor]
@@ -115,6 +115,7 @@ def sample(
     uncond: Condition | None = None,
     guidance_scale: float | Sequence[float] = 4.5,
     on_step: OnStep | None = None,
+    attention: str = "auto",
 ) -> Tensor:
     """Denoise with Euler steps and classifier-free guidance, on the device of `dit`.
 
@@ -124,12 +125,13 @@ def sample(
         cond, uncond: see `Condition`; `uncond` may be None when every guidance scale is 1.
         guidance_scale: one number, or one per step. Steps with 1 cost a single forward.
         on_step: called as on_step(step, latents) after each step; returning True stops the run.
+        attention: one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device.
 
     Returns:
         DiT-space latents, float32, on the device of `noise`.
 
     Raises:
-        ValueError: guidance without `uncond`, or lengths that do not fit.
+        ValueError: guidance without `uncond`, lengths that do not fit, or an attention that cannot be used here.
     """
     scales = scale_per_step(guidance_scale, len(sigmas) - 1)
     state = noise.to(dit.pos_frequencies.device, torch.float32)
@@ -138,5 +140,6 @@ def sample(
         if uncond is None:
             raise ValueError("guidance_scale is not 1, so `uncond` is needed; pass the encoded negative prompt.")
         conditions.append(uncond)
-    velocities = prepared_velocities(dit, state, sigmas, conditions)
+    attend = choose_attention(attention, state.device, dit.dtype, dit.config.head_dim).run
+    velocities = prepared_velocities(dit, state, sigmas, conditions, attend)
     return euler(guided(velocities, scales), state, sigmas, on_step).to(noise.device)
