@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .attention import Attention, sdpa
-from .dit import AsymmDiT, Text
+from .cache import BlockCache, BlocksAt
+from .dit import AsymmDiT, Text, run_block
 
 Velocity = Callable[[Tensor, int], Tensor]
 """(latents, step) -> velocity at the noise level of that step."""
@@ -63,7 +64,12 @@ def scale_per_step(guidance_scale: float | Sequence[float], num_steps: int) -> l
 
 
 def prepared_velocity(
-    dit: AsymmDiT, noise: Tensor, sigmas: Tensor, condition: Condition, attention: Attention = sdpa
+    dit: AsymmDiT,
+    noise: Tensor,
+    sigmas: Tensor,
+    condition: Condition,
+    attention: Attention = sdpa,
+    cache: BlockCache | None = None,
 ) -> Velocity:
     """The network's velocity with everything that does not depend on the latents computed once for all steps."""
     embeds, mask = condition
@@ -77,9 +83,13 @@ def prepared_velocity(
     rope = dit.rope(noise.shape, noise.device)
     if len(embeds) < batch:
         text = Text(text.tokens.expand(batch, -1, -1), text.lengths * batch, text.pooled)
+    blocks: BlocksAt = lambda _: run_block  # noqa: E731
+    if cache is not None:
+        blocks = cache.branch(batch, len(sigmas) - 1, dit.config.depth)
 
     def velocity(latents: Tensor, step: int) -> Tensor:
-        return dit.denoise(latents.to(dit.dtype), text, schedule.at(step), rope, attention=attention)
+        latents, modulation = latents.to(dit.dtype), schedule.at(step)
+        return dit.denoise(latents, text, modulation, rope, attention=attention, run_block=blocks(step))
 
     return velocity
 
@@ -93,6 +103,7 @@ def sample(
     uncond: Condition | None = None,
     guidance_scale: float | Sequence[float] = 4.5,
     on_step: OnStep | None = None,
+    cache: BlockCache | None = None,
 ) -> Tensor:
     """Denoise with Euler steps and classifier-free guidance, on the device of `dit`.
 
@@ -102,6 +113,7 @@ def sample(
         cond, uncond: see `Condition`; `uncond` may be None when every guidance scale is 1.
         guidance_scale: one number, or one per step. Steps with 1 cost a single forward.
         on_step: called as on_step(step, latents) after each step; returning True stops the run.
+        cache: leave out blocks where little changes; what it keeps is gone after the run, but for its counters.
 
     Returns:
         DiT-space latents, float32, on the device of `noise`.
@@ -111,9 +123,9 @@ def sample(
     """
     scales = scale_per_step(guidance_scale, len(sigmas) - 1)
     state = noise.to(dit.pos_frequencies.device, torch.float32)
-    velocity = prepared_velocity(dit, state, sigmas, cond)
+    velocity = prepared_velocity(dit, state, sigmas, cond, cache=cache)
     if any(scale != 1 for scale in scales):
         if uncond is None:
             raise ValueError("guidance_scale is not 1, so `uncond` is needed; pass the encoded negative prompt.")
-        velocity = guided(velocity, prepared_velocity(dit, state, sigmas, uncond), scales)
+        velocity = guided(velocity, prepared_velocity(dit, state, sigmas, uncond, cache=cache), scales)
     return euler(velocity, state, sigmas, on_step).to(noise.device)
