@@ -21,6 +21,7 @@ from ...mochi_core.checkpoints import blaming, check_tensors, empty_transformer,
 from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.dit import run_block
 from .attention import attention_function, attention_reason
+from .cache import cached_run_block
 from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
 from .preview import MochiLatents, with_previews
 from .quantized import by_layer, host_weights, is_quantized, quantized_operations, read_part
@@ -60,6 +61,7 @@ class HostAsymmDiT(AsymmDiT):
         rope = self.rope(x.shape, x.device)
         attention = host_attention(transformer_options)
         run = host_run_block(transformer_options, self.config.depth)
+        run = cached_run_block(run, x, transformer_options, self.config.depth)
         # The host's flow models return noise - data.
         return -self.denoise(x, text, modulation, rope, attention=attention, run_block=run)
 
