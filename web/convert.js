@@ -3,8 +3,7 @@ import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 
 const COMMAND = "MochiNodes.Convert";
-const BUILT_IN = "EmptyMochiLatentVideo", OURS = "Mochi1";
-let offered = false;
+const BUILT_IN = "EmptyMochiLatentVideo", OURS = "Mochi1", OFFERED = "MochiNodes.Offered";
 
 const toast = (severity, summary, detail, life = 12000) => app.extensionManager.toast.add({ severity, summary, detail, life });
 
@@ -12,9 +11,9 @@ async function convert() {
   const response = await api.fetchApi("/mochi-nodes/migrate", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(app.graph.serialize()),
+    body: JSON.stringify((app.rootGraph ?? app.graph).serialize()),
   });
-  const answer = await response.json();
+  const answer = await response.json().catch(() => ({ error: "The server could not convert this workflow; its console says why." }));
   if (!response.ok) return toast("warn", "Mochi Nodes", answer.error);
   await app.loadGraphData(answer.workflow, true, true, "mochi_nodes");
   toast("success", "Mochi Nodes", answer.notes.join(" ") || "Everything was carried over.", 30000);
@@ -26,8 +25,8 @@ app.registerExtension({
   menuCommands: [{ path: ["Extensions", "Mochi Nodes"], commands: [COMMAND] }],
   afterConfigureGraph() {
     const types = app.graph.nodes.map((node) => node.type);
-    if (offered || !types.includes(BUILT_IN) || types.some((type) => type.startsWith(OURS))) return;
-    offered = true; // once is an offer, more is a nuisance
+    if (localStorage.getItem(OFFERED) || !types.includes(BUILT_IN) || types.some((type) => type.startsWith(OURS))) return;
+    localStorage.setItem(OFFERED, "1"); // once is an offer, more is a nuisance
     toast("info", "Mochi Nodes", "This workflow uses ComfyUI's built-in Mochi, which works. To use Mochi Nodes: menu, Extensions, Mochi Nodes.");
   },
 });

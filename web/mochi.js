@@ -22,8 +22,11 @@ function after(object, method, action) {
 
 function annotate(node, widget, inOtherUnit) {
   const label = widget.label ?? widget.name;
+  let shown = widget.label;
   const update = () => {
-    widget.label = isLinked(node, widget) ? label : `${label} (${inOtherUnit(widget.value)})`;
+    if (widget.label !== shown) return; // somebody has given it another name
+    shown = isLinked(node, widget) ? label : `${label} (${inOtherUnit(widget.value)})`;
+    widget.label = shown;
   };
   after(widget, "callback", update);
   after(node, "onConfigure", update);

@@ -1,6 +1,6 @@
 """What the templates are: the one source of both of their forms.
 
-`python -m tests.harness.templates` writes <name>.json, which the editor opens, and api/<name>.json, which the server runs.
+`python dev.py generate templates` writes <name>.json, which the editor opens, and api/<name>.json, which the server runs.
 """
 
 from __future__ import annotations

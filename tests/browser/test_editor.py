@@ -2,6 +2,7 @@
 
 import pytest
 
+from mochi_core import seconds_to_frames
 from tests.browser.test_templates import read
 from tests.harness.browser import PLAYING
 
@@ -71,8 +72,9 @@ def test_invalid_width_is_explained_on_the_node(editor):
 def test_lengths_are_shown_in_the_other_unit(editor):
     editor.load(read("fast_preview.json"), "fast")
     assert label(editor, "Mochi1Length", "seconds") == "seconds (37 frames)"
-    set_widget(editor, "Mochi1Length", "seconds", 2.0)
-    assert label(editor, "Mochi1Length", "seconds") == "seconds (61 frames)"
+    for seconds in (2.0, 0.5, 0.9, 1.3):  # in the middle between two lengths, both sides have to go up
+        set_widget(editor, "Mochi1Length", "seconds", seconds)
+        assert label(editor, "Mochi1Length", "seconds") == f"seconds ({seconds_to_frames(seconds)} frames)"
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames"  # comes from the link
     editor.load(read("text_to_video.json"), "text")
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (5.4 s)"

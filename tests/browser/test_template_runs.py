@@ -15,7 +15,7 @@ def test_files_are_what_the_source_says(templates_server):
     definitions = ComfyClient(templates_server.url).get("/object_info")
     for path, text in files(definitions).items():
         assert path.read_text(encoding="utf-8") == text, (
-            f"run `python dev.py templates`; {path} is older than its source"
+            f"run `python dev.py generate templates`; {path} is older than its source"
         )
     assert {path.stem for path in FOLDER.glob("*.json")} == set(NAMES)
     assert {path.stem for path in FOLDER.glob("api/*.json")} == set(NAMES)

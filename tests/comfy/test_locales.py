@@ -1,6 +1,6 @@
 """Names and tooltips in the locale files: English is what the nodes say, the other languages say all of it.
 
-After a change to a node: `python -m tests.harness.locales` writes English again, and these tests list what the other
+After a change to a node: `python dev.py generate locales` writes English again, and these tests list what the other
 languages lack.
 """
 
@@ -10,7 +10,7 @@ import re
 import pytest
 
 from tests.harness.locales import LANGUAGES, english, flat, node_infos, read
-from tests.harness.server import PACK
+from tests.harness.server import PACK, ROOT
 
 TRANSLATED = LANGUAGES[1:]
 # What no language changes: files and folders, types and values, numbers.
@@ -49,7 +49,7 @@ def test_every_node_input_and_output_has_a_name_and_a_tooltip(said):
 
 
 def test_english_is_what_the_nodes_say(said):
-    assert read("en") == said, "run `python -m tests.harness.locales`"
+    assert read("en") == said, "run `python dev.py generate locales`"
 
 
 def test_the_other_languages_have_every_text_and_no_other(said):
@@ -121,4 +121,14 @@ def test_categories_have_names(comfy_client, language):
 def test_the_server_hands_them_to_the_front_end(comfy_client):
     served = comfy_client.get("/i18n")
     for language in LANGUAGES:
-        assert served[language] == {**read(language, "main"), "nodeDefs": read(language)}
+        extra = {"nodeDefs": read(language), "commands": read(language, "commands")}
+        assert served[language] == {**read(language, "main"), **extra}
+
+
+def test_the_editors_command_has_a_name_in_every_language():
+    name = read("en", "commands")["MochiNodes_Convert"]["label"]
+    assert f'label: "{name}"' in (ROOT / "web" / "convert.js").read_text(encoding="utf-8")
+    for language in LANGUAGES:
+        label = read(language, "commands")["MochiNodes_Convert"]["label"]
+        assert label
+        assert read(language, "main")["menuLabels"] == {name: label}

@@ -8,6 +8,7 @@ from PIL import Image
 
 from tests.comfy.test_server import SAMPLER, node, upto_sampler
 from tests.harness.client import ComfyClient
+from tests.harness.comfy_process import run_in_comfyui
 
 FRAMES = 25
 LATENTS = 5
@@ -54,3 +55,27 @@ def test_the_servers_setting_is_followed(comfy_server):
 @pytest.mark.parametrize("setting", ["auto", "taesd", "latent2rgb"])
 def test_every_way_of_previewing_shows_it(comfy_server, setting):
     assert ComfyClient(comfy_server.url, setting).run(graph()).previews
+
+
+BUDGET = """
+import time
+from pack.nodes.bridge.preview import MAX_SHARE, MochiLatents, Previewer
+
+sent = []
+comfy.utils.set_progress_bar_global_hook(lambda *args, **_: sent.append(args))
+previewer = Previewer(MochiLatents())
+latents = torch.randn(1, 12, 28, 60, 106)
+previewer.show(0, latents, 64)
+cost = previewer.spent
+print(len(sent), cost > 0)
+for elapsed in (0.9, 1.1):
+    previewer.spent = cost
+    previewer.started = time.perf_counter() - elapsed * cost / MAX_SHARE
+    previewer.show(1, latents, 64)
+    print(len(sent))
+"""
+
+
+def test_previews_stay_a_hundredth_of_the_time(comfy_path):
+    """The first is sent at once; the next only when the time that is gone is a hundred times its cost."""
+    assert run_in_comfyui(comfy_path, BUDGET).stdout.split() == ["1", "True", "1", "2"]

@@ -356,3 +356,12 @@ def test_nodes_are_described(comfy_client):
         for kind in ("required", "optional"):
             for key, spec in info["input"].get(kind, {}).items():
                 assert spec[1].get("tooltip"), f"{name}.{key}"
+
+
+def test_start_prints_no_warning_about_the_pack(comfy_server):
+    log = comfy_server.log.read_text(encoding="utf-8", errors="replace")
+    start, gui, _ = log.partition("To see the GUI go to")
+    assert gui
+    ours = [line for line in start.splitlines() if "mochi" in line.lower()]
+    assert any("seconds:" in line for line in ours)  # the list of what was imported
+    assert not [line for line in ours if any(word in line.lower() for word in ("warn", "error", "fail", "traceback"))]

@@ -40,7 +40,8 @@ def test_latent_spaces_round_trip():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "frames"), [(0, 1), (0.2, 7), (1, 31), (5.4, 163), (5.45, 163), (5.55, 169), (-3, 1)]
+    ("seconds", "frames"),
+    [(0, 1), (0.2, 7), (1, 31), (5.4, 163), (5.45, 163), (5.55, 169), (0.5, 19), (0.9, 31), (1.3, 43), (-3, 1)],
 )
 def test_seconds_become_frames_that_mochi_makes(seconds, frames):
     assert seconds_to_frames(seconds) == frames

@@ -157,7 +157,7 @@ def models(tmp_path_factory):
 
 def test_command_line_generate(models, tokenizer, tmp_path, capsys):
     files = [str(part) for pair in models.items() for part in pair]
-    size = ["--height", "32", "--width", "48", "--frames", "7", "--steps", "3", "--quantize", "q4_0"]
+    size = ["--height", "32", "--width", "48", "--seconds", "0.2", "--steps", "3", "--quantize", "q4_0"]
     target = tmp_path / "kite.mp4"
     code = main(
         ["generate", *files, "--tokenizer", str(tokenizer), "--prompt", "a kite", *size, "--offload", "-o", str(target)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +12,9 @@ from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
+from dev import BROWSERS
 from tests.harness.client import ComfyClient
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # For machines without a screen, a sandbox or a way out to the network.
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -25,20 +27,16 @@ SETTINGS = {
 READY = "Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.Mochi1Sampler)"
 PLAYING = """() => [...document.querySelectorAll("video")].some(video => {
     video.muted = true; video.play(); return video.readyState >= 3 && video.currentTime > 0.2; })"""
-# What the front end itself logs on a server that is fresh, or has no network.
-HARMLESS = (
-    "404",
-    "ERR_NAME_NOT_RESOLVED",
-    "ERR_INTERNET_DISCONNECTED",
-    "ERR_CONNECTION",
-    "net::ERR_",
-    "ComfyApp graph",
+# What the front end itself logs on a server that is fresh or has no network, and when it looks for help in a language first.
+FOREIGN = re.compile(
+    r"/(?:api/)?(?:userdata|users?\.css|user\.css|settings|view\?)|/docs/\w+/\w+\.md|^https?://(?!127\.0\.0\.1)"
 )
+HARMLESS = ("ComfyApp graph accessed before initialization",)
 
 
 def executable() -> str | None:
     """A browser of this machine; None for the one that Playwright has installed."""
-    return os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, NAMES)), None)
+    return os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 class Editor:
@@ -51,8 +49,10 @@ class Editor:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def _note(self, message: Any) -> None:
-        if message.type == "error" and not any(word in message.text for word in HARMLESS):
-            self.errors.append(message.text)
+        if message.type != "error" or any(words in message.text for words in HARMLESS):
+            return
+        if not (message.text.startswith("Failed to load resource") and FOREIGN.search(message.location["url"])):
+            self.errors.append(f"{message.text} {message.location['url']}")
 
     def wait_until_ready(self) -> None:
         self.page.wait_for_function(READY, timeout=60_000)
@@ -64,8 +64,6 @@ class Editor:
 
     def prompt(self) -> dict[str, Any]:
         """What the editor would queue now."""
-        import json
-
         return json.loads(self.page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
 
     def node_types(self) -> list[str]:

@@ -1,6 +1,6 @@
 """The pack's texts in the front end's locale files; English is what the nodes themselves say.
 
-`COMFYUI_PATH=... python -m tests.harness.locales` writes locales/en/nodeDefs.json from a real server.
+`python dev.py generate locales` writes locales/en/nodeDefs.json from a real server.
 """
 
 from __future__ import annotations

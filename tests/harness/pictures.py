@@ -1,4 +1,4 @@
-"""Make the pictures of the documentation from the real thing: `python dev.py pictures`.
+"""Make the pictures of the documentation from the real thing: `python dev.py generate pictures`.
 
 Thumbnails of the templates are videos that the templates made, with the tiny model; the rest are screenshots of the editor.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from tests.harness.browser import PLAYING, Editor, open_editor
@@ -40,11 +41,14 @@ PROMPTS = {
 }
 LONG = 3.2
 # Shown in help pages; the last one is also run.
-SHOWN = ("text_to_video", "video_to_video", "lora", "fastmochi", "faster", "stock_nodes", "tiny_mochi")
+SHOWN = ("text_to_video", "fast_preview", "video_to_video", "lora", "fastmochi", "faster", "stock_nodes", "tiny_mochi")
+LOGO = (34, 66)
+MENU = {"x": 0, "y": 40, "width": 700, "height": 520}
 CANVAS = {"x": 190, "y": 120, "width": 1240, "height": 740}
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # much faster for tiny models as soon as anything else runs
     comfyui = Path(os.environ["COMFYUI_PATH"])
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
@@ -112,12 +116,30 @@ def take_screenshots(url: str) -> None:
         editor.page.wait_for_function(PLAYING, timeout=120_000)
         editor.page.wait_for_timeout(700)
         shoot(editor, DOCS / "editor.png")
+        show_help(editor, "Mochi1Sampler")
+        shoot(editor, DOCS / "help.png")
+        open_menu(editor, "Extensions", "Mochi Nodes")
+        shoot(editor, DOCS / "convert.png", clip=MENU)
 
 
 def open_template(editor: Editor, name: str) -> None:
     editor.load(json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")), name)
     editor.command("Comfy.Canvas.FitView")
     editor.page.wait_for_timeout(1500)
+
+
+def show_help(editor: Editor, node_type: str) -> None:
+    editor.page.evaluate("type => app.canvas.selectNode(app.graph._nodes.find(node => node.type === type))", node_type)
+    editor.page.get_by_test_id("info-button").first.click()
+    editor.page.wait_for_timeout(1500)
+
+
+def open_menu(editor: Editor, *path: str) -> None:
+    editor.page.mouse.click(*LOGO)
+    for entry in path:
+        editor.page.wait_for_timeout(600)
+        editor.page.get_by_text(entry, exact=True).first.hover()
+    editor.page.wait_for_timeout(600)
 
 
 def shoot(editor: Editor, path: Path, **options: Any) -> None:

@@ -1,7 +1,4 @@
-"""Write the templates in both of their forms: `python -m tests.harness.templates`.
-
-Needs COMFYUI_PATH; `python dev.py templates` sets it.
-"""
+"""Write the templates in both of their forms: `python dev.py generate templates`."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from workflows.forms import VERSION
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -47,6 +49,7 @@ def test_version_is_the_changelogs_newest():
     assert newest
     assert re.fullmatch(r"\d+\.\d+\.\d+", PROJECT["version"])
     assert newest[1] == PROJECT["version"]
+    assert PROJECT["version"] == VERSION  # what the templates say they were made with
 
 
 def test_nothing_is_installed_or_run_at_installation(published):
