@@ -204,7 +204,8 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
     add("--quantize", choices=QUANTIZERS, help="keep the matrices of the transformer in 8 or 4 bits")
     add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
-    add("--offload", action="store_true", help="keep only the model at work on the device")
+    offload = "keep only the model at work on the device; with stream, of the transformer only the blocks at work"
+    add("--offload", nargs="?", const=True, default=False, choices=["stream"], help=offload)
     _add_output(command, "mp4 file, or .latent or .safetensors file for latents to decode later")
 
 

@@ -108,15 +108,14 @@ class CachedBlocks:
     ) -> tuple[Tensor, Tensor]:
         if index == 0 and self.cache.method == "teacache":
             self._decide(modulated_norm(x, modulation[0].chunk(4, dim=-1)[0]), x)
-            x, y = self._chosen(x), self._chosen(y)
+            x, y = self._chosen(x), self._chosen_text(y, context)
         before = x
         if self.rows:
-            lengths = tuple(context.lengths[row] for row in self.rows)
             chosen = self._chosen(modulation[0]), self._chosen(modulation[1])
-            x, y = self.run(block, index, x, y, chosen, replace(context, lengths=lengths))
+            x, y = self.run(block, index, x, y, chosen, replace(context, lengths=self._lengths(context)))
         if index == 0 and self.cache.method == "first_block":
             self._decide(x - before, x)
-            x, y = self._chosen(x), self._chosen(y)
+            x, y = self._chosen(x), self._chosen_text(y, context)
         return (self._joined(x) if index == self.last else x), y
 
     def _decide(self, signals: Tensor, x: Tensor) -> None:
@@ -141,6 +140,13 @@ class CachedBlocks:
     def _chosen(self, batch: Tensor) -> Tensor:
         """The rows of a tensor (B or 1, ...) that blocks run for."""
         return batch if len(batch) in (1, len(self.rows)) and self.rows else batch[self.rows]
+
+    def _chosen_text(self, y: Tensor, context: BlockContext) -> Tensor:
+        """The rows of y (B, L, Dy), as long as the longest prompt among them."""
+        return self._chosen(y)[:, : max(self._lengths(context), default=0)]
+
+    def _lengths(self, context: BlockContext) -> tuple[int, ...]:
+        return tuple(context.lengths[row] for row in self.rows)
 
     def _joined(self, x: Tensor) -> Tensor:
         """What the blocks made of some samples, with what they did earlier to the others."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .cache import BlockCache
 from .dit import AsymmDiT
 from .geometry import VideoSize
 from .latents import denormalize_latents
+from .offload import streamed
 from .sample import OnStep, sample
 from .schedule import linear_quadratic_schedule
 from .text_encoder import TextEncoder
@@ -20,12 +21,17 @@ from .vae import AsymmVAE
 from .video import to_unit_range
 
 OUTPUT_TYPES = ("np", "pt", "latent")
+OFFLOADS = (False, True, "stream")
 
 
 class MochiPipeline:
     """The three models of Mochi, run one after the other.
 
-    With `offload`, the models wait on the CPU and only the one at work is on `device`; otherwise each works where it is.
+    With `offload`, the models wait on the CPU and only the one at work is on `device`; otherwise each works where it is. With
+    "stream", of the denoiser only the blocks at work are there, see `offload.streamed`.
+
+    Raises:
+        ValueError: `offload` without `device`, or another way to offload.
     """
 
     def __init__(
@@ -34,13 +40,16 @@ class MochiPipeline:
         vae: AsymmVAE,
         text_encoder: TextEncoder,
         *,
-        offload: bool = False,
+        offload: bool | Literal["stream"] = False,
         device: torch.device | str | None = None,
     ) -> None:
+        if offload not in OFFLOADS:
+            raise ValueError(f"offload is {offload!r}; use one of {', '.join(map(repr, OFFLOADS))}.")
         if offload and device is None:
-            raise ValueError("offload=True needs device=..., the device on which the models take turns.")
+            raise ValueError(f"offload={offload!r} needs device=..., the device on which the models take turns.")
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
         self.work_device = device if offload else None
+        self.streams = offload == "stream"
 
     @torch.no_grad()
     def __call__(
@@ -108,8 +117,12 @@ class MochiPipeline:
             yield
             return
         try:
-            model.to(self.work_device)
-            yield
+            if self.streams and isinstance(model, AsymmDiT):
+                with streamed(model, self.work_device):
+                    yield
+            else:
+                model.to(self.work_device)
+                yield
         finally:
             model.to("cpu")
             if torch.cuda.is_available():

@@ -14,7 +14,7 @@ LAYERS = (
     ("encoder", "decoder"),
     ("dit", "vae"),
     ("cache",),
-    ("sample", "checkpoints"),
+    ("sample", "checkpoints", "offload"),
     ("text_encoder", "lora", "latent_files"),
     ("pipeline",),
     ("__init__", "__main__"),
