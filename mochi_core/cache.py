@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from .dit import AsymmetricJointBlock, BlockContext, RunBlock, run_block
@@ -163,7 +164,8 @@ class CachedBlocks:
 
 def relative_change(signal: Tensor, reference: Tensor) -> float:
     """Mean absolute difference over the mean absolute value of `reference`."""
-    return ((signal - reference).abs().float().mean() / reference.abs().float().mean()).item()
+    difference, size = (tensor.abs().mean(dtype=torch.float32) for tensor in (signal - reference, reference))
+    return (difference / size).item()
 
 
 def output_change(input_change: float) -> float:

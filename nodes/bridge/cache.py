@@ -67,7 +67,7 @@ def cached_run_block(run_block: RunBlock, x: torch.Tensor, options: dict, depth:
     # Whatever makes a forward another one than that of the same prompt in the step before.
     window = getattr(options.get("context_window"), "index_list", ())
     replaced = options.get("patches_replace", {}).get("dit", {})
-    kind = (tuple(window), tuple(sorted(replaced)), x.shape[1:], x.device)
+    kind = (tuple(window), frozenset(replaced), x.shape[1:], x.device)
     videos = range(len(x) // len(prompts))
     memories = [run.memory((prompt, video, *kind)) for prompt in prompts for video in videos]
     may_reuse = run.cache.may_reuse(step_at(sigmas, options["sigmas"]), len(sigmas) - 1)

@@ -8,6 +8,7 @@ import torch
 from mochi_core import BlockCache, VideoSize, euler, guidance_schedule, linear_quadratic_schedule, sample
 from mochi_core.__main__ import main
 from mochi_core.cache import LARGEST_FITTED, METHODS, Memory, output_change
+from mochi_core.offload import streamed
 from mochi_core.pipeline import initial_noise
 from mochi_core.sample import prepared_velocity
 from tests.harness import trained
@@ -133,6 +134,13 @@ def test_a_branch_that_was_not_asked_for_compares_with_its_own_last_step(dit):
     exact = sample(dit, NOISE[:1], SIGMAS, cond, uncond, scales)
     assert torch.equal(sample(dit, NOISE[:1], SIGMAS, cond, uncond, scales, cache=cache), exact)
     assert cache.forwards == STEPS + 12
+
+
+def test_blocks_that_stay_away_need_not_visit_in_turn(dit):
+    arguments = dit, NOISE[:1], SIGMAS, prompts(dit, 6), prompts(dit, 0)
+    here = sample(*arguments, cache=BlockCache("first_block", 0.03))
+    with streamed(dit, "cpu"):
+        assert torch.equal(sample(*arguments, cache=BlockCache("first_block", 0.03)), here)
 
 
 def test_teacaches_polynomial():
