@@ -264,7 +264,9 @@ class AsymmDiT(nn.Module):
         run_block: RunBlock = run_block,
     ) -> Tensor:
         """Velocity from prepared conditioning, in the dtype of `latents` (B, C, T, H, W)."""
-        (velocity,) = self.denoise_each(latents, [(text, modulation)], rope, attention=attention, run_block=run_block)
+        (velocity,) = self.denoise_each(
+            latents, [(text, modulation)], rope, attention=attention, run_blocks=[run_block]
+        )
         return velocity
 
     def denoise_each(
@@ -274,12 +276,12 @@ class AsymmDiT(nn.Module):
         rope: Rope,
         *,
         attention: Attention = sdpa,
-        run_block: RunBlock = run_block,
+        run_blocks: Sequence[RunBlock] | None = None,
     ) -> list[Tensor]:
         """The velocity under each condition, in one pass over the blocks.
 
         A block takes one condition after the other: its weights are needed once, and no prompt is padded to another's
-        length. The residual streams are all that is held for every condition.
+        length. The residual streams are all that is held for every condition. `run_blocks` has one entry for each.
         """
         _, _, num_latents, height, width = latents.shape
         latents = pad_to_patches(latents, self.config.patch_size)
@@ -287,10 +289,11 @@ class AsymmDiT(nn.Module):
         embedded = self.x_embedder(latents)
         streams = [(embedded, text.tokens) for text, _ in conditions]  # (B, N, Dx), (B, L, Dy)
         contexts = [BlockContext(text.lengths, rope, attention) for text, _ in conditions]
+        runs = run_blocks or [run_block] * len(conditions)
         del embedded
         for i, block in enumerate(self.joint_blocks()):
             for c, (_, modulation) in enumerate(conditions):
-                streams[c] = run_block(block, i, *streams[c], modulation.blocks[i], contexts[c])
+                streams[c] = runs[c](block, i, *streams[c], modulation.blocks[i], contexts[c])
         velocities = []  # (B, C, T, H, W), padded
         for (x, _), (_, modulation) in zip(streams, conditions, strict=True):
             x = self.final_layer(x, modulation.final)  # (B, N, patch * patch * C)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .cache import BlockCache
 from .dit import AsymmDiT
 from .geometry import VideoSize
 from .latents import denormalize_latents
@@ -68,6 +69,7 @@ class MochiPipeline:
         output_type: str = "np",
         sigmas: Tensor | None = None,
         on_step: OnStep | None = None,
+        cache: BlockCache | None = None,
     ) -> Any:
         """Make one video per prompt.
 
@@ -81,7 +83,7 @@ class MochiPipeline:
             output_type: "np" for float32 (B, F, H, W, 3) in [0, 1], "pt" for a (B, F, 3, H, W) tensor in [0, 1], "latent"
                 for VAE-space latents (B, 12, T, H, W).
             sigmas: noise levels, instead of the linear-quadratic schedule of `num_inference_steps`.
-            on_step: see `sample.sample`.
+            on_step, cache: see `sample.sample`.
 
         Raises:
             ValueError: a size that Mochi cannot make, or arguments that do not fit together.
@@ -100,7 +102,9 @@ class MochiPipeline:
             cond = self.text_encoder.encode(prompts)
             uncond = self.text_encoder.encode(negative_prompt)
         with self._working(self.dit):
-            denoised = sample(self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step, self.attention)
+            denoised = sample(
+                self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step, attention=self.attention, cache=cache
+            )
         denoised = denormalize_latents(denoised)
         return denoised if output_type == "latent" else self._decode(denoised, output_type)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attention, choose_attention, sdpa
+from .cache import BlockCache
 from .dit import AsymmDiT, Modulation, Text
 
 Velocity = Callable[[Tensor, int], Tensor]
@@ -67,15 +68,25 @@ def scale_per_step(guidance_scale: float | Sequence[float], num_steps: int) -> l
 
 
 def prepared_velocity(
-    dit: AsymmDiT, noise: Tensor, sigmas: Tensor, condition: Condition, attention: Attention = sdpa
+    dit: AsymmDiT,
+    noise: Tensor,
+    sigmas: Tensor,
+    condition: Condition,
+    attention: Attention = sdpa,
+    cache: BlockCache | None = None,
 ) -> Velocity:
     """`prepared_velocities` under a single condition."""
-    velocities = prepared_velocities(dit, noise, sigmas, [condition], attention)
+    velocities = prepared_velocities(dit, noise, sigmas, [condition], attention, cache)
     return lambda latents, step: velocities(latents, step, 1)[0]
 
 
 def prepared_velocities(
-    dit: AsymmDiT, noise: Tensor, sigmas: Tensor, conditions: Sequence[Condition], attention: Attention = sdpa
+    dit: AsymmDiT,
+    noise: Tensor,
+    sigmas: Tensor,
+    conditions: Sequence[Condition],
+    attention: Attention = sdpa,
+    cache: BlockCache | None = None,
 ) -> Velocities:
     """The network's velocities with everything that does not depend on the latents computed once for all steps.
 
@@ -83,10 +94,14 @@ def prepared_velocities(
     """
     prepared = [prepare_condition(dit, noise, sigmas, condition) for condition in conditions]
     rope = dit.rope(noise.shape, noise.device)
+    branches = (
+        [] if cache is None else [cache.branch(len(noise), len(sigmas) - 1, dit.config.depth) for _ in conditions]
+    )
 
     def velocities(latents: Tensor, step: int, count: int) -> list[Tensor]:
         here = [(text, schedule.at(step)) for text, schedule in prepared[:count]]
-        return dit.denoise_each(latents.to(dit.dtype), here, rope, attention=attention)
+        runs = [blocks(step) for blocks in branches[:count]] or None
+        return dit.denoise_each(latents.to(dit.dtype), here, rope, attention=attention, run_blocks=runs)
 
     return velocities
 
@@ -116,6 +131,7 @@ def sample(
     guidance_scale: float | Sequence[float] = 4.5,
     on_step: OnStep | None = None,
     attention: str = "auto",
+    cache: BlockCache | None = None,
 ) -> Tensor:
     """Denoise with Euler steps and classifier-free guidance, on the device of `dit`.
 
@@ -126,6 +142,7 @@ def sample(
         guidance_scale: one number, or one per step. Steps with 1 cost a single forward.
         on_step: called as on_step(step, latents) after each step; returning True stops the run.
         attention: one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device.
+        cache: leave out blocks where little changes; what it keeps is gone after the run, but for its counters.
 
     Returns:
         DiT-space latents, float32, on the device of `noise`.
@@ -141,5 +158,5 @@ def sample(
             raise ValueError("guidance_scale is not 1, so `uncond` is needed; pass the encoded negative prompt.")
         conditions.append(uncond)
     attend = choose_attention(attention, state.device, dit.dtype, dit.config.head_dim).run
-    velocities = prepared_velocities(dit, state, sigmas, conditions, attend)
+    velocities = prepared_velocities(dit, state, sigmas, conditions, attend, cache)
     return euler(guided(velocities, scales), state, sigmas, on_step).to(noise.device)

@@ -22,6 +22,7 @@ from ...mochi_core.checkpoints import blaming, check_tensors, empty_transformer,
 from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.dit import run_block
 from .attention import host_attention, set_attention
+from .cache import cached_run_block
 from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
 from .prepared import Conditioning, conditioning_of, prepared, with_run
 from .preview import MochiLatents, with_previews
@@ -65,13 +66,14 @@ class HostAsymmDiT(AsymmDiT):
         return executor.execute(x, timestep, context, attention_mask, options)
 
     def _forward(self, x, conditioning: Conditioning, transformer_options):
+        run = host_run_block(transformer_options, self.config.depth)
         velocity = self.denoise(
             x,
             conditioning.text,
             conditioning.modulation,
             conditioning.rope,
             attention=host_attention(transformer_options),
-            run_block=host_run_block(transformer_options, self.config.depth),
+            run_block=cached_run_block(run, x, transformer_options, self.config.depth),
         )
         return -velocity  # the host's flow models return noise - data
 

@@ -13,6 +13,7 @@ LAYERS = (
     ("layers", "causal", "quantized", "video"),
     ("encoder", "decoder"),
     ("dit", "vae"),
+    ("cache",),
     ("sample", "checkpoints", "offload"),
     ("text_encoder", "lora", "latent_files"),
     ("pipeline",),
