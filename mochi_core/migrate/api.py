@@ -31,10 +31,7 @@ def _node(name: str, raw: dict[str, Any]) -> Node:
 
 
 def is_link(value: Any) -> bool:
-    """ComfyUI takes 1.0 for an output's number, too."""
-    return (
-        isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int | float)
-    )
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
 
 
 def write(prompt: Prompt, nodes: Nodes) -> Prompt:
