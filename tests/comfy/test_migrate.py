@@ -166,7 +166,7 @@ def test_the_api_form_makes_the_video_of_its_settings(frames_of, by_hand, form):
     assert frames_of(form(old("api")), "15").equal(frames_of(by_hand, "decode"))
 
 
-# Runs without us: inputs in an order and of a name of their own, a node by an old name, nodes that are unused and odd.
+# Runs without us: inputs in an order and of a name of their own, a node by an old name, a node that is unused and odd.
 OTHERS = {
     "30": {
         "class_type": "EmptyImage",
@@ -175,8 +175,7 @@ OTHERS = {
     },
     "31": {"class_type": "MochiImageEncode", "inputs": {AFTER_SEED: "fixed", "images": ["30", 0]}},
     "32": {"class_type": "PreviewImage", "inputs": {"images": ["31", 0]}, "_meta": {"title": "Preview"}},
-    "33": {"class_type": "EmptyImage"},
-    "34": {"class_type": "EmptyImage", "inputs": {}, "_meta": []},
+    "33": {"class_type": "EmptyImage", "inputs": {}, "_meta": []},
 }
 
 
@@ -212,6 +211,13 @@ def refusal(client, path, body, content_type="application/json"):
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=60)
     return error.value.code, json.load(error.value)
+
+
+def test_an_odd_node_beside_an_old_one_gets_the_servers_own_refusal(comfy_client):
+    """Which it could not give for an old node: it stops at inputs that a prompt lacks."""
+    prompt = {"1": {"class_type": "MochiSampler", "inputs": {}, "_meta": {}}, "2": {"class_type": "EmptyImage"}}
+    status, answer = refusal(comfy_client, "/prompt", json.dumps({"prompt": prompt}).encode())
+    assert (status, answer["error"]["type"]) == (400, "prompt_no_outputs")
 
 
 def test_a_prompt_that_is_a_list_is_refused_without_a_trace(comfy_server, comfy_client):
