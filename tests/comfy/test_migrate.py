@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -180,10 +181,14 @@ OTHERS = {
 
 
 def arrived(client, graph):
-    """What the server ran."""
+    """What the server ran; it says that a run has succeeded before it writes the history."""
     run = client.run(graph)
     assert run.outcome == "execution_success", run.error
-    return client.get(f"/history/{run.prompt_id}")[run.prompt_id]["prompt"][2]
+    deadline = time.monotonic() + 30
+    while not (history := client.get(f"/history/{run.prompt_id}")):
+        assert time.monotonic() < deadline, "the run is not in the history"
+        time.sleep(0.05)
+    return history[run.prompt_id]["prompt"][2]
 
 
 @pytest.mark.usefixtures("server")
