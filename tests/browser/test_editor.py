@@ -5,11 +5,9 @@ import pytest
 from mochi_core import seconds_to_frames
 from tests.browser.test_templates import read
 from tests.harness.browser import PLAYING
+from tests.harness.locales import read as texts_of
 
-NODES = [
-    "Mochi1LoadTransformer", "Mochi1LoadVAE", "Mochi1LoadT5", "Mochi1LoadLoRA", "Mochi1T5Encode", "Mochi1Length",
-    "Mochi1Sigmas", "Mochi1Sampler", "Mochi1TiledVAEDecode", "Mochi1VAEEncode",
-]  # fmt: skip
+NODES = list(texts_of("en"))  # of all nodes, as tests/comfy/test_locales.py sees to
 WATCH_PREVIEWS = """() => {
     window.previews = 0;
     window.comfyAPI.api.api.addEventListener("b_preview_with_metadata", () => { window.previews += 1; });

@@ -1,11 +1,10 @@
 """The templates on a real server. No page is open here: Playwright and the client cannot share a thread."""
 
-import av
-import numpy as np
 import pytest
 
 from tests.browser.test_templates import NAMES, read
 from tests.harness.client import ComfyClient
+from tests.harness.frames import read_frames
 from tests.harness.semantics import main_color
 from tests.harness.template_files import shrunk
 from tests.harness.templates import FOLDER, files
@@ -22,14 +21,11 @@ def test_files_are_what_the_source_says(templates_server):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_to_a_video(templates_server, name, tmp_path):
+def test_runs_to_a_video(templates_server, name):
     client = ComfyClient(templates_server.url)
     run = client.run(shrunk(read("api", f"{name}.json"), "a green square moving left"))
     assert run.outcome == "execution_success", run.error
-    video = tmp_path / "video.mp4"
-    video.write_bytes(client.download(run.files[0]))
-    with av.open(str(video)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    frames = read_frames(client.download(run.files[0]))
     assert len(frames) == 25
     assert frames[0].shape == (64, 64, 3)
-    assert main_color(np.stack(frames) / 255) == "green"
+    assert main_color(frames / 255) == "green"

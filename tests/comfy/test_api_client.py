@@ -1,15 +1,14 @@
 """The client that people copy, run as they would run it."""
 
-import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import av
 import pytest
 
 from tests.harness.demo import small_prompt
+from tests.harness.frames import read_frames
 
 CLIENT = Path(__file__).parents[2] / "workflows" / "api" / "client.py"
 SMALL = ("6.width=96", "6.height=64", "6.num_frames=13")
@@ -37,18 +36,13 @@ def finish(start):
     return finish
 
 
-def frames(path):
-    with av.open(io.BytesIO(path.read_bytes())) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-
-
 def test_video_is_downloaded_and_progress_shown(finish, tmp_path, comfy_client):
     code, out, err = finish("6.steps=3", "6.seed=71", "4.prompt=7 kites. Wind = strong.", "9.filename_prefix=kites")
     assert code == 0, err
     assert "node 6: 3 of 3" in out
     path = tmp_path / out.splitlines()[-1]
     assert path.name.startswith("kites_")
-    video = frames(path)
+    video = read_frames(path.read_bytes())
     assert len(video) == 13
     assert video[0].shape == (64, 96, 3)
     prompts = [entry["prompt"][2]["4"]["inputs"]["prompt"] for entry in comfy_client.get("/history").values()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,13 @@ from workflows.api.client import run
 
 BASE = ROOT / ".dev" / "comfyui-data"
 VIDEOS = ROOT / ".dev" / "videos"
-WORKFLOW = ROOT / "workflows" / "api" / "text_to_video.json"
+WORKFLOWS = ROOT / "workflows"
 SMALL = {"width": 96, "height": 64, "num_frames": 25, "steps": 8}
 PROMPTS = (
     "a red star moving to the right",
     "A yellow circle falling over a gray background.",
     "a video of a blue square growing larger",
 )
-# What the tiny model was trained on.
-TRAINED = {"width": 64, "height": 64, "num_frames": 25, "steps": 32}
 
 
 def main() -> None:
@@ -45,7 +44,7 @@ def main() -> None:
 def keep_open(server: ComfyServer) -> None:
     saved = BASE / "user" / "default" / "workflows" / "tiny_mochi.json"
     saved.parent.mkdir(parents=True, exist_ok=True)
-    saved.write_text(json.dumps(tiny_workflow()), encoding="utf-8")
+    shutil.copyfile(WORKFLOWS / "tiny_mochi.json", saved)
     print(f"The editor is at {server.url}; open the workflow {saved.stem} there. Ctrl+C ends it.", flush=True)
     try:
         server.process.wait()
@@ -59,7 +58,7 @@ def make_videos(server: ComfyServer) -> None:
         print(f"\n“{prompt}”", flush=True)
         start = time.monotonic()
         try:
-            (path,) = run(tiny_prompt(prompt, **TRAINED, seed=seed), server.url, VIDEOS)
+            (path,) = run(tiny_prompt(prompt, seed=seed), server.url, VIDEOS)
         except RuntimeError as error:
             raise SystemExit(f"\nThe run failed: {error}\nThe log is {server.log}.") from None
         print(f"\nDone in {time.monotonic() - start:.0f} s: {path}")
@@ -67,36 +66,23 @@ def make_videos(server: ComfyServer) -> None:
 
 
 def tiny_prompt(text: str, **inputs: Any) -> dict[str, Any]:
-    """The shipped workflow with the trained tiny model and another prompt; `inputs` go to the sampler."""
-    prompt = small_prompt(**inputs)
-    for node in prompt.values():
-        node["inputs"] |= trained.FILES.get(node["class_type"], {})
-    sampler = next(node for node in prompt.values() if node["class_type"] == "Mochi1Sampler")
+    """The template tiny_mochi with another prompt; `inputs` go to the sampler."""
+    prompt = json.loads((WORKFLOWS / "api" / "tiny_mochi.json").read_text(encoding="utf-8"))
+    sampler = sampler_of(prompt)
+    sampler["inputs"] |= inputs
     prompt[sampler["inputs"]["positive"][0]]["inputs"]["prompt"] = text
     return prompt
 
 
+def sampler_of(prompt: dict[str, Any]) -> dict[str, Any]:
+    return next(node for node in prompt.values() if node["class_type"] == "Mochi1Sampler")
+
+
 def small_prompt(**inputs: Any) -> dict[str, Any]:
     """The shipped workflow, shrunk so that a CPU makes it in seconds; `inputs` go to the sampler."""
-    prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    sampler = next(node for node in prompt.values() if node["class_type"] == "Mochi1Sampler")
-    sampler["inputs"] |= {**SMALL, "seed": time.time_ns() % 2**32, **inputs}
+    prompt = json.loads((WORKFLOWS / "api" / "text_to_video.json").read_text(encoding="utf-8"))
+    sampler_of(prompt)["inputs"] |= {**SMALL, "seed": time.time_ns() % 2**32, **inputs}
     return prompt
-
-
-def tiny_workflow() -> dict[str, Any]:
-    """The same, for the editor, where a node's values have no names."""
-    workflow = json.loads((ROOT / "workflows" / "text_to_video.json").read_text(encoding="utf-8"))
-    prompts = iter((PROMPTS[0], ""))
-    for node in workflow["nodes"]:
-        values = node["widgets_values"]
-        if node["type"] == "Mochi1Sampler":
-            values[:4] = TRAINED.values()
-        elif node["type"] == "Mochi1T5Encode":
-            values[0] = next(prompts)
-        elif node["type"] in trained.FILES:
-            (values[0],) = trained.FILES[node["type"]].values()
-    return workflow
 
 
 if __name__ == "__main__":

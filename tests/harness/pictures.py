@@ -5,20 +5,19 @@ Thumbnails of the templates are videos that the templates made, with the tiny mo
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from tests.harness.browser import PLAYING, Editor, open_editor
 from tests.harness.client import ComfyClient
+from tests.harness.frames import read_frames
 from tests.harness.purple import train_purple
 from tests.harness.server import ROOT, ComfyServer
 from tests.harness.template_files import shrunk, write_files
@@ -53,15 +52,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         write_files(base)
-        # Ends in .safetensors, and is Genmo's kind: what the template asks for.
-        *_, lora = train_purple(base / "purple", comfyui / "comfy" / "text_encoders" / "t5_tokenizer")
+        _, lora = train_purple(base / "purple", comfyui / "comfy" / "text_encoders" / "t5_tokenizer")
         (base / "models" / "loras" / "mochi_lora.safetensors").write_bytes(lora.read_bytes())
         with ComfyServer(comfyui, base, threads=1) as server:
             client = ComfyClient(server.url)
             for name, prompt in PROMPTS.items():
                 frames = template_frames(client, name, prompt)
                 if name == "video_to_video":
-                    frames = side_by_side(read_frames(base / "input" / "mochi_input.mp4"), frames)
+                    frames = side_by_side(pictures_of((base / "input" / "mochi_input.mp4").read_bytes()), frames)
                 write_thumbnail(frames, WORKFLOWS / f"{name}.jpg")
             take_screenshots(server.url)
 
@@ -73,12 +71,11 @@ def template_frames(client: ComfyClient, name: str, prompt: str) -> list[Image.I
             node["inputs"]["seconds"] = LONG
     run = client.run(graph)
     assert run.outcome == "execution_success", run.error
-    return read_frames(io.BytesIO(client.download(run.files[0])))
+    return pictures_of(client.download(run.files[0]))
 
 
-def read_frames(file: Any) -> list[Image.Image]:
-    with av.open(file if isinstance(file, io.BytesIO) else str(file)) as container:
-        return [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+def pictures_of(video: bytes) -> list[Image.Image]:
+    return [Image.fromarray(frame) for frame in read_frames(video)]
 
 
 def side_by_side(before: list[Image.Image], after: list[Image.Image]) -> list[Image.Image]:

@@ -14,12 +14,6 @@ FOLDER = ROOT / "models"
 TRANSFORMER = FOLDER / "diffusion_models" / "mochi_tiny.safetensors"
 VAE = FOLDER / "vae" / "mochi_tiny_vae.safetensors"
 T5 = FOLDER / "text_encoders" / "t5_tiny.safetensors"
-FILES = {
-    "Mochi1LoadTransformer": {"model_name": TRANSFORMER.name},
-    "Mochi1LoadT5": {"t5_name": T5.name},
-    "Mochi1LoadVAE": {"vae_name": VAE.name},
-}
-"""What the loader nodes of a workflow have to be given."""
 
 
 def install(models_dir: Path) -> None:
