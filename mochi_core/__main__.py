@@ -131,7 +131,7 @@ def migrate(options: argparse.Namespace) -> None:
         raise ValueError(f"{output} exists already; choose another name with -o, or overwrite it with --force.")
     try:
         workflow = json.loads(options.workflow.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{options.workflow} is not a JSON file ({error}); save the workflow in the editor.") from None
     try:
         migration = migrate_workflow(workflow, stock=options.stock)

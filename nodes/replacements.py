@@ -6,6 +6,7 @@ those and, as only a person who chose the command wants it, graphs for the built
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -15,7 +16,8 @@ from server import PromptServer
 
 import nodes as host
 
-from ..mochi_core.migrate import migrate
+from ..mochi_core.migrate import migrate, migrate_prompt
+from ..mochi_core.migrate.api import is_prompt
 from ..mochi_core.migrate.tables import WRAPPER, Rule
 
 
@@ -25,7 +27,7 @@ async def register() -> None:
     for old, rule in WRAPPER.items():
         if len(rule.parts) == 1:
             await api.node_replacement.register(replacement(old, rule))
-    PromptServer.instance.add_on_prompt_handler(migrate_prompt)
+    PromptServer.instance.add_on_prompt_handler(on_prompt)
     PromptServer.instance.routes.post("/mochi-nodes/migrate")(migrate_request)
 
 
@@ -45,12 +47,13 @@ def mapping(new: str, old: str) -> dict[str, Any]:
     return {"new_id": new, "set_value": "auto"} if new == "weight_dtype" else {"new_id": new, "old_id": old}
 
 
-def migrate_prompt(request: dict[str, Any]) -> dict[str, Any]:
-    """Convert the old nodes of a prompt, unless the wrapper is there to run them."""
-    if WRAPPER.keys() & host.NODE_CLASS_MAPPINGS.keys():
+def on_prompt(request: Any) -> Any:
+    """Convert the old nodes of a prompt that nothing here runs; every other request stays as it is."""
+    prompt = request.get("prompt") if isinstance(request, dict) else None
+    if not is_prompt(prompt):
         return request
     try:
-        migration = migrate(request.get("prompt"))
+        migration = migrate_prompt(prompt, runs=host.NODE_CLASS_MAPPINGS)
     except ValueError:  # nothing of the wrapper's in it
         return request
     for note in migration.notes:
@@ -61,7 +64,15 @@ def migrate_prompt(request: dict[str, Any]) -> dict[str, Any]:
 async def migrate_request(request: web.Request) -> web.Response:
     """For the editor's command: a workflow in, {"workflow", "notes"} or {"error"} out."""
     try:
-        migration = migrate(await request.json(), stock=True)
+        workflow = await request.json()
+    except (ValueError, LookupError, RecursionError):  # no JSON, an unknown charset, too deep
+        return refused("The workflow cannot be read: send it as JSON in UTF-8, as the editor saves it.")
+    try:
+        migration = await asyncio.to_thread(migrate, workflow, stock=True)
     except ValueError as problem:
-        return web.json_response({"error": str(problem)}, status=400)
+        return refused(str(problem))
     return web.json_response({"workflow": migration.workflow, "notes": migration.notes})
+
+
+def refused(reason: str) -> web.Response:
+    return web.json_response({"error": reason}, status=400)

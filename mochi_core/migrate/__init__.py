@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
 from . import api, editor
-from .graph import Node, Nodes, convert, named_values, passes_on, source
-from .tables import STOCK, WRAPPER, Rule
+from .graph import Nodes, convert, passes_on
+from .stock import LATENT, has_mochi, stock_rules
+from .tables import LEFT, REMOVED, WRAPPER, Rule
 
 STOCK_HINT = "The nodes for ComfyUI's built-in Mochi stay as they are, and work; --stock puts ours in their place."
-LOADER_FILES = {"UNETLoader": "unet_name", "VAELoader": "vae_name"}
-LOADED_INPUTS = {"CLIPTextEncode": "clip", "VAEDecode": "vae", "VAEDecodeTiled": "vae"}
 
 
 @dataclass(frozen=True)
@@ -31,67 +30,62 @@ def migrate(workflow: Any, *, stock: bool = False) -> Migration:
     Raises:
         ValueError: it is no workflow, or has nothing to convert.
     """
-    workflow = deepcopy(workflow)
+    try:
+        workflow = deepcopy(workflow)
+    except RecursionError:
+        raise ValueError("This is no workflow of ComfyUI: it is nested too deeply.") from None
     if api.is_prompt(workflow):
-        nodes = api.read(workflow)
-        notes = _convert([nodes], (str(number) for number in _ids_above(nodes)), stock)
-        return Migration(api.write(nodes), notes)
+        return migrate_prompt(workflow, stock=stock)
     if not editor.is_workflow(workflow):
         raise ValueError("This is no workflow of ComfyUI, neither in the editor's form nor in API form.")
     graphs = editor.graphs(workflow)
     every = [editor.read(graph) for graph in graphs]
-    notes = _convert(every, _ids_above(chain(*every)), stock)
+    notes = _convert(every, _ids_above(chain(*every)), stock, _group_hint(workflow, stock))
     for graph, nodes in zip(graphs, every, strict=True):
         editor.write(graph, nodes)
     return Migration(workflow, notes)
+
+
+def migrate_prompt(prompt: api.Prompt, *, stock: bool = False, runs: Collection[str] = ()) -> Migration:
+    """Convert a workflow in API form, but no old nodes of the types that the server `runs`; values that stay are shared.
+
+    Raises:
+        ValueError: there is nothing to convert.
+    """
+    nodes = api.read(prompt)
+    for node in nodes.values():
+        if node.type in runs and (node.type in WRAPPER or node.type in REMOVED or node.type in LEFT):
+            node.type = ""  # no rule is for it
+    notes = _convert([nodes], map(str, _ids_above(prompt)), stock, [])
+    return Migration(api.write(prompt, nodes), notes)
+
+
+def _group_hint(workflow: editor.Graph, stock: bool) -> list[str]:
+    old = {*WRAPPER, LATENT} if stock else WRAPPER.keys()
+    names = [name for name, types in editor.group_nodes(workflow).items() if types & old]
+    hint = f"Group nodes are not looked into; ungroup those with old nodes first: {', '.join(names)}."
+    return [hint] if names else []
 
 
 def _ids_above(ids: Iterable[Any]) -> Iterator[int]:
     return count(1 + max((int(key) for key in ids if str(key).isdecimal()), default=0))
 
 
-def _convert(graphs: list[Nodes], ids: Iterator[Any], stock: bool) -> list[str]:
+def _convert(graphs: list[Nodes], ids: Iterator[Any], stock: bool, hints: list[str]) -> list[str]:
     rules = [_wrapper_rules(nodes) for nodes in graphs]
-    hint = []
-    if any(map(_has_stock_mochi, graphs)):
+    if any(map(has_mochi, graphs)):
         if stock:
-            rules = [{**found, **_stock_rules(nodes)} for found, nodes in zip(rules, graphs, strict=True)]
+            found, left = zip(*map(stock_rules, graphs), strict=True)
+            rules = [{**ours, **more} for ours, more in zip(rules, found, strict=True)]
+            hints = [*chain(*left), *hints]
         else:
-            hint = [STOCK_HINT]
+            hints = [*hints, STOCK_HINT]
     if not any(rules) and not any(map(passes_on, graphs)):
         sought = "MochiWrapper, or of ComfyUI for Mochi," if stock else "MochiWrapper"
-        raise ValueError(" ".join([f"There is no node of {sought} in this workflow.", *hint]))
+        raise ValueError(" ".join([f"There is no node of {sought} in this workflow.", *hints]))
     notes = [convert(nodes, found, lambda: next(ids)) for nodes, found in zip(graphs, rules, strict=True)]
-    return [*chain(*notes), *hint]
+    return [*chain(*notes), *hints]
 
 
 def _wrapper_rules(nodes: Nodes) -> dict[Any, Rule]:
     return {key: WRAPPER[node.type] for key, node in nodes.items() if node.type in WRAPPER}
-
-
-def _has_stock_mochi(nodes: Nodes) -> bool:
-    return any(
-        node.type == "EmptyMochiLatentVideo" or (node.type == "UNETLoader" and _names_mochi(node))
-        for node in nodes.values()
-    )
-
-
-def _names_mochi(node: Node) -> bool:
-    file = named_values(node, tuple(STOCK[node.type].widgets)).get(LOADER_FILES[node.type])
-    return "mochi" in str(file).lower()
-
-
-def _stock_rules(nodes: Nodes) -> dict[Any, Rule]:
-    """The loaders whose files say mochi, or that are the only ones; and what is linked to them."""
-    loaders = {key for key, node in nodes.items() if _loads_mochi(node, nodes)}
-    users = {key: node for key, node in nodes.items() if node.type in LOADED_INPUTS}
-    links = {key: source(nodes, node.links.get(LOADED_INPUTS[node.type])) for key, node in users.items()}
-    chosen = loaders | {key for key, link in links.items() if link and link.origin in loaders}
-    return {key: STOCK[node.type] for key, node in nodes.items() if key in chosen}
-
-
-def _loads_mochi(node: Node, nodes: Nodes) -> bool:
-    if node.type == "CLIPLoader":
-        return "mochi" in named_values(node, tuple(STOCK["CLIPLoader"].widgets)).values()
-    alone = sum(other.type == node.type for other in nodes.values()) == 1
-    return node.type in LOADER_FILES and (alone or _names_mochi(node))

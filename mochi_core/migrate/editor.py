@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import NoneType
 from typing import Any
 
@@ -34,6 +35,18 @@ GAP = 60  # pixels between a node and the one that was made of it
 def graphs(workflow: Graph) -> list[Graph]:
     """The workflow and its subgraphs."""
     return [workflow, *((workflow.get("definitions") or {}).get("subgraphs") or [])]
+
+
+def group_nodes(workflow: Graph) -> dict[str, set[str]]:
+    """The group nodes in use, an older kind of subgraph: the types of the nodes in each."""
+    extra = workflow.get("extra")
+    groups = extra.get("groupNodes") if isinstance(extra, dict) else None
+    used = {node["type"] for graph in graphs(workflow) for node in graph["nodes"]}
+    return {
+        name: {node["type"] for node in group["nodes"] if _has(node, {"type": str})}
+        for name, group in (groups.items() if isinstance(groups, dict) else ())
+        if _has(group, {"nodes": list}) and used & {f"workflow>{name}", f"workflow/{name}"}
+    }
 
 
 def is_workflow(workflow: Any) -> bool:
@@ -85,8 +98,11 @@ def read(graph: Graph) -> Nodes:
 
 
 def _node(raw: dict[str, Any], records: dict[Any, dict[str, Any]], where: str) -> Node:
-    slots = [slot for slot in raw.get("inputs") or [] if slot.get("link") in records]
-    links = {slot["name"]: _link(records[slot["link"]]) for slot in slots}
+    links: dict[str, Link] = {}
+    for i, slot in enumerate(raw.get("inputs") or [], 1):
+        if slot.get("link") in records:
+            name = f"{slot['name']} (input {i})" if slot["name"] in links else slot["name"]
+            links[name] = _link(records[slot["link"]])
     label = f"{raw.get('title') or raw['type']} (node {raw['id']}{where})"
     return Node(raw["id"], raw["type"], raw.get("widgets_values") or [], links, raw, label)
 
@@ -170,31 +186,34 @@ def _use_todays_type(link_or_slot: dict[str, Any]) -> None:
 
 def _agree(graph: Graph) -> None:
     """Inputs and outputs name the links that there are, and today's types."""
-    records = [_record(link) for link in graph["links"]]
-    numbers = {record["id"] for record in records}
+    numbers, starts, ends = set(), defaultdict(list), defaultdict(list)
+    for record in map(_record, graph["links"]):
+        numbers.add(record["id"])
+        starts[record["origin_id"], record["origin_slot"]].append(record["id"])
+        ends[record["target_id"], record["target_slot"]].append(record["id"])
     for node in graph["nodes"]:
         for slot in node.get("inputs") or []:
             _use_todays_type(slot)
             if slot.get("link") not in numbers:
                 slot["link"] = None
-        _list_links(node.get("outputs"), "links", records, "origin", node["id"])
-    _list_links(graph.get("inputs"), "linkIds", records, "origin", INSIDE)
-    _list_links(graph.get("outputs"), "linkIds", records, "target", OUTSIDE)
+        _list_links(node.get("outputs"), "links", starts, node["id"])
+    _list_links(graph.get("inputs"), "linkIds", starts, INSIDE)
+    _list_links(graph.get("outputs"), "linkIds", ends, OUTSIDE)
 
 
-def _list_links(slots: Any, key: str, records: list[dict[str, Any]], end: str, node_id: Any) -> None:
+def _list_links(slots: Any, key: str, by_slot: dict[tuple[Any, Any], list[Any]], node_id: Any) -> None:
     for i, slot in enumerate(slots or []):
         _use_todays_type(slot)
-        numbers = [record["id"] for record in records if (record[f"{end}_id"], record[f"{end}_slot"]) == (node_id, i)]
+        numbers = dict.fromkeys(by_slot.get((node_id, i), ()))
         before = slot.get(key) or []
-        kept = [number for number in before if number in numbers]
-        today = kept + [number for number in numbers if number not in kept]
+        kept = [number for number in before if isinstance(number, ID) and number in numbers]
+        today = list(dict.fromkeys([*kept, *numbers]))
         if today != before:
             slot[key] = today
 
 
 def _count_nodes(graph: Graph) -> None:
-    last = max(node["id"] for node in graph["nodes"] if isinstance(node["id"], int))
+    last = max((node["id"] for node in graph["nodes"] if isinstance(node["id"], int)), default=0)
     for counters, name in ((graph, "last_node_id"), (graph.get("state") or {}, "lastNodeId")):
         if isinstance(counters.get(name), int):
             counters[name] = max(last, counters[name])

@@ -64,7 +64,7 @@ def source(nodes: Nodes, link: Link | None) -> Link | None:
 def convert(nodes: Nodes, rules: dict[Any, Rule], new_id: Callable[[], Any]) -> list[str]:
     """Put ours in the place of the nodes that have a rule, in place; returns what is to be said about it."""
     notes = _use_mochi_clip(nodes, rules)
-    _shorten_clip_links(nodes)
+    notes += _shorten_clip_links(nodes)
     moved: dict[tuple[Any, int], Link] = {}
     for key, rule in rules.items():
         notes += _replace(nodes, nodes[key], rule, moved, new_id)
@@ -82,7 +82,7 @@ def convert(nodes: Nodes, rules: dict[Any, Rule], new_id: Callable[[], Any]) -> 
 
 def _cut(nodes: Nodes, node: Node, name: str, removed: Node) -> str:
     if node.type == "PreviewImage":
-        del nodes[node.id]
+        nodes.pop(node.id, None)
         return f"{node.label} is removed with it; it showed nothing else."
     del node.links[name]
     return f"{node.label} has lost the link to {name}, which came from {removed.label}."
@@ -90,22 +90,36 @@ def _cut(nodes: Nodes, node: Node, name: str, removed: Node) -> str:
 
 def _use_mochi_clip(nodes: Nodes, rules: dict[Any, Rule]) -> list[str]:
     """The wrapper took T5 out of any CLIP, and its graphs say sd3."""
-    notes = []
+    notes, loaders = [], {}
     for encoder in [nodes[key] for key in rules if nodes[key].type == "MochiTextEncode"]:
         link = source(nodes, encoder.links.get("clip"))
         loader = nodes.get(link.origin) if link else None
         if loader is None or loader.type not in (*CLIP_LOADERS, "Mochi1LoadT5"):
             notes.append(f"{encoder.label} needs a CLIP from Load Mochi T5, or from Load CLIP with type mochi.")
         elif loader.type in CLIP_LOADERS:
-            notes += _set_clip_type(loader)
-    return notes
+            loaders[loader.id] = loader
+    others = _other_users(nodes, rules) if loaders else {}
+    return notes + [note for key, loader in loaders.items() for note in _set_clip_type(loader, others.get(key))]
 
 
-def _set_clip_type(loader: Node) -> list[str]:
+def _other_users(nodes: Nodes, rules: dict[Any, Rule]) -> dict[Any, str]:
+    """For nodes that are linked to others than ours in the end: one of those, by its label."""
+    users = {}
+    for node in nodes.values():
+        if node.id not in rules and node.type not in NEW_NODES and node.type != "Reroute":
+            found = [source(nodes, link) for link in node.links.values()]
+            users |= {link.origin: node.label for link in found if link}
+    return users
+
+
+def _set_clip_type(loader: Node, other_user: str | None) -> list[str]:
     names = CLIP_LOADERS[loader.type]
     old = named_values(loader, names).get("type")
     if old == "mochi" or (isinstance(loader.values, list) and len(loader.values) < len(names)):
         return []
+    if other_user:
+        remedy = "give T5 Encode a Load CLIP of its own with type mochi"
+        return [f"{loader.label} keeps its type {old}, as {other_user} uses it, too; {remedy}."]
     if isinstance(loader.values, list):
         loader.values[names.index("type")] = "mochi"
     else:
@@ -123,12 +137,17 @@ def passes_on(nodes: Nodes) -> list[tuple[Node, str]]:
     ]
 
 
-def _shorten_clip_links(nodes: Nodes) -> None:
+def _shorten_clip_links(nodes: Nodes) -> list[str]:
     """T5 Encode has no output for its CLIP: what was linked to it gets the CLIP's source."""
+    notes = []
     for node, name in passes_on(nodes):
-        link = node.links.pop(name)
+        link = node.links[name]
         if found := source(nodes, link):
             node.links[name] = Link(found.origin, found.slot, link.number)
+        else:
+            del node.links[name]
+            notes.append(f"{node.label} has lost the link to {name}, which came from no CLIP.")
+    return notes
 
 
 def _replace(nodes: Nodes, node: Node, rule: Rule, moved: dict, new_id: Callable[[], Any]) -> list[str]:
@@ -138,7 +157,7 @@ def _replace(nodes: Nodes, node: Node, rule: Rule, moved: dict, new_id: Callable
     for i, part in enumerate(rule.parts):
         new = node if i == 0 else Node(new_id(), part.node, {}, {}, node.raw, node.label)
         new.type, new.was = part.node, part.carry
-        new.values, remarks = _values(part, values)
+        new.values, remarks = _values(part, values, links)
         new.links = {name: links[old] for name, old in part.carry.items() if old in links}
         notes += [f"{node.label}: {remark}." for remark in remarks]
         nodes[new.id] = new
@@ -146,14 +165,14 @@ def _replace(nodes: Nodes, node: Node, rule: Rule, moved: dict, new_id: Callable
     return notes
 
 
-def _values(part: Part, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _values(part: Part, values: dict[str, Any], links: dict[str, Link]) -> tuple[dict[str, Any], list[str]]:
     """All values of a new node by name, and remarks on those that change."""
     new, remarks = dict(NEW_NODES[part.node].widgets), []
     for name, old in part.carry.items():
         if name in new and old in values:
             adapt = part.adapt.get(name)
             new[name], remark = adapt(values[old], values) if adapt else (values[old], "")
-            if remark:
+            if remark and old not in links:
                 changed = "" if new[name] == values[old] else f"{old} {values[old]} becomes {new[name]}; "
                 remarks.append(changed + remark)
     return new, remarks

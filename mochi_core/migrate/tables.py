@@ -81,18 +81,24 @@ WEIGHT_DTYPES = {
     "fp8_e4m3fn_fast": "fp8_e4m3fn",
     "fp8_e5m2": "fp8_e4m3fn",
 }
+WEIGHT_DTYPE_REASONS = {
+    "fp8_e4m3fn_fast": "products are computed in 16 bits",
+    "fp8_e5m2": "it is as small, and rounds less",
+}
+NO_SUCH_PRECISION = "the loader has no such precision"
 
 
 def weight_dtype(old: Any, values: dict[str, Any]) -> Adapted:
     """GGUF files stay as they are, whatever the node said, as they did."""
     if any("gguf" in str(value).lower() for value in values.values()):
         return "auto", ""
-    new = WEIGHT_DTYPES.get(str(old), "auto")
-    return new, "" if new == old or old == "default" else "products are computed in 16 bits"
+    if str(old) not in WEIGHT_DTYPES:
+        return "auto", NO_SUCH_PRECISION
+    return WEIGHT_DTYPES[str(old)], WEIGHT_DTYPE_REASONS.get(str(old), "")
 
 
 def vae_dtype(old: Any, _: dict[str, Any]) -> Adapted:
-    return (old, "") if old in ("fp32", "bf16", "fp16") else ("auto", "the loader has no such precision")
+    return (old, "") if old in ("fp32", "bf16", "fp16") else ("auto", NO_SUCH_PRECISION)
 
 
 def local_file(old: Any, _: dict[str, Any]) -> Adapted:
@@ -105,7 +111,14 @@ def in_mochi_folder(old: Any, _: dict[str, Any]) -> Adapted:
     return f"mochi{os.sep}{old}", ""
 
 
-def plain_text(old: Any, _: dict[str, Any]) -> Adapted:
+def empty_is_nothing(old: Any, _: dict[str, Any]) -> Adapted:
+    """Genmo's code gives no token for it, others the end token."""
+    return old, "" if old else "an empty prompt is no text at all now, as in Genmo's code; it was one end token"
+
+
+def plain_text(old: Any, values: dict[str, Any]) -> Adapted:
+    if not old:
+        return empty_is_nothing(old, values)
     weighted = re.search(r"\(.+:\s*[\d.]+\)", str(old), re.DOTALL)
     return old, "brackets are text for T5 Encode, no weights" if weighted else ""
 
@@ -146,7 +159,7 @@ WRAPPER = {
     "MochiVAEEncoderLoader": Rule({"model_name": "", "precision": "bf16"}, (LOAD_VAE,)),
     "MochiTextEncode": Rule(
         {"prompt": "", "strength": 1.0, "force_offload": True},
-        (Part("Mochi1T5Encode", {"clip": "clip", "prompt": "prompt"}),),
+        (Part("Mochi1T5Encode", {"clip": "clip", "prompt": "prompt"}, {"prompt": empty_is_nothing}),),
     ),
     "MochiSigmaSchedule": Rule(
         {"num_steps": 30, "threshold_noise": 0.025, "linear_steps": 15, "denoise": 1.0},

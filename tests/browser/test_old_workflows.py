@@ -8,6 +8,7 @@ import pytest
 OLD = Path(__file__).parents[1] / "data" / "old_workflows"
 
 SETTINGS = {"width": 96, "height": 64, "num_frames": 13, "steps": 4, "cfg": 3.5, "seed": 1234}
+SETTINGS_NODES = ["MochiTorchCompileSettings", "MochiFasterCache"]
 
 
 def old(name):
@@ -54,20 +55,34 @@ def test_builtin_graphs_get_an_offer_once_and_are_left_alone(editor):
     assert offer.count() == 0
 
 
-def test_replace_all_carries_the_settings_over(editor):
-    editor.load(old("text_to_video"), "old")
+def test_replace_all_carries_the_settings_over_and_the_result_runs(editor):
+    editor.load(with_our_t5(old("text_to_video")), "old")
     editor.page.get_by_role("button", name="View details").first.click()
     editor.page.get_by_role("button", name="Replace All").first.click()
     editor.page.wait_for_timeout(1500)
-    assert set(editor.missing()) == {"MochiTorchCompileSettings", "MochiFasterCache"}  # docs/migrate.md: delete them
+    assert set(editor.missing()) == set(SETTINGS_NODES)
     sampler = only(editor.prompt(), "Mochi1Sampler")
     assert {name: sampler[name] for name in SETTINGS} == SETTINGS
+    delete(editor, SETTINGS_NODES)  # as docs/migrate.md says
+    assert editor.missing() == []
+    run_from_the_button(editor)
 
 
 @pytest.mark.parametrize("name", ["text_to_video", "stock"])
 def test_converted_workflow_runs_from_the_button(editor, name):
-    editor.load(with_our_t5(old(name)), name)
+    editor.load(old(name) if name == "stock" else with_our_t5(old(name)), name)
     convert(editor)
+    run_from_the_button(editor)
+
+
+def delete(editor, types):
+    editor.page.evaluate(
+        "types => app.graph._nodes.filter(node => types.includes(node.type)).forEach(node => app.graph.remove(node))",
+        types,
+    )
+
+
+def run_from_the_button(editor):
     editor.page.evaluate("app.nodeOutputs = {}")
     editor.page.get_by_test_id("queue-button").click()
     editor.page.wait_for_function("Object.values(app.nodeOutputs).some(output => output.images)", timeout=120_000)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -164,10 +166,83 @@ def test_the_api_form_makes_the_video_of_its_settings(frames_of, by_hand, form):
     assert frames_of(form(old("api")), "15").equal(frames_of(by_hand, "decode"))
 
 
+# Runs without us: inputs in an order and of a name of their own, a node by an old name, a node that is unused and odd.
+OTHERS = {
+    "30": {
+        "class_type": "EmptyImage",
+        "inputs": {"color": 255, "width": 32, "height": 32, "batch_size": 1},
+        "more": [1],
+    },
+    "31": {"class_type": "MochiImageEncode", "inputs": {AFTER_SEED: "fixed", "images": ["30", 0]}},
+    "32": {"class_type": "PreviewImage", "inputs": {"images": ["31", 0]}, "_meta": {"title": "Preview"}},
+    "33": {"class_type": "EmptyImage", "inputs": {}, "_meta": []},
+}
+
+
+def arrived(client, graph):
+    """What the server ran."""
+    run = client.run(graph)
+    assert run.outcome == "execution_success", run.error
+    return client.get(f"/history/{run.prompt_id}")[run.prompt_id]["prompt"][2]
+
+
+@pytest.mark.usefixtures("server")
 def test_prompts_of_other_nodes_arrive_unchanged(comfy_client):
-    graph = {"1": {"class_type": "MochiNowhere", "inputs": {}}}
-    with pytest.raises(Exception, match="MochiNowhere"):
-        comfy_client.run(graph)
+    graph = arrived(comfy_client, OTHERS)
+    assert json.dumps(graph) == json.dumps(OTHERS)
+
+
+@pytest.mark.usefixtures("server")
+def test_other_nodes_beside_old_ones_arrive_unchanged(comfy_client, frames_of, by_hand):
+    mixed = {**OTHERS, **old("api")}
+    mixed["2"] = narrow_t5(mixed["2"])
+    graph = arrived(comfy_client, mixed)
+    assert json.dumps({key: graph[key] for key in OTHERS}) == json.dumps(OTHERS)
+    assert {graph[key]["class_type"] for key in graph.keys() - OTHERS.keys()} == {
+        *(node["class_type"] for node in by_hand.values()),
+        "SaveAnimatedWEBP",
+    }
+    assert frames_of(graph, "15").equal(frames_of(by_hand, "decode"))
+
+
+def refusal(client, path, body, content_type="application/json"):
+    """Status and answer of a request that is refused."""
+    request = urllib.request.Request(client.url + path, body, {"Content-Type": content_type})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=60)
+    return error.value.code, json.load(error.value)
+
+
+def test_an_odd_node_beside_an_old_one_gets_the_servers_own_refusal(comfy_client):
+    """Which it could not give for an old node: it stops at inputs that a prompt lacks."""
+    prompt = {"1": {"class_type": "MochiSampler", "inputs": {}, "_meta": {}}, "2": {"class_type": "EmptyImage"}}
+    status, answer = refusal(comfy_client, "/prompt", json.dumps({"prompt": prompt}).encode())
+    assert (status, answer["error"]["type"]) == (400, "prompt_no_outputs")
+
+
+def test_a_prompt_that_is_a_list_is_refused_without_a_trace(comfy_server, comfy_client):
+    status, _ = refusal(comfy_client, "/prompt", b"[1]")
+    assert status == 400
+    assert "on_prompt_handler" not in comfy_server.log.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "reason"),
+    [
+        (b"{", "application/json", "The workflow cannot be read: send it as JSON in UTF-8"),
+        (b"\xff", "application/json", "The workflow cannot be read"),
+        (b"{}", "application/json; charset=nowhere", "The workflow cannot be read"),
+        (b"[" * 10**6, "application/json", "The workflow cannot be read"),
+        (b'{"nodes":' + b"[" * 900 + b"]" * 900 + b"}", "application/json", "nested too deeply"),
+        (b"[]", "application/json", "This is no workflow of ComfyUI"),
+        (b'{"1": {"class_type": "X", "inputs": {}}}', "application/json", "There is no node of MochiWrapper"),
+    ],
+)
+def test_the_command_is_told_in_one_sentence_what_is_wrong(comfy_client, body, content_type, reason):
+    status, answer = refusal(comfy_client, "/mochi-nodes/migrate", body, content_type)
+    assert status == 400
+    assert reason in answer["error"]
+    assert answer["error"].count(". ") == 0
 
 
 def test_the_editor_offers_what_becomes_one_node(comfy_client, object_info):

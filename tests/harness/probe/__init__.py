@@ -1,4 +1,4 @@
-"""A node pack for the tests alone: it writes tensors where a test can read them, and makes memory scarce."""
+"""A node pack for the tests alone: it writes tensors where a test can read them, makes memory scarce, and has an old name."""
 
 import ctypes
 import resource
@@ -43,9 +43,21 @@ class LimitMemory(io.ComfyNode):
         return io.NodeOutput(value)
 
 
+class OldName(io.ComfyNode):
+    """Another pack's node by a name of MochiWrapper's."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="MochiImageEncode", inputs=[io.Image.Input("images")], outputs=[io.Image.Output()])
+
+    @classmethod
+    def execute(cls, images):
+        return io.NodeOutput(images)
+
+
 class Probe(ComfyExtension):
     async def get_node_list(self):
-        return [SaveTensor, LimitMemory]
+        return [SaveTensor, LimitMemory, OldName]
 
 
 async def comfy_entrypoint():

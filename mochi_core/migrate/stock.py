@@ -1,0 +1,70 @@
+"""Which nodes of ComfyUI's own are Mochi's, in a graph that may be for other models, too."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from .graph import Node, Nodes, named_values, source
+from .tables import STOCK, Rule
+
+LATENT = "EmptyMochiLatentVideo"
+LOADER_FILES = {"UNETLoader": "unet_name", "VAELoader": "vae_name"}
+LOADED_INPUTS = {"CLIPTextEncode": "clip", "VAEDecode": "vae", "VAEDecodeTiled": "vae"}
+DECODES = ("VAEDecode", "VAEDecodeTiled")
+
+
+def has_mochi(nodes: Nodes) -> bool:
+    return any(node.type == LATENT or (node.type == "UNETLoader" and _names_mochi(node)) for node in nodes.values())
+
+
+def _names_mochi(node: Node) -> bool:
+    file = named_values(node, tuple(STOCK[node.type].widgets)).get(LOADER_FILES[node.type])
+    return "mochi" in str(file).lower()
+
+
+def stock_rules(nodes: Nodes) -> tuple[dict[Any, Rule], list[str]]:
+    """Mochi's loaders and what is linked to them; and a sentence for each loader that is left."""
+    loaders = _mochi_loaders(nodes)
+    links = {key: _loaded_from(nodes, node) for key, node in nodes.items() if node.type in LOADED_INPUTS}
+    chosen = loaders | {key for key, origin in links.items() if origin in loaders}
+    left = [node for node in nodes.values() if node.type in LOADER_FILES and node.id not in loaders]
+    notes = [f"{node.label} stays as it is; neither its links nor the name of its file say mochi." for node in left]
+    return {key: STOCK[node.type] for key, node in nodes.items() if key in chosen}, notes
+
+
+def _mochi_loaders(nodes: Nodes) -> set[Any]:
+    """By the names of their files; a transformer by Mochi's latent, too, and a VAE by the samples that it decodes."""
+    named = {key for key, node in nodes.items() if node.type in LOADER_FILES and _names_mochi(node)}
+    unets = {key for key, node in nodes.items() if node.type == "UNETLoader"}
+    latents = _reached(nodes, {key for key, node in nodes.items() if node.type == LATENT})
+    models = unets & named or {key for key in unets if _reached(nodes, {key}) & latents}
+    decodes = [nodes[key] for key in latents | _reached(nodes, models) if nodes[key].type in DECODES]
+    decoding = {_loaded_from(nodes, node) for node in decodes}
+    vaes = {key for key, node in nodes.items() if node.type == "VAELoader" and key in named | decoding}
+    clips = {key for key, node in nodes.items() if node.type == "CLIPLoader" and _is_for_mochi(node)}
+    return models | vaes | clips
+
+
+def _is_for_mochi(loader: Node) -> bool:
+    return "mochi" in named_values(loader, tuple(STOCK["CLIPLoader"].widgets)).values()
+
+
+def _loaded_from(nodes: Nodes, node: Node) -> Any:
+    link = source(nodes, node.links.get(LOADED_INPUTS[node.type]))
+    return link.origin if link else None
+
+
+def _reached(nodes: Nodes, start: set[Any]) -> set[Any]:
+    """What gets something from these nodes, through whatever; behind a decode there are frames for any model."""
+    targets = defaultdict(set)
+    for node in nodes.values():
+        for link in node.links.values():
+            targets[link.origin].add(node.id)
+    found, to_do = set(start), list(start)
+    while to_do:
+        key = to_do.pop()
+        new = set() if nodes[key].type in DECODES else targets[key] - found
+        found |= new
+        to_do += new
+    return found
