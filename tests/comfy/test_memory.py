@@ -9,6 +9,9 @@ import pytest
 from tests.comfy.test_server import assert_healthy, node
 from tests.core.test_convert import needs_proc
 from tests.core.test_memory import SLACK, write_large
+from tests.harness.client import ComfyClient
+from tests.harness.server import PROBE, ComfyServer
+from tests.harness.tiny_models import write_models
 
 
 def peak_of(process, action):
@@ -28,7 +31,7 @@ def peak_of(process, action):
 
 
 def give_back_memory(client):
-    """That of earlier models; or the next one would hide in it."""
+    """That of the run before; or the model would hide in it."""
     client.post("/free", {"unload_models": True, "free_memory": True})
     image = {"image": node("EmptyImage", width=16, height=16, batch_size=1, color=0)}
     for _ in range(2):  # the server frees between two runs
@@ -36,20 +39,26 @@ def give_back_memory(client):
         assert client.run({**image, "trim": trim, "show": node("PreviewImage", images=["trim", 0])}).files
 
 
+@pytest.fixture
+def fresh_server(comfy_path, tmp_path):
+    """A server that nobody used: what others left behind or take again would be counted as this load's memory."""
+    write_models(tmp_path / "models")
+    with ComfyServer(comfy_path, tmp_path, packs=(PROBE,)) as server:
+        yield server
+
+
 @needs_proc
 @pytest.mark.parametrize("layout", ["canonical", "diffusers"])
-def test_loading_in_another_dtype(comfy_client, comfy_server, layout):
-    folder = comfy_server.base / "models" / "diffusion_models"
-    path, size, largest = write_large(folder, layout)
-    assert_healthy(comfy_client)  # libraries are there
-    give_back_memory(comfy_client)
+def test_loading_in_another_dtype(fresh_server, layout):
+    path, size, largest = write_large(fresh_server.base / "models" / "diffusion_models", layout)
+    client = ComfyClient(fresh_server.url)
+    assert_healthy(client)  # libraries are there
+    give_back_memory(client)
     graph = {
         "load": node("Mochi1LoadTransformer", model_name=path.name, weight_dtype="fp32"),
         "show": node("PreviewAny", source=["load", 0]),
     }
     runs = []
-    peak = peak_of(comfy_server.process, lambda: runs.append(comfy_client.run(graph)))
+    peak = peak_of(fresh_server.process, lambda: runs.append(client.run(graph)))
     assert runs[0].outcome == "execution_success", runs[0].error
     assert 0.95 * size < peak < size + largest + SLACK
-    for written in {path, folder / "canonical.safetensors"}:
-        written.unlink()
