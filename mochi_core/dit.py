@@ -287,7 +287,9 @@ class AsymmDiT(nn.Module):
         latents = pad_to_patches(latents, self.config.patch_size)
         rows = latents.shape[-2] // self.config.patch_size
         embedded = self.x_embedder(latents)
-        streams = [(embedded, text.tokens) for text, _ in conditions]  # (B, N, Dx), (B, L, Dy)
+        streams: list[tuple[Tensor, Tensor]] = []  # (B, N, Dx), (B, L, Dy)
+        for text, _ in conditions:
+            streams.append((embedded, text.tokens))  # no comprehension: what it uses, Dynamo cannot delete
         contexts = [BlockContext(text.lengths, rope, attention) for text, _ in conditions]
         runs = run_blocks or [run_block] * len(conditions)
         del embedded
