@@ -1,6 +1,7 @@
 """Mochi 1, self-contained: denoiser, autoencoder, text encoder, sampling and checkpoints."""
 
 from .attention import Attention, sdpa
+from .cache import BlockCache
 from .checkpoints import load_transformer, load_vae
 from .config import AsymmDiTConfig, AsymmVAEConfig
 from .dit import AsymmDiT
@@ -9,7 +10,7 @@ from .latents import denormalize_latents, normalize_latents
 from .lora import Lora
 from .pipeline import MochiPipeline
 from .sample import euler, guided, sample
-from .schedule import linear_quadratic_schedule
+from .schedule import guidance_schedule, linear_quadratic_schedule
 from .text_encoder import TextEncoder, load_text_encoder
 from .vae import AsymmVAE, Posterior
 from .video import save_video
@@ -20,6 +21,7 @@ __all__ = [
     "AsymmVAE",
     "AsymmVAEConfig",
     "Attention",
+    "BlockCache",
     "Lora",
     "MochiPipeline",
     "Posterior",
@@ -27,6 +29,7 @@ __all__ = [
     "VideoSize",
     "denormalize_latents",
     "euler",
+    "guidance_schedule",
     "guided",
     "linear_quadratic_schedule",
     "load_text_encoder",

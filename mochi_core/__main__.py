@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from .attention import ATTENTIONS, choose_attention
+from .cache import METHODS, BlockCache
 from .checkpoints import load_transformer, load_vae
 from .checkpoints.convert import DTYPES as STORED_DTYPES
 from .checkpoints.convert import LAYOUTS, plan_conversion, write_conversion
@@ -48,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def generate(options: argparse.Namespace) -> None:
+    choose_attention(options.attention, options.device, DTYPES[options.dtype])  # refused before anything is loaded
     home = "cpu" if options.offload else options.device
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
     transformer = load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize)
@@ -59,6 +62,7 @@ def generate(options: argparse.Namespace) -> None:
         text_encoder,
         offload=options.offload,
         device=options.device,
+        attention=options.attention,
     )
     sigmas = linear_quadratic_schedule(options.steps, options.threshold_noise, options.linear_steps)
     as_latents = options.output.suffix in LATENT_SUFFIXES
@@ -74,7 +78,10 @@ def generate(options: argparse.Namespace) -> None:
             sigmas=sigmas,
             output_type="latent" if as_latents else "np",
             on_step=lambda *_: bool(bar.update() and False),
+            cache=options.cache,
         )
+    if options.cache is not None:
+        print(options.cache.report(), file=sys.stderr)
     if as_latents:
         save_latents(result, options.output)
     else:
@@ -190,11 +197,19 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--threshold-noise", type=float, default=0.025, help="noise removed by the linear steps (default: %(default)s)")
     add("--linear-steps", type=int, help="(default: half of the steps)")
     add("--guidance", type=float, default=4.5, help="classifier-free guidance scale; 1 is off (default: %(default)s)")
+    add(
+        "--cache",
+        type=cache_option,
+        metavar="METHOD:THRESHOLD",
+        help=f"leave out blocks where little changes, which changes the result; {' or '.join(METHODS)}, e.g. teacache:0.06",
+    )
     add("--seed", type=int, default=0)
     add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
     add("--quantize", choices=QUANTIZERS, help="keep the matrices of the transformer in 8 or 4 bits")
+    add("--attention", choices=ATTENTIONS, default="auto", help="auto: the fastest exact one (default: %(default)s)")
     add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
-    add("--offload", action="store_true", help="keep only the model at work on the device")
+    offload = "keep only the model at work on the device; with stream, of the transformer only the blocks at work"
+    add("--offload", nargs="?", const=True, default=False, choices=["stream"], help=offload)
     _add_output(command, "mp4 file, or .latent or .safetensors file for latents to decode later")
 
 
@@ -222,6 +237,15 @@ def gibibytes(text: str) -> int | None:
     if float(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative; use 0 for what is free.")
     return round(float(text) * GIB) or None
+
+
+def cache_option(text: str) -> BlockCache:
+    """METHOD:THRESHOLD."""
+    method, _, threshold = text.partition(":")
+    try:
+        return BlockCache(method, float(threshold))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 def lora_option(text: str) -> tuple[str, float]:

@@ -10,7 +10,7 @@ Whatever does not depend on the noisy latents comes in as an argument: `prepare_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .attention import Attention, sdpa
 from .config import AsymmDiTConfig
 from .layers import (
+    ROWS,
     AttentionPool,
     FeedForward,
     FinalLayer,
@@ -89,54 +90,55 @@ class AsymmetricAttention(nn.Module):
         self.proj_x = ops.Linear(dx, dx, **factory)
         self.proj_y = ops.Linear(dx, dy, **factory) if update_y else None
 
-    def forward(self, x: Tensor, y: Tensor, context: BlockContext) -> tuple[Tensor, Tensor | None]:
-        q_x, k_x, v_x = self._heads(self.qkv_x(x))  # (B, N, K, D)
-        q_y, k_y, v_y = self._heads(self.qkv_y(y))  # (B, L, K, D)
-        q_x = rotate(self.q_norm_x(q_x.float()), context.rope).to(x.dtype)
-        k_x = rotate(self.k_norm_x(k_x.float()), context.rope).to(x.dtype)
-        q_y = self.q_norm_y(q_y.float()).to(x.dtype)
-        k_y = self.k_norm_y(k_y.float()).to(x.dtype)
-        visual, text = (q_x, k_x, v_x), (q_y, k_y, v_y)
-        out_x, out_y = joint_attention(visual, text, context)  # (B, N, Dx), (B, L, Dx)
+    def forward(
+        self, x: Tensor, y: Tensor, scale_x: Tensor, scale_y: Tensor, context: BlockContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """`x` (B, N, Dx) and `y` (B, L, Dy), not yet normed, and the scales of their norms, to the attention branches."""
+        qkv = self._joint_heads(
+            self.qkv_x(modulated_norm(x, scale_x)),  # (B, N, 3 * K * D)
+            self.qkv_y(modulated_norm(y, scale_y)),  # (B, L, 3 * K * D)
+            context.rope,
+        )
+        out = joint_attention(*qkv, context)  # (B, N + L, K * D)
+        del qkv
+        num_tokens = x.shape[1]
+        out_x, out_y = out[:, :num_tokens], out[:, num_tokens:]
         return self.proj_x(out_x), None if self.proj_y is None else self.proj_y(out_y)
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+    def _joint_heads(self, visual: Tensor, text: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed q, k and v of either stream to those of both, (B, N + L, K, D) each, normed and the visual ones rotated."""
+        visual, text = (packed.unflatten(-1, (3, self.num_heads, -1)) for packed in (visual, text))
+        batch, num_tokens = visual.shape[:2]
+        joint = visual.new_empty(3, batch, num_tokens + text.shape[1], *visual.shape[3:])
+        norms = (self.q_norm_x, self.q_norm_y), (self.k_norm_x, self.k_norm_y)
+        for tokens, turns in rope.pieces(ROWS // batch):
+            for i, (norm_x, _) in enumerate(norms):
+                joint[i, :, tokens] = rotate(norm_x(visual[:, tokens, i].float()), turns)
+        for i, (_, norm_y) in enumerate(norms):
+            joint[i, :, num_tokens:] = norm_y(text[:, :, i].float())
+        joint[2, :, :num_tokens], joint[2, :, num_tokens:] = visual[:, :, 2], text[:, :, 2]
+        q, k, v = joint
+        return q, k, v
 
 
-QKV = tuple[Tensor, Tensor, Tensor]
-
-
-def joint_attention(visual: QKV, text: QKV, context: BlockContext) -> tuple[Tensor, Tensor]:
-    """Attend over [visual, valid text]; (B, N, K, D) and (B, L, K, D) triples to (B, N, K*D) and (B, L, K*D).
+def joint_attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
+    """Attend over visual and valid text tokens; (B, N + L, K, D) each to (B, N + L, K * D).
 
     Prompts of different lengths are attended to one sample at a time, so that no padding takes part.
     """
-    longest = text[0].shape[1]
-    if all(length == longest for length in context.lengths):
-        return _attend(visual, text, context.attention)
-    samples = [
-        _attend(
-            _map(visual, lambda t, b=b: t[b : b + 1]),
-            _map(text, lambda t, b=b, n=n: t[b : b + 1, :n]),
-            context.attention,
-        )
-        for b, n in enumerate(context.lengths)
-    ]
-    out_y = [F.pad(sample_y, (0, 0, 0, longest - sample_y.shape[1])) for _, sample_y in samples]
-    return torch.cat([sample_x for sample_x, _ in samples]), torch.cat(out_y)
+    padding = [max(context.lengths) - length for length in context.lengths]
+    if not any(padding):
+        return _attend(q, k, v, context.attention)
+    out = q.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])
+    for b, unused in enumerate(padding):
+        valid = slice(b, b + 1), slice(q.shape[1] - unused)
+        out[valid] = _attend(q[valid], k[valid], v[valid], context.attention)
+    return out
 
 
-def _attend(visual: QKV, text: QKV, attention: Attention) -> tuple[Tensor, Tensor]:
-    q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(visual, text, strict=True))
-    out = rearrange(attention(q, k, v), "b k l d -> b l (k d)")
-    num_tokens = visual[0].shape[1]
-    return out[:, :num_tokens], out[:, num_tokens:]
-
-
-def _map(tensors: QKV, crop: Callable[[Tensor], Tensor]) -> QKV:
-    q, k, v = tensors
-    return crop(q), crop(k), crop(v)
+def _attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return rearrange(attention(*heads_first), "b k l d -> b l (k d)")
 
 
 class AsymmetricJointBlock(nn.Module):
@@ -158,13 +160,14 @@ class AsymmetricJointBlock(nn.Module):
         mod_x, mod_y = modulation
         scale_attn_x, gate_attn_x, scale_mlp_x, gate_mlp_x = mod_x.chunk(4, dim=-1)
         if self.mlp_y is None:
-            attn_x, _ = self.attn(modulated_norm(x, scale_attn_x), modulated_norm(y, mod_y), context)
+            attn_x, _ = self.attn(x, y, scale_attn_x, mod_y, context)
         else:
             scale_attn_y, gate_attn_y, scale_mlp_y, gate_mlp_y = mod_y.chunk(4, dim=-1)
-            attn_x, attn_y = self.attn(modulated_norm(x, scale_attn_x), modulated_norm(y, scale_attn_y), context)
+            attn_x, attn_y = self.attn(x, y, scale_attn_x, scale_attn_y, context)
             y = gated_residual(y, attn_y, gate_attn_y)
             y = gated_residual(y, self.mlp_y(modulated_norm(y, scale_mlp_y)), gate_mlp_y)
         x = gated_residual(x, attn_x, gate_attn_x)
+        del attn_x  # as large as x
         x = gated_residual(x, self.mlp_x(modulated_norm(x, scale_mlp_x)), gate_mlp_x)
         return x, y
 
@@ -261,16 +264,43 @@ class AsymmDiT(nn.Module):
         run_block: RunBlock = run_block,
     ) -> Tensor:
         """Velocity from prepared conditioning, in the dtype of `latents` (B, C, T, H, W)."""
+        (velocity,) = self.denoise_each(
+            latents, [(text, modulation)], rope, attention=attention, run_blocks=[run_block]
+        )
+        return velocity
+
+    def denoise_each(
+        self,
+        latents: Tensor,
+        conditions: Sequence[tuple[Text, Modulation]],
+        rope: Rope,
+        *,
+        attention: Attention = sdpa,
+        run_blocks: Sequence[RunBlock] | None = None,
+    ) -> list[Tensor]:
+        """The velocity under each condition, in one pass over the blocks.
+
+        A block takes one condition after the other: its weights are needed once, and no prompt is padded to another's
+        length. The residual streams are all that is held for every condition. `run_blocks` has one entry for each.
+        """
         _, _, num_latents, height, width = latents.shape
-        context = BlockContext(text.lengths, rope, attention)
         latents = pad_to_patches(latents, self.config.patch_size)
         rows = latents.shape[-2] // self.config.patch_size
-        x, y = self.x_embedder(latents), text.tokens  # (B, N, Dx), (B, L, Dy)
+        embedded = self.x_embedder(latents)
+        streams: list[tuple[Tensor, Tensor]] = []  # (B, N, Dx), (B, L, Dy)
+        for text, _ in conditions:
+            streams.append((embedded, text.tokens))  # no comprehension: what it uses, Dynamo cannot delete
+        contexts = [BlockContext(text.lengths, rope, attention) for text, _ in conditions]
+        runs = run_blocks or [run_block] * len(conditions)
+        del embedded
         for i, block in enumerate(self.joint_blocks()):
-            x, y = run_block(block, i, x, y, modulation.blocks[i], context)
-        x = self.final_layer(x, modulation.final)  # (B, N, patch * patch * C)
-        velocity = self._unpatchify(x, num_latents, rows)  # (B, C, T, H, W), padded
-        return velocity[..., :height, :width]
+            for c, (_, modulation) in enumerate(conditions):
+                streams[c] = runs[c](block, i, *streams[c], modulation.blocks[i], contexts[c])
+        velocities = []  # (B, C, T, H, W), padded
+        for (x, _), (_, modulation) in zip(streams, conditions, strict=True):
+            x = self.final_layer(x, modulation.final)  # (B, N, patch * patch * C)
+            velocities.append(self._unpatchify(x, num_latents, rows)[..., :height, :width])
+        return velocities
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> Lora:
         """Put a LoRA file of any known kind into the denoiser; several add up.

@@ -7,6 +7,7 @@ offloading or quantised layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,26 @@ from torch import Tensor, nn
 
 NORM_EPS = 1e-6
 TIMESTEP_SCALE = 1000.0
+ROWS = 2048
+"""Tokens at a time in norms, gates and rotations, so that little is held in float32."""
+FEED_FORWARD_ROWS = 16384
+"""Tokens at a time in a feed-forward. Many, because a layer may have to fetch or widen its weight for each call."""
+
+
+def by_rows(function: Callable[..., Tensor], *tensors: Tensor, rows: int = ROWS) -> Tensor:
+    """function(*tensors) in the shape and dtype of the first, (B, L, D), for a function that treats all rows alike.
+
+    At most `rows` rows of the batch are given to it at a time, so that what it holds in between stays small.
+    """
+    batch, length = tensors[0].shape[:2]
+    rows = max(1, rows // batch)
+    if length <= rows:
+        return function(*tensors)
+    out = torch.empty_like(tensors[0])
+    for start in range(0, length, rows):
+        some = slice(start, start + rows)
+        out[:, some] = function(*(tensor[:, some] for tensor in tensors))
+    return out
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -25,12 +46,14 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def modulated_norm(x: Tensor, scale: Tensor) -> Tensor:
     """rms_norm(x) * (1 + scale) in the dtype of `x` (B, L, D); `scale` (B, D)."""
-    return (rms_norm(x) * (1 + scale.float()[:, None])).to(x.dtype)
+    factor = 1 + scale.float()[:, None]
+    return by_rows(lambda x: (rms_norm(x) * factor).to(x.dtype), x)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x + rms_norm(branch) * tanh(gate), rounded once; `x` and `branch` (B, L, D), `gate` (B, D)."""
-    return torch.addcmul(x.float(), rms_norm(branch), gate.float().tanh()[:, None]).to(x.dtype)
+    gate = gate.float().tanh()[:, None]
+    return by_rows(lambda x, branch: torch.addcmul(x.float(), rms_norm(branch), gate).to(x.dtype), x, branch)
 
 
 class PatchEmbed(nn.Module):
@@ -92,8 +115,10 @@ class FeedForward(nn.Module):
         self.w2 = ops.Linear(hidden, width, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w1(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * value)
+        return by_rows(self._swiglu, x, rows=FEED_FORWARD_ROWS)
+
+    def _swiglu(self, x: Tensor) -> Tensor:
+        return self.w2(by_rows(lambda gate, value: F.silu(gate) * value, *self.w1(x).chunk(2, dim=-1)))
 
 
 class FinalLayer(nn.Module):
@@ -105,5 +130,9 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """`x` (B, N, width), `modulation` (B, 2 * width) to (B, N, patch_features)."""
         shift, scale = modulation.float()[:, None].chunk(2, dim=-1)
-        normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
-        return self.linear((normed * (1 + scale) + shift).to(x.dtype))
+        factor = 1 + scale
+
+        def modulated(x: Tensor) -> Tensor:
+            return (F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * factor + shift).to(x.dtype)
+
+        return self.linear(by_rows(modulated, x))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .cache import BlockCache
 from .dit import AsymmDiT
 from .geometry import VideoSize
 from .latents import denormalize_latents
+from .offload import streamed
 from .sample import OnStep, sample
 from .schedule import linear_quadratic_schedule
 from .text_encoder import TextEncoder
@@ -19,12 +21,17 @@ from .vae import AsymmVAE
 from .video import to_unit_range
 
 OUTPUT_TYPES = ("np", "pt", "latent")
+OFFLOADS = (False, True, "stream")
 
 
 class MochiPipeline:
     """The three models of Mochi, run one after the other.
 
-    With `offload`, the models wait on the CPU and only the one at work is on `device`; otherwise each works where it is.
+    With `offload`, the models wait on the CPU and only the one at work is on `device`; otherwise each works where it is. With
+    "stream", of the denoiser only the blocks at work are there, see `offload.streamed`.
+
+    Raises:
+        ValueError: `offload` without `device`, or another way to offload.
     """
 
     def __init__(
@@ -33,13 +40,19 @@ class MochiPipeline:
         vae: AsymmVAE,
         text_encoder: TextEncoder,
         *,
-        offload: bool = False,
+        offload: bool | Literal["stream"] = False,
         device: torch.device | str | None = None,
+        attention: str = "auto",
     ) -> None:
+        """`attention`: see `sample.sample`."""
+        if offload not in OFFLOADS:
+            raise ValueError(f"offload is {offload!r}; use one of {', '.join(map(repr, OFFLOADS))}.")
         if offload and device is None:
-            raise ValueError("offload=True needs device=..., the device on which the models take turns.")
+            raise ValueError(f"offload={offload!r} needs device=..., the device on which the models take turns.")
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
         self.work_device = device if offload else None
+        self.streams = offload == "stream"
+        self.attention = attention
 
     @torch.no_grad()
     def __call__(
@@ -56,6 +69,7 @@ class MochiPipeline:
         output_type: str = "np",
         sigmas: Tensor | None = None,
         on_step: OnStep | None = None,
+        cache: BlockCache | None = None,
     ) -> Any:
         """Make one video per prompt.
 
@@ -69,7 +83,7 @@ class MochiPipeline:
             output_type: "np" for float32 (B, F, H, W, 3) in [0, 1], "pt" for a (B, F, 3, H, W) tensor in [0, 1], "latent"
                 for VAE-space latents (B, 12, T, H, W).
             sigmas: noise levels, instead of the linear-quadratic schedule of `num_inference_steps`.
-            on_step: see `sample.sample`.
+            on_step, cache: see `sample.sample`.
 
         Raises:
             ValueError: a size that Mochi cannot make, or arguments that do not fit together.
@@ -88,7 +102,9 @@ class MochiPipeline:
             cond = self.text_encoder.encode(prompts)
             uncond = self.text_encoder.encode(negative_prompt)
         with self._working(self.dit):
-            denoised = sample(self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step)
+            denoised = sample(
+                self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step, attention=self.attention, cache=cache
+            )
         denoised = denormalize_latents(denoised)
         return denoised if output_type == "latent" else self._decode(denoised, output_type)
 
@@ -106,8 +122,12 @@ class MochiPipeline:
             yield
             return
         try:
-            model.to(self.work_device)
-            yield
+            if self.streams and isinstance(model, AsymmDiT):
+                with streamed(model, self.work_device):
+                    yield
+            else:
+                model.to(self.work_device)
+                yield
         finally:
             model.to("cpu")
             if torch.cuda.is_available():

@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .attention import Attention, sdpa
-from .dit import AsymmDiT, Text
+from .attention import Attention, choose_attention, sdpa
+from .cache import BlockCache
+from .dit import AsymmDiT, Modulation, Text
 
 Velocity = Callable[[Tensor, int], Tensor]
 """(latents, step) -> velocity at the noise level of that step."""
+Velocities = Callable[[Tensor, int, int], list[Tensor]]
+"""(latents, step, count) -> velocities there under the first `count` conditions."""
 OnStep = Callable[[int, Tensor], bool | None]
 """(step, latents after it) -> True to stop there."""
 Condition = tuple[Tensor, Tensor]
@@ -33,15 +36,17 @@ def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep |
     return latents
 
 
-def guided(cond: Velocity, uncond: Velocity, scales: Sequence[float]) -> Velocity:
-    """Classifier-free guidance, uncond + scale * (cond - uncond) with one scale per step; scale 1 asks only `cond`."""
+def guided(velocities: Velocities, scales: Sequence[float]) -> Velocity:
+    """Classifier-free guidance, uncond + scale * (cond - uncond) with one scale per step.
+
+    `velocities` knows the conditional one first, then the unconditional one; scale 1 asks for the first only.
+    """
 
     def velocity(latents: Tensor, step: int) -> Tensor:
-        positive = cond(latents, step).float()
         if scales[step] == 1:
-            return positive
-        negative = uncond(latents, step).float()
-        return negative + scales[step] * (positive - negative)
+            return velocities(latents, step, 1)[0].float()
+        cond, uncond = (each.float() for each in velocities(latents, step, 2))
+        return uncond + scales[step] * (cond - uncond)
 
     return velocity
 
@@ -63,9 +68,46 @@ def scale_per_step(guidance_scale: float | Sequence[float], num_steps: int) -> l
 
 
 def prepared_velocity(
-    dit: AsymmDiT, noise: Tensor, sigmas: Tensor, condition: Condition, attention: Attention = sdpa
+    dit: AsymmDiT,
+    noise: Tensor,
+    sigmas: Tensor,
+    condition: Condition,
+    attention: Attention = sdpa,
+    cache: BlockCache | None = None,
 ) -> Velocity:
-    """The network's velocity with everything that does not depend on the latents computed once for all steps."""
+    """`prepared_velocities` under a single condition."""
+    velocities = prepared_velocities(dit, noise, sigmas, [condition], attention, cache)
+    return lambda latents, step: velocities(latents, step, 1)[0]
+
+
+def prepared_velocities(
+    dit: AsymmDiT,
+    noise: Tensor,
+    sigmas: Tensor,
+    conditions: Sequence[Condition],
+    attention: Attention = sdpa,
+    cache: BlockCache | None = None,
+) -> Velocities:
+    """The network's velocities with everything that does not depend on the latents computed once for all steps.
+
+    Conditions share a pass over the weights, see `AsymmDiT.denoise_each`.
+    """
+    prepared = [prepare_condition(dit, noise, sigmas, condition) for condition in conditions]
+    rope = dit.rope(noise.shape, noise.device)
+    branches = (
+        [] if cache is None else [cache.branch(len(noise), len(sigmas) - 1, dit.config.depth) for _ in conditions]
+    )
+
+    def velocities(latents: Tensor, step: int, count: int) -> list[Tensor]:
+        here = [(text, schedule.at(step)) for text, schedule in prepared[:count]]
+        runs = [blocks(step) for blocks in branches[:count]] or None
+        return dit.denoise_each(latents.to(dit.dtype), here, rope, attention=attention, run_blocks=runs)
+
+    return velocities
+
+
+def prepare_condition(dit: AsymmDiT, noise: Tensor, sigmas: Tensor, condition: Condition) -> tuple[Text, Modulation]:
+    """Text for the batch of `noise`, and the modulation of all steps, of (steps, B or 1) rows."""
     embeds, mask = condition
     batch = noise.shape[0]
     if len(embeds) not in (1, batch):
@@ -73,15 +115,10 @@ def prepared_velocity(
             f"There are prompts for {len(embeds)} videos but noise for {batch}; give one prompt each, or one."
         )
     text = dit.prepare_text(embeds.to(noise.device, dit.dtype), mask.to(noise.device))
-    schedule = dit.modulation(sigmas[:-1, None].to(noise.device), text.pooled)  # of (steps, B or 1) rows
-    rope = dit.rope(noise.shape, noise.device)
+    schedule = dit.modulation(sigmas[:-1, None].to(noise.device), text.pooled)
     if len(embeds) < batch:
         text = Text(text.tokens.expand(batch, -1, -1), text.lengths * batch, text.pooled)
-
-    def velocity(latents: Tensor, step: int) -> Tensor:
-        return dit.denoise(latents.to(dit.dtype), text, schedule.at(step), rope, attention=attention)
-
-    return velocity
+    return text, schedule
 
 
 @torch.no_grad()
@@ -93,6 +130,8 @@ def sample(
     uncond: Condition | None = None,
     guidance_scale: float | Sequence[float] = 4.5,
     on_step: OnStep | None = None,
+    attention: str = "auto",
+    cache: BlockCache | None = None,
 ) -> Tensor:
     """Denoise with Euler steps and classifier-free guidance, on the device of `dit`.
 
@@ -102,18 +141,22 @@ def sample(
         cond, uncond: see `Condition`; `uncond` may be None when every guidance scale is 1.
         guidance_scale: one number, or one per step. Steps with 1 cost a single forward.
         on_step: called as on_step(step, latents) after each step; returning True stops the run.
+        attention: one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device.
+        cache: leave out blocks where little changes; what it keeps is gone after the run, but for its counters.
 
     Returns:
         DiT-space latents, float32, on the device of `noise`.
 
     Raises:
-        ValueError: guidance without `uncond`, or lengths that do not fit.
+        ValueError: guidance without `uncond`, lengths that do not fit, or an attention that cannot be used here.
     """
     scales = scale_per_step(guidance_scale, len(sigmas) - 1)
     state = noise.to(dit.pos_frequencies.device, torch.float32)
-    velocity = prepared_velocity(dit, state, sigmas, cond)
+    conditions = [cond]
     if any(scale != 1 for scale in scales):
         if uncond is None:
             raise ValueError("guidance_scale is not 1, so `uncond` is needed; pass the encoded negative prompt.")
-        velocity = guided(velocity, prepared_velocity(dit, state, sigmas, uncond), scales)
-    return euler(velocity, state, sigmas, on_step).to(noise.device)
+        conditions.append(uncond)
+    attend = choose_attention(attention, state.device, dit.dtype, dit.config.head_dim).run
+    velocities = prepared_velocities(dit, state, sigmas, conditions, attend, cache)
+    return euler(guided(velocities, scales), state, sigmas, on_step).to(noise.device)

@@ -1,4 +1,4 @@
-"""Noise levels for sampling."""
+"""Noise levels and guidance, step by step."""
 
 from __future__ import annotations
 
@@ -51,3 +51,20 @@ def linear_quadratic_schedule(
     removed[linear_steps + 1 :] = threshold_noise + slope * s + curvature * s**2
     removed[-1] = 1.0
     return (1.0 - removed).float()
+
+
+def guidance_schedule(
+    num_steps: int, scale: float, end_scale: float | None = None, start: float = 0.0, end: float = 1.0
+) -> list[float]:
+    """One guidance scale per step: 1, which is none, outside of the share of the steps from `start` to `end`.
+
+    Within, `scale`; or from `scale` in its first step to `end_scale` in its last, by equal differences.
+    """
+    within = [step for step in range(num_steps) if in_share(step, num_steps, start, end)]
+    difference = 0.0 if end_scale is None else (end_scale - scale) / max(1, len(within) - 1)
+    return [scale + difference * (step - within[0]) if step in within else 1.0 for step in range(num_steps)]
+
+
+def in_share(step: int, num_steps: int, start: float, end: float) -> bool:
+    """Whether a step lies in the share of the steps from `start` to `end`, 0 to 1 being all of them."""
+    return start <= step / num_steps < end

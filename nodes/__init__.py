@@ -8,6 +8,7 @@ from .loaders import LoadT5, LoadTransformer, LoadVAE
 from .lora import LoadLoRA
 from .replacements import register
 from .sampling import Length, Sampler, Sigmas
+from .speed import Cache, Guider
 from .text import T5Encode
 from .vae import TiledVAEDecode, VAEEncode
 
@@ -20,6 +21,8 @@ NODES: list[type[io.ComfyNode]] = [
     Length,
     Sigmas,
     Sampler,
+    Cache,
+    Guider,
     TiledVAEDecode,
     VAEEncode,
 ]

@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ..mochi_core.checkpoints.reader import INDEX_PATTERN
+from .bridge.attention import CHOICES as ATTENTIONS
 from .bridge.model import load_model
 from .bridge.text import load_clip
 from .bridge.vae import load_vae
@@ -78,14 +79,24 @@ class LoadTransformer(io.ComfyNode):
                     "are. fp8_e4m3fn and int8 halve the memory of the blocks, q4_0 brings it to 28 %; the result changes a "
                     "little, least with int8.",
                 ),
+                io.Combo.Input(
+                    "attention",
+                    options=ATTENTIONS,
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="auto is the fastest exact attention for the device, or what the server was started with; host "
+                    "leaves it to ComfyUI. A name is that one or an error that says why not. All are exact but sage, which "
+                    "multiplies in 8 bits.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="Works with every sampler, LoRA loader and model patch of ComfyUI.")],
         )
 
     @classmethod
-    def execute(cls, model_name, weight_dtype="auto"):
+    def execute(cls, model_name, weight_dtype="auto", attention="auto"):
         path, quantize = full_path(model_name, *cls.KINDS), QUANTIZED.get(weight_dtype)
-        return io.NodeOutput(load_model(path, DTYPES.get(weight_dtype), quantize))
+        return io.NodeOutput(load_model(path, DTYPES.get(weight_dtype), quantize, attention))
 
 
 class LoadVAE(io.ComfyNode):

@@ -24,7 +24,8 @@ DOWNLOADS = {
 # Files | prompts and all that shapes the run | sampler | video.
 COLUMNS = {
     **dict.fromkeys(("Mochi1LoadTransformer", "Mochi1LoadT5", "Mochi1LoadVAE", "LoadVideo", "GetVideoComponents"), 0),
-    **dict.fromkeys(("Mochi1Sampler", "KSampler"), 2),
+    "Mochi1Cache": 0,
+    **dict.fromkeys(("Mochi1Sampler", "KSampler", "SamplerCustomAdvanced", "RandomNoise", "KSamplerSelect"), 2),
     **dict.fromkeys(("Mochi1TiledVAEDecode", "VAEDecode", "CreateVideo", "SaveVideo"), 3),
 }
 WIDTH, GAP = 340, 60

@@ -245,7 +245,7 @@ STOCK = {
 
 # Values and links without a counterpart, and why they are not missed. Of others, values are dropped without a word.
 DROPPED = {
-    "attention_mode": "attention is what ComfyUI was started with, such as --use-sage-attention",
+    "attention_mode": "attention is chosen on Load Mochi Transformer, such as sage",
     "cublas_ops": "matrix products are ComfyUI's",
     "rms_norm_func": "norms are PyTorch's",
     "compile_args": "the node TorchCompileModel behind the loader compiles",

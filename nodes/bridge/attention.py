@@ -1,26 +1,71 @@
-"""Which of the host's attention functions the denoiser calls."""
+"""What the denoiser attends with: the host's attention, or one of the core's in the host's override.
+
+The override travels with the MODEL, call by call, so one that another node sets later takes its place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import comfy.ldm.modules.attention as host
-import comfy.model_management as mm
+import torch
 from comfy.cli_args import args
 
+from ...mochi_core.attention import ATTENTIONS, Attention, choose_attention
 
-def attention_function() -> Callable:
-    """The host's choice; on a CPU PyTorch's, unless the server was started with another one."""
-    return host.attention_pytorch if _host_is_slow() else host.optimized_attention
+HOST = "host"
+CHOICES = ["auto", HOST, *(name for name in ATTENTIONS if name != "auto")]
+FLAGS = (
+    "split_cross_attention",
+    "quad_cross_attention",
+    "pytorch_cross_attention",
+    "sage_attention",
+    "flash_attention",
+)
+"""The server's options for attention, each after `use_`."""
+LEAN_ON = ("cpu", "cuda")
+"""Devices for which PyTorch has attention without that matrix."""
+OVERRIDE = "optimized_attention_override"
+CALL_KEYS = {"skip_reshape", "skip_output_reshape", "transformer_options", "_inside_attn_wrapper"}
 
 
-def attention_reason() -> str:
-    """The same, in words."""
-    chosen = host.optimized_attention.__name__.removeprefix("attention_")
-    return f"pytorch (faster on a CPU than {chosen})" if _host_is_slow() else f"{chosen} (the server's)"
+def set_attention(model, name: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Have a MODEL attend by `name`, one of `CHOICES`; returns what was chosen and why, in words.
+
+    "auto" is the fastest exact one, unless the server was started with a choice of its own, or PyTorch has none here that
+    never holds the whole matrix of tokens by tokens.
+
+    Raises:
+        ValueError: it cannot be used here.
+    """
+    server = host.optimized_attention.__name__.removeprefix("attention_")
+    if name == HOST or (name == "auto" and _server_was_asked()):
+        return f"{server} (the server's)"
+    choice = choose_attention(name, model.load_device, dtype, head_dim)
+    if name == "auto" and (model.load_device.type not in LEAN_ON or choice.name == "math"):
+        return f"{server} (the server's, because PyTorch's needs too much memory on {model.load_device})"
+    model.model_options["transformer_options"][OVERRIDE] = _override(choice.run)
+    return f"{choice.name} ({choice.reason}; the server's is {server})"
 
 
-def _host_is_slow() -> bool:
-    """Without a flag the host takes sub-quadratic attention on a CPU, where PyTorch has a kernel as lean and faster."""
-    asked = args.use_split_cross_attention or args.use_quad_cross_attention
-    return mm.cpu_mode() and host.optimized_attention is host.attention_sub_quad and not asked
+def _server_was_asked() -> bool:
+    return any(getattr(args, f"use_{flag}") for flag in FLAGS)
+
+
+def _override(attention: Attention):
+    def override(function, *arguments, **named):
+        """`function` for calls that are not like `host_attention`'s, such as those of a node that brings its own."""
+        q, k, v, *_ = arguments
+        own = named.keys() - CALL_KEYS == set() and named.get("skip_reshape") and named.get("skip_output_reshape")
+        return attention(q, k, v) if own else function(*arguments, **named)
+
+    return override
+
+
+def host_attention(transformer_options: dict) -> Attention:
+    """The host's attention, or what overrides it."""
+
+    def attention(q, k, v):
+        return host.optimized_attention(
+            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=transformer_options
+        )
+
+    return attention

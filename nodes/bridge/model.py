@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from ...mochi_core import AsymmDiT, AsymmDiTConfig
 from ...mochi_core.checkpoints import blaming, check_tensors, empty_transformer, is_large, quantize_large
 from ...mochi_core.checkpoints.reader import Tensors
 from ...mochi_core.dit import run_block
-from .attention import attention_function, attention_reason
+from .attention import host_attention, set_attention
+from .cache import cached_run_block
 from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
+from .prepared import Conditioning, conditioning_of, prepared, with_run
 from .preview import MochiLatents, with_previews
 from .quantized import by_layer, host_weights, is_quantized, quantized_operations, read_part
 
@@ -42,39 +45,37 @@ class HostAsymmDiT(AsymmDiT):
             if parameter.dtype.itemsize == 1 and not is_large(name, parameter):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
-    def forward(self, x, timestep, context, attention_mask=None, transformer_options=None, **_: Any):
+    def forward(self, x, timestep, context, attention_mask=None, transformer_options=None, conditioning=None, **_: Any):
         """`x` (B, 12, T, H, W), `timestep` = sigma (B,), `context` (B, L, width); returns noise - data.
 
-        The host also passes what other models need (ControlNets and the like).
+        `conditioning` is what a run has prepared for these. The host also passes what other models need (ControlNets and
+        the like).
         """
         options = transformer_options if transformer_options is not None else {}
+        given = (x, timestep, context, attention_mask)
+
+        def run(*arguments):
+            """What is left after the wrappers of other nodes, which may have changed what the preparation was made from."""
+            *inputs, transformer_options = arguments
+            unchanged = conditioning is not None and all(map(operator.is_, inputs, given))
+            ready = conditioning if unchanged else conditioning_of(self, *inputs)
+            return self._forward(inputs[0], ready, transformer_options)
+
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
-        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(run, self, wrappers)
         return executor.execute(x, timestep, context, attention_mask, options)
 
-    def _forward(self, x, timestep, context, attention_mask, transformer_options):
-        if attention_mask is None:
-            attention_mask = context.new_ones(context.shape[:2])
-        text = self.prepare_text(context, attention_mask.bool())
-        modulation = self.modulation(timestep, text.pooled)
-        rope = self.rope(x.shape, x.device)
-        attention = host_attention(transformer_options)
+    def _forward(self, x, conditioning: Conditioning, transformer_options):
         run = host_run_block(transformer_options, self.config.depth)
-        # The host's flow models return noise - data.
-        return -self.denoise(x, text, modulation, rope, attention=attention, run_block=run)
-
-
-def host_attention(transformer_options: dict):
-    """The host's attention, with its per-call override."""
-
-    function = attention_function()
-
-    def attention(q, k, v):
-        return function(
-            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=transformer_options
+        velocity = self.denoise(
+            x,
+            conditioning.text,
+            conditioning.modulation,
+            conditioning.rope,
+            attention=host_attention(transformer_options),
+            run_block=cached_run_block(run, x, transformer_options, self.config.depth),
         )
-
-    return attention
+        return -velocity  # the host's flow models return noise - data
 
 
 def host_run_block(transformer_options: dict, depth: int):
@@ -106,6 +107,12 @@ class HostMochi(comfy.model_base.GenmoMochi):
             self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostAsymmDiT
         )
 
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
+        """Here, the last of the host's steps before the denoiser, because wrappers of other nodes may change prompts."""
+        options = transformer_options if transformer_options is not None else {}
+        conds["conditioning"] = prepared(self, x, t, c_crossattn, conds.get("attention_mask"), options)
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **conds)
+
     def extra_conds(self, **kwargs):
         """Text and mask at full length, so that prompts of any lengths may share a batch: the denoiser crops each."""
         out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
@@ -124,11 +131,19 @@ class MochiConfig(comfy.supported_models.GenmoMochi):
         return HostMochi(self, device=device)
 
 
-def load_model(path: str, dtype: torch.dtype | None = None, quantize: str | None = None, disable_dynamic: bool = False):
-    """A MODEL from a Mochi transformer file in any known layout; `quantize` as in `mochi_core.load_transformer`.
+def load_model(
+    path: str,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    attention: str = "auto",
+    disable_dynamic: bool = False,
+):
+    """A MODEL from a Mochi transformer file in any known layout.
+
+    `quantize` as in `mochi_core.load_transformer`, `attention` one of `attention.CHOICES`.
 
     Raises:
-        ValueError: the file is no whole Mochi transformer.
+        ValueError: the file is no whole Mochi transformer, or the attention cannot be used here.
     """
     name = Path(path).name
     stored = read_part(path, "transformer")
@@ -137,19 +152,21 @@ def load_model(path: str, dtype: torch.dtype | None = None, quantize: str | None
         module = empty_transformer(tensors)
     check_tensors(module, tensors, name)
     patcher = _build(module.config, tensors, dtype, disable_dynamic)
+    attending = set_attention(patcher, attention, patcher.model.get_dtype_inference(), module.config.head_dim)
     _load_weights(patcher.model.diffusion_model, tensors, module, assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_model, (path, dtype, quantize))
+    patcher.cached_patcher_init = (load_model, (path, dtype, quantize, attention))
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "mochi_preview", with_previews)
-    _announce(patcher, stored_form(stored), quantize, dtype)
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "mochi_run", with_run)
+    _announce(patcher, stored_form(stored), quantize, dtype, attending)
     return patcher
 
 
-def _announce(patcher, stored: str, quantize: str | None, dtype: torch.dtype | None) -> None:
+def _announce(patcher, stored: str, quantize: str | None, dtype: torch.dtype | None, attending: str) -> None:
     held = patcher.model.get_dtype()
     kept = quantize or (stored if patcher.model.model_config.quant_config else dtype_name(held))
     weights = weights_choice(stored, kept, bool(quantize or dtype), patcher.load_device)
     compute = arithmetic_choice(patcher.model.manual_cast_dtype or held, patcher.load_device)
-    announce("transformer", weights, compute, f"attention {attention_reason()}")
+    announce("transformer", weights, compute, f"attention {attending}")
 
 
 def _build(config: AsymmDiTConfig, tensors: Tensors, dtype: torch.dtype | None, disable_dynamic: bool):

@@ -11,6 +11,9 @@ import torch
 
 from ...mochi_core import VideoSize, linear_quadratic_schedule
 
+SAME_LEVEL = 1e-6
+"""Relative difference of noise levels that is nothing but rounding."""
+
 
 def make_sigmas(steps: int, denoise: float, threshold_noise: float = 0.025, linear_steps: int = 0) -> torch.Tensor:
     """The linear-quadratic schedule; with `denoise` < 1, the last `steps` steps of a proportionally longer one.
@@ -21,6 +24,12 @@ def make_sigmas(steps: int, denoise: float, threshold_noise: float = 0.025, line
         raise ValueError(f"denoise is {denoise}, but it is a share of the schedule; use a value above 0 and up to 1.")
     total = max(steps, int(steps / denoise))
     return linear_quadratic_schedule(total, threshold_noise, linear_steps or None)[-(steps + 1) :]
+
+
+def step_at(sigmas: torch.Tensor, sigma: torch.Tensor) -> int:
+    """The step of a falling schedule to which a noise level `sigma` (B,) belongs; samplers also ask for some in between."""
+    reached = (sigmas[:-1] >= sigma[0] * (1 - SAME_LEVEL)).sum().item()
+    return max(0, int(reached) - 1)
 
 
 def empty_latent(width: int, height: int, num_frames: int, batch_size: int) -> dict:

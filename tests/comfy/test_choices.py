@@ -29,7 +29,7 @@ def test_every_loader_and_the_decoder_say_what_they_chose(said):
     transformer, t5, vae, decode = (
         next(line for line in lines if line.startswith(what)) for what in ("transformer", "T5", "VAE", "decode")
     )
-    attention = "attention pytorch (faster on a CPU than sub_quad)."
+    attention = "attention sdpa (PyTorch's own on cpu; the server's is sub_quad)."
     assert transformer == f"transformer: weights bf16, as asked for; arithmetic fp32 on cpu; {attention}"
     assert t5 == "T5: weights bf16, as asked for; arithmetic fp32 on cpu."
     assert vae == "VAE: weights fp32, as asked for; arithmetic fp32 on cpu."
@@ -45,21 +45,17 @@ def test_unasked_the_reason_is_the_file_or_the_device(said, comfy_client):
 
 
 CHOICE = """
-from pack.nodes.bridge.attention import attention_function
 from pack.nodes.bridge.model import load_model
 import comfy.model_management as mm
 
-name = attention_function().__name__
 mm.get_free_memory = lambda *_: 1
 model = load_model(arguments[0])
-print(name, model.model.get_dtype())
+print("optimized_attention_override" in model.model_options["transformer_options"], model.model.get_dtype())
 """
 
 
-@pytest.mark.parametrize(
-    ("flag", "attention"), [("", "attention_pytorch"), ("use_quad_cross_attention", "attention_sub_quad")]
-)
-def test_flags_are_obeyed_and_what_does_not_fit_keeps_its_precision(comfy_path, comfy_server, flag, attention):
+@pytest.mark.parametrize(("flag", "overridden"), [("", True), ("use_quad_cross_attention", False)])
+def test_flags_are_obeyed_and_what_does_not_fit_keeps_its_precision(comfy_path, comfy_server, flag, overridden):
     code = f"args.{flag} = True\n{CHOICE}" if flag else CHOICE
     file = comfy_server.base / "models" / "diffusion_models" / "mochi_preview_bf16.safetensors"
-    assert run_in_comfyui(comfy_path, code, file).stdout.split() == [attention, "torch.bfloat16"]
+    assert run_in_comfyui(comfy_path, code, file).stdout.split() == [str(overridden), "torch.bfloat16"]

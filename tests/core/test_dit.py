@@ -5,6 +5,8 @@ import torch
 
 from mochi_core import AsymmDiT, sdpa
 from mochi_core.dit import crop_to_valid
+from mochi_core.layers import by_rows
+from mochi_core.rope import Rope
 from tests.harness.tiny_models import DIT, random_dit
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -101,6 +103,46 @@ def test_attention_is_passed_down_the_call(dit):
     expected = dit(latents, sigma, embeds, mask)
     assert torch.equal(dit(latents, sigma, embeds, mask, attention=recording), expected)
     assert shapes == [((1, 3, 24 + 4, 32), (1, 3, 24 + 4, 32))] * DIT.depth
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_at_a_time_change_nothing(batch, dtype):
+    feed_forward, x = random_dit(dtype=dtype).blocks[0].mlp_x, torch.randn(batch, 20, DIT.hidden_size_x, dtype=dtype)
+    lengths = []
+
+    def recording(rows):
+        lengths.append(rows.shape[1])
+        return feed_forward(rows)
+
+    torch.testing.assert_close(by_rows(recording, x, rows=7), feed_forward(x), **TOLERANCE)
+    assert lengths == {1: [7, 7, 6], 3: [2] * 10}[batch]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_row_of_a_large_latent_is_what_it_is_in_a_small_one(dtype):
+    """Without attention tokens do not meet, so every frame is what it would be alone, however the rows are cut."""
+    dit, (latents, sigma, embeds, mask) = random_dit(dtype=dtype), inputs([4], (3, 60, 106))
+    text, latents = dit.prepare_text(embeds.to(dtype), mask), latents.to(dtype)
+    modulation, rope = dit.modulation(sigma, text.pooled), dit.rope(latents.shape, latents.device)
+
+    def velocity(frames):
+        turns = Rope(rope.frames[frames], rope.places)
+        return dit.denoise(latents[:, :, frames], text, modulation, turns, attention=lambda q, k, v: q + k + v)
+
+    together = velocity(slice(3))
+    for i in range(3):
+        frame = slice(i, i + 1)
+        torch.testing.assert_close(together[:, :, frame], velocity(frame), **TOLERANCE)
+
+
+@pytest.mark.parametrize("lengths", [(4,), (16, 5, 0)])
+def test_a_compiled_block_equals_the_plain_one(lengths):
+    plain, compiled = random_dit(), random_dit()
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    arguments = inputs(lengths)
+    torch.testing.assert_close(compiled(*arguments), plain(*arguments), **TOLERANCE)
 
 
 def test_velocity_depends_on_everything(dit):

@@ -193,12 +193,13 @@ def test_whole_schedules_and_empty_prompts(dit, tmp_path):
 
 def test_compiled(dit, tmp_path):
     path = write_adapter(tmp_path / "a.safetensors", random_adapter(own_names(dit), dora=True), "comfyui")
-    lora = dit.load_lora(path)
-    block = torch.compile(dit.blocks[0].mlp_x, backend="aot_eager", fullgraph=True)
-    x = torch.randn(1, 6, DIT.hidden_size_x)
+    plain = random_dit()
+    loras = [model.load_lora(path) for model in (dit, plain)]
+    dit.blocks[0].compile(backend="aot_eager", fullgraph=True)
     for strength in (1.0, 0.5, 0.0):
-        lora.strength = strength
-        torch.testing.assert_close(block(x), dit.blocks[0].mlp_x(x), rtol=1e-5, atol=1e-5)
+        for lora in loras:
+            lora.strength = strength
+        torch.testing.assert_close(dit(*INPUTS), plain(*INPUTS), rtol=1e-5, atol=1e-5)
 
 
 def test_names_without_a_place_are_reported(dit, tmp_path):

@@ -104,11 +104,17 @@ def test_several_prompts_and_negative_prompt(pipe):
     ).abs().max() > 1e-3
 
 
-def test_offload_gives_the_same_result(pipe):
-    offloaded = MochiPipeline(pipe.dit, pipe.vae, pipe.text_encoder, offload=True, device="cpu")
+@pytest.mark.parametrize("offload", [True, "stream"])
+def test_offload_gives_the_same_result(pipe, offload):
+    offloaded = MochiPipeline(pipe.dit, pipe.vae, pipe.text_encoder, offload=offload, device="cpu")
     assert np.array_equal(offloaded("a kite", **SIZE), pipe("a kite", **SIZE))
     with pytest.raises(ValueError, match="needs device"):
-        MochiPipeline(pipe.dit, pipe.vae, pipe.text_encoder, offload=True)
+        MochiPipeline(pipe.dit, pipe.vae, pipe.text_encoder, offload=offload)
+
+
+def test_other_ways_to_offload_are_refused(pipe):
+    with pytest.raises(ValueError, match="offload is 'disk'; use one of False, True, 'stream'"):
+        MochiPipeline(pipe.dit, pipe.vae, pipe.text_encoder, offload="disk", device="cpu")
 
 
 def test_stopping_early(pipe):
@@ -155,18 +161,17 @@ def models(tmp_path_factory):
     }
 
 
-def test_command_line_generate(models, tokenizer, tmp_path, capsys):
+@pytest.mark.parametrize("offload", [["--offload"], ["--offload", "stream"]])
+def test_command_line_generate(models, tokenizer, tmp_path, capsys, offload):
     files = [str(part) for pair in models.items() for part in pair]
     size = ["--height", "32", "--width", "48", "--seconds", "0.2", "--steps", "3", "--quantize", "q4_0"]
     target = tmp_path / "kite.mp4"
-    code = main(
-        ["generate", *files, "--tokenizer", str(tokenizer), "--prompt", "a kite", *size, "--offload", "-o", str(target)]
-    )
-    assert code == 0
+    common = ["generate", *files, "--tokenizer", str(tokenizer), "--prompt", "a kite", *size]
+    assert main([*common, *offload, "-o", str(target)]) == 0
     assert capsys.readouterr().out.strip() == str(target)
     with av.open(str(target)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 7
-    assert main(["generate", *files, "--tokenizer", str(tokenizer), "--prompt", "a kite", *size, "--height", "30"]) == 2
+    assert main([*common, "--height", "30"]) == 2
     assert "height is 30" in capsys.readouterr().err
 
 

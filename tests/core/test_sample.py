@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mochi_core import euler, guided, linear_quadratic_schedule, sample
-from mochi_core.sample import prepared_velocity
+from mochi_core.sample import prepared_velocities, prepared_velocity
 from tests.harness.tiny_models import DIT, random_dit
 
 
@@ -35,13 +35,36 @@ def test_euler_calls_the_model_once_per_step_and_keeps_float32():
 
 
 def test_guidance_formula_and_cost():
-    calls = []
-    cond = lambda x, _: (calls.append("cond"), x * 2)[1]  # noqa: E731
-    uncond = lambda x, _: (calls.append("uncond"), x * 5)[1]  # noqa: E731
-    velocity = guided(cond, uncond, [3.0, 1.0])
+    counts = []
+
+    def velocities(x, _, count):
+        counts.append(count)
+        return [x * 2, x * 5][:count]
+
+    velocity = guided(velocities, [3.0, 1.0])
     torch.testing.assert_close(velocity(NOISE, 0), NOISE * (5 + 3 * (2 - 5)))
     torch.testing.assert_close(velocity(NOISE, 1), NOISE * 2)
-    assert calls == ["cond", "uncond", "cond"]
+    assert counts == [2, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(6, 0), (16, 3), (0, 0)])
+def test_a_guided_pair_equals_two_passes(lengths, dtype):
+    dit = random_dit(dtype=dtype)
+    noise = torch.cat((NOISE, NOISE.flip(-1)))
+    conditions = [prompt(length, seed) for seed, length in enumerate(lengths)]
+    pair = prepared_velocities(dit, noise, SIGMAS, conditions)(noise, 2, 2)
+    for velocity, condition in zip(pair, conditions, strict=True):
+        assert torch.equal(velocity, prepared_velocity(dit, noise, SIGMAS, condition)(noise, 2))
+
+
+def test_a_guided_step_visits_every_block_once(dit):
+    visits = []
+    hooks = [block.register_forward_hook(lambda *_, i=i: visits.append(i)) for i, block in enumerate(dit.blocks)]
+    sample(dit, NOISE, SIGMAS[:2], prompt(6), prompt(2))
+    assert visits == [0, 0, 1, 1, 2, 2]
+    for hook in hooks:
+        hook.remove()
 
 
 def test_sample_equals_the_plain_loop(dit):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mochi_core import linear_quadratic_schedule
+from mochi_core import guidance_schedule, linear_quadratic_schedule
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 8, 30, 64])
@@ -47,3 +47,18 @@ def test_all_steps_linear():
 def test_nonsense_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         linear_quadratic_schedule(*arguments)
+
+
+def test_guidance_on_all_of_the_steps_is_the_scale():
+    assert guidance_schedule(5, 4.5) == [4.5] * 5
+
+
+def test_guidance_on_a_share_of_the_steps_is_off_outside():
+    assert guidance_schedule(10, 6.0, start=0.2, end=0.5) == [1, 1, 6, 6, 6, 1, 1, 1, 1, 1]
+    assert guidance_schedule(100, 6.0, start=0.55)[54:56] == [1, 6]
+    assert guidance_schedule(4, 6.0, start=0.9) == guidance_schedule(4, 6.0, start=0.5, end=0.5) == [1] * 4
+
+
+def test_guidance_moves_by_equal_differences():
+    assert guidance_schedule(6, 6.0, 3.0, end=0.7) == pytest.approx([6, 5.25, 4.5, 3.75, 3, 1])
+    assert guidance_schedule(3, 6.0, 2.0, start=0.5) == [1, 1, 6]

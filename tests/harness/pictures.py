@@ -32,6 +32,7 @@ PROMPTS = {
     "video_to_video": "a green circle moving right",
     "long_video_low_memory": "a yellow circle moving in a circle",
     "fastmochi": "a white square moving to the left",
+    "faster": "a red circle moving left",
     "genmo_exact": "A yellow circle falling over a gray background.",
     "lora": "a purple square moving left",
     "tiny_mochi": "a green triangle rising",
@@ -39,7 +40,7 @@ PROMPTS = {
 }
 LONG = 3.2
 # Shown in help pages; the last one is also run.
-SHOWN = ("text_to_video", "fast_preview", "video_to_video", "lora", "fastmochi", "stock_nodes", "tiny_mochi")
+SHOWN = ("text_to_video", "fast_preview", "video_to_video", "lora", "fastmochi", "faster", "stock_nodes", "tiny_mochi")
 LOGO = (34, 66)
 MENU = {"x": 0, "y": 40, "width": 700, "height": 520}
 CANVAS = {"x": 190, "y": 120, "width": 1240, "height": 740}

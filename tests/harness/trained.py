@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mochi_core import MochiPipeline, load_text_encoder, load_transformer, load_vae
+from mochi_core import AsymmDiT, MochiPipeline, load_text_encoder, load_transformer, load_vae
 from tests.harness.server import ROOT
 
 FOLDER = ROOT / "models"
@@ -21,5 +21,9 @@ def install(models_dir: Path) -> None:
     shutil.copytree(FOLDER, models_dir, dirs_exist_ok=True)
 
 
+def denoiser() -> AsymmDiT:
+    return load_transformer(TRANSFORMER, torch.float32)
+
+
 def pipeline(tokenizer: Path) -> MochiPipeline:
-    return MochiPipeline(load_transformer(TRANSFORMER, torch.float32), load_vae(VAE), load_text_encoder(T5, tokenizer))
+    return MochiPipeline(denoiser(), load_vae(VAE), load_text_encoder(T5, tokenizer))

@@ -59,6 +59,14 @@ def test_tiny_model_equals_diffusers(valid):
     assert relative_error(model(latents, sigma, embeds, mask), expected) <= 1e-5
 
 
+def test_more_tokens_than_are_normed_at_a_time_equal_diffusers():
+    model = random_dit(DIT)
+    latents, sigma, embeds = inputs(model.config.text_width, (2, 60, 106))
+    mask = prefix_mask(20)
+    expected = from_diffusers(diffusers_dit(model), latents, sigma, embeds, mask)
+    assert relative_error(model(latents, sigma, embeds, mask), expected) <= 1e-5
+
+
 @pytest.mark.parametrize("valid", [0, 20, 256])
 def test_equals_diffusers(model, diffusers_peer, valid):
     latents, sigma, embeds = inputs(model.config.text_width)

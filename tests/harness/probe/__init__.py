@@ -5,6 +5,7 @@ import resource
 from pathlib import Path
 
 import folder_paths
+from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import save_file
 
@@ -43,6 +44,20 @@ class LimitMemory(io.ComfyNode):
         return io.NodeOutput(value)
 
 
+class Unprepared(io.ComfyNode):
+    """A MODEL whose runs prepare nothing."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="ProbeUnprepared", inputs=[io.Model.Input("model")], outputs=[io.Model.Output()])
+
+    @classmethod
+    def execute(cls, model):
+        clone = model.clone()
+        del clone.wrappers[WrappersMP.SAMPLER_SAMPLE]["mochi_run"]
+        return io.NodeOutput(clone)
+
+
 class OldName(io.ComfyNode):
     """Another pack's node by a name of MochiWrapper's."""
 
@@ -57,7 +72,7 @@ class OldName(io.ComfyNode):
 
 class Probe(ComfyExtension):
     async def get_node_list(self):
-        return [SaveTensor, LimitMemory, OldName]
+        return [SaveTensor, LimitMemory, OldName, Unprepared]
 
 
 async def comfy_entrypoint():

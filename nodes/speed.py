@@ -1,0 +1,96 @@
+"""Mochi Cache and Mochi Guider: faster, with another result."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..mochi_core.cache import METHODS, BlockCache
+from .bridge.cache import add_cache
+from .bridge.guider import make_guider
+from .sampling import CATEGORY
+
+
+def share(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(
+        name, default=default, min=0.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider, tooltip=tooltip
+    )
+
+
+class Cache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Mochi1Cache",
+            display_name="Mochi Cache",
+            category=CATEGORY,
+            description="Faster: leaves out the blocks of the transformer in steps where little changes. The video changes "
+            "somewhat. The console says how often it did.",
+            search_aliases=["teacache", "first block cache", "fbcache", "mochi speed", "MochiFasterCache"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Mochi Transformer."),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    tooltip="How change is measured: teacache by the input of the first block, with TeaCache's figures for "
+                    "Mochi; first_block by what that block adds, which costs one block per step.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.06,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    tooltip="The change up to which blocks are left out: 0 is off and exact. TeaCache's authors give, for 64 "
+                    "steps, 0.06 for 1.5 times the speed and 0.09 for 2.1 times.",
+                ),
+                share("start", 0.0, "Share of the steps after which blocks may be left out; in the first step, never."),
+                share("end", 1.0, "Share of the steps up to which blocks may be left out; in the last step, never."),
+            ],
+            outputs=[io.Model.Output(tooltip="The MODEL with the cache; the one that came in stays as it was.")],
+        )
+
+    @classmethod
+    def execute(cls, model, method, threshold, start=0.0, end=1.0):
+        return io.NodeOutput(add_cache(model, BlockCache(method, threshold, start, end)))
+
+
+class Guider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Mochi1Guider",
+            display_name="Mochi Guider",
+            category=CATEGORY,
+            description="Guidance on a part of the steps, or one that changes from step to step. A step without guidance "
+            "takes half the time.",
+            search_aliases=["guidance interval", "cfg schedule", "cfg range", "CFGGuider", "cfg_schedule"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Mochi Transformer, or any other MODEL."),
+                io.Conditioning.Input("positive", tooltip="What the video shows."),
+                io.Conditioning.Input("negative", tooltip="What it does not show; usually an empty prompt."),
+                io.Float.Input(
+                    "cfg",
+                    default=4.5,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="Guidance: how strictly the prompt is followed; 4.5, or 1.5 for FastMochi.",
+                ),
+                share("start", 0.0, "Share of the steps after which there is guidance; before, cfg is 1."),
+                share("end", 1.0, "Share of the steps up to which there is guidance; after, cfg is 1."),
+                io.Float.Input(
+                    "cfg_end",
+                    default=0.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Guidance in the last guided step, reached from cfg by equal differences; 0 is the same as cfg.",
+                ),
+            ],
+            outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, cfg, start=0.0, end=1.0, cfg_end=0.0):
+        return io.NodeOutput(make_guider(model, positive, negative, cfg, cfg_end, start, end))

@@ -1,0 +1,196 @@
+"""Mochi Cache: in a process of ComfyUI's, where blocks can be counted, and in a real server beside the host's own nodes."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.comfy.test_server import (  # noqa: F401 - a fixture among them
+    MODEL,
+    PATCHES,
+    SAMPLER,
+    assert_healthy,
+    latents_of,
+    node,
+    upto_sampler,
+    with_defaults,
+)
+from tests.harness import trained
+from tests.harness.comfy_process import run_in_comfyui
+
+STEPS = 24
+LOOSE = {"teacache": 0.09, "first_block": 0.03}
+# Two videos at once, prompts of unequal lengths.
+PREAMBLE = f"""
+import gc, logging
+import comfy.sample, comfy.samplers, comfy.model_management
+from pack.mochi_core import BlockCache, linear_quadratic_schedule
+from pack.mochi_core.cache import Memory
+from pack.nodes.bridge.cache import add_cache
+from pack.nodes.bridge.model import load_model
+
+logging.basicConfig(level=logging.INFO, force=True)
+path, result, method, threshold = arguments
+model = load_model(path, torch.float32)
+generator = torch.Generator().manual_seed(0)
+noise, embeds = (torch.randn(shape, generator=generator) for shape in ((2, 12, 2, 8, 8), (2, 256, 64)))
+noise[1] *= 0.1
+positive, negative = (
+    [[embeds[i : i + 1], {{"attention_mask": (torch.arange(256) < length)[None]}}]] for i, length in ((0, 9), (1, 3))
+)
+calls = []
+for block in model.model.diffusion_model.blocks:
+    block.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+
+def sample(model, callback=None):
+    calls.clear()
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), linear_quadratic_schedule({STEPS})
+    latents = comfy.sample.sample_custom(
+        model, noise, 4.5, sampler, sigmas, positive, negative, torch.zeros_like(noise), callback=callback,
+        disable_pbar=True, seed=0,
+    )
+    return latents, torch.tensor(sum(calls)), torch.tensor(max(calls))
+
+def memories():
+    gc.collect()
+    return torch.tensor(sum(type(found) is Memory for found in gc.get_objects()))
+
+def out(**runs):
+    found = {{f"{{name}}{{part}}": value for name, run in runs.items() for part, value in zip(("", " calls", " batch"), run)}}
+    save_file(found | {{"memories": memories()}}, result)
+
+cached = add_cache(model, BlockCache(method, float(threshold)))
+"""
+RUNS = """
+plain, first, second = sample(model), sample(cached), sample(cached)
+# So little memory that the host no longer runs both prompts in one forward.
+model.model.memory_required = lambda *_, **__: float("inf")
+out(plain=plain, first=first, second=second, apart=sample(cached), after=sample(model))
+"""
+CANCEL = """
+def press(step, *_):
+    if step == 10:
+        comfy.model_management.interrupt_current_processing()
+
+before = sample(cached)
+try:
+    sample(cached, press)
+except comfy.model_management.InterruptProcessingException:
+    cancelled = True
+assert cancelled
+out(before=before, after=sample(cached), plain=sample(model))
+"""
+
+
+@pytest.fixture
+def runs_of(comfy_path, tmp_path):
+    def run(code, method, threshold):
+        result = tmp_path / "out.safetensors"
+        done = run_in_comfyui(comfy_path, PREAMBLE + code, trained.TRANSFORMER, result, method, threshold)
+        return load_file(result), done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("method", LOOSE)
+def test_threshold_0_is_exact(runs_of, method):
+    out, log = runs_of(RUNS, method, 0)
+    assert torch.equal(out["first"], out["plain"])
+    assert out["first calls"] == out["plain calls"] == 4 * STEPS * 6
+    assert f"Mochi cache: {method} with threshold 0 left out blocks in 0 of {4 * STEPS} forwards (0%)." in log
+
+
+@pytest.mark.parametrize("method", LOOSE)
+def test_a_loose_threshold_leaves_out_blocks_of_each_video_and_prompt_for_itself(runs_of, method):
+    out, log = runs_of(RUNS, method, LOOSE[method])
+    assert 0.4 < out["first calls"] / out["plain calls"] < 0.9
+    assert 0 < (out["first"] - out["plain"]).norm() / out["plain"].norm() < 0.1
+    assert torch.equal(out["second"], out["first"])
+    assert log.count("Mochi cache: ") == 3
+    assert (out["plain batch"], out["apart batch"]) == (4, 2)
+    assert out["apart calls"] == out["first calls"]
+    torch.testing.assert_close(out["apart"], out["first"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out["after"], out["plain"], rtol=1e-4, atol=1e-4)
+    assert out["memories"] == 0
+
+
+def test_cancel_leaves_nothing(runs_of):
+    out, log = runs_of(CANCEL, "teacache", 0.09)
+    assert torch.equal(out["after"], out["before"])
+    assert out["plain calls"] == 4 * STEPS * 6
+    assert out["memories"] == 0
+    assert log.count("Mochi cache: ") == 3
+
+
+def cache(model=MODEL, threshold=0.0, **inputs):
+    return node(
+        "Mochi1Cache",
+        **{"model": [model, 0], "method": "teacache", "threshold": threshold, "start": 0.0, "end": 1.0, **inputs},
+    )
+
+
+def sampled(graph, model):
+    return node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "model": [model, 0]})
+
+
+def test_in_a_graph(latents_of, comfy_server):  # noqa: F811
+    graph = upto_sampler(steps=12)
+    # The share ends before it begins, so nothing is left out whatever the threshold.
+    graph |= {"off": cache(), "on": cache(threshold=1.0), "never": cache(threshold=1.0, start=0.6, end=0.4)}
+    graph |= {"twice": cache("on")}
+    graph |= {f"with {name}": sampled(graph, name) for name in ("off", "on", "never", "twice")}
+    plain, off, on, never, twice = latents_of(
+        graph, [SAMPLER, 0], ["with off", 0], ["with on", 0], ["with never", 0], ["with twice", 0]
+    )
+    assert torch.equal(off, plain)
+    assert torch.equal(never, plain)
+    assert torch.equal(twice, plain), "the last cache counts"
+    assert not torch.equal(on, plain)
+    assert (
+        "Mochi cache: teacache with threshold 1 left out blocks in 20 of 24 forwards (83%)." in comfy_server.log_tail()
+    )
+
+
+@pytest.mark.parametrize("patch", PATCHES.keys() - {"LoraLoaderModelOnly"})
+def test_with_the_hosts_own_patches(latents_of, comfy_client, patch):  # noqa: F811
+    """EasyCache skips whole forwards, skip-layer guidance asks twice in a step, context windows ask for each window."""
+    graph = upto_sampler(steps=12)
+    graph["patch"] = with_defaults(comfy_client, patch, model=[MODEL, 0], **PATCHES[patch])
+    graph |= {"exact": cache("patch"), "loose": cache("patch", 0.2)}
+    graph |= {f"with {name}": sampled(graph, name) for name in ("patch", "exact", "loose")}
+    patched, exact, loose = latents_of(graph, ["with patch", 0], ["with exact", 0], ["with loose", 0])
+    assert torch.equal(exact, patched)
+    assert loose.isfinite().all()
+
+
+def test_samplers_that_ask_between_the_steps(latents_of):  # noqa: F811
+    graph = upto_sampler(steps=12)
+    graph |= {"off": cache(), "on": cache(threshold=0.2)}
+    graph["empty"] = node("EmptyMochiLatentVideo", width=96, height=64, length=13, batch_size=1)
+    inputs = graph[SAMPLER]["inputs"]
+    for name, model in (("plain", MODEL), ("exact", "off"), ("loose", "on")):
+        graph[name] = node(
+            "KSampler", model=[model, 0], seed=1, steps=8, cfg=4.5, sampler_name="heun", scheduler="linear_quadratic",
+            positive=inputs["positive"], negative=inputs["negative"], latent_image=["empty", 0], denoise=1.0,
+        )  # fmt: skip
+    plain, exact, loose = latents_of(graph, ["plain", 0], ["exact", 0], ["loose", 0])
+    assert torch.equal(exact, plain)
+    assert loose.isfinite().all()
+
+
+def test_a_model_of_another_loader_is_refused(comfy_path):
+    code = """
+import comfy.model_detection, comfy.model_patcher
+from pack.mochi_core import BlockCache
+from pack.nodes.bridge.cache import add_cache
+
+config = comfy.model_detection.model_config_from_unet({"t5_yproj.weight": torch.zeros(1)}, "")
+config.set_inference_dtype(torch.bfloat16, None)
+model = config.get_model({}, device="meta")
+try:
+    add_cache(comfy.model_patcher.ModelPatcher(model, "cpu", "cpu"), BlockCache("teacache", 0.1))
+except ValueError as error:
+    print(error)
+"""
+    assert run_in_comfyui(comfy_path, code).stdout.splitlines()[-1] == (
+        "The MODEL is GenmoMochi from another loader, whose blocks Mochi Cache cannot leave out; connect Load Mochi Transformer."
+    )
