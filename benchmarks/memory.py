@@ -19,10 +19,10 @@ from mochi_core.sample import prepared_velocities
 
 CASES = [{"latent": (t, 60, 106), "depth": 2, "dtype": "bfloat16"} for t in (5, 15, 28)]
 NOTE = (
-    "Released width, two blocks (more hold no more: blocks follow one another), bf16, 480 x 848. Peak of one forward above "
+    "Released width, two blocks (more hold no more: blocks follow one another), bf16, 480 x 848. Peak of a forward above "
     f"the weights, prepared conditioning and inputs; {TEXT_TOKENS} text tokens. Attention is replaced by an empty result, for "
-    "all alike: on a CPU it would take hours. `guided pair` is the conditional and the unconditional forward in one pass over the "
-    "blocks, which the peers do not have."
+    "all alike: on a CPU it would take hours. `guided pair` is the conditional and the unconditional forward in one pass over "
+    "the blocks, which the peers do not have."
 )
 
 

@@ -54,12 +54,12 @@ class HostAsymmDiT(AsymmDiT):
         options = transformer_options if transformer_options is not None else {}
         given = (x, timestep, context, attention_mask)
 
-        def run(*arguments):
+        def run(x, timestep, context, attention_mask=None, transformer_options=None):
             """What is left after the wrappers of other nodes, which may have changed what the preparation was made from."""
-            *inputs, transformer_options = arguments
+            inputs = x, timestep, context, attention_mask
             unchanged = conditioning is not None and all(map(operator.is_, inputs, given))
             ready = conditioning if unchanged else conditioning_of(self, *inputs)
-            return self._forward(inputs[0], ready, transformer_options)
+            return self._forward(x, ready, options if transformer_options is None else transformer_options)
 
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(run, self, wrappers)
