@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from .attention import Attention, sdpa
 from .config import AsymmDiTConfig
 from .layers import (
-    ROWS,
     AttentionPool,
     FeedForward,
     FinalLayer,
@@ -31,6 +30,7 @@ from .layers import (
     TimestepEmbedder,
     gated_residual,
     modulated_norm,
+    rows_at_a_time,
 )
 from .rope import Rope, rope_table, rotate
 
@@ -111,7 +111,7 @@ class AsymmetricAttention(nn.Module):
         batch, num_tokens = visual.shape[:2]
         joint = visual.new_empty(3, batch, num_tokens + text.shape[1], *visual.shape[3:])
         norms = (self.q_norm_x, self.q_norm_y), (self.k_norm_x, self.k_norm_y)
-        for tokens, turns in rope.pieces(ROWS // batch):
+        for tokens, turns in rope.pieces(rows_at_a_time(visual)):
             for i, (norm_x, _) in enumerate(norms):
                 joint[i, :, tokens] = rotate(norm_x(visual[:, tokens, i].float()), turns)
         for i, (_, norm_y) in enumerate(norms):
