@@ -314,6 +314,11 @@ class AsymmDiT(nn.Module):
 
         return load_lora(self, path, strength)
 
+    def compile_blocks(self) -> None:
+        """Have the row operations of the blocks fused, at the price of a minute when a run begins."""
+        for block in self.joint_blocks():
+            block.forward = torch.compile(block.forward, fullgraph=True)
+
     def joint_blocks(self) -> list[AsymmetricJointBlock]:
         return list(self.blocks)  # pyright: ignore[reportReturnType] - ModuleList forgets its element type
 
