@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from mochi_core import AsymmDiT, load_transformer, sample
-from mochi_core.dit import BlockContext
+from mochi_core.block import BlockContext
 from mochi_core.offload import resident, streamed
 from mochi_core.rope import Rope
 from tests.core.test_convert import in_a_process, needs_proc
