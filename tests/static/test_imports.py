@@ -11,7 +11,7 @@ CORE = ROOT / "mochi_core"
 LAYERS = (
     ("config", "geometry", "latents", "schedule", "rope", "attention", "streaming", "ggml", "migrate"),
     ("layers", "causal", "quantized", "video"),
-    ("encoder", "decoder"),
+    ("encoder", "decoder", "block"),
     ("dit", "vae"),
     ("cache",),
     ("sample", "checkpoints", "offload"),
