@@ -28,7 +28,7 @@ def hooks(dit):
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in dit.modules())
 
 
-@pytest.mark.parametrize("quantize", [None, "fp8", "int8", "q4_0"])
+@pytest.mark.parametrize("quantize", [None, "fp8", "fp8_rowwise", "int8", "q4_0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_result_with_loras_and_quantised_weights(dit, tmp_path, dtype, quantize):
     save_file(dit.state_dict(), tmp_path / "dit.safetensors")
