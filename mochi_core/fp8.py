@@ -54,7 +54,8 @@ def multiply_rowwise(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, 
     if hasattr(F, "scaled_mm"):  # since PyTorch 2.10
         row = F.ScalingType.RowWise
         return F.scaled_mm(x, weight.t(), x_scale, row, scale.t(), row, bias=bias, output_dtype=torch.bfloat16)
-    return torch._scaled_mm(x, weight.t(), x_scale, scale.t(), bias=bias, out_dtype=torch.bfloat16)
+    older = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+    return older(x, weight.t(), x_scale, scale.t(), bias=bias, out_dtype=torch.bfloat16)
 
 
 @torch.compiler.assume_constant_result

@@ -23,6 +23,7 @@ from ...mochi_core.checkpoints.reader import StoredTensor, Tensors, checked, wat
 from ...mochi_core.quantized import QuantizedWeight
 
 GGML_LAYOUT, ROWWISE_LAYOUT = "MochiGGMLLayout", "MochiFP8RowwiseLayout"
+OWN_LAYOUTS = (GGML_LAYOUT, ROWWISE_LAYOUT)
 HOST_SUFFIXES = (".safetensors", ".sft")
 HOST_FORMATS = {dtype: name for name, dtype in STORED_AS.items()}
 
@@ -179,11 +180,17 @@ def quantized_operations(operations: type) -> type:
 
     class Operations(operations):
         class Linear(operations.Linear):
-            def _load_from_state_dict(self, *args):
-                super()._load_from_state_dict(*args)
-                if _layout(self.weight) == GGML_LAYOUT:
-                    self.quant_format = GGML_FORMAT + self.weight._params.block_type
-                elif _layout(self.weight) == ROWWISE_LAYOUT:
+            def _load_from_state_dict(self, state_dict, prefix, *args):
+                name = prefix + "weight"
+                given = state_dict.get(name)
+                if _layout(given) not in OWN_LAYOUTS:
+                    return super()._load_from_state_dict(state_dict, prefix, *args)
+                # In inference mode, where nodes run, the host's own cast would widen it.
+                super()._load_from_state_dict(state_dict | {name: torch.empty(0)}, prefix, *args)
+                self.weight = nn.Parameter(_on(given, **self.factory_kwargs), requires_grad=False)
+                if _layout(given) == GGML_LAYOUT:
+                    self.quant_format = GGML_FORMAT + given._params.block_type
+                else:
                     self.quant_format, self.layout_type = ROWWISE_FORMAT, ROWWISE_LAYOUT
                     self._full_precision_mm = rowwise_refusal() is not None
 
@@ -208,6 +215,13 @@ def products_choice(network: nn.Module) -> str:
 def rowwise_refusal() -> str | None:
     """Why the host's device cannot multiply in fp8 with scales per row, if so."""
     return fp8.refusal(comfy.model_management.get_torch_device())
+
+
+def _on(weight: QuantizedTensor, device: torch.device | None, dtype: torch.dtype) -> QuantizedTensor:
+    """The same weight on a device, to be widened to `dtype`."""
+    device = device or weight._qdata.device
+    params = replace(weight._params.to_device(device), orig_dtype=dtype)
+    return QuantizedTensor(weight._qdata.to(device), weight._layout_cls, params)
 
 
 def _layout(tensor: torch.Tensor) -> str | None:
