@@ -32,7 +32,7 @@ def hooks(dit):
 
 
 @visits
-@pytest.mark.parametrize("quantize", [None, "fp8", "int8", "q4_0"])
+@pytest.mark.parametrize("quantize", [None, "fp8", "fp8_rowwise", "int8", "q4_0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_result_with_loras_and_quantised_weights(dit, tmp_path, dtype, quantize, visit):
     save_file(dit.state_dict(), tmp_path / "dit.safetensors")
