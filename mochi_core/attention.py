@@ -149,7 +149,8 @@ def _fastest(like: Tensor) -> Choice:
     order = CUDNN_FIRST if architecture in CUDNN_IS_FASTEST_ON else FLASH_FIRST
     first = next(name for name in order if refusal(name, like) is None)
     # The others stay behind it, for a shape that it does not take.
-    return Choice(_kernels(*order), first, f"exact, and by published figures the fastest on {torch.cuda.get_device_name(like.device)}")
+    reason = f"exact, and by published figures the fastest on {torch.cuda.get_device_name(like.device)}"
+    return Choice(_kernels(*order), first, reason)
 
 
 def refusal(name: str, like: Tensor) -> str | None:
