@@ -58,36 +58,36 @@ def step_seconds() -> dict[int, float]:
     return {t: BLOCKS * block * work(t) / work(LATENTS[0]) for t in LATENTS}
 
 
+def cost(count: int, content: str) -> tuple[float, float, int]:
+    """Seconds for the colours and for the file, and its bytes."""
+    from pack.nodes.bridge.preview import AnimatedPreview, MochiLatents, latents_to_rgb
+
+    denoised, latent_format = latents(count, content), MochiLatents()
+    frames = latents_to_rgb(denoised, latent_format)
+    colours = median_seconds(lambda: latents_to_rgb(denoised, latent_format))
+    file = median_seconds(lambda: AnimatedPreview(frames))
+    return colours, file, len(AnimatedPreview(frames).content)
+
+
+def row(count: int, content: str, step: float) -> tuple[str, ...]:
+    from pack.nodes.bridge.preview import MAX_SHARE
+
+    colours, file, size = cost(count, content)
+    every = max(1, math.ceil(file / step / MAX_SHARE))
+    cells = f"{colours * 1e3:.1f}", f"{file * 1e3:.1f}", f"{size / 1e3:.0f}", f"{step:.3g}"
+    return f"{6 * count - 5} frames, {content}", *cells, f"{(colours + file) / step:.4%}", str(every)
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     use_pack()
-    from pack.nodes.bridge.preview import MAX_SHARE, AnimatedPreview, MochiLatents, latents_to_rgb
-
-    steps, latent_format, rows = step_seconds(), MochiLatents(), []
-    for t in LATENTS:
-        for content in CONTENTS:
-            sample = latents(t, content)
-            frames = latents_to_rgb(sample, latent_format)
-            fit = median_seconds(lambda sample=sample: latents_to_rgb(sample, latent_format))
-            file = median_seconds(lambda frames=frames: AnimatedPreview(frames))
-            share = (fit + file) / steps[t]
-            name, size = f"{6 * t - 5} frames, {content}", len(AnimatedPreview(frames).content) / 1e3
-            every = max(1, math.ceil(file / steps[t] / MAX_SHARE))
-            cells = (
-                f"{fit * 1e3:.1f}",
-                f"{file * 1e3:.1f}",
-                f"{size:.0f}",
-                f"{steps[t]:.3g}",
-                f"{share:.4%}",
-                str(every),
-            )
-            rows.append((name, *cells))
-    from_one = "" if GPU else FROM_ONE
+    steps = step_seconds()
+    rows = [row(count, content, steps[count]) for count in LATENTS for content in CONTENTS]
     note = (
         "A preview is one frame for every latent frame, 106 x 60, in an animated WebP file. Its cost is a linear fit of colours "
         "and the file; noise is the hardest to compress, as in the first steps. A step is guided, at the released size in "
-        f"bf16. {from_one}The pack makes a preview after a step unless all earlier ones took more than {MAX_SHARE:.0%} of the "
-        "time, so it is made once in so many steps."
+        f"bf16. {'' if GPU else FROM_ONE}The pack makes a preview after a step unless the files of all earlier ones took more "
+        "than a hundredth of the time: then it is made once in so many steps."
     )
     head = ("video", "colours, ms", "file, ms", "kB", "step, s", "share of a step", "made once in steps")
     write_report("preview", page("Moving previews", note, *markdown(head, rows)))
