@@ -149,6 +149,7 @@ def fastest(rounds: list[Outcome]) -> float:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
+    torch.set_num_threads(1)  # at this size more of them only wait for each other
     setup = prepare()
     rounds = [{name: run(setup, **options) for name, options in WAYS.items()} for _ in range(ROUNDS)]
     outcomes = {name: [one[name] for one in rounds] for name in WAYS}
