@@ -74,7 +74,7 @@ def row(count: int, content: str, step: float) -> tuple[str, ...]:
 
     colours, file, size = cost(count, content)
     every = max(1, math.ceil(file / step / MAX_SHARE))
-    cells = f"{colours * 1e3:.1f}", f"{file * 1e3:.1f}", f"{size / 1e3:.0f}", f"{step:.3g}"
+    cells = f"{colours * 1e3:.1f}", f"{file * 1e3:.1f}", f"{size / 1e3:.0f}", f"{step:,.1f}"
     return f"{6 * count - 5} frames, {content}", *cells, f"{(colours + file) / step:.4%}", str(every)
 
 
@@ -82,6 +82,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     use_pack()
     steps = step_seconds()
+    torch.set_num_threads(1)  # so little work only waits for more of them
     rows = [row(count, content, steps[count]) for count in LATENTS for content in CONTENTS]
     note = (
         "A preview is one frame for every latent frame, 106 x 60, in an animated WebP file. Its cost is a linear fit of colours "
