@@ -97,7 +97,9 @@ def compare(
 
 
 def _in_process(module: str, contender: str, case: dict, calls: int, environment: dict[str, str]) -> dict:
-    command = [sys.executable, "-m", "benchmarks.measure", module, contender, json.dumps(case), str(calls)]
+    # Not with -m: contenders import this module, and would get a second one.
+    program = "from benchmarks.measure import main; main()"
+    command = [sys.executable, "-c", program, module, contender, json.dumps(case), str(calls)]
     environment = {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:  # what Python cannot report itself, such as a kill for want of memory
@@ -254,7 +256,3 @@ def main() -> None:
     options = parser.parse_args()
     build = importlib.import_module(options.module).CONTENDERS[options.contender]
     print(json.dumps(attempt(build, options.case, options.calls)))
-
-
-if __name__ == "__main__":
-    main()
