@@ -25,7 +25,7 @@ GPU = DEVICE == "cuda"
 TEXT_TOKENS, STEPS, STEP, GUIDANCE = 77, 64, 20, 4.5
 SIGMAS = linear_quadratic_schedule(STEPS)
 OTHER_ATTENTION = "cudnn" if GPU else "flash"
-"""For ComfyUI's class beside the host's choice, which on NVIDIA cards is PyTorch's, flash first, and on CPUs its own sub-quadratic one."""
+"""For ComfyUI's class beside the host's choice: PyTorch's with flash first on NVIDIA cards, its sub-quadratic one on CPUs."""
 EIGHT_BITS = [name for name in ("fp8", "fp8_rowwise") if name in QUANTIZERS]
 OPEN = ExitStack()
 """What stays as it is until the process ends."""
