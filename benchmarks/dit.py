@@ -33,8 +33,8 @@ atexit.register(OPEN.close)
 NOTE = (
     f"{TEXT_TOKENS} valid text tokens of 256, random weights. `ours` is a step inside a sampling run, where the text, the "
     "rotary table and the modulation of all steps have been prepared once, with the attention that `auto` chooses; `ours, "
-    "unprepared` is a lone call of the model, which does what the peers do at every step, `ours, compiled` one with "
-    "`compile_blocks`. `ComfyUI` is its class with the "
+    "unprepared` is a lone call of the model, which does what the peers do at every step, and `ours, compiled` is `ours` "
+    "after `compile_blocks`. `ComfyUI` is its class with the "
     f"attention that the host chooses, `ComfyUI, {OTHER_ATTENTION}` the same with PyTorch's {OTHER_ATTENTION} kernel in the "
     "host's override. fp8 names keep the matrices in 8 bits. The share is that of what the step needs at least (products of "
     "matrices and attention, over valid tokens) in what a large square product reaches in the same process and dtype, bf16 "
