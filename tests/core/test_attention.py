@@ -107,6 +107,7 @@ class FixedText:
         return prompt(6)
 
 
+@pytest.mark.usefixtures("new_compiler")
 def test_a_backend_compiles_as_one_graph():
     q, k, v = qkv(40, torch.float32, "cpu")
     compiled = torch.compile(BACKENDS["flash"].run, fullgraph=True, backend="eager")

@@ -12,12 +12,8 @@ from tests.core.test_sample import NOISE, SIGMAS, prompt
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.tiny_models import random_dit
 
+pytestmark = pytest.mark.usefixtures("new_compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before():
-    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -129,6 +129,7 @@ def test_full_width_stays_near_bf16():
     assert 0.005 < relative_error(loaded(*arguments), plain) < 0.05
 
 
+@pytest.mark.usefixtures("new_compiler")
 def test_compiled_whole_equals_plain():
     plain, compiled = load(random_dit()), load(random_dit())
     fp8._refusal.cache_clear()
