@@ -1,4 +1,4 @@
-"""Time of one forward of the denoiser, ours beside diffusers and ComfyUI's own class.
+"""Time and memory of the denoiser, ours beside diffusers and ComfyUI's own class: a forward, a guided step, a whole run.
 
 On a CPU: full width, depth 2, 256 to 2,048 visual tokens. On a GPU: full depth, 480 x 848, 25, 85 and 163 frames.
 """
@@ -6,85 +6,217 @@ On a CPU: full width, depth 2, 256 to 2,048 visual tokens. On a GPU: full depth,
 from __future__ import annotations
 
 import argparse
+import atexit
+from contextlib import ExitStack
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from benchmarks.measure import compare, table, write_report
-from benchmarks.peers import DEVICE, comfy_dit, diffusers_dit, fill
-from mochi_core import AsymmDiT, AsymmDiTConfig, linear_quadratic_schedule
-from mochi_core.sample import prepared_velocity
+from benchmarks.measure import FASTEST, MEDIAN, RATIO, ROUNDS, Column, Timed, compare, page, peak, table, write_report
+from benchmarks.peers import DEVICE, comfy_dit, diffusers_dit, our_dit
+from mochi_core import AsymmDiTConfig, linear_quadratic_schedule, sample
+from mochi_core.attention import Attention, choose_attention
+from mochi_core.offload import streamed
+from mochi_core.quantized import QUANTIZERS
+from mochi_core.sample import Condition, prepared_velocities
 
-TEXT_TOKENS = 77
-STEP = 20
+GPU = DEVICE == "cuda"
+TEXT_TOKENS, STEPS, STEP, GUIDANCE = 77, 64, 20, 4.5
+SIGMAS = linear_quadratic_schedule(STEPS)
+OTHER_ATTENTION = "cudnn" if GPU else "flash"
+"""For ComfyUI's class beside the host's choice: PyTorch's with flash first on NVIDIA cards, its sub-quadratic one on CPUs."""
+EIGHT_BITS = [name for name in ("fp8", "fp8_rowwise") if name in QUANTIZERS]
+OPEN = ExitStack()
+"""What stays as it is until the process ends."""
+atexit.register(OPEN.close)
 NOTE = (
-    f"One forward, {TEXT_TOKENS} valid text tokens of 256, random weights, median over two processes each. `ours` is a step "
-    "inside a sampling run, where the text, the rotary table and the modulation of all steps have been prepared once; "
-    "`ours, unprepared` is a lone call of the model, which does what the peers do at every step."
+    f"{TEXT_TOKENS} valid text tokens of 256, random weights. `ours` is a step inside a sampling run, where the text, the "
+    "rotary table and the modulation of all steps have been prepared once, with the attention that `auto` chooses; `ours, "
+    "unprepared` is a lone call of the model, which does what the peers do at every step, and `ours, compiled` is `ours` "
+    "after `compile_blocks`. `ComfyUI` is its class with the "
+    f"attention that the host chooses, `ComfyUI, {OTHER_ATTENTION}` the same with PyTorch's {OTHER_ATTENTION} kernel in the "
+    "host's override. fp8 names keep the matrices in 8 bits. The share is that of what the step needs at least (products of "
+    "matrices and attention, over valid tokens) in what a large square product reaches in the same process and dtype, bf16 "
+    "for 8 bits. Weights are those on the device between calls."
 )
+GUIDED = (
+    "Both conditions, the negative prompt empty (for ComfyUI one token). Ours takes the conditions block by block in one "
+    "pass over the weights, or one after the other; `streamed` keeps the weights in main memory and has two blocks at a "
+    f"time on the device, which on a CPU is a copy. {STEPS} steps are {STEPS} times the median."
+)
+WHOLE = f"A run that was made: `sample`, {STEPS} steps, guidance {GUIDANCE}, once."
+WHOLE_COLUMNS = [
+    ("seconds", lambda _case, m, _ours: f"{m.median:.1f}"),
+    ("weights, MiB", lambda _case, m, _ours: f"{m.largest('weights_mib'):.0f}"),
+    peak("the model"),
+]
+ON_DEVICE: Column = ("all at the peak, GB", lambda _case, m, _ours: f"{m.largest('device_mib') * 2**20 / 1e9:.1f}")
 
 
-def inputs(case: dict) -> tuple[torch.Tensor, ...]:
+def forward_flops(config: AsymmDiTConfig, tokens: int, text_tokens: int) -> int:
+    """What one step needs for one condition, once all is prepared that can be; a product and a sum are two."""
+    x, y = config.hidden_size_x, config.hidden_size_y
+    patch = config.in_channels * config.patch_size**2
+    visual = tokens * x * (3 * x + x + 3 * config.mlp_size_x)
+    text = text_tokens * y * (x + 3 * config.mlp_size_y)
+    attention = 2 * (tokens + text_tokens) ** 2 * x
+    blocks = config.depth * (visual + attention + text_tokens * y * 3 * x) + (config.depth - 1) * text
+    return 2 * (blocks + 2 * tokens * patch * x)
+
+
+def inputs(case: dict) -> tuple[Tensor, list[Condition]]:
+    """Latents, and the prompt; for a guided step also the empty one."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 12, *case["latent"], generator=generator).to(DEVICE)
     embeds = torch.randn(1, 256, 4096, generator=generator).to(DEVICE)
-    mask = (torch.arange(256) < TEXT_TOKENS)[None].to(DEVICE)
-    return latents, torch.tensor([0.7375], device=DEVICE), embeds, mask
+    masks = [(torch.arange(256) < count)[None].to(DEVICE) for count in (TEXT_TOKENS, 0)]
+    return latents, [(embeds, mask) for mask in (masks if case["guided"] else masks[:1])]
 
 
-def our_model(case: dict) -> AsymmDiT:
-    config, dtype = AsymmDiTConfig(depth=case["depth"]), getattr(torch, case["dtype"])
-    dit = AsymmDiT(config, device=DEVICE, dtype=dtype)
-    fill(dit)
-    return dit
-
-
-def ours(case: dict):
-    dit, (latents, _, embeds, mask) = our_model(case), inputs(case)
-    velocity = prepared_velocity(dit, latents, linear_quadratic_schedule(64), (embeds, mask))
-    return lambda: velocity(latents, STEP)
-
-
-def unprepared(case: dict):
-    dit, (latents, sigma, embeds, mask) = our_model(case), inputs(case)
-    return lambda: dit(latents, sigma, embeds, mask)
-
-
-def diffusers(case: dict):
+def ours(
+    case: dict, quantize: str | None = None, stream: bool = False, together: bool = True, compiled: bool = False
+) -> Timed:
+    """A step of a prepared run, or the whole run; `together` is for both conditions in one pass."""
     dtype = getattr(torch, case["dtype"])
-    model, (latents, sigma, embeds, mask) = diffusers_dit(case["depth"], dtype), inputs(case)
-    latents, embeds, timestep = latents.to(dtype), embeds.to(dtype), (1 - sigma) * 1000
-    return lambda: model(latents, embeds, timestep, mask, return_dict=False)
+    dit = our_dit(AsymmDiTConfig(depth=case["depth"]), dtype, quantize, "cpu" if stream else DEVICE)
+    if compiled:
+        dit.compile_blocks()
+    latents, conditions = inputs(case)
+    if stream:
+        OPEN.enter_context(streamed(dit, DEVICE))
+    if case.get("whole"):
+        return Timed(dit, lambda: sample(dit, latents, SIGMAS, *conditions, GUIDANCE))
+    attention = choose_attention("auto", DEVICE, dtype, dit.config.head_dim).run
+    passes = [conditions] if together else [[condition] for condition in conditions]
+    prepared = [prepared_velocities(dit, latents, SIGMAS, each, attention) for each in passes]
+    return Timed(dit, lambda: [run(latents, STEP, len(each)) for run, each in zip(prepared, passes, strict=True)])
 
 
-def comfyui(case: dict):
-    dtype = getattr(torch, case["dtype"])
-    model, (latents, sigma, embeds, mask) = comfy_dit(case["depth"], dtype), inputs(case)
-    latents, embeds = latents.to(dtype), embeds.to(dtype)
-    return lambda: model(latents, sigma, embeds, mask, TEXT_TOKENS)
+def unprepared(case: dict) -> Timed:
+    dtype, (latents, [condition]) = getattr(torch, case["dtype"]), inputs(case)
+    dit = our_dit(AsymmDiTConfig(depth=case["depth"]), dtype)
+    attention = choose_attention("auto", DEVICE, dtype, dit.config.head_dim).run
+    return Timed(dit, lambda: dit(latents, sigma(), *condition, attention=attention))
 
 
-CONTENDERS = {"ours": ours, "ours, unprepared": unprepared, "ComfyUI": comfyui, "diffusers": diffusers}
+def sigma() -> Tensor:
+    return SIGMAS[STEP : STEP + 1].to(DEVICE)
 
 
-def cases() -> list[dict]:
-    if DEVICE == "cuda":
-        return [{"latent": (t, 60, 106), "depth": 48, "dtype": "bfloat16"} for t in (5, 15, 28)]
+def diffusers(case: dict) -> Timed:
+    dtype, (latents, [(embeds, mask)]) = getattr(torch, case["dtype"]), inputs(case)
+    model, timestep = diffusers_dit(case["depth"], dtype), (1 - sigma()) * 1000
+    arguments = latents.to(dtype), embeds.to(dtype), timestep, mask
+    return Timed(model, lambda: model(*arguments, return_dict=False))
+
+
+def comfyui(case: dict, attention: str | None = None) -> Timed:
+    """`attention` is one of ours, in the host's override."""
+    dtype, (latents, conditions) = getattr(torch, case["dtype"]), inputs(case)
+    model, latents, noise_level = comfy_dit(case["depth"], dtype), latents.to(dtype), sigma()
+    options = {}
+    if attention is not None:
+        choice = choose_attention(attention, DEVICE, dtype, AsymmDiTConfig().head_dim)
+        options["optimized_attention_override"] = override(choice.run)
+    prompts = [(embeds.to(dtype), mask, max(1, int(mask.sum()))) for embeds, mask in conditions]
+    return Timed(model, lambda: [model(latents, noise_level, *each, transformer_options=options) for each in prompts])
+
+
+def override(attention: Attention):
+    """As the host calls it for Mochi: heads first, and the result with the heads joined."""
+    return lambda _function, q, k, v, *_, **__: attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+IN_8_BITS = {f"ours, {name}": partial(ours, quantize=name) for name in EIGHT_BITS}
+STREAMED = {
+    "ours, streamed": partial(ours, stream=True),
+    "ours, streamed, two passes": partial(ours, stream=True, together=False),
+}
+COMFYUI = {"ComfyUI": comfyui, f"ComfyUI, {OTHER_ATTENTION}": partial(comfyui, attention=OTHER_ATTENTION)}
+# Where nothing multiplies in 8 bits they only cost time; the guided step shows how much.
+FORWARD = {
+    "ours": ours,
+    "ours, compiled": partial(ours, compiled=True),
+    "ours, unprepared": unprepared,
+    **(IN_8_BITS if GPU else {}),
+    **COMFYUI,
+    "diffusers": diffusers,
+}
+STEPPING = {"ours": ours, "ours, two passes": partial(ours, together=False), **STREAMED, **IN_8_BITS, **COMFYUI}
+CONTENDERS = FORWARD | STEPPING
+WHOLE_RUNS = ("ours", "ours, streamed", *IN_8_BITS)
+
+
+def new_case(latent: tuple[int, int, int], guided: bool = False, dtype: str = "bfloat16", **more: bool) -> dict:
+    config = AsymmDiTConfig(depth=48 if GPU else 2)
+    texts = (TEXT_TOKENS, 0) if guided else (TEXT_TOKENS,)
+    tflop = sum(forward_flops(config, token_count(latent), text) for text in texts) / 1e12
+    return {"latent": latent, "depth": config.depth, "dtype": dtype, "guided": guided, "tflop": tflop, **more}
+
+
+def token_count(latent: tuple[int, int, int]) -> int:
+    t, h, w = latent
+    return t * h * w // 4
+
+
+def forward_cases(frames: list[int]) -> list[dict]:
+    if GPU:
+        return [new_case(latent) for latent in on_gpu(frames)]
     sizes = {"bfloat16": ((4, 16, 16), (2, 32, 32), (4, 32, 32), (8, 32, 32)), "float32": ((4, 16, 16), (4, 32, 32))}
-    return [{"latent": size, "depth": 2, "dtype": dtype} for dtype in sizes for size in sizes[dtype]]
+    return [new_case(size, dtype=dtype) for dtype in sizes for size in sizes[dtype]]
+
+
+def guided_latents(frames: list[int]) -> list[tuple[int, int, int]]:
+    return on_gpu(frames) if GPU else [(4, 16, 16), (4, 32, 32)]
+
+
+def on_gpu(frames: list[int]) -> list[tuple[int, int, int]]:
+    return [((count + 5) // 6, 60, 106) for count in frames]
 
 
 def describe(case: dict) -> str:
     t, h, w = case["latent"]
-    frames = f", {6 * t - 5} frames of {8 * h} x {8 * w}" if DEVICE == "cuda" else ""
-    return f"{t * h * w // 4} tokens{frames}, depth {case['depth']}, {case['dtype']}"
+    frames = f", {6 * t - 5} frames of {8 * h} x {8 * w}" if GPU else ""
+    return f"{token_count((t, h, w))} tokens{frames}, depth {case['depth']}, {case['dtype']}"
+
+
+def share(case: dict, m, _ours) -> str:
+    rate = max(run["rate"] for run in m.runs)
+    return f"{case['tflop'] * 1e12 / m.median / rate:.0%} of {rate / 1e12:.3g}"
+
+
+COLUMNS: list[Column] = [
+    MEDIAN, FASTEST, RATIO, ("share of TFLOP/s", share), WHOLE_COLUMNS[1], peak("the model"), *([ON_DEVICE] if GPU else []),
+]  # fmt: skip
+RUN: Column = (f"{STEPS} steps, s", lambda _case, m, _ours: f"{STEPS * m.median:.1f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=5, help="timed calls per process (default: %(default)s)")
-    calls = parser.parse_args().calls
-    results = compare("benchmarks.dit", list(CONTENDERS), cases(), calls)
-    write_report("dit", table("Denoiser, one forward", [describe(case) for case in cases()], results, NOTE))
+    parser.add_argument("--calls", type=int, default=3, help="timed calls per process (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="processes each (default: %(default)s)")
+    parser.add_argument("--frames", type=int, nargs="+", default=[25, 85, 163], help="on a GPU (default: 25 85 163)")
+    parser.add_argument(
+        "--whole-run", nargs="?", const="ours", choices=WHOLE_RUNS, help="also make one run of the last size"
+    )
+    options = parser.parse_args()
+    measure = partial(compare, "benchmarks.dit", calls=options.calls, rounds=options.rounds)
+    forwards, guided = forward_cases(options.frames), guided_latents(options.frames)
+    steps, whole = [new_case(latent, guided=True) for latent in guided], [new_case(guided[-1], guided=True, whole=True)]
+    lines = ["## One forward", "", *table(describe, forwards, measure(list(FORWARD), forwards), COLUMNS), ""]
+    lines += [
+        "## A guided step",
+        "",
+        GUIDED,
+        "",
+        *table(describe, steps, measure(list(STEPPING), steps), [*COLUMNS, RUN]),
+    ]
+    if options.whole_run:
+        run = compare("benchmarks.dit", [options.whole_run], whole, calls=0, rounds=1)
+        columns = [*WHOLE_COLUMNS, *([ON_DEVICE] if GPU else [])]
+        lines += ["", "## A whole run", "", WHOLE, "", *table(describe, whole, run, columns)]
+    write_report("dit", page("Denoiser", NOTE, *lines))
 
 
 if __name__ == "__main__":

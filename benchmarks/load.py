@@ -1,7 +1,8 @@
 """Time and memory of loading a transformer in bf16, ours beside diffusers, ComfyUI's own loader and its class.
 
 ComfyUI's class knows the released width only, and diffusers' loader of single files 48 blocks only; so one model is wide and
-the other one is deep. ComfyUI's loader takes 48 blocks for granted, too, and is told the depth here.
+the other one is deep. ComfyUI's loader takes 48 blocks for granted, too, and is told the depth here. On a GPU the released
+size comes first; the files are made in the folder for temporary files, where it needs 26 GB then.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.measure import compare, table, write_report
-from benchmarks.peers import DEVICE, empty_comfy_dit, fill, use_comfyui
-from mochi_core import AsymmDiT, AsymmDiTConfig, load_transformer
+from benchmarks.measure import FASTEST, MEDIAN, MIB, RATIO, compare, page, peak, table, write_report
+from benchmarks.peers import DEVICE, empty_comfy_dit, our_dit, use_comfyui
+from mochi_core import AsymmDiTConfig, load_transformer
 from mochi_core.checkpoints.convert import plan_conversion, write_conversion
 
 WIDE = AsymmDiTConfig(depth=4)
@@ -25,8 +26,14 @@ DEEP = AsymmDiTConfig(
 NOTE = (
     "From a file in the page cache to a model of which every weight is on the device and was read once; median over two "
     "processes of one thread each. `wide` is 4 blocks of the released width (1.8 GB), `deep` 48 blocks of a quarter of it "
-    "(1.3 GB). Peak memory is resident memory, mapped pages of the file included, which the system can drop. Ours compares "
-    "every name and shape and looks for NaN; it maps the original layout and merges the diffusers layout tensor by tensor."
+    "(1.3 GB). Peak memory is resident main memory, mapped pages of the file included, which the system can drop. Ours "
+    "compares every name and shape and looks for NaN; it maps the original layout and merges the diffusers layout tensor by "
+    "tensor."
+)
+ON_DEVICE = (
+    [("on the device at the peak, MiB", lambda _case, m, _ours: f"{m.largest('device_mib'):.0f}")]
+    if DEVICE == "cuda"
+    else []
 )
 
 
@@ -57,7 +64,7 @@ def comfyui(case: dict):
     import comfy.utils
 
     def load():
-        model = empty_comfy_dit(WIDE.depth, torch.bfloat16)
+        model = empty_comfy_dit(case["depth"], torch.bfloat16)
         model.load_state_dict(comfy.utils.load_torch_file(case["path"]))
         return touched(model)
 
@@ -69,12 +76,18 @@ def comfyui_loader(case: dict):
     one_thread()
     use_comfyui()
     import comfy.model_detection
+    import comfy.model_management
     import comfy.sd
 
     detect = comfy.model_detection.detect_unet_config
-    comfy.model_detection.detect_unet_config = lambda *a, **k: {**detect(*a, **k), "depth": WIDE.depth}
-    options = {"dtype": torch.bfloat16}
-    return lambda: touched(comfy.sd.load_diffusion_model(case["path"], options).model.diffusion_model)
+    comfy.model_detection.detect_unet_config = lambda *a, **k: {**detect(*a, **k), "depth": case["depth"]}
+
+    def load():
+        patcher = comfy.sd.load_diffusion_model(case["path"], {"dtype": torch.bfloat16})
+        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        return touched(patcher.model.diffusion_model)
+
+    return load
 
 
 def one_thread() -> None:
@@ -98,12 +111,43 @@ CONTENDERS = {
 }
 
 
-def write_files(folder: Path, name: str, config: AsymmDiTConfig) -> tuple[str, str]:
-    """One model in the original layout, and a folder of diffusers."""
-    original, converted = folder / f"{name}.safetensors", folder / name
-    save_file(fill(AsymmDiT(config, dtype=torch.bfloat16)).state_dict(), original)
-    write_conversion(plan_conversion([original], "diffusers", "keep"), converted)
-    return str(original), str(converted)
+def write_original(folder: Path, name: str, config: AsymmDiTConfig) -> str:
+    path = folder / f"{name}.safetensors"
+    save_file(our_dit(config, torch.bfloat16, home="cpu").state_dict(), path)
+    return str(path)
+
+
+def write_converted(original: str) -> str:
+    """The same model in a folder of diffusers."""
+    folder = Path(original).with_suffix("")
+    write_conversion(plan_conversion([Path(original)], "diffusers", "keep"), folder)
+    return str(folder)
+
+
+def measure_all(folder: Path, calls: int) -> list[str]:
+    """A table: ours first, then the peers that know the layout."""
+    wide, deep = write_original(folder, "wide", WIDE), write_original(folder, "deep", DEEP)
+    wide_folder, deep_folder = write_converted(wide), write_converted(deep)
+    native = ("ComfyUI's class", "ComfyUI's loader")
+    cases = {
+        "wide, original layout": ({"path": wide, "depth": WIDE.depth}, *native),
+        "wide, diffusers layout": ({"path": wide_folder}, "diffusers from_pretrained"),
+        "deep, original layout": ({"path": deep, "config": deep_folder}, "diffusers from_single_file"),
+        "deep, diffusers layout": ({"path": deep_folder}, "diffusers from_pretrained"),
+    }
+    if DEVICE == "cuda":
+        released = write_original(folder, "released", AsymmDiTConfig())
+        cases = {"released, original layout": ({"path": released, "depth": AsymmDiTConfig().depth}, *native), **cases}
+    results = [compare("benchmarks.load", ["ours", *peers], [case], calls)[0] for case, *peers in cases.values()]
+    named = [{**case, "name": f"{name}, {megabytes(case['path']):,.0f} MiB"} for name, (case, *_) in cases.items()]
+    columns = [MEDIAN, FASTEST, RATIO, peak("what was held before", "host_mib"), *ON_DEVICE]
+    return table(lambda case: case["name"], named, results, columns)
+
+
+def megabytes(path: str) -> float:
+    """MiB of a file, or of the files of a folder."""
+    files = [Path(path)] if Path(path).is_file() else Path(path).iterdir()
+    return sum(file.stat().st_size for file in files) / MIB
 
 
 def main() -> None:
@@ -111,16 +155,8 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=3, help="timed calls per process (default: %(default)s)")
     calls = parser.parse_args().calls
     with tempfile.TemporaryDirectory() as folder:
-        wide, wide_folder = write_files(Path(folder), "wide", WIDE)
-        deep, deep_folder = write_files(Path(folder), "deep", DEEP)
-        cases = {
-            "wide, original layout": ({"path": wide}, "ComfyUI's class", "ComfyUI's loader"),
-            "wide, diffusers layout": ({"path": wide_folder}, "diffusers from_pretrained"),
-            "deep, original layout": ({"path": deep, "config": deep_folder}, "diffusers from_single_file"),
-            "deep, diffusers layout": ({"path": deep_folder}, "diffusers from_pretrained"),
-        }
-        results = [compare("benchmarks.load", ["ours", *peers], [case], calls)[0] for case, *peers in cases.values()]
-    write_report("load", table("Loading a transformer", list(cases), results, NOTE, "what was held before"))
+        lines = measure_all(Path(folder), calls)
+    write_report("load", page("Loading a transformer", NOTE, *lines))
 
 
 if __name__ == "__main__":

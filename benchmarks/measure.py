@@ -1,7 +1,8 @@
 """Run each contender in a process of its own, turn about, and tabulate.
 
 A contender is a function `(case) -> callable`: it builds a model and its inputs, and returns what is to be timed. Every
-process reports the seconds of several calls and the peak memory above what was held before the first of them.
+process reports the seconds of several calls and the peak memory above what was held before the first of them. One that runs
+out of memory, or is refused, is a row that says so.
 """
 
 from __future__ import annotations
@@ -17,24 +18,64 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 ROUNDS = 2
 MIB = 2**20
+PRODUCTS = 10
+FAILURE_LENGTH = 200
+
+
+@dataclass
+class Timed:
+    """A call, and the model whose weights are counted."""
+
+    model: nn.Module
+    call: Callable[[], object]
+
+    def __call__(self) -> object:
+        return self.call()
 
 
 @dataclass
 class Measurement:
-    seconds: list[float] = field(default_factory=list)
-    peak_mib: float = 0.0
+    """What the processes of one contender say of one case."""
+
+    runs: list[dict] = field(default_factory=list)
+
+    @property
+    def failure(self) -> str | None:
+        return next((run["failure"] for run in self.runs if "failure" in run), None)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Infinite if it failed."""
+        return [math.inf] if self.failure else [second for run in self.runs for second in run["seconds"]]
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    def largest(self, figure: str) -> float:
+        """Of what `measure` gives; infinite if it failed."""
+        return math.inf if self.failure else max(run[figure] for run in self.runs)
+
+
+Column = tuple[str, Callable[[dict, Measurement, Measurement], str]]
+"""A title, and the cell for a case, what was measured and what was measured of ours."""
+MEDIAN: Column = ("median s", lambda _case, m, _ours: f"{m.median:.3f}")
+FASTEST: Column = ("fastest s", lambda _case, m, _ours: f"{min(m.seconds):.3f}")
+RATIO: Column = ("time / ours", lambda _case, m, ours: "" if ours.failure else f"{m.median / ours.median:.2f}")
+
+
+def peak(above: str, figure: str = "peak_mib") -> Column:
+    return f"peak memory above {above}, MiB", lambda _case, m, _ours: f"{m.largest(figure):.0f}"
 
 
 def compare(
@@ -49,31 +90,73 @@ def compare(
         for case, measured in zip(cases, results, strict=True):
             for name in contenders:
                 run = _in_process(module, name, case, calls, environment)
-                measured[name].seconds += run["seconds"]
-                measured[name].peak_mib = max(measured[name].peak_mib, run["peak_mib"])
-                print(f"{case} {name}: {statistics.median(run['seconds']):.3f} s", file=sys.stderr, flush=True)
+                measured[name].runs.append(run)
+                outcome = run.get("failure") or f"{statistics.median(run['seconds']):.3f} s"
+                print(f"{case} {name}: {outcome}", file=sys.stderr, flush=True)
     return results
 
 
 def _in_process(module: str, contender: str, case: dict, calls: int, environment: dict[str, str]) -> dict:
-    command = [sys.executable, "-m", "benchmarks.measure", module, contender, json.dumps(case), str(calls)]
+    # Not with -m: contenders import this module, and would get a second one.
+    program = "from benchmarks.measure import main; main()"
+    command = [sys.executable, "-c", program, module, contender, json.dumps(case), str(calls)]
     environment = {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if "OutOfMemoryError" in done.stderr:
-        return {"seconds": [math.inf], "peak_mib": math.inf}
-    if done.returncode:
-        raise RuntimeError(f"{contender} failed on {case}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode:  # what Python cannot report itself, such as a kill for want of memory
+        return {"failure": f"ended with {done.returncode}: {done.stderr[-FAILURE_LENGTH:].strip()}"}
+    run = json.loads(done.stdout.splitlines()[-1])
+    if "failure" in run:
+        print(done.stderr, file=sys.stderr)
+    return run
+
+
+def attempt(build: Callable[[dict], Callable[[], object]], case: dict, calls: int) -> dict:
+    """`measure`, or why that was not possible."""
+    try:
+        return measure(build, case, calls)
+    except torch.OutOfMemoryError:
+        return {"failure": "out of memory"}
+    except Exception as error:
+        traceback.print_exc()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return {"failure": reason[:FAILURE_LENGTH].replace("|", "/")}
 
 
 @torch.inference_mode()
 def measure(build: Callable[[dict], Callable[[], object]], case: dict, calls: int) -> dict:
-    """Seconds per call after a first one, or of that one if `calls` is 0; and its peak memory above the model."""
+    """Seconds per call after a first one, or of that one if `calls` is 0, and what memory that one took.
+
+    weights_mib is what there is of a `Timed` model on the device between calls. peak_mib is above what was held before the
+    first call, of the device's memory; host_mib the same of the process; device_mib all that was held at the peak. On a CPU
+    all three are of the process. A case with a tflop comes with the rate of a matrix product in its dtype, in FLOP/s.
+    """
     call = build(case)
-    held = _reset_peak()
+    held, held_by_host = _reset_peaks()
     first = _seconds(call)
-    peak = _peak() - held
-    return {"seconds": [_seconds(call) for _ in range(calls)] or [first], "peak_mib": peak / MIB}
+    device, host = _peaks()
+    return {
+        "seconds": [_seconds(call) for _ in range(calls)] or [first],
+        "weights_mib": weight_bytes(call.model) / MIB if isinstance(call, Timed) else 0.0,
+        "peak_mib": (device - held) / MIB,
+        "host_mib": (host - held_by_host) / MIB,
+        "device_mib": device / MIB,
+        "rate": matrix_rate(getattr(torch, case["dtype"])) if "tflop" in case else None,
+    }
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of the parameters and buffers that are on the device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type == device)
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product."""
+    size, device = (8192, "cuda") if torch.cuda.is_available() else (2048, "cpu")
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    torch.matmul(a, b)
+    return 2 * size**3 / statistics.median(_seconds(lambda: a @ b) for _ in range(PRODUCTS))
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -89,20 +172,24 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _reset_peak() -> int:
-    """Forget earlier peaks; returns the bytes held now."""
+def _reset_peaks() -> tuple[int, int]:
+    """Forget earlier peaks; returns what is held now, as `_peaks` does."""
+    _synchronize()  # also so that what CUDA itself takes is there
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
-    return _peak()
+    return _peaks()
 
 
-def _peak() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def _peaks() -> tuple[int, int]:
+    """Bytes, of the device's memory and of the process; on a CPU they are the same."""
+    host = _host_peak()
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else host), host
+
+
+def _host_peak() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -111,26 +198,28 @@ def _peak() -> int:
 
 
 def table(
-    title: str, cases: list[str], results: list[dict[str, Measurement]], note: str, above: str = "the model"
-) -> str:
-    """A markdown page; ratios are the peer's median time over ours, memory is told above what was held before."""
-    lines = [
-        f"# {title}",
-        "",
-        environment(),
-        "",
-        note,
-        "",
-        f"| case | contender | median s | fastest s | time / ours | peak memory above {above}, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
+    describe: Callable[[dict], str], cases: list[dict], results: list[dict[str, Measurement]], columns: Sequence[Column]
+) -> list[str]:
+    """One row for each case and contender, the first of which is ours."""
+    rows = []
     for case, measured in zip(cases, results, strict=True):
         ours = next(iter(measured.values()))
         for name, m in measured.items():
-            ratio = m.median / ours.median
-            row = (case, name, f"{m.median:.3f}", f"{min(m.seconds):.3f}", f"{ratio:.2f}", f"{m.peak_mib:.0f}")
-            lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+            cells = (
+                [m.failure] + [""] * (len(columns) - 1) if m.failure else [cell(case, m, ours) for _, cell in columns]
+            )
+            rows.append((describe(case), name, *cells))
+    return markdown(("case", "contender", *(title for title, _ in columns)), rows)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table."""
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def page(title: str, note: str, *lines: str) -> str:
+    """A report in markdown, with the hardware and the versions."""
+    return "\n".join([f"# {title}", "", environment(), "", note, "", *lines]) + "\n"
 
 
 def environment() -> str:
@@ -166,8 +255,4 @@ def main() -> None:
     parser.add_argument("calls", type=int)
     options = parser.parse_args()
     build = importlib.import_module(options.module).CONTENDERS[options.contender]
-    print(json.dumps(measure(build, options.case, options.calls)))
-
-
-if __name__ == "__main__":
-    main()
+    print(json.dumps(attempt(build, options.case, options.calls)))

@@ -1,12 +1,19 @@
-"""The models that ours is measured against, all with random weights of the released sizes."""
+"""Ours, and the models that it is measured against, all with random weights of the released sizes."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from mochi_core import AsymmDiT, AsymmDiTConfig
+from mochi_core.checkpoints.loading import load_into
+from mochi_core.checkpoints.quantization import quantize_large
+from mochi_core.checkpoints.reader import StoredTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,13 +30,41 @@ def use_comfyui() -> None:
     args.cpu = DEVICE == "cpu"
 
 
+def use_pack() -> None:
+    """Make this pack importable as `pack`, as ComfyUI imports it."""
+    use_comfyui()
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("pack", root / "__init__.py", submodule_search_locations=[str(root)])
+    assert spec and spec.loader
+    sys.modules["pack"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["pack"])
+
+
 @torch.no_grad()
 def fill(module: nn.Module) -> nn.Module:
     """Random weights that keep activations in range."""
     for parameter in module.parameters():
-        bound = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-        parameter.uniform_(-bound, bound)
+        parameter.uniform_(*_range(parameter))
     return module.requires_grad_(False).eval()
+
+
+def _range(parameter: Tensor) -> tuple[float, float]:
+    bound = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+    return -bound, bound
+
+
+def our_dit(config: AsymmDiTConfig, dtype: torch.dtype, quantize: str | None = None, home: str = DEVICE) -> AsymmDiT:
+    """Ours with its weights at `home`, where never more than one of them is in another form."""
+    model = AsymmDiT(config, device="meta", dtype=dtype)
+
+    def stored(like: Tensor) -> StoredTensor:
+        return StoredTensor(
+            tuple(like.shape), like.dtype, lambda: torch.empty_like(like, device=DEVICE).uniform_(*_range(like))
+        )
+
+    tensors = {name: stored(parameter) for name, parameter in model.named_parameters()}
+    load_into(model, quantize_large(tensors, quantize), "random weights", home)
+    return model.eval()
 
 
 def comfy_dit(depth: int, dtype: torch.dtype) -> nn.Module:
@@ -53,8 +88,13 @@ def empty_comfy_dit(depth: int, dtype: torch.dtype) -> nn.Module:
 def diffusers_dit(depth: int, dtype: torch.dtype) -> nn.Module:
     from diffusers import MochiTransformer3DModel
 
-    with torch.device(DEVICE):
-        return fill(MochiTransformer3DModel(num_layers=depth).to(dtype))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # or there would be all of it in float32 first
+    try:
+        with torch.device(DEVICE):
+            return fill(MochiTransformer3DModel(num_layers=depth).to(dtype))
+    finally:
+        torch.set_default_dtype(before)
 
 
 def comfy_vae(dtype: torch.dtype) -> nn.Module:

@@ -6,6 +6,7 @@ Full width, depth 2, one latent frame on the 30 x 53 patch grid of 480 x 848 pix
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 
 import gguf
@@ -21,14 +22,17 @@ from mochi_core.quantized import QUANTIZERS, QuantizedWeight
 from tests.harness.k_types import K_QUANTIZERS
 
 Quantize = Callable[[Tensor], QuantizedWeight]
+ROWWISE = "fp8 e4m3fn, scales per row and token, multiplied in fp8"
 TEXT_TOKENS, TOKENS = 77, 256
 NOTE = (
     "Errors are those of the velocity, Gaussian weights (real ones have outliers, which one scale per layer or row feels more "
     "than blocks do). Computing in bf16, as one would: relative to the model with bf16 matrices, and to the float32 model; "
     "and, all in float32, what the quantisation does alone. Quantised are the matrices of the blocks; everything else is "
-    "bf16. Sizes are those of the released model, computed from its shapes; file and memory are the same, because weights are "
-    "widened only while a layer works. Q6_K and Q4_K are written by a plain quantiser of the tests, where llama.cpp searches "
-    "for better scales; the gguf package cannot write K types, so of the others only the sizes are given."
+    "bf16, and where products are in fp8, mod_x and mod_y, too. Results of such products are bfloat16 in all columns. Seconds "
+    "are those of a second forward in bf16. Sizes are those of the released model, computed from its shapes; file and memory "
+    "are the same, because weights are widened only while a layer works. Q6_K and Q4_K are written by a plain quantiser of the "
+    "tests, where llama.cpp searches for better scales; the gguf package cannot write K types, so of the others only the sizes "
+    "are given."
 )
 
 
@@ -50,6 +54,7 @@ FORMS: dict[str, tuple[float, Quantize | None]] = {
     "bf16": (16, None),
     "int8, scale per row": (8, QUANTIZERS["int8"]),
     "fp8 e4m3fn, scale per layer": (8, QUANTIZERS["fp8"]),
+    ROWWISE: (8, QUANTIZERS["fp8_rowwise"]),
     "fp8 e4m3fn, plain": (8, lambda weight: QuantizedWeight(weight.to(torch.float8_e4m3fn))),
     "fp8 e5m2, plain": (8, lambda weight: QuantizedWeight(weight.to(torch.float8_e5m2))),
     "Q8_0": (8.5, by_gguf("Q8_0")),
@@ -115,18 +120,36 @@ def everything(_: str) -> bool:
     return True
 
 
+def taking_part(form: str) -> Callable[[str], bool]:
+    """What the form is for, of the matrices of the blocks."""
+    return (lambda name: not is_modulation(name)) if form == ROWWISE else everything
+
+
 def form_rows(dit: AsymmDiT, exact: Tensor) -> list[str]:
-    title = ("matrices", "bits each", "GB", "error against bf16", "against float32", "all in float32")
+    title = ("matrices", "bits each", "GB", "error against bf16", "against float32", "all in float32", "seconds")
     rows = ["| " + " | ".join(title) + " |", "|---" * len(title) + "|"]
     plain = forward(quantized(dit, None, torch.bfloat16, everything))
     for form, (bits, quantize) in FORMS.items():
-        half = forward(quantized(dit, quantize, torch.bfloat16, everything))
+        chosen = taking_part(form)
+        model = quantized(dit, quantize, torch.bfloat16, chosen)
+        half, seconds = timed(model)
+        del model
         errors = " | ".join(f"{relative_error(half, expected):.2%}" for expected in (plain, exact))
-        alone = "" if quantize is None else f"{_error(dit, exact, quantize, everything):.2%}"
-        rows.append(f"| {form} | {bits:g} | {gigabytes(bits, everything):.2f} | {errors} | {alone} |")
+        alone = "" if quantize is None else f"{_error(dit, exact, quantize, chosen):.2%}"
+        rows.append(f"| {form} | {bits:g} | {gigabytes(bits, chosen):.2f} | {errors} | {alone} | {seconds:.1f} |")
         print(rows[-1], flush=True)
     sizes = [(form, f"{bits:g}", f"{gigabytes(bits, everything):.2f}") for form, bits in NOT_MEASURED.items()]
-    return rows + ["| " + " | ".join(size) + " | | | |" for size in sizes]
+    return rows + ["| " + " | ".join(size) + " | | | | |" for size in sizes]
+
+
+def timed(dit: nn.Module) -> tuple[Tensor, float]:
+    """The velocity, and the seconds of a second forward."""
+    forward(dit)
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    velocity = forward(dit)
+    return velocity, time.perf_counter() - start
 
 
 def modulation_rows(dit: AsymmDiT, exact: Tensor) -> list[str]:

@@ -56,6 +56,8 @@ def generate(options: argparse.Namespace) -> None:
     transformer = load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize)
     for path, strength in options.lora:
         transformer.load_lora(path, strength)
+    if options.compile:
+        transformer.compile_blocks()
     pipe = MochiPipeline(
         transformer,
         load_vae(options.vae, DTYPES[options.vae_dtype], home),
@@ -205,7 +207,9 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0)
     add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
-    add("--quantize", choices=QUANTIZERS, help="keep the matrices of the transformer in 8 or 4 bits")
+    quantize = "keep the matrices of the transformer in 8 or 4 bits; fp8_rowwise multiplies in fp8, too (all change the result)"
+    add("--quantize", choices=QUANTIZERS, help=quantize)
+    add("--compile", action="store_true", help="fuse operations of the transformer, which takes a minute at first")
     add("--attention", choices=ATTENTIONS, default="auto", help="auto: the fastest exact one (default: %(default)s)")
     add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
     offload = "keep only the model at work on the device; with stream, of the transformer only the blocks at work"

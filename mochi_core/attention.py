@@ -7,7 +7,9 @@ asked for, or an error that says of each why it cannot be used.
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +33,8 @@ KERNELS = {
     "math": SDPBackend.MATH,
 }
 """PyTorch's own, all of them exact."""
+SWITCHES = threading.Lock()
+"""Which kernels PyTorch may use is a setting of the process: threads that change it take turns to call them."""
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -38,24 +42,20 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _kernels(*names: str) -> Attention:
-    """`sdpa` with the first of these kernels that takes the tensors."""
+def _kernels(*names: str, flash: Literal["FA3", "FA4"] | None = None) -> Attention:
+    """`sdpa` with the first of these kernels that takes the tensors.
+
+    `flash` is the implementation in PyTorch's registry that is flash attention then, and stays it in the process until
+    another one is asked for: so PyTorch has it. None is its own.
+    """
     order = [KERNELS[name] for name in names]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(order, set_priority=True):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    return attention
-
-
-def _registered(implementation: Literal["FA3", "FA4"]) -> Attention:
-    """PyTorch's flash attention by another implementation, which then serves the whole process: so PyTorch has it."""
-    flash = _kernels("flash")
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        _activate(implementation)
-        return flash(q, k, v)
+        with nullcontext() if torch.compiler.is_compiling() else SWITCHES:  # compilers know no locks
+            if "flash" in names:
+                _activate(flash)
+            with sdpa_kernel(order, set_priority=True):
+                return F.scaled_dot_product_attention(q, k, v)
 
     return attention
 
@@ -101,8 +101,8 @@ BACKENDS = {
     "flash": Backend(_kernels("flash"), {"cuda": HALF, "cpu": HALF + WIDE}),
     "efficient": Backend(_kernels("efficient"), {"cuda": (*HALF, torch.float32)}),
     "math": Backend(_kernels("math"), {"cuda": HALF + WIDE, "cpu": HALF + WIDE}),
-    "fa3": Backend(_registered("FA3"), {"cuda": HALF}, "flash_attn_interface"),
-    "fa4": Backend(_registered("FA4"), {"cuda": HALF}, "flash_attn.cute"),
+    "fa3": Backend(_kernels("flash", flash="FA3"), {"cuda": HALF}, "flash_attn_interface"),
+    "fa4": Backend(_kernels("flash", flash="FA4"), {"cuda": HALF}, "flash_attn.cute"),
     "flash_attn": Backend(_flash_attn, {"cuda": HALF}, "flash_attn"),
     "sage": Backend(_sage, {"cuda": HALF}, "sageattention"),
 }
@@ -149,7 +149,8 @@ def _fastest(like: Tensor) -> Choice:
     order = CUDNN_FIRST if architecture in CUDNN_IS_FASTEST_ON else FLASH_FIRST
     first = next(name for name in order if refusal(name, like) is None)
     # The others stay behind it, for a shape that it does not take.
-    return Choice(_kernels(*order), first, f"the fastest exact one on {torch.cuda.get_device_name(like.device)}")
+    reason = f"exact, and by published figures the fastest on {torch.cuda.get_device_name(like.device)}"
+    return Choice(_kernels(*order), first, reason)
 
 
 def refusal(name: str, like: Tensor) -> str | None:

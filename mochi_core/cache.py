@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .dit import AsymmetricJointBlock, BlockContext, RunBlock, run_block
+from .block import AsymmetricJointBlock, BlockContext, RunBlock, run_block
 from .layers import modulated_norm
 from .schedule import in_share
 

@@ -17,19 +17,28 @@ from torch import Tensor, nn
 
 NORM_EPS = 1e-6
 TIMESTEP_SCALE = 1000.0
-ROWS = 2048
-"""Tokens at a time in norms, gates and rotations, so that little is held in float32."""
+ROWS = {"cpu": 256}
+"""Tokens at a time in norms, gates and rotations, so that little is held in float32: on a CPU, what its caches hold."""
+MANY_ROWS = 2048
+"""Elsewhere, where every call of a kernel costs."""
 FEED_FORWARD_ROWS = 16384
 """Tokens at a time in a feed-forward. Many, because a layer may have to fetch or widen its weight for each call."""
 
 
-def by_rows(function: Callable[..., Tensor], *tensors: Tensor, rows: int = ROWS) -> Tensor:
+def rows_at_a_time(x: Tensor) -> int:
+    """Of each sample of a batch (B, L, ...); all, if a compiler fuses the operations and so holds nothing in between."""
+    if torch.compiler.is_compiling():
+        return x.shape[1]
+    return max(1, ROWS.get(x.device.type, MANY_ROWS) // x.shape[0])
+
+
+def by_rows(function: Callable[..., Tensor], *tensors: Tensor, rows: int | None = None) -> Tensor:
     """function(*tensors) in the shape and dtype of the first, (B, L, D), for a function that treats all rows alike.
 
     At most `rows` rows of the batch are given to it at a time, so that what it holds in between stays small.
     """
     batch, length = tensors[0].shape[:2]
-    rows = max(1, rows // batch)
+    rows = rows_at_a_time(tensors[0]) if rows is None else max(1, rows // batch)
     if length <= rows:
         return function(*tensors)
     out = torch.empty_like(tensors[0])

@@ -1,7 +1,10 @@
-"""Weights that stay in main memory and visit the device block by block.
+"""Weights that stay in main memory and visit the device: for a whole run, or block by block.
 
 A visit is a copy that a parameter or buffer points to for a while; the tensor in main memory is never written, so going home
 is forgetting the copy. What sits beside a layer, as LoRAs do, and weights of any kind travel alike.
+
+mod_x and mod_y, 27 % of the weights, are called only when a run prepares its conditioning. Either way they visit the device for
+that alone, one at a time.
 """
 
 from __future__ import annotations
@@ -17,30 +20,30 @@ from .dit import AsymmDiT
 
 
 @contextmanager
+def resident(dit: AsymmDiT, device: torch.device | str) -> Iterator[None]:
+    """Have all of `dit` but its modulators on `device`. Afterwards all is as it was."""
+    modulators = modulators_of(dit)
+    with visiting(beside(modulators, dit), device), visiting_when_called(modulators, device):
+        yield
+
+
+@contextmanager
 def streamed(dit: AsymmDiT, device: torch.device | str) -> Iterator[None]:
     """Have `dit` compute on `device` with at most two of its blocks there: one at work, the next on its way.
 
-    mod_x and mod_y of a block are there only while they are called, one at a time; everything outside the blocks, 1 % of the
-    weights, for the duration. Afterwards all is as it was; only that with CUDA, the blocks now are in pinned memory.
+    Everything outside the blocks, 1 % of the weights, is there for the duration. Afterwards all is as it was; only that with
+    CUDA, the blocks now are in pinned memory.
     """
-    device, blocks = torch.device(device), dit.joint_blocks()
-    modulators = {layer: Weights(tensors_of(layer)) for block in blocks for layer in (block.mod_x, block.mod_y)}
-    away = {id(tensor) for weights in modulators.values() for tensor in weights.tensors}
-    parts = [Weights(tensor for tensor in tensors_of(block) if id(tensor) not in away) for block in blocks]
+    blocks, modulators = dit.joint_blocks(), modulators_of(dit)
+    stream = BlockStream([beside(modulators, block) for block in blocks], torch.device(device))
     rest = Weights(tensor for name, tensor in named_tensors(dit) if not name.startswith("blocks."))
-    stream = BlockStream(parts, device)
     hooks = [block.register_forward_pre_hook(lambda *_, i=i: stream.start(i)) for i, block in enumerate(blocks)]
-    for layer, weights in modulators.items():
-        hooks.append(layer.register_forward_pre_hook(lambda *_, w=weights: w.visit(w.copies(device))))
-        hooks.append(layer.register_forward_hook(lambda *_, w=weights: w.go_home()))
     try:
-        rest.visit(rest.copies(device))
-        yield
+        with visiting(rest, device), visiting_when_called(modulators, device):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
-        for weights in (rest, *modulators.values()):
-            weights.go_home()
         stream.stop()
 
 
@@ -56,7 +59,7 @@ class Weights:
         for i, tensor in enumerate(self.tensors):
             tensor.data = self.home[i] = self.home[i].pin_memory()
 
-    def copies(self, device: torch.device) -> list[Tensor]:
+    def copies(self, device: torch.device | str) -> list[Tensor]:
         return [data.to(device, non_blocking=True, copy=True) for data in self.home]
 
     def visit(self, copies: list[Tensor]) -> None:
@@ -65,6 +68,30 @@ class Weights:
 
     def go_home(self) -> None:
         self.visit(self.home)
+
+
+@contextmanager
+def visiting(weights: Weights, device: torch.device | str) -> Iterator[None]:
+    try:
+        weights.visit(weights.copies(device))
+        yield
+    finally:
+        weights.go_home()
+
+
+@contextmanager
+def visiting_when_called(layers: dict[nn.Module, Weights], device: torch.device | str) -> Iterator[None]:
+    hooks = []
+    for layer, weights in layers.items():
+        hooks.append(layer.register_forward_pre_hook(lambda *_, w=weights: w.visit(w.copies(device))))
+        hooks.append(layer.register_forward_hook(lambda *_, w=weights: w.go_home()))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weights in layers.values():
+            weights.go_home()
 
 
 class BlockStream:
@@ -121,8 +148,15 @@ class BlockStream:
         return copies
 
 
-def tensors_of(module: nn.Module) -> Iterable[Tensor]:
-    return (tensor for _, tensor in named_tensors(module))
+def modulators_of(dit: AsymmDiT) -> dict[nn.Module, Weights]:
+    layers = [layer for block in dit.joint_blocks() for layer in (block.mod_x, block.mod_y)]
+    return {layer: Weights(tensor for _, tensor in named_tensors(layer)) for layer in layers}
+
+
+def beside(modulators: dict[nn.Module, Weights], module: nn.Module) -> Weights:
+    """What a module holds that belongs to none of the modulators."""
+    away = {id(tensor) for weights in modulators.values() for tensor in weights.tensors}
+    return Weights(tensor for _, tensor in named_tensors(module) if id(tensor) not in away)
 
 
 def named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

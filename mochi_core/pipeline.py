@@ -13,7 +13,7 @@ from .cache import BlockCache
 from .dit import AsymmDiT
 from .geometry import VideoSize
 from .latents import denormalize_latents
-from .offload import streamed
+from .offload import resident, streamed
 from .sample import OnStep, sample
 from .schedule import linear_quadratic_schedule
 from .text_encoder import TextEncoder
@@ -27,8 +27,9 @@ OFFLOADS = (False, True, "stream")
 class MochiPipeline:
     """The three models of Mochi, run one after the other.
 
-    With `offload`, the models wait on the CPU and only the one at work is on `device`; otherwise each works where it is. With
-    "stream", of the denoiser only the blocks at work are there, see `offload.streamed`.
+    With `offload`, the models wait on the CPU and only the one at work is on `device`, the denoiser without its modulators, see
+    `offload.resident`; otherwise each works where it is. With "stream", of the denoiser only the blocks at work are there, see
+    `offload.streamed`.
 
     Raises:
         ValueError: `offload` without `device`, or another way to offload.
@@ -50,8 +51,10 @@ class MochiPipeline:
         if offload and device is None:
             raise ValueError(f"offload={offload!r} needs device=..., the device on which the models take turns.")
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
-        self.work_device = device if offload else None
-        self.streams = offload == "stream"
+        # On the CPU, whole models need not travel: a copy of the denoiser's weights would only take memory.
+        travels = offload == "stream" or (offload and torch.device(device or "cpu").type != "cpu")
+        self.work_device = device if travels else None
+        self.denoiser_visits = streamed if offload == "stream" else resident
         self.attention = attention
 
     @torch.no_grad()
@@ -121,9 +124,10 @@ class MochiPipeline:
         if self.work_device is None:
             yield
             return
+        model.to("cpu")  # where it waits, also before its first turn
         try:
-            if self.streams and isinstance(model, AsymmDiT):
-                with streamed(model, self.work_device):
+            if isinstance(model, AsymmDiT):
+                with self.denoiser_visits(model, self.work_device):
                     yield
             else:
                 model.to(self.work_device)

@@ -1,7 +1,8 @@
 """Weights of eight bits and fewer, and the layer that uses them.
 
 A quantised weight stays in its stored form in memory, on whatever device; the layer widens it for the moment of its
-matrix product. Embeddings, convolutions and norms are never kept quantised: they are small, and they matter.
+matrix product, or multiplies in fp8 where that is asked for. Embeddings, convolutions and norms are never kept quantised:
+they are small, and they matter.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fp8 import FP8, can_multiply, linear_rowwise, nonzero, quantize_rows, refusal
 from .ggml import columns, dequantize, halves, quantize_q4_0
 
-FP8 = torch.float8_e4m3fn
+FP8_ROWWISE = "fp8_rowwise"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class QuantizedWeight:
     """What the file proposes to divide inputs by, for hosts that multiply in fp8; the layer here multiplies exactly."""
     exact_product: bool = True
     """Whether even such hosts should widen the weight instead."""
+    fp8_product: bool = False
+    """Whether the layer quantises its input, too, and multiplies in fp8; for float8_e4m3fn with a scale per row."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,12 +65,15 @@ class QuantizedWeight:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer over a quantised weight, in the dtype of its input."""
+    """A linear layer over a quantised weight, in the dtype of its input.
+
+    With `fp8_product`, a device that cannot multiply so gets the exact product with the widened weight.
+    """
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.block_type = weight.block_type
+        self.block_type, self.fp8_product = weight.block_type, weight.fp8_product
         self.values: Tensor
         self.scale: Tensor | None
         self.register_buffer("values", weight.values)
@@ -76,13 +83,15 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> QuantizedWeight:
-        return QuantizedWeight(self.values, self.scale, self.block_type)
+        return QuantizedWeight(self.values, self.scale, self.block_type, fp8_product=self.fp8_product)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as an ordinary matrix (out_features, in_features)."""
         return self.weight.dequantized(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8_product and self.scale is not None and refusal(x.device) is None:
+            return linear_rowwise(x, self.values, self.scale, self.bias)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.dequantized(x.dtype), bias)
 
@@ -93,23 +102,33 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = values * scale, with a relative error of at most 1/16 for all but the tiniest weights.
     """
     largest = torch.finfo(FP8).max
-    scale = _nonzero(weight.abs().amax().float() / largest)
+    scale = nonzero(weight.abs().amax().float() / largest)
     return (weight.float() / scale).clamp(-largest, largest).to(FP8), scale
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 values and one float32 scale per row, (rows, 1)."""
-    scale = _nonzero(weight.abs().amax(dim=1, keepdim=True).float() / 127)
+    scale = nonzero(weight.abs().amax(dim=1, keepdim=True).float() / 127)
     return (weight.float() / scale).round().to(torch.int8), scale
 
 
-def _nonzero(scale: Tensor) -> Tensor:
-    """All-zero weights get the scale 1."""
-    return torch.where(scale == 0, 1.0, scale)
+def quantize_fp8_rowwise(weight: Tensor) -> QuantizedWeight:
+    """float8_e4m3fn values and one float32 scale per row, to be multiplied in fp8.
+
+    Raises:
+        ValueError: a size that GPUs cannot multiply so.
+    """
+    if not can_multiply(weight.shape):
+        rows, columns = weight.shape
+        raise ValueError(
+            f"A weight of {rows} x {columns} cannot be multiplied in fp8, where sizes are multiples of 16; use fp8 or int8."
+        )
+    return QuantizedWeight(*quantize_rows(weight), fp8_product=True)
 
 
 QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "fp8": lambda weight: QuantizedWeight(*quantize_fp8(weight)),
+    FP8_ROWWISE: quantize_fp8_rowwise,
     "int8": lambda weight: QuantizedWeight(*quantize_int8(weight)),
     "q4_0": lambda weight: QuantizedWeight(quantize_q4_0(weight), block_type="Q4_0"),
 }

@@ -19,21 +19,21 @@ REFERENCE_AREA = 192 * 192
 
 @dataclass(frozen=True)
 class Rope:
-    """Turns as unit complex numbers: a token's is that of its frame times that of its place there.
+    """Turns as pairs (cos, sin): a token's is that of its frame, turned by that of its place there.
 
-    The table of all tokens would be large. One complex product is also several times as fast as its four real ones.
+    The table of all tokens would be large.
     """
 
     frames: Tensor
-    """(T, heads, head_dim / 2) complex64."""
+    """(T, heads, head_dim / 2, 2) float32."""
     places: Tensor
-    """(rows * columns, heads, head_dim / 2) complex64."""
+    """(rows * columns, heads, head_dim / 2, 2) float32."""
 
     def pieces(self, tokens: int) -> Iterator[tuple[slice, Tensor]]:
         """Turns of whole frames, at most `tokens` tokens at a time but at least one frame, and which tokens they are."""
         step = max(1, tokens // len(self.places))
         for first in range(0, len(self.frames), step):
-            turns = (self.frames[first : first + step, None] * self.places).flatten(0, 1)
+            turns = turned(self.frames[first : first + step, None], self.places).flatten(0, 1)
             start = first * len(self.places)
             yield slice(start, start + len(turns)), turns
 
@@ -64,10 +64,20 @@ def rope_table(pos_frequencies: Tensor, num_latents: int, rows: int, columns: in
         for positions, frequency in zip(axis_positions(num_latents, rows, columns), frequencies, strict=True)
         for angles in [positions[:, None, None] * frequency]
     )  # (positions, heads, head_dim / 2) each
-    return Rope(t, (h[:, None] * w).flatten(0, 1))
+    return Rope(torch.view_as_real(t), torch.view_as_real(h[:, None] * w).flatten(0, 1))
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn neighbouring pairs of the last axis of `x` (B, N, heads, head_dim) float32 by `turns` (N, heads, head_dim / 2)."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2)
+    """Turn neighbouring pairs of the last axis of `x` (B, N, heads, head_dim) by `turns` (N, heads, head_dim / 2, 2)."""
+    return turned(x.unflatten(-1, (-1, 2)), turns).flatten(-2)
+
+
+def turned(pairs: Tensor, turns: Tensor) -> Tensor:
+    """The product of `pairs` and `turns`, (..., 2) float32 each, as complex numbers.
+
+    One complex product is several times as fast as its four real ones; but only those can be fused by a compiler.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+    (real, imaginary), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)

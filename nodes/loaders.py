@@ -19,7 +19,7 @@ CATEGORY = "Mochi"
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES_WITH_FP8 = {**DTYPES, "fp8_e4m3fn": torch.float8_e4m3fn}
 # Values of weight_dtype that quantise the matrices of the blocks, and what the core calls them.
-QUANTIZED = {"fp8_e4m3fn": "fp8", "int8": "int8", "q4_0": "q4_0"}
+QUANTIZED = {"fp8_e4m3fn": "fp8", "fp8_rowwise": "fp8_rowwise", "int8": "int8", "q4_0": "q4_0"}
 UNLISTED = ("*.gguf", INDEX_PATTERN)
 NO_SECOND_FILE = "none"
 # The tiny Mochi that comes with the pack: only these loaders list it, so that other nodes' lists stay as they are.
@@ -77,7 +77,7 @@ class LoadTransformer(io.ComfyNode):
                     default="auto",
                     tooltip="Precision of the weights. auto keeps bf16 where the device can, and quantised files as they "
                     "are. fp8_e4m3fn and int8 halve the memory of the blocks, q4_0 brings it to 28 %; the result changes a "
-                    "little, least with int8.",
+                    "little, least with int8. fp8_rowwise also multiplies in fp8 where the GPU can, which changes it more.",
                 ),
                 io.Combo.Input(
                     "attention",

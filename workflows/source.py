@@ -253,7 +253,7 @@ the steps on, and a step without guidance takes half the time. The console says 
 The video is **not** the one that *text_to_video* makes from the same seed, only one like it. For that one, set **threshold**
 to 0 and **start** to 0.
 
-**Worth changing:** **threshold** 0.03 is close to exact, 0.09 is fast.
+**Worth changing:** **threshold** 0 is exact, more is faster and further from that.
 """,
         faster(),
     ),

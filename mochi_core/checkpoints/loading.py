@@ -34,10 +34,11 @@ def load_transformer(
 
     `pos_frequencies` and the q/k norm weights stay float32 whatever `dtype` is. Linear layers whose weights the file
     stores quantised (scaled or plain fp8, int8, GGML blocks) keep them so and compute in the dtype of their input;
-    `quantize` ("fp8", "int8" or "q4_0") does the same to the other matrices of the blocks.
+    `quantize` ("fp8", "int8" or "q4_0") does the same to the other matrices of the blocks; with "fp8_rowwise" all of them but
+    `mod_x` and `mod_y` get fp8 with a scale per row, and their inputs, too: products are then in fp8 where the device can.
 
     Raises:
-        ValueError: the file is not a whole Mochi transformer, or there is no such way to quantise.
+        ValueError: the file is not a whole Mochi transformer, or it cannot be quantised so.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)

@@ -3,7 +3,8 @@
 They are written in four ways: `X.weight` in fp8 with `X.scale_weight` (and `X.scale_input`) beside it and a marker tensor
 `scaled_fp8` in the file; `X.weight` with `X.weight_scale`, `X.input_scale` and `X.comfy_quant` (JSON as bytes, or the JSON of
 all layers in the file's metadata); `X.weight` in plain fp8; GGML blocks in `X.Q4_0_qweight` and the like. What ComfyUI
-saves of a model in GGML blocks is of the second kind, in the form `ggml_Q4_0`.
+saves of a model in GGML blocks is of the second kind, in the form `ggml_Q4_0`; of one that multiplies in fp8 with scales per
+row, in the form `float8_e4m3fn_rowwise`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fp8 import FP8, can_multiply
 from ..ggml import BLOCK_TYPES, columns
-from ..quantized import QUANTIZERS, QuantizedWeight
+from ..quantized import FP8_ROWWISE, QUANTIZERS, QuantizedWeight
 from .reader import NOTE, StoredTensor, Tensors
 
 GGML_WEIGHT = re.compile(r"(.*\.)([A-Z\d_]+)_qweight")
 MARKER = re.compile(r"(.*\.)?scaled_fp8")
 STORED_AS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
+ROWWISE_FORMAT = "float8_e4m3fn_rowwise"
 GGML_FORMAT = "ggml_"
 MAX_NOTE_BYTES = 4096
 SCALES, INPUT_SCALES = ("weight_scale", "scale_weight"), ("input_scale", "scale_input")
 LARGE = re.compile(r"blocks\..*\.weight|encoder\.block\..*\.(q|k|v|o|wi_0|wi_1|wo)\.weight")
+MODULATION = re.compile(r".*\.mod_[xy]\.weight")
 
 
 def resolve(tensors: Tensors) -> Tensors:
@@ -67,7 +71,8 @@ def is_large(name: str, tensor: StoredTensor | Tensor) -> bool:
 def quantize_large(tensors: Tensors, kind: str | None) -> Tensors:
     """The same tensors, but the matrices of the blocks are quantised when they are read (see `QUANTIZERS`); None is none.
 
-    What the file has quantised stays in the file's form.
+    What the file has quantised stays in the file's form. With fp8_rowwise, `mod_x` and `mod_y` are left as they are: they
+    have a row for each prompt only, so that there is nothing to gain from a faster product.
     """
     if kind is None:
         return tensors
@@ -78,7 +83,11 @@ def quantize_large(tensors: Tensors, kind: str | None) -> Tensors:
     def quantized(tensor: StoredTensor) -> StoredTensor:
         return _weight(tensor.shape, tensor.dtype, lambda: quantize(tensor.read()))
 
-    return {name: quantized(t) if is_large(name, t) and t.quantized is None else t for name, t in tensors.items()}
+    def takes_part(name: str, tensor: StoredTensor) -> bool:
+        left_out = kind == FP8_ROWWISE and MODULATION.fullmatch(name) is not None
+        return is_large(name, tensor) and tensor.quantized is None and not left_out
+
+    return {name: quantized(tensor) if takes_part(name, tensor) else tensor for name, tensor in tensors.items()}
 
 
 def unknown_forms(tensors: Tensors) -> set[str]:
@@ -104,7 +113,8 @@ def _resolve_scaled(tensors: Tensors, layer: str, *, exact_product: bool) -> Non
     """Replace the parts of one layer by its weight, unless they are in an unknown form."""
     note, values = _note(tensors, layer), tensors[layer + "weight"]
     scale, input_scale = _first(tensors, layer, SCALES), _first(tensors, layer, INPUT_SCALES)
-    known = STORED_AS.get(str(note["format"])) == values.dtype if "format" in note else True
+    form = note.get("format")
+    known = {**STORED_AS, ROWWISE_FORMAT: FP8}.get(str(form)) == values.dtype if "format" in note else True
     bare = values.dtype == torch.int8 and scale is None
     if (
         not known
@@ -117,6 +127,7 @@ def _resolve_scaled(tensors: Tensors, layer: str, *, exact_product: bool) -> Non
     for leaf in (*SCALES, *INPUT_SCALES, NOTE):
         tensors.pop(layer + leaf, None)
     exact_product = scale is None or bool(note.get("full_precision_matrix_mult", exact_product))
+    fp8_product = form == ROWWISE_FORMAT and not exact_product and can_multiply(values.shape) and _count(scale) > 1
 
     def read() -> QuantizedWeight:
         return QuantizedWeight(
@@ -124,6 +135,7 @@ def _resolve_scaled(tensors: Tensors, layer: str, *, exact_product: bool) -> Non
             None if scale is None else _read_scale(scale, len(values.shape)),
             input_scale=None if input_scale is None else _read_scale(input_scale, len(values.shape)),
             exact_product=exact_product,
+            fp8_product=fp8_product,
         )
 
     tensors[layer + "weight"] = _weight(values.shape, values.dtype, read)

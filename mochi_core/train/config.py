@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from ..geometry import VideoSize
-from ..quantized import QUANTIZERS
+from ..quantized import FP8_ROWWISE, QUANTIZERS
 
 T = TypeVar("T")
 DTYPES = ("bf16", "fp32")
+# Products in fp8 have no gradient.
+EXACT_QUANTIZERS = tuple(kind for kind in QUANTIZERS if kind != FP8_ROWWISE)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Config:
     caption_dropout: Annotated[float, FRACTION] = 0.1
     gradient_checkpointing: Annotated[int | bool, BLOCKS] = True
     dtype: Annotated[str, _choice(*DTYPES)] = "bf16"
-    quantize: Annotated[str | None, _choice(*QUANTIZERS)] = None
+    quantize: Annotated[str | None, _choice(*EXACT_QUANTIZERS)] = None
     seed: Annotated[int, _whole(0)] = 0
     save_every: Annotated[int, _whole(1)] = 500
     lora: Annotated[LoraKeys, _section(LoraKeys)] = LoraKeys()

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..dit import AsymmDiT, AsymmetricJointBlock, BlockContext, run_block
+from ..block import AsymmetricJointBlock, BlockContext, run_block
+from ..dit import AsymmDiT
 
 
 def velocity_loss(

@@ -53,8 +53,13 @@ def _server_was_asked() -> bool:
 def _override(attention: Attention):
     def override(function, *arguments, **named):
         """`function` for calls that are not like `host_attention`'s, such as those of a node that brings its own."""
-        q, k, v, *_ = arguments
-        own = named.keys() - CALL_KEYS == set() and named.get("skip_reshape") and named.get("skip_output_reshape")
+        q, k, v, *rest = arguments
+        own = (
+            len(rest) == 1
+            and named.keys() <= CALL_KEYS
+            and named.get("skip_reshape")
+            and named.get("skip_output_reshape")
+        )
         return attention(q, k, v) if own else function(*arguments, **named)
 
     return override

@@ -26,7 +26,7 @@ from .cache import cached_run_block
 from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
 from .prepared import Conditioning, conditioning_of, prepared, with_run
 from .preview import MochiLatents, with_previews
-from .quantized import by_layer, host_weights, is_quantized, quantized_operations, read_part
+from .quantized import by_layer, host_weights, is_quantized, products_choice, quantized_operations, read_part
 
 COMPUTE_DTYPES = [torch.bfloat16, torch.float32]
 
@@ -54,12 +54,12 @@ class HostAsymmDiT(AsymmDiT):
         options = transformer_options if transformer_options is not None else {}
         given = (x, timestep, context, attention_mask)
 
-        def run(*arguments):
+        def run(x, timestep, context, attention_mask=None, transformer_options=None):
             """What is left after the wrappers of other nodes, which may have changed what the preparation was made from."""
-            *inputs, transformer_options = arguments
+            inputs = x, timestep, context, attention_mask
             unchanged = conditioning is not None and all(map(operator.is_, inputs, given))
             ready = conditioning if unchanged else conditioning_of(self, *inputs)
-            return self._forward(inputs[0], ready, transformer_options)
+            return self._forward(x, ready, options if transformer_options is None else transformer_options)
 
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(run, self, wrappers)
@@ -166,6 +166,7 @@ def _announce(patcher, stored: str, quantize: str | None, dtype: torch.dtype | N
     kept = quantize or (stored if patcher.model.model_config.quant_config else dtype_name(held))
     weights = weights_choice(stored, kept, bool(quantize or dtype), patcher.load_device)
     compute = arithmetic_choice(patcher.model.manual_cast_dtype or held, patcher.load_device)
+    compute += products_choice(patcher.model.diffusion_model)
     announce("transformer", weights, compute, f"attention {attending}")
 
 

@@ -55,7 +55,8 @@ class Prompts:
         self.levels: list[float] = []
 
     def are(self, context: Tensor, mask: Tensor) -> bool:
-        return torch.equal(self.context, context) and torch.equal(self.mask, mask)
+        pairs = (self.context, context), (self.mask, mask)
+        return all(ours.device == theirs.device and torch.equal(ours, theirs) for ours, theirs in pairs)
 
     def modulation(self, timestep: Tensor, schedule: list[float]) -> Modulation:
         level, *others = set(timestep.tolist())

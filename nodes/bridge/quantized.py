@@ -8,19 +8,22 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+import comfy.float
 import comfy.memory_management
+import comfy.model_management
 import comfy.utils
 import torch
-from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_class
+from comfy.quant_ops import QuantizedLayout, QuantizedTensor, TensorCoreFP8Layout, register_layout_class
 from torch import nn
 
-from ...mochi_core import ggml
+from ...mochi_core import fp8, ggml
 from ...mochi_core.checkpoints import check_finite, find_part, from_state_dict, open_tensors
-from ...mochi_core.checkpoints.quantization import GGML_FORMAT, STORED_AS
+from ...mochi_core.checkpoints.quantization import GGML_FORMAT, ROWWISE_FORMAT, STORED_AS
 from ...mochi_core.checkpoints.reader import StoredTensor, Tensors, checked, watch
 from ...mochi_core.quantized import QuantizedWeight
 
-GGML_LAYOUT = "MochiGGMLLayout"
+GGML_LAYOUT, ROWWISE_LAYOUT = "MochiGGMLLayout", "MochiFP8RowwiseLayout"
+OWN_LAYOUTS = (GGML_LAYOUT, ROWWISE_LAYOUT)
 HOST_SUFFIXES = (".safetensors", ".sft")
 HOST_FORMATS = {dtype: name for name, dtype in STORED_AS.items()}
 
@@ -60,7 +63,34 @@ class GGMLLayout(QuantizedLayout):
         return {"": qdata}
 
 
+class RowwiseLayout(QuantizedLayout):
+    """float8_e4m3fn with a float32 scale per row, for weights and inputs alike."""
+
+    Params = TensorCoreFP8Layout.Params
+
+    @classmethod
+    def quantize(cls, tensor, stochastic_rounding=0, **_):
+        """Weights that a patch has changed come with a seed: rounded at random, small changes are not lost."""
+        qdata, scale = fp8.quantize_rows(tensor)
+        if stochastic_rounding:
+            qdata = comfy.float.stochastic_rounding(tensor / scale, fp8.FP8, seed=stochastic_rounding)
+        return qdata, cls.Params(scale, tensor.dtype, tuple(tensor.shape))
+
+    @classmethod
+    def dequantize(cls, qdata, params):
+        return QuantizedWeight(qdata, params.scale).dequantized(params.orig_dtype)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor):
+        return qtensor._qdata, qtensor._params.scale
+
+    @classmethod
+    def state_dict_tensors(cls, qdata, params):
+        return {"": qdata, "_scale": params.scale}
+
+
 register_layout_class(GGML_LAYOUT, GGMLLayout)
+register_layout_class(ROWWISE_LAYOUT, RowwiseLayout)
 
 
 def read_part(path: str, part: str) -> Tensors:
@@ -127,6 +157,9 @@ def _host_entries(layer: str, weight: QuantizedWeight) -> dict[str, torch.Tensor
     if weight.block_type:
         params = GGMLLayout.Params(weight.block_type, torch.float32, weight.shape)
         return {f"{layer}.weight": QuantizedTensor(weight.values, GGML_LAYOUT, params)}
+    if weight.fp8_product:
+        params = RowwiseLayout.Params(weight.scale, torch.float32, weight.shape)
+        return {f"{layer}.weight": QuantizedTensor(weight.values, ROWWISE_LAYOUT, params)}
     note = {"format": HOST_FORMATS[weight.values.dtype], "full_precision_matrix_mult": weight.exact_product}
     entries = {
         "weight": weight.values,
@@ -138,21 +171,58 @@ def _host_entries(layer: str, weight: QuantizedWeight) -> dict[str, torch.Tensor
 
 
 def quantized_operations(operations: type) -> type:
-    """The host's mixed-precision operations, taught two things.
+    """The host's mixed-precision operations, taught three things.
 
-    A weight in GGML blocks has a name for its form, under which it is saved, and a layer that is to multiply in full
-    precision never gets the host's int8 product (which rounds the input, too).
+    A weight in GGML blocks has a name for its form, under which it is saved. So has one in fp8 with scales per row, whose inputs
+    the host then quantises by its layout; they are multiplied here. And a layer that is to multiply in full precision never
+    gets the host's int8 product (which rounds the input, too).
     """
 
     class Operations(operations):
         class Linear(operations.Linear):
-            def _load_from_state_dict(self, *args):
-                super()._load_from_state_dict(*args)
-                if isinstance(self.weight, QuantizedTensor) and self.weight._layout_cls == GGML_LAYOUT:
-                    self.quant_format = GGML_FORMAT + self.weight._params.block_type
+            def _load_from_state_dict(self, state_dict, prefix, *args):
+                name = prefix + "weight"
+                given = state_dict.get(name)
+                if _layout(given) not in OWN_LAYOUTS:
+                    return super()._load_from_state_dict(state_dict, prefix, *args)
+                # In inference mode, where nodes run, the host's own cast would widen it.
+                super()._load_from_state_dict(state_dict | {name: torch.empty(0)}, prefix, *args)
+                self.weight = nn.Parameter(_on(given, **self.factory_kwargs), requires_grad=False)
+                if _layout(given) == GGML_LAYOUT:
+                    self.quant_format = GGML_FORMAT + given._params.block_type
+                else:
+                    self.quant_format, self.layout_type = ROWWISE_FORMAT, ROWWISE_LAYOUT
+                    self._full_precision_mm = rowwise_refusal() is not None
 
             def _forward(self, input, weight, bias):
+                if _layout(input) == _layout(weight) == ROWWISE_LAYOUT:
+                    operands = (*RowwiseLayout.get_plain_tensors(input), *RowwiseLayout.get_plain_tensors(weight))
+                    return fp8.multiply_rowwise(*operands, bias).to(input.dtype)
                 exact = self._full_precision_mm and isinstance(weight, QuantizedTensor)
                 return super()._forward(input, weight.dequantize() if exact else weight, bias)
 
     return Operations
+
+
+def products_choice(network: nn.Module) -> str:
+    """What to say of products in fp8, if the network has any."""
+    if not any(getattr(layer, "layout_type", None) == ROWWISE_LAYOUT for layer in network.modules()):
+        return ""
+    refusal = rowwise_refusal()
+    return ", products in fp8" if refusal is None else f", products, too, which cannot be in fp8 here ({refusal})"
+
+
+def rowwise_refusal() -> str | None:
+    """Why the host's device cannot multiply in fp8 with scales per row, if so."""
+    return fp8.refusal(comfy.model_management.get_torch_device())
+
+
+def _on(weight: QuantizedTensor, device: torch.device | None, dtype: torch.dtype) -> QuantizedTensor:
+    """The same weight on a device, to be widened to `dtype`."""
+    device = device or weight._qdata.device
+    params = replace(weight._params.to_device(device), orig_dtype=dtype)
+    return QuantizedTensor(weight._qdata.to(device), weight._layout_cls, params)
+
+
+def _layout(tensor: torch.Tensor) -> str | None:
+    return getattr(tensor, "_layout_cls", None)

@@ -27,8 +27,13 @@ def make_sigmas(steps: int, denoise: float, threshold_noise: float = 0.025, line
 
 
 def step_at(sigmas: torch.Tensor, sigma: torch.Tensor) -> int:
-    """The step of a falling schedule to which a noise level `sigma` (B,) belongs; samplers also ask for some in between."""
-    reached = (sigmas[:-1] >= sigma[0] * (1 - SAME_LEVEL)).sum().item()
+    """The step of a schedule to which a noise level `sigma` (B,) belongs; samplers also ask for some in between.
+
+    Schedules fall, but for those that lead from a video back to noise.
+    """
+    starts, level = sigmas[:-1], sigma[0]
+    rising = sigmas[0] < sigmas[-1]
+    reached = (starts <= level * (1 + SAME_LEVEL) if rising else starts >= level * (1 - SAME_LEVEL)).sum().item()
     return max(0, int(reached) - 1)
 
 

@@ -56,6 +56,13 @@ q, mask = torch.randn(1, 5, 96), torch.tensor([[0.0, 0, 0, float("-inf"), float(
 theirs = host.attention_pytorch(q, q, q, 3, mask=mask)
 ours = host.attention_pytorch(q, q, q, 3, mask=mask, transformer_options={"optimized_attention_override": override})
 assert torch.equal(theirs, ours)
+heads = torch.randn(1, 3, 5, 32)
+shapes = {"skip_reshape": True, "skip_output_reshape": True}
+masked = [
+    host.attention_pytorch(heads, heads, heads, 3, mask, **shapes, transformer_options=options)
+    for options in ({}, {"optimized_attention_override": override})
+]
+assert torch.equal(*masked)
 save_file(out, result)
 """
 

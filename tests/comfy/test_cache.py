@@ -66,6 +66,27 @@ plain, first, second = sample(model), sample(cached), sample(cached)
 model.model.memory_required = lambda *_, **__: float("inf")
 out(plain=plain, first=first, second=second, apart=sample(cached), after=sample(model))
 """
+SPLIT = """
+def one_by_one(apply_model, args):
+    c = args["c"]
+    parts = [{k: v[i : i + 1] if torch.is_tensor(v) else v for k, v in c.items()} for i in range(len(args["input"]))]
+    rows = zip(args["input"], args["timestep"], parts)
+    return torch.cat([apply_model(x[None], t[None], **part) for x, t, part in rows])
+
+split, plain_split = cached.clone(), model.clone()
+for patched in (split, plain_split):
+    patched.set_model_unet_function_wrapper(one_by_one)
+out(plain=sample(plain_split), cached=sample(split))
+"""
+WINDOWS = """
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+noise, held = torch.randn((1, 12, 13, 8, 8), generator=generator), []
+windows = lambda model: ContextWindowsManualNode.execute(model, 4, 1, "standard_uniform", 1, False, "pyramid", 2, False)[0]
+exact, cached = sample(windows(model)), sample(windows(cached), lambda step, *_: step % 6 or held.append(memories()))
+held = torch.stack(held), torch.tensor(0), torch.tensor(0)
+out(exact=exact, cached=cached, held=held)
+"""
 CANCEL = """
 def press(step, *_):
     if step == 10:
@@ -110,6 +131,22 @@ def test_a_loose_threshold_leaves_out_blocks_of_each_video_and_prompt_for_itself
     assert out["apart calls"] == out["first calls"]
     torch.testing.assert_close(out["apart"], out["first"], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(out["after"], out["plain"], rtol=1e-4, atol=1e-4)
+    assert out["memories"] == 0
+
+
+def test_a_node_that_splits_batches_turns_it_off(runs_of):
+    out, log = runs_of(SPLIT, "teacache", 0.06)
+    assert torch.equal(out["cached"], out["plain"])
+    assert out["cached calls"] == out["plain calls"]
+    assert "Mochi cache: off where another node runs the prompts of a batch one by one." in log
+
+
+def test_windows_that_move_are_not_kept(runs_of):
+    """Five windows a step and two prompts; in the next step, most windows are others."""
+    out, _ = runs_of(WINDOWS, "teacache", 0.06)
+    assert out["held"].max() <= 2 * 5 * 2
+    assert out["held"][-1] <= out["held"].max()
+    assert (out["cached"] - out["exact"]).norm() < 0.1 * out["exact"].norm()
     assert out["memories"] == 0
 
 

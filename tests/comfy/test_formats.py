@@ -49,6 +49,7 @@ def matrices(patcher):
 def same(weights, others):
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(weights, others, strict=True))
 
+torch.inference_mode().__enter__()  # as nodes run
 folder, results = Path(*arguments), {}
 lora = load_file(folder / "lora.safetensors")
 for path in sorted(folder.glob("dit/*")):

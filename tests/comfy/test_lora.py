@@ -145,7 +145,7 @@ def test_hooks_come_on_top(latents_of, dit, write_lora, with_checkpoint):  # noq
     assert_same(result, expected, plain)
 
 
-@pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "int8", "q4_0"])
+@pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_rowwise", "int8", "q4_0"])
 def test_on_quantised_weights(latents_of, dit, write_lora, with_checkpoint, dtype):  # noqa: F811
     """The host rounds the changed weights of 8 bits again; the file has them rounded once."""
     graph = with_checkpoint("to be quantised.safetensors", write_lora("peft", dit), dtype)

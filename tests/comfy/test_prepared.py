@@ -95,7 +95,9 @@ compare("hooks", model, positive=scheduled(lora))
 compare("hooks elsewhere", model, positive=scheduled(elsewhere))
 
 for place, change in {
-    WrappersMP.DIFFUSION_MODEL: lambda run, x, t, context, *rest: run(x, t, context * 0.5, *rest),
+    WrappersMP.DIFFUSION_MODEL: lambda run, x, t, context, mask, options: run(
+        x, t, context=context * 0.5, attention_mask=mask, transformer_options=options
+    ),
     WrappersMP.APPLY_MODEL: lambda run, x, t, n, context, *rest, **named: run(x, t, n, context * t[0], *rest, **named),
 }.items():
     changed = model.clone()

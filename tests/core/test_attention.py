@@ -1,12 +1,14 @@
 """Every backend that runs here equals plain SDPA; every other one says why it does not."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.nn.attention import current_flash_attention_impl
 
 from mochi_core import MochiPipeline, linear_quadratic_schedule, sample
 from mochi_core.__main__ import main
-from mochi_core.attention import ATTENTIONS, BACKENDS, _failure, _registered, choose_attention, refusal, sdpa
+from mochi_core.attention import ATTENTIONS, BACKENDS, HALF, KERNELS, _failure, choose_attention, refusal, sdpa
 from tests.core.test_sample import NOISE, prompt
 from tests.harness.tiny_models import random_dit, random_vae
 
@@ -29,6 +31,8 @@ def test_equals_plain_sdpa_or_is_refused(name, dtype, device):
     try:
         choice = choose_attention(name, device, dtype, head_dim=32)
     except ValueError as error:
+        assert name not in ("auto", "math"), "these always run"
+        assert device == "cpu" or dtype not in HALF or name not in KERNELS, "these run on every GPU that Mochi can use"
         assert str(error).startswith(f"Attention {name} cannot be used: ")
         return
     for length in (1, 77, 128, 301):
@@ -59,7 +63,7 @@ def test_a_refusal_says_why_and_what_else_there_is():
 def test_what_an_attempt_raises_is_the_reason_and_leaves_no_trace():
     like = torch.zeros(1, 1, 8, 32)
     assert _failure(BACKENDS["efficient"].run, like).startswith("RuntimeError: No viable backend")
-    assert _failure(_registered("FA3"), like) == "ModuleNotFoundError: No module named 'flash_attn_interface'"
+    assert _failure(BACKENDS["fa3"].run, like) == "ModuleNotFoundError: No module named 'flash_attn_interface'"
     assert current_flash_attention_impl() is None
     assert choose_attention("auto", "cpu", torch.float32).run is sdpa
     torch.testing.assert_close(sdpa(like, like, like), like)
@@ -87,11 +91,23 @@ def test_sampler_pipeline_and_command_refuse(capsys, tmp_path):
     assert capsys.readouterr().err.startswith("error: Attention cudnn cannot be used: it runs on cuda, not on cpu.")
 
 
+def test_threads_leave_the_kernels_of_the_process_as_they_were():
+    """As several GPUs do: what one call enables is not what another finds and brings back."""
+    q, k, v = qkv(512, torch.float32, "cpu")  # long enough for calls to overlap
+    expected, run = sdpa(q, k, v), BACKENDS["flash"].run
+    with ThreadPoolExecutor(4) as threads:
+        for result in threads.map(lambda _: run(q, k, v), range(200)):
+            torch.testing.assert_close(result, expected)
+    enabled = (getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")() for kernel in ("math", "flash", "mem_efficient"))
+    assert all(enabled)
+
+
 class FixedText:
     def encode(self, _):
         return prompt(6)
 
 
+@pytest.mark.usefixtures("new_compiler")
 def test_a_backend_compiles_as_one_graph():
     q, k, v = qkv(40, torch.float32, "cpu")
     compiled = torch.compile(BACKENDS["flash"].run, fullgraph=True, backend="eager")

@@ -136,6 +136,7 @@ def test_a_row_of_a_large_latent_is_what_it_is_in_a_small_one(dtype):
         torch.testing.assert_close(together[:, :, frame], velocity(frame), **TOLERANCE)
 
 
+@pytest.mark.usefixtures("new_compiler")
 @pytest.mark.parametrize("lengths", [(4,), (16, 5, 0)])
 def test_a_compiled_block_equals_the_plain_one(lengths):
     plain, compiled = random_dit(), random_dit()

@@ -104,9 +104,12 @@ def test_quantise_while_loading(dit, tmp_path, kind):
     save_file(dit.state_dict(), tmp_path / "dit.safetensors")
     loaded = load_transformer(tmp_path / "dit.safetensors", torch.float32, quantize=kind)
     assert quantized_layers(loaded) == {
-        n.removesuffix(".weight") for n, t in dit.state_dict().items() if is_large(n, t)
+        n.removesuffix(".weight")
+        for n, t in dit.state_dict().items()
+        if is_large(n, t) and not (kind == "fp8_rowwise" and ".mod_" in n)
     }
-    assert 0 < relative_error(velocity(loaded), velocity(dit)) < {"fp8": 0.05, "int8": 0.02, "q4_0": 0.15}[kind]
+    bounds = {"fp8": 0.05, "fp8_rowwise": 0.06, "int8": 0.02, "q4_0": 0.15}
+    assert 0 < relative_error(velocity(loaded), velocity(dit)) < bounds[kind]
 
 
 def test_quantising_leaves_what_the_file_has_quantised(dit, tmp_path):
@@ -142,7 +145,7 @@ def test_what_is_no_number_is_not_hidden_by_quantising(dit, tmp_path, kind):
 
 def test_unknown_quantisation_is_refused(dit, tmp_path):
     save_file(dit.state_dict(), tmp_path / "dit.safetensors")
-    with pytest.raises(ValueError, match="no quantisation 'q9'; use fp8, int8, q4_0"):
+    with pytest.raises(ValueError, match="no quantisation 'q9'; use fp8, fp8_rowwise, int8, q4_0"):
         load_transformer(tmp_path / "dit.safetensors", quantize="q9")
 
 

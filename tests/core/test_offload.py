@@ -1,17 +1,20 @@
-"""A denoiser whose blocks visit the device one after the other computes the same, and is left as it was."""
+"""A denoiser whose weights visit the device, all together or block by block, computes the same, and is left as it was."""
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from mochi_core import load_transformer, sample
-from mochi_core.offload import streamed
+from mochi_core import AsymmDiT, load_transformer, sample
+from mochi_core.block import BlockContext
+from mochi_core.offload import resident, streamed
+from mochi_core.rope import Rope
 from tests.core.test_convert import in_a_process, needs_proc
 from tests.core.test_sample import NOISE, SIGMAS, prompt
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.tiny_models import random_dit
 
 CONDITIONS = prompt(6), prompt(2, seed=1)
+visits = pytest.mark.parametrize("visit", [resident, streamed])
 
 
 @pytest.fixture
@@ -28,9 +31,10 @@ def hooks(dit):
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in dit.modules())
 
 
-@pytest.mark.parametrize("quantize", [None, "fp8", "int8", "q4_0"])
+@visits
+@pytest.mark.parametrize("quantize", [None, "fp8", "fp8_rowwise", "int8", "q4_0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_result_with_loras_and_quantised_weights(dit, tmp_path, dtype, quantize):
+def test_same_result_with_loras_and_quantised_weights(dit, tmp_path, dtype, quantize, visit):
     save_file(dit.state_dict(), tmp_path / "dit.safetensors")
     dit = load_transformer(tmp_path / "dit.safetensors", dtype, quantize=quantize)
     for i, dora in enumerate((False, True)):
@@ -38,7 +42,7 @@ def test_same_result_with_loras_and_quantised_weights(dit, tmp_path, dtype, quan
         dit.load_lora(write_adapter(tmp_path / f"{i}.safetensors", adapter, "comfyui"), 0.5)
     before, hooked = addresses(dit), hooks(dit)
     expected = sample(dit, NOISE, SIGMAS, *CONDITIONS)
-    with streamed(dit, "cpu"):
+    with visit(dit, "cpu"):
         assert torch.equal(sample(dit, NOISE, SIGMAS, *CONDITIONS), expected)
     assert addresses(dit) == before
     assert hooks(dit) == hooked
@@ -63,9 +67,56 @@ def test_only_the_block_at_work_is_away_from_home(dit):
         hook.remove()
 
 
+def test_only_a_modulator_at_work_is_away_from_home_and_all_else_always(dit, tmp_path):
+    """Its LoRA with it."""
+    dit.load_lora(write_adapter(tmp_path / "a.safetensors", random_adapter(random_dit().state_dict()), "comfyui"))
+    home, seen = addresses(dit), []
+    modulators = {name for name in home if ".mod_" in name}
+    assert any(".lora." in name for name in modulators)
+
+    def away(*_):
+        names = {name for name, address in addresses(dit).items() if address != home[name]}
+        assert names - modulators == home.keys() - modulators
+        seen.append({".".join(name.split(".")[:3]) for name in names & modulators})
+
+    layers = [f"blocks.{i}.{layer}" for i in range(3) for layer in ("mod_x", "mod_y", "mlp_x")]
+    with resident(dit, "cpu"):
+        for name in layers:
+            dit.get_submodule(name).register_forward_pre_hook(away)
+        sample(dit, NOISE, SIGMAS, *CONDITIONS)
+    one_condition = [{name} for name in layers if ".mod_" in name]
+    assert seen == 2 * one_condition + 2 * 3 * 5 * [set()]
+
+
+FULL_SIZE = [(resident, 1, 14.8e9), (streamed, 2, 0.81e9)]
+
+
+@pytest.mark.parametrize(("visit", "blocks_at_a_time", "limit"), FULL_SIZE)
+def test_bytes_of_the_released_model_on_the_device(visit, blocks_at_a_time, limit):
+    """While a block is at work; of streamed ones, a second is on its way, and nothing else, as the test of memory below shows."""
+    dit = AsymmDiT(device="meta", dtype=torch.bfloat16).requires_grad_(False)
+    home, found = {p.untyped_storage()._cdata for p in dit.parameters()}, []  # tensors without data have no addresses
+
+    def count(*_):
+        away = {name: p.nbytes for name, p in dit.named_parameters() if p.untyped_storage()._cdata not in home}
+        block = sum(size for name, size in away.items() if name.startswith("blocks.0."))
+        found.append(sum(away.values()) + (blocks_at_a_time - 1) * block)
+
+    rope = Rope(*torch.empty(2, 1, 24, 64, 2, device="meta"))
+    context = BlockContext((1,), rope, torch.nn.functional.scaled_dot_product_attention)
+    shapes = (1, 1, 3072), (1, 1, 1536), (1, 3072)
+    x, y, pooled = (torch.empty(*shape, device="meta", dtype=dit.dtype) for shape in shapes)
+    with visit(dit, "meta"):
+        modulation = dit.modulation(torch.empty(1, device="meta"), pooled)
+        dit.blocks[0].attn.register_forward_hook(count)
+        dit.blocks[0](x, y, modulation.blocks[0], context)
+    assert 0.98 * limit < found[0] < limit
+
+
+@visits
 @pytest.mark.parametrize("step", [0, 3])
 @pytest.mark.parametrize("place", ["blocks.1.attn", "blocks.0.mod_x", "blocks.2.mlp_x.w1", "final_layer"])
-def test_a_failure_leaves_the_denoiser_as_it_was(dit, place, step):
+def test_a_failure_leaves_the_denoiser_as_it_was(dit, place, step, visit):
     home, expected, calls = addresses(dit), sample(dit, NOISE, SIGMAS, *CONDITIONS), []
 
     def fail(*_):
@@ -74,7 +125,7 @@ def test_a_failure_leaves_the_denoiser_as_it_was(dit, place, step):
             raise KeyboardInterrupt
 
     hook = dit.get_submodule(place).register_forward_hook(fail)
-    with pytest.raises(KeyboardInterrupt), streamed(dit, "cpu"):
+    with pytest.raises(KeyboardInterrupt), visit(dit, "cpu"):
         sample(dit, NOISE, SIGMAS, *CONDITIONS)
     hook.remove()
     assert addresses(dit) == home
@@ -82,10 +133,11 @@ def test_a_failure_leaves_the_denoiser_as_it_was(dit, place, step):
     assert torch.equal(sample(dit, NOISE, SIGMAS, *CONDITIONS), expected)
 
 
-def test_cancelling_leaves_the_denoiser_as_it_was(dit):
+@visits
+def test_cancelling_leaves_the_denoiser_as_it_was(dit, visit):
     home, stop = addresses(dit), lambda step, _: step == 1
     expected = sample(dit, NOISE, SIGMAS, *CONDITIONS, on_step=stop)
-    with streamed(dit, "cpu"):
+    with visit(dit, "cpu"):
         assert torch.equal(sample(dit, NOISE, SIGMAS, *CONDITIONS, on_step=stop), expected)
     assert addresses(dit) == home
 

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / "mochi_core"
 # Each layer may use the ones before it.
 LAYERS = (
-    ("config", "geometry", "latents", "schedule", "rope", "attention", "streaming", "ggml", "migrate"),
+    ("config", "geometry", "latents", "schedule", "rope", "attention", "streaming", "ggml", "fp8", "migrate"),
     ("layers", "causal", "quantized", "video"),
-    ("encoder", "decoder"),
+    ("encoder", "decoder", "block"),
     ("dit", "vae"),
     ("cache",),
     ("sample", "checkpoints", "offload"),

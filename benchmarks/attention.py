@@ -1,0 +1,79 @@
+"""Time of the denoiser's attention: our choice beside ComfyUI's, and every backend by itself.
+
+On a CPU: 256, 1,024 and 2,048 visual tokens and 77 of text. On a GPU: 25, 85 and 163 frames of 480 x 848; a backend that
+cannot be used there says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import RATIO, Column, compare, page, peak, table, write_report
+from benchmarks.peers import DEVICE, use_comfyui
+from mochi_core.attention import BACKENDS, choose_attention
+
+HEADS, HEAD_DIM, TEXT_TOKENS = 24, 128, 77
+VISUAL = (7950, 23850, 44520) if DEVICE == "cuda" else (256, 1024, 2048)
+DTYPES = ("bfloat16",) if DEVICE == "cuda" else ("bfloat16", "float32")
+MEDIAN: Column = ("median ms", lambda _case, m, _ours: f"{m.median * 1e3:.1f}")
+FASTEST: Column = ("fastest ms", lambda _case, m, _ours: f"{min(m.seconds) * 1e3:.1f}")
+
+
+def qkv(case: dict) -> list[Tensor]:
+    """(1, heads, length, head_dim) each, one token after the other in memory, as the denoiser has them."""
+    shape = 3, 1, case["length"], HEADS, HEAD_DIM
+    return list(torch.randn(shape, device=DEVICE, dtype=getattr(torch, case["dtype"])).transpose(2, 3))
+
+
+def backend(case: dict, name: str):
+    choice = choose_attention(name, DEVICE, getattr(torch, case["dtype"]), HEAD_DIM)
+    q, k, v = qkv(case)
+    return lambda: choice.run(q, k, v).transpose(1, 2).flatten(2)
+
+
+def comfyui(case: dict):
+    attention, (q, k, v) = host_attention(), qkv(case)
+    return lambda: attention(q, k, v, HEADS, skip_reshape=True)
+
+
+def host_attention():
+    use_comfyui()
+    import comfy.ldm.modules.attention
+
+    return comfy.ldm.modules.attention.optimized_attention
+
+
+NAMES = [name for name, one in BACKENDS.items() if DEVICE == "cuda" or DEVICE in one.takes]
+CONTENDERS = {
+    "ours, auto": partial(backend, name="auto"),
+    "ComfyUI": comfyui,
+    **{name: partial(backend, name=name) for name in NAMES},
+}
+
+
+def describe(case: dict) -> str:
+    return f"{case['length']:,} tokens, {case['dtype']}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", type=int, default=9, help="timed calls per process (default: %(default)s)")
+    calls = parser.parse_args().calls
+    cases = [{"length": count + TEXT_TOKENS, "dtype": dtype} for dtype in DTYPES for count in VISUAL]
+    results = compare("benchmarks.attention", list(CONTENDERS), cases, calls)
+    auto = choose_attention("auto", DEVICE, torch.bfloat16, HEAD_DIM)
+    note = (
+        f"{HEADS} heads of {HEAD_DIM}, {TEXT_TOKENS} of the tokens are text; from q, k and v as the denoiser has them to joined "
+        f"heads; medians over two processes. `auto` is {auto.name}, {auto.reason}; ComfyUI's choice here is "
+        f"`{host_attention().__name__}`."
+    )
+    lines = table(describe, cases, results, [MEDIAN, FASTEST, RATIO, peak("q, k and v")])
+    write_report("attention", page("Attention", note, *lines))
+
+
+if __name__ == "__main__":
+    main()

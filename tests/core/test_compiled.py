@@ -1,0 +1,135 @@
+"""Compiled blocks compute what plain ones do, and are compiled once for all that a run asks of them."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mochi_core import load_transformer, sample
+from mochi_core.cache import BlockCache
+from mochi_core.offload import resident, streamed
+from tests.core.test_dit import inputs
+from tests.core.test_sample import NOISE, SIGMAS, prompt
+from tests.harness.lora_files import random_adapter, write_adapter
+from tests.harness.tiny_models import random_dit
+
+pytestmark = pytest.mark.usefixtures("new_compiler")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+
+
+@pytest.fixture
+def lora(tmp_path):
+    return write_adapter(
+        tmp_path / "a.safetensors", random_adapter(random_dit().state_dict(), "qkv_x", "mlp_x.w2", dora=True), "comfyui"
+    )
+
+
+class Recorder:
+    """A backend of torch.compile that changes nothing, and counts the graphs that it is given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, _):
+        self.graphs += 1
+        return graph
+
+
+def compiled(dit, backend=None):
+    dit.compile_blocks(backend=backend or Recorder())
+    return dit
+
+
+def run(dit, **options):
+    return sample(dit, NOISE, SIGMAS, prompt(6), guidance_scale=1, **options)
+
+
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_blocks_equal_plain_ones(lora, dtype):
+    """With a LoRA, prompts of different lengths, an empty one among them, and odd sizes."""
+    plain, fused = random_dit(dtype=dtype), random_dit(dtype=dtype)
+    fused.compile_blocks()
+    for dit in (plain, fused):
+        dit.load_lora(lora)
+    arguments = inputs([4, 16, 0], size=(2, 5, 7))
+    found, expected, exact = fused(*arguments), plain(*arguments), random_dit()
+    exact.load_lora(lora)
+    assert relative_error(found, expected) < TOLERANCE[dtype]
+    assert relative_error(found, exact(*arguments)) < max(1e-5, 1.2 * relative_error(expected, exact(*arguments)))
+
+
+def test_compilations_of_guided_runs():
+    """Two, for two kinds of block; again for another length of a prompt, which then serve any length; and for none."""
+    backend = Recorder()
+    dit, plain = compiled(random_dit(), backend), random_dit()
+    counts = []
+    for lengths in ((6, 6), (6, 3), (9, 0), (4, 0)):
+        conditions = prompt(lengths[0]), prompt(lengths[1], seed=1)
+        torch.testing.assert_close(sample(dit, NOISE, SIGMAS, *conditions), sample(plain, NOISE, SIGMAS, *conditions))
+        counts.append(backend.graphs)
+    one_length, two, any_and_none, again = counts
+    assert one_length == 2
+    assert two <= 5  # of one kind of block, the first attempt at any length holds for one block only
+    assert again == any_and_none == two + 2
+
+
+def test_loras_come_and_go_and_change_their_strength(lora):
+    dit, plain = compiled(random_dit()), random_dit()
+    bare = run(plain)
+    assert torch.allclose(run(dit), bare)
+    loras = [model.load_lora(lora) for model in (dit, plain)]
+    for strength in (1.0, 0.5, 0.25, -1.0):
+        for each in loras:
+            each.strength = strength
+        expected = run(plain)
+        torch.testing.assert_close(run(dit), expected)
+        assert relative_error(expected, bare) > 0.01
+    loras[0].remove()
+    assert torch.allclose(run(dit), bare)
+
+
+@pytest.mark.parametrize("visit", [resident, streamed])
+def test_weights_may_visit_the_device(visit):
+    backend = Recorder()
+    dit = compiled(random_dit(), backend)
+    home, seen = {id(p): p.data_ptr() for p in dit.parameters()}, []
+
+    def count(*_):
+        seen.append(sum(p.data_ptr() != home[id(p)] for p in dit.blocks[1].parameters()))
+
+    expected = run(dit)
+    graphs = backend.graphs
+    with visit(dit, "cpu"):
+        dit.blocks[1].register_forward_pre_hook(count)
+        torch.testing.assert_close(run(dit), expected)
+    assert backend.graphs == graphs
+    modulators = 4  # weights and biases
+    assert set(seen) == {len(list(dit.blocks[1].parameters())) - modulators}
+    assert all(p.data_ptr() == home[id(p)] for p in dit.parameters())
+
+
+@pytest.mark.parametrize("quantize", ["fp8", "int8", "q4_0"])
+def test_quantised_weights(tmp_path, quantize):
+    save_file(random_dit().state_dict(), tmp_path / "dit.safetensors")
+    plain, dit = (load_transformer(tmp_path / "dit.safetensors", torch.float32, quantize=quantize) for _ in range(2))
+    dit.compile_blocks(backend="aot_eager")
+    torch.testing.assert_close(dit(*inputs([4])), plain(*inputs([4])), rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_may_be_left_out():
+    results = []
+    for dit in (random_dit(), compiled(random_dit())):
+        cache = BlockCache("first_block", 2.0)
+        results.append(run(dit, cache=cache))
+        assert 0 < cache.hits < cache.forwards
+    torch.testing.assert_close(*results)
+
+
+def test_another_attention():
+    dit, plain = compiled(random_dit()), random_dit()
+    for _ in range(2):
+        found = run(dit, attention="math")
+        torch.testing.assert_close(found, run(plain, attention="math"))
