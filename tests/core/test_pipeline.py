@@ -4,8 +4,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from safetensors.torch import save_file
+from torch._dynamo.utils import counters
 
 from mochi_core import MochiPipeline, denormalize_latents, load_text_encoder, save_video
 from mochi_core.__main__ import main
