@@ -192,16 +192,16 @@ def test_with_the_hosts_own_patches(latents_of, comfy_client, patch):  # noqa: F
     """EasyCache skips whole forwards, skip-layer guidance asks twice in a step, context windows ask for each window."""
     graph = upto_sampler(steps=12)
     graph["patch"] = with_defaults(comfy_client, patch, model=[MODEL, 0], **PATCHES[patch])
-    graph |= {"exact": cache("patch"), "loose": cache("patch", 0.2)}
+    graph |= {"exact": cache("patch"), "loose": cache("patch", 0.1)}
     graph |= {f"with {name}": sampled(graph, name) for name in ("patch", "exact", "loose")}
     patched, exact, loose = latents_of(graph, ["with patch", 0], ["with exact", 0], ["with loose", 0])
     assert torch.equal(exact, patched)
-    assert loose.isfinite().all()
+    assert 0 < (loose - exact).norm() < 0.7 * exact.norm(), "what belongs to another prompt changes nearly all of it"
 
 
 def test_samplers_that_ask_between_the_steps(latents_of):  # noqa: F811
     graph = upto_sampler(steps=12)
-    graph |= {"off": cache(), "on": cache(threshold=0.2)}
+    graph |= {"off": cache(), "on": cache(threshold=0.1)}
     graph["empty"] = node("EmptyMochiLatentVideo", width=96, height=64, length=13, batch_size=1)
     inputs = graph[SAMPLER]["inputs"]
     for name, model in (("plain", MODEL), ("exact", "off"), ("loose", "on")):
@@ -211,7 +211,7 @@ def test_samplers_that_ask_between_the_steps(latents_of):  # noqa: F811
         )  # fmt: skip
     plain, exact, loose = latents_of(graph, ["plain", 0], ["exact", 0], ["loose", 0])
     assert torch.equal(exact, plain)
-    assert loose.isfinite().all()
+    assert 0 < (loose - exact).norm() < 0.7 * exact.norm(), "what belongs to another prompt changes nearly all of it"
 
 
 def test_a_model_of_another_loader_is_refused(comfy_path):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._dynamo.utils import counters
 
 from mochi_core import MochiPipeline, denormalize_latents, load_text_encoder, save_video
 from mochi_core.__main__ import main
@@ -161,13 +162,16 @@ def models(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("offload", [["--offload"], ["--offload", "stream"]])
-def test_command_line_generate(models, tokenizer, tmp_path, capsys, offload):
+@pytest.mark.usefixtures("new_compiler")
+@pytest.mark.parametrize("how", [["--offload"], ["--offload", "stream"], ["--compile", "--offload", "stream"]])
+def test_command_line_generate(models, tokenizer, tmp_path, capsys, how):
     files = [str(part) for pair in models.items() for part in pair]
     size = ["--height", "32", "--width", "48", "--seconds", "0.2", "--steps", "3", "--quantize", "q4_0"]
     target = tmp_path / "kite.mp4"
     common = ["generate", *files, "--tokenizer", str(tokenizer), "--prompt", "a kite", *size]
-    assert main([*common, *offload, "-o", str(target)]) == 0
+    counters.clear()
+    assert main([*common, *how, "-o", str(target)]) == 0
+    assert (counters["stats"]["unique_graphs"] > 0) == ("--compile" in how)
     assert capsys.readouterr().out.strip() == str(target)
     with av.open(str(target)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 7
