@@ -209,10 +209,12 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
     quantize = "keep the matrices of the transformer in 8 or 4 bits; fp8_rowwise multiplies in fp8, too (all change the result)"
     add("--quantize", choices=QUANTIZERS, help=quantize)
-    add("--compile", action="store_true", help="fuse operations of the transformer, which takes a minute at first")
+    add("--compile", action="store_true", help="have operations of the transformer fused by a compiler")
     add("--attention", choices=ATTENTIONS, default="auto", help="auto: the fastest exact one (default: %(default)s)")
     add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
-    offload = "keep only the model at work on the device; with stream, of the transformer only the blocks at work"
+    offload = (
+        "keep only the model at work on the device; with stream, of the transformer only blocks, and T5 on the CPU"
+    )
     add("--offload", nargs="?", const=True, default=False, choices=["stream"], help=offload)
     _add_output(command, "mp4 file, or .latent or .safetensors file for latents to decode later")
 

@@ -22,12 +22,18 @@ ROWS = 2048
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) to float8_e4m3fn values and the float32 scales (N, 1) that bring each row's largest to the end of the range."""
+    if torch.compiler.is_compiling():  # which holds nothing in between, and would compile anew for every other loop
+        return _quantize(x)
     values, scale = x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)
     for start in range(0, len(x), ROWS):
         some = slice(start, start + ROWS)
-        scale[some] = nonzero(x[some].abs().amax(dim=1, keepdim=True).float() / LARGEST)
-        values[some] = (x[some] / scale[some]).to(FP8)
+        values[some], scale[some] = _quantize(x[some])
     return values, scale
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = nonzero(x.abs().amax(dim=1, keepdim=True).float() / LARGEST)
+    return (x / scale).to(FP8), scale
 
 
 def can_multiply(shape: tuple[int, ...]) -> bool:

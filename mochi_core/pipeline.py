@@ -29,7 +29,7 @@ class MochiPipeline:
 
     With `offload`, the models wait on the CPU and only the one at work is on `device`, the denoiser without its modulators, see
     `offload.resident`; otherwise each works where it is. With "stream", of the denoiser only the blocks at work are there, see
-    `offload.streamed`.
+    `offload.streamed`, and the text encoder works on the CPU.
 
     Raises:
         ValueError: `offload` without `device`, or another way to offload.
@@ -129,6 +129,8 @@ class MochiPipeline:
             if isinstance(model, AsymmDiT):
                 with self.denoiser_visits(model, self.work_device):
                     yield
+            elif isinstance(model, TextEncoder) and self.denoiser_visits is streamed:
+                yield  # a device that needs streaming has no room for it
             else:
                 model.to(self.work_device)
                 yield

@@ -13,6 +13,7 @@ from torch import nn
 from ..checkpoints import from_state_dict, load_transformer
 from ..checkpoints.writer import write_safetensors
 from ..dit import AsymmDiT
+from ..quantized import QuantizedLinear
 from .config import Config
 from .lora import add_lora, write_lora
 
@@ -34,6 +35,9 @@ class Trainee:
 def lora_trainee(config: Config, device: torch.device) -> Trainee:
     """A new LoRA in a denoiser that stays as it is."""
     dit = load_transformer(config.transformer, DTYPES[config.dtype], device, config.quantize)
+    for layer in dit.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.fp8_product = False  # it has no gradient
     factors = add_lora(dit, config.lora, config.seed)
     write = partial(write_lora, factors=factors, keys=config.lora, depth=dit.config.depth)
     return Trainee(dit, factors, write, autocast=False)

@@ -209,7 +209,9 @@ def products_choice(network: nn.Module) -> str:
     if not any(getattr(layer, "layout_type", None) == ROWWISE_LAYOUT for layer in network.modules()):
         return ""
     refusal = rowwise_refusal()
-    return ", products in fp8" if refusal is None else f", products, too, which cannot be in fp8 here ({refusal})"
+    if refusal is None:
+        return ", products in fp8"
+    return f"; weights are widened, because this device cannot multiply in fp8 ({refusal})"
 
 
 def rowwise_refusal() -> str | None:

@@ -139,6 +139,23 @@ def test_compiled_whole_equals_plain():
     assert relative_error(compiled(*arguments), plain(*arguments)) < 0.01
 
 
+@pytest.mark.usefixtures("new_compiler")
+def test_lengths_of_prompts_do_not_compile_anew():
+    graphs, dit = [], load(random_dit())
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    dit.compile_blocks(backend=count)
+    for length in (3, 4, 5):
+        dit(*inputs((length,)))
+    before = len(graphs)
+    for length in (6, 7, 9, 11):
+        dit(*inputs((length,)))
+    assert len(graphs) == before
+
+
 def test_lora_changes_it_as_it_changes_the_plain_one(tmp_path):
     dit, arguments = random_dit(), inputs([6])
     adapter = write_adapter(tmp_path / "a.safetensors", random_adapter(dit.state_dict()), "kohya")

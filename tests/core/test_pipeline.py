@@ -179,6 +179,14 @@ def test_command_line_generate(models, tokenizer, tmp_path, capsys, how):
     assert "height is 30" in capsys.readouterr().err
 
 
+def test_a_small_device_leaves_the_text_encoder_on_the_cpu(t5):
+    pipe = MochiPipeline(random_dit(), random_vae(), t5, offload="stream", device="meta")
+    with pipe._working(t5):
+        assert t5.model.device.type == "cpu"
+    with pytest.raises(NotImplementedError), pipe._working(pipe.vae):  # nothing comes back from there
+        assert next(pipe.vae.parameters()).device.type == "meta"
+
+
 def test_command_line_latents_and_decode(models, tokenizer, tmp_path, capsys):
     files = [str(part) for pair in models.items() for part in pair]
     size = ["--height", "32", "--width", "48", "--frames", "13", "--steps", "2", "--dtype", "fp32"]

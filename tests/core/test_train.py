@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mochi_core import load_transformer
+from mochi_core.checkpoints import is_large
+from mochi_core.fp8 import quantize_rows
 from mochi_core.latents import LATENTS_MEAN, LATENTS_STD
 from mochi_core.quantized import QuantizedLinear
 from mochi_core.train.dataset import batch_at, example, open_dataset
@@ -190,6 +192,21 @@ def test_lora_over_quantised_weights(tmp_path, accelerator, quantize):
     dit.load_lora(settings.output / "step_000006.lora.safetensors")
     assert relative_error(dit(*INPUTS), trainee.dit(*INPUTS)) <= 1e-5
     assert relative_error(dit(*INPUTS), base) > 1e-3
+
+
+def test_lora_over_weights_stored_for_products_in_fp8(tmp_path, accelerator):
+    """Such products have no gradient: weights are widened while a LoRA learns."""
+    note = torch.tensor(list(b'{"format": "float8_e4m3fn_rowwise"}'), dtype=torch.uint8)
+    weights = random_dit().state_dict()
+    for name in [name for name, weight in weights.items() if is_large(name, weight) and ".mod_" not in name]:
+        weights[name], weights[f"{name}_scale"] = quantize_rows(weights[name])
+        weights[f"{name.removesuffix('.weight')}.comfy_quant"] = note.clone()
+    save_file(weights, tmp_path / "rowwise.safetensors")
+    assert load_transformer(tmp_path / "rowwise.safetensors").get_submodule("blocks.0.attn.qkv_x").fp8_product
+    settings = config(tmp_path, transformer=str(tmp_path / "rowwise.safetensors"), lora=SIZES)
+    started = copied(lora_trainee(settings, CPU).parameters)
+    trained = run(settings, accelerator).parameters
+    assert any((trained[name] - started[name]).abs().max() > 0 for name in trained)
 
 
 @pytest.mark.parametrize("make", [lora_trainee, full_trainee])
