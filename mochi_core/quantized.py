@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fp8 import FP8, can_multiply, linear_rowwise, nonzero, quantize_rows, refusal
+from .fp8 import FP8, LARGEST, can_multiply, linear_rowwise, nonzero, quantize_rows, refusal
 from .ggml import columns, dequantize, halves, quantize_q4_0
 
 FP8_ROWWISE = "fp8_rowwise"
@@ -101,9 +101,8 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     weight = values * scale, with a relative error of at most 1/16 for all but the tiniest weights.
     """
-    largest = torch.finfo(FP8).max
-    scale = nonzero(weight.abs().amax().float() / largest)
-    return (weight.float() / scale).clamp(-largest, largest).to(FP8), scale
+    scale = nonzero(weight.abs().amax().float() / LARGEST)
+    return (weight.float() / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,7 @@ out(plain=sample(plain_split), cached=sample(split))
 WINDOWS = """
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
-noise, held = torch.randn((1, 12, 13, 8, 8), generator=generator), []
+noise, held = torch.randn((1, 12, 25, 4, 4), generator=generator), []
 windows = lambda model: ContextWindowsManualNode.execute(model, 4, 1, "standard_uniform", 1, False, "pyramid", 2, False)[0]
 exact, cached = sample(windows(model)), sample(windows(cached), lambda step, *_: step % 6 or held.append(memories()))
 held = torch.stack(held), torch.tensor(0), torch.tensor(0)
@@ -142,10 +142,9 @@ def test_a_node_that_splits_batches_turns_it_off(runs_of):
 
 
 def test_windows_that_move_are_not_kept(runs_of):
-    """Five windows a step and two prompts; in the next step, most windows are others."""
+    """Eight windows a step and two prompts; in the next step most windows are others, in a whole run there are 22."""
     out, _ = runs_of(WINDOWS, "teacache", 0.06)
-    assert out["held"].max() <= 2 * 5 * 2
-    assert out["held"][-1] <= out["held"].max()
+    assert out["held"].max() <= 2 * 8 * 2  # those of two steps
     assert (out["cached"] - out["exact"]).norm() < 0.1 * out["exact"].norm()
     assert out["memories"] == 0
 

@@ -23,6 +23,7 @@ import comfy.samplers, comfy.sample
 from pack.mochi_core import linear_quadratic_schedule
 from pack.nodes.bridge.guider import make_guider
 from pack.nodes.bridge.model import load_model
+from pack.nodes.bridge.sampling import step_at
 
 path, inputs, result = arguments
 given = load_file(inputs)
@@ -43,6 +44,12 @@ for name, schedule in {{"full": (4.5, 0, 0, 1), "part": (4.5, 0, 0.25, 0.75), "f
         disable_pbar=True,
     )
     out |= {{name: model.model.process_latent_in(latents), name + " forwards": torch.tensor(sum(forwards))}}
+falling = linear_quadratic_schedule(4)
+rising = falling.flip(0)
+between = (rising[:-1] * 0.9 + rising[1:] * 0.1)[:, None]
+out |= {{"rising": torch.tensor([step_at(rising, level[None]) for level in rising[:-1]])}}
+out |= {{"between": torch.tensor([step_at(rising, level) for level in between])}}
+out |= {{"steps": torch.tensor([step_at(falling, level[None]) for level in falling[:-1]])}}
 save_file(out, result)
 """
 
@@ -67,6 +74,8 @@ def test_a_part_of_the_steps_equals_the_core_with_the_same_scales(comfy_path, tm
         assert out[f"{name} forwards"] == STEPS + sum(scale != 1 for scale in scales)
         assert relative_error(out[name], sample(dit, noise, sigmas, *conditions, scales)) < 1e-4, name
     assert [int(out[f"{name} forwards"]) for name in schedules] == [24, 18, 18]
+    for name in ("steps", "rising", "between"):  # schedules that lead back to noise rise
+        assert out[name].tolist() == [0, 1, 2, 3], name
 
 
 def test_all_of_the_steps_equal_the_hosts_guider(latents_of):  # noqa: F811

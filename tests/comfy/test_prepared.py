@@ -137,6 +137,10 @@ def velocity(resident=None):
         noise, torch.tensor([0.6]), c_crossattn=positive[0][0], attention_mask=mask, transformer_options=options
     )
 
+known = prepared.Prompts(network, positive[0][0], positive[0][1]["attention_mask"], torch.device("cpu"), torch.float32)
+assert known.are(known.context.clone(), known.mask)
+assert not known.are(known.context.to("meta"), known.mask), "prompts on two devices are not compared"
+
 latents["offloaded/plain"], latents["offloaded/prepared"] = velocity(), velocity(resident=1)
 patched.detach()
 
