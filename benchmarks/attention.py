@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.measure import RATIO, Column, compare, markdown, page, peak, table, write_report
 from benchmarks.peers import DEVICE, use_comfyui
-from mochi_core.attention import BACKENDS, choose_attention, sdpa
+from mochi_core.transformer.attention import BACKENDS, choose_attention, sdpa
 
 HEADS, HEAD_DIM, TEXT_TOKENS = 24, 128, 77
 VISUAL = (7950, 23850, 44520) if DEVICE == "cuda" else (256, 1024, 2048)

@@ -16,10 +16,10 @@ from torch import Tensor
 from benchmarks.measure import FASTEST, MEDIAN, RATIO, ROUNDS, Column, Timed, compare, page, peak, table, write_report
 from benchmarks.peers import DEVICE, comfy_dit, diffusers_dit, our_dit
 from mochi_core import AsymmDiTConfig, linear_quadratic_schedule, sample
-from mochi_core.attention import Attention, choose_attention
-from mochi_core.offload import streamed
-from mochi_core.quantized import QUANTIZERS
-from mochi_core.sample import Condition, prepared_velocities
+from mochi_core.quantization.weights import QUANTIZERS
+from mochi_core.sampling.sample import Condition, prepared_velocities
+from mochi_core.transformer.attention import Attention, choose_attention
+from mochi_core.transformer.offload import streamed
 
 GPU = DEVICE == "cuda"
 TEXT_TOKENS, STEPS, STEP, GUIDANCE = 77, 64, 20, 4.5

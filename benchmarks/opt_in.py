@@ -32,8 +32,8 @@ from mochi_core import (
     sample,
 )
 from mochi_core.pipeline import initial_noise
-from mochi_core.quantized import QUANTIZERS
-from mochi_core.sample import Condition
+from mochi_core.quantization.weights import QUANTIZERS
+from mochi_core.sampling.sample import Condition
 from tests.harness import trained
 
 ROUNDS = 3

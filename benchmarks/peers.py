@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mochi_core import AsymmDiT, AsymmDiTConfig
+from mochi_core.checkpoints import LazyTensor
 from mochi_core.checkpoints.loading import load_into
-from mochi_core.checkpoints.quantization import quantize_large
-from mochi_core.checkpoints.reader import StoredTensor
+from mochi_core.checkpoints.names.quantized import quantize_large
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -57,8 +57,8 @@ def our_dit(config: AsymmDiTConfig, dtype: torch.dtype, quantize: str | None = N
     """Ours with its weights at `home`, where never more than one of them is in another form."""
     model = AsymmDiT(config, device="meta", dtype=dtype)
 
-    def stored(like: Tensor) -> StoredTensor:
-        return StoredTensor(
+    def stored(like: Tensor) -> LazyTensor:
+        return LazyTensor(
             tuple(like.shape), like.dtype, lambda: torch.empty_like(like, device=DEVICE).uniform_(*_range(like))
         )
 

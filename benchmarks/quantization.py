@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from benchmarks.measure import environment, write_report
 from benchmarks.peers import DEVICE
 from mochi_core import AsymmDiT, AsymmDiTConfig
-from mochi_core.checkpoints import from_state_dict, is_large, load_into
-from mochi_core.checkpoints.reader import StoredTensor
-from mochi_core.quantized import QUANTIZERS, QuantizedWeight
+from mochi_core.checkpoints import LazyTensor, from_state_dict, is_large, load_into
+from mochi_core.quantization.weights import QUANTIZERS, QuantizedWeight
 from tests.harness.k_types import K_QUANTIZERS
 
 Quantize = Callable[[Tensor], QuantizedWeight]
@@ -85,10 +84,10 @@ def random_dit() -> AsymmDiT:
 def quantized(dit: AsymmDiT, quantize: Quantize | None, dtype: torch.dtype, chosen: Callable[[str], bool]) -> AsymmDiT:
     """The same model with the chosen matrices quantised and everything else in `dtype`."""
 
-    def store(name: str, tensor: StoredTensor) -> StoredTensor:
+    def store(name: str, tensor: LazyTensor) -> LazyTensor:
         if quantize is None or not (is_large(name, tensor) and chosen(name)):
             return tensor
-        return StoredTensor(tensor.shape, tensor.dtype, tensor.read, lambda: quantize(tensor.read()))
+        return LazyTensor(tensor.shape, tensor.dtype, tensor.read, lambda: quantize(tensor.read()))
 
     tensors = {name: store(name, tensor) for name, tensor in from_state_dict(dit.state_dict()).items()}
     result = AsymmDiT(dit.config, device="meta", dtype=dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.measure import MIB, Measurement, compare, environment, write_report
 from benchmarks.peers import DEVICE, comfy_vae, diffusers_vae
 from mochi_core import AsymmVAE
-from mochi_core.streaming import CPU, Plan, Runner, stream
+from mochi_core.autoencoder.streaming import CPU, Plan, Runner, stream
 from tests.harness.tiny_models import randomize
 
 # In latents, for both peers: what fits twice into the smaller frame.

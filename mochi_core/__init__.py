@@ -1,19 +1,19 @@
 """Mochi 1, self-contained: denoiser, autoencoder, text encoder, sampling and checkpoints."""
 
-from .attention import Attention, sdpa
-from .cache import BlockCache
+from .autoencoder.latents import denormalize_latents, normalize_latents
+from .autoencoder.model import AsymmVAE, Posterior
 from .checkpoints import load_transformer, load_vae
 from .config import AsymmDiTConfig, AsymmVAEConfig
-from .dit import AsymmDiT
 from .geometry import VideoSize, seconds_to_frames
-from .latents import denormalize_latents, normalize_latents
-from .lora import Lora
+from .io.video import save_video
+from .lora import Lora, load_lora
 from .pipeline import MochiPipeline
-from .sample import euler, guided, sample
-from .schedule import guidance_schedule, linear_quadratic_schedule
+from .sampling.block_cache import BlockCache
+from .sampling.sample import euler, guided, sample
+from .sampling.schedule import guidance_schedule, linear_quadratic_schedule
 from .text_encoder import TextEncoder, load_text_encoder
-from .vae import AsymmVAE, Posterior
-from .video import save_video
+from .transformer.attention import Attention, sdpa
+from .transformer.model import AsymmDiT
 
 __all__ = [
     "AsymmDiT",
@@ -32,6 +32,7 @@ __all__ = [
     "guidance_schedule",
     "guided",
     "linear_quadratic_schedule",
+    "load_lora",
     "load_text_encoder",
     "load_transformer",
     "load_vae",

@@ -1,4 +1,4 @@
-"""`python -m mochi_core generate | decode | inspect | convert | migrate`: the library from a shell."""
+"""`python -m mochi_core generate | decode | inspect | convert`, or `mochi ...` once installed: the library from a shell."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from .attention import ATTENTIONS, choose_attention
-from .cache import METHODS, BlockCache
+from .autoencoder.model import AsymmVAE
+from .autoencoder.streaming import GIB, OutOfMemory
 from .checkpoints import load_transformer, load_vae
 from .checkpoints.convert import DTYPES as STORED_DTYPES
 from .checkpoints.convert import LAYOUTS, plan_conversion, write_conversion
-from .checkpoints.detect import PREFIXES
 from .checkpoints.inspect import inspect as inspect_file
 from .checkpoints.inspect import render
+from .checkpoints.names.detect import PREFIXES
 from .geometry import FPS, seconds_to_frames
-from .latent_files import load_latents, save_latents
-from .migrate import migrate as migrate_workflow
+from .io.latent_files import load_latents, save_latents
+from .io.video import VideoWriter, save_video, to_unit_range
+from .lora import load_lora
 from .pipeline import MochiPipeline
-from .quantized import QUANTIZERS
-from .schedule import linear_quadratic_schedule
-from .streaming import GIB, OutOfMemory
+from .quantization.weights import QUANTIZERS
+from .sampling.block_cache import METHODS, BlockCache
+from .sampling.schedule import linear_quadratic_schedule
 from .text_encoder import load_text_encoder
-from .vae import AsymmVAE
-from .video import VideoWriter, save_video, to_unit_range
+from .transformer.attention import ATTENTIONS, choose_attention
 
 LATENT_SUFFIXES = (".latent", ".safetensors")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,7 +55,7 @@ def generate(options: argparse.Namespace) -> None:
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
     transformer = load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize)
     for path, strength in options.lora:
-        transformer.load_lora(path, strength)
+        load_lora(transformer, path, strength)
     if options.compile:
         transformer.compile_blocks()
     pipe = MochiPipeline(
@@ -130,27 +130,13 @@ def convert(options: argparse.Namespace) -> None:
     print(destination)
 
 
-def migrate(options: argparse.Namespace) -> None:
-    output = options.output or options.workflow.with_stem(f"{options.workflow.stem}-mochi1")
-    if output.exists() and not options.force:
-        raise ValueError(f"{output} exists already; choose another name with -o, or overwrite it with --force.")
-    try:
-        workflow = json.loads(options.workflow.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{options.workflow} is not a JSON file ({error}); save the workflow in the editor.") from None
-    try:
-        migration = migrate_workflow(workflow, stock=options.stock)
-    except ValueError as error:
-        raise ValueError(f"{options.workflow}: {error}") from None
-    output.write_text(json.dumps(migration.workflow, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for note in migration.notes:
-        print(note, file=sys.stderr)
-    print(output)
+def migrate(_: argparse.Namespace) -> None:
+    raise ValueError("Workflows are converted by the node pack: run `python -m migrate old.json` in its folder.")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mochi_core", description="Mochi 1 text to video.")
-    commands = parser.add_subparsers(required=True, metavar="generate | decode | inspect | convert | migrate")
+    commands = parser.add_subparsers(required=True, metavar="generate | decode | inspect | convert")
     _add_generate(commands.add_parser("generate", help="make a video from a prompt"))
     _add_decode(commands.add_parser("decode", help="make a video from latents"))
     command = commands.add_parser("inspect", help="say what a model file is")
@@ -158,17 +144,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=inspect)
     _add_convert(commands.add_parser("convert", help="rewrite a model in another layout or dtype"))
-    _add_migrate(commands.add_parser("migrate", help="put our nodes into a workflow made for MochiWrapper"))
-    return parser
-
-
-def _add_migrate(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
+    command = commands.add_parser("migrate", help="moved: python -m migrate, in the folder of the node pack")
+    command.add_argument("arguments", nargs=argparse.REMAINDER)
     command.set_defaults(run=migrate)
-    add("workflow", type=Path, help=".json file, saved in the editor or exported for the API")
-    add("-o", "--output", type=Path, help="(default: the same name with -mochi1 behind)")
-    add("--stock", action="store_true", help="also replace ComfyUI's own nodes in a graph for its built-in Mochi")
-    add("--force", action="store_true", help="overwrite the output")
+    return parser
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:

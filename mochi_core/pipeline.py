@@ -9,16 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .cache import BlockCache
-from .dit import AsymmDiT
+from .autoencoder.latents import denormalize_latents
+from .autoencoder.model import AsymmVAE
 from .geometry import VideoSize
-from .latents import denormalize_latents
-from .offload import resident, streamed
-from .sample import OnStep, sample
-from .schedule import linear_quadratic_schedule
+from .io.video import to_unit_range
+from .sampling.block_cache import BlockCache
+from .sampling.sample import OnStep, sample
+from .sampling.schedule import linear_quadratic_schedule
 from .text_encoder import TextEncoder
-from .vae import AsymmVAE
-from .video import to_unit_range
+from .transformer.model import AsymmDiT
+from .transformer.offload import resident, streamed
 
 OUTPUT_TYPES = ("np", "pt", "latent")
 OFFLOADS = (False, True, "stream")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import blaming, file_label, load_into, open_part
-from .checkpoints.t5 import hugging_face_entries, t5_config
+from .checkpoints.names.t5 import hugging_face_entries, t5_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel

@@ -9,7 +9,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..mochi_core.checkpoints.reader import INDEX_PATTERN
+from ..mochi_core.checkpoints.formats.reader import INDEX_PATTERN
 from .bridge.attention import CHOICES as ATTENTIONS
 from .bridge.model import load_model
 from .bridge.text import load_clip

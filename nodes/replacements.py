@@ -16,9 +16,9 @@ from server import PromptServer
 
 import nodes as host
 
-from ..mochi_core.migrate import migrate, migrate_prompt
-from ..mochi_core.migrate.api import is_prompt
-from ..mochi_core.migrate.tables import WRAPPER, Rule
+from ..migrate import migrate, migrate_prompt
+from ..migrate.api import is_prompt
+from ..migrate.tables import WRAPPER, Rule
 
 
 async def register() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..mochi_core.cache import METHODS, BlockCache
+from ..mochi_core.sampling.block_cache import METHODS, BlockCache
 from .bridge.cache import add_cache
 from .bridge.guider import make_guider
 from .sampling import CATEGORY

@@ -6,8 +6,8 @@ import logging
 
 from comfy_api.latest import io
 
+from ..mochi_core.autoencoder.streaming import GIB
 from ..mochi_core.geometry import frames_to_latents, latents_to_frames, size_problem
-from ..mochi_core.streaming import GIB
 from .bridge.vae import decode_video, require_mochi_vae
 
 CATEGORY = "Mochi"

@@ -1,17 +1,6 @@
 """Read, recognise, convert and load weight files."""
 
-from .detect import (
-    blaming,
-    describe,
-    dit_config,
-    file_label,
-    find_part,
-    has_decoder,
-    has_encoder,
-    open_part,
-    vae_config,
-)
-from .diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
+from .formats.reader import open_tensors
 from .loading import (
     check_finite,
     check_tensors,
@@ -23,15 +12,25 @@ from .loading import (
     load_transformer,
     load_vae,
 )
-from .lora import LoraFile, LoraUpdate, read_lora
-from .quantization import is_large, quantize_large
-from .reader import StoredTensor, TensorFile, from_state_dict, open_tensors
+from .names.detect import (
+    blaming,
+    describe,
+    dit_config,
+    file_label,
+    find_part,
+    has_decoder,
+    has_encoder,
+    open_part,
+    vae_config,
+)
+from .names.diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
+from .names.quantized import is_large, quantize_large
+from .tensors import Checkpoint, LazyStateDict, LazyTensor, from_state_dict
 
 __all__ = [
-    "LoraFile",
-    "LoraUpdate",
-    "StoredTensor",
-    "TensorFile",
+    "Checkpoint",
+    "LazyStateDict",
+    "LazyTensor",
     "autoencoder_rules",
     "blaming",
     "check_finite",
@@ -54,7 +53,6 @@ __all__ = [
     "open_part",
     "open_tensors",
     "quantize_large",
-    "read_lora",
     "to_canonical",
     "to_diffusers",
     "transformer_rules",

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
-from ..quantized import quantize_fp8
-from .detect import blaming, find_part, has_decoder, has_encoder, parts_of
-from .diffusers import autoencoder_rules, to_diffusers, transformer_rules
+from ..quantization.weights import quantize_fp8
+from .formats.reader import NOTE, QUANTIZATION, open_tensors
+from .formats.writer import write_safetensors
 from .loading import Blueprint, blueprint, check_finite, check_parameters, joined
-from .quantization import is_large
-from .reader import NOTE, QUANTIZATION, StoredTensor, TensorFile, Tensors, from_state_dict, open_tensors
-from .t5 import hugging_face_entries
-from .writer import write_safetensors
+from .names.detect import blaming, find_part, has_decoder, has_encoder, parts_of
+from .names.diffusers import autoencoder_rules, to_diffusers, transformer_rules
+from .names.quantized import is_large
+from .names.t5 import hugging_face_entries
+from .tensors import Checkpoint, LazyStateDict, LazyTensor, from_state_dict
 
 LAYOUTS = ("canonical", "diffusers")
 FP8_SCALED = "fp8_scaled"
@@ -45,7 +46,7 @@ WEIGHTS = {
 class Conversion:
     """What is to be written."""
 
-    tensors: Tensors
+    tensors: LazyStateDict
     metadata: dict[str, str]
     config_entries: dict[str, Any]
     """Of the config.json in a folder, and what the weights are called there."""
@@ -102,27 +103,27 @@ def write_conversion(conversion: Conversion, destination: Path, on_tensor: Calla
         (destination / "config.json").write_text(config, encoding="utf-8")
 
 
-def _only_part(files: list[TensorFile]) -> str:
+def _only_part(files: list[Checkpoint]) -> str:
     found = {part for file in files for part in parts_of(file.tensors)}
     if len(found) != 1:
         raise ValueError("a transformer, an autoencoder or T5 can be converted; of several, choose one with --part.")
     return found.pop()
 
 
-def _cast(tensors: Tensors, model: Blueprint, dtype: torch.dtype | None, file_name: str) -> Tensors:
+def _cast(tensors: LazyStateDict, model: Blueprint, dtype: torch.dtype | None, file_name: str) -> LazyStateDict:
     """In the order of the model. What it keeps in float32 whatever its dtype stays as it is stored."""
-    converted: Tensors = {}
+    converted: LazyStateDict = {}
     for name, parameter in model.parameters.items():
         tensor = tensors[name]
         if dtype is None and tensor.dtype.itemsize == 1:
             raise ValueError(f"{name} is stored in 8 bits or fewer; say with --dtype what it is to become.")
         exact = parameter.dtype != dtype and tensor.dtype.itemsize > 1
         target = tensor.dtype if dtype is None or exact else dtype
-        converted[name] = StoredTensor(tensor.shape, target, _reader(tensor, target, name, file_name))
+        converted[name] = LazyTensor(tensor.shape, target, _reader(tensor, target, name, file_name))
     return converted
 
 
-def _reader(tensor: StoredTensor, dtype: torch.dtype, name: str, file_name: str) -> Callable[[], Tensor]:
+def _reader(tensor: LazyTensor, dtype: torch.dtype, name: str, file_name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
         value = tensor.read().to(dtype)
         check_finite(value, name, file_name)
@@ -131,26 +132,26 @@ def _reader(tensor: StoredTensor, dtype: torch.dtype, name: str, file_name: str)
     return read
 
 
-def _with_fp8(tensors: Tensors) -> Tensors:
+def _with_fp8(tensors: LazyStateDict) -> LazyStateDict:
     """The matrices of the blocks in fp8, each with its scale and a note about its form, as ComfyUI names them."""
 
     @lru_cache(maxsize=1)
     def quantized(name: str) -> tuple[Tensor, Tensor]:
         return quantize_fp8(tensors[name].read())
 
-    converted: Tensors = {}
+    converted: LazyStateDict = {}
     for name, tensor in tensors.items():
         if not is_large(name, tensor):
             converted[name] = tensor
             continue
         layer, note = name.removesuffix("weight"), torch.frombuffer(bytearray(FP8_NOTE), dtype=torch.uint8)
         converted[name] = replace(tensor, dtype=torch.float8_e4m3fn, read=lambda name=name: quantized(name)[0])
-        converted[f"{layer}weight_scale"] = StoredTensor((), torch.float32, lambda name=name: quantized(name)[1])
+        converted[f"{layer}weight_scale"] = LazyTensor((), torch.float32, lambda name=name: quantized(name)[1])
         converted |= from_state_dict({layer + NOTE: note})
     return converted
 
 
-def _to_diffusers(tensors: Tensors, model: Blueprint) -> Tensors:
+def _to_diffusers(tensors: LazyStateDict, model: Blueprint) -> LazyStateDict:
     config = model.config
     if isinstance(config, T5EncoderConfig):
         return tensors

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
-from .detect import blaming, describe, find_part, parts_of
+from .formats.reader import open_tensors
 from .loading import blueprint, misfits
-from .reader import Tensors, open_tensors
+from .names.detect import blaming, describe, find_part, parts_of
+from .tensors import LazyStateDict
 
 SHOWN_NAMES, SHOWN_LETTERS = 20, 200
 
@@ -33,7 +34,7 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
-def _inspect_part(tensors: Tensors, part: str, file_name: str) -> dict[str, Any]:
+def _inspect_part(tensors: LazyStateDict, part: str, file_name: str) -> dict[str, Any]:
     """Configuration and what does not fit it; or the reason why there is none."""
     try:
         found = find_part(tensors, part, file_name)
@@ -44,7 +45,7 @@ def _inspect_part(tensors: Tensors, part: str, file_name: str) -> dict[str, Any]
     return {"released_sizes": released, "config": asdict(model.config), **misfits(model.parameters, found)}
 
 
-def _stored(tensors: Tensors) -> dict[str, dict[str, int]]:
+def _stored(tensors: LazyStateDict) -> dict[str, dict[str, int]]:
     """Number of tensors and bytes for each dtype or block type."""
     counts, sizes = Counter[str](), Counter[str]()
     for tensor in tensors.values():

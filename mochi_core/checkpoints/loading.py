@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..autoencoder.model import AsymmVAE
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
-from ..dit import AsymmDiT
-from ..quantized import QuantizedLinear, QuantizedWeight
-from ..vae import AsymmVAE
-from .detect import blaming, dit_config, file_label, has_decoder, has_encoder, open_part, vae_config
-from .quantization import quantize_large
-from .reader import Tensors
-from .t5 import t5_config, t5_shapes
+from ..quantization.weights import QuantizedLinear, QuantizedWeight
+from ..transformer.model import AsymmDiT
+from .names.detect import blaming, dit_config, file_label, has_decoder, has_encoder, open_part, vae_config
+from .names.quantized import quantize_large
+from .names.t5 import t5_config, t5_shapes
+from .tensors import LazyStateDict
 
 EXAMPLES = 6
 # The first bit pattern, without its sign, that is no finite number.
@@ -67,12 +67,12 @@ def load_vae(
     return vae.eval()
 
 
-def empty_transformer(tensors: Tensors, dtype: torch.dtype | None = None) -> AsymmDiT:
+def empty_transformer(tensors: LazyStateDict, dtype: torch.dtype | None = None) -> AsymmDiT:
     """A denoiser of the sizes of canonical tensors, on the meta device; ValueError if they do not tell its sizes."""
     return AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
 
 
-def empty_vae(tensors: Tensors, dtype: torch.dtype | None = None) -> AsymmVAE:
+def empty_vae(tensors: LazyStateDict, dtype: torch.dtype | None = None) -> AsymmVAE:
     """The same of an autoencoder, with the halves that are there."""
     halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
     return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
@@ -90,7 +90,7 @@ class Blueprint:
     """All that it consists of, on the meta device."""
 
 
-def blueprint(part: str, tensors: Tensors, dtype: torch.dtype | None = None) -> Blueprint:
+def blueprint(part: str, tensors: LazyStateDict, dtype: torch.dtype | None = None) -> Blueprint:
     """Of "transformer", "vae" or "t5"; ValueError if the canonical tensors do not tell its sizes."""
     if part == "t5":
         config = t5_config(tensors)
@@ -100,9 +100,9 @@ def blueprint(part: str, tensors: Tensors, dtype: torch.dtype | None = None) -> 
     return Blueprint(module.config, dict(module.named_parameters()))
 
 
-def joined(parts: Sequence[Tensors], file_name: str) -> Tensors:
+def joined(parts: Sequence[LazyStateDict], file_name: str) -> LazyStateDict:
     """The tensors of several files together; ValueError if two bring the same."""
-    tensors: Tensors = {}
+    tensors: LazyStateDict = {}
     for part in parts:
         if twice := sorted(set(tensors) & set(part)):
             raise ValueError(f"{file_name} bring {twice[0]} a second time; give each half of the autoencoder once.")
@@ -110,7 +110,7 @@ def joined(parts: Sequence[Tensors], file_name: str) -> Tensors:
     return tensors
 
 
-def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch.device | str) -> None:
+def load_into(module: nn.Module, tensors: LazyStateDict, file_name: str, device: torch.device | str) -> None:
     """Give a module built on the meta device its weights, in the dtypes that it was built with.
 
     A linear layer with a quantised weight becomes a `QuantizedLinear`; any other quantised tensor is widened. Tensors are
@@ -133,12 +133,12 @@ def load_into(module: nn.Module, tensors: Tensors, file_name: str, device: torch
         check_finite(value, name, file_name)
 
 
-def check_tensors(module: nn.Module, tensors: Tensors, file_name: str) -> None:
+def check_tensors(module: nn.Module, tensors: LazyStateDict, file_name: str) -> None:
     """Raise one ValueError that names every kind of misfit between the parameters of `module` and `tensors`."""
     check_parameters(dict(module.named_parameters()), tensors, file_name)
 
 
-def check_parameters(parameters: Mapping[str, Tensor], tensors: Tensors, file_name: str) -> None:
+def check_parameters(parameters: Mapping[str, Tensor], tensors: LazyStateDict, file_name: str) -> None:
     """The same of parameters by name."""
     problems = [_listed(kind, names) for kind, names in misfits(parameters, tensors).items() if names]
     if problems:
@@ -147,7 +147,7 @@ def check_parameters(parameters: Mapping[str, Tensor], tensors: Tensors, file_na
         )
 
 
-def misfits(parameters: Mapping[str, Tensor], tensors: Tensors) -> dict[str, list[str]]:
+def misfits(parameters: Mapping[str, Tensor], tensors: LazyStateDict) -> dict[str, list[str]]:
     """Names of tensors that are missing, unexpected or misshapen."""
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return {

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from ..autoencoder.streaming import OutOfMemory
 from ..checkpoints import load_vae
 from ..geometry import VideoSize
-from ..streaming import OutOfMemory
 from ..text_encoder import load_text_encoder
 from .config import read_config, read_size
 from .loop import new_accelerator, train

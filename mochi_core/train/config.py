@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from ..geometry import VideoSize
-from ..quantized import FP8_ROWWISE, QUANTIZERS
+from ..quantization.weights import FP8_ROWWISE, QUANTIZERS
 
 T = TypeVar("T")
 DTYPES = ("bf16", "fp32")

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints import StoredTensor, from_state_dict, open_tensors
-from ..checkpoints.writer import write_safetensors
-from ..latents import normalize_latents
-from ..vae import Posterior
+from ..autoencoder.latents import normalize_latents
+from ..autoencoder.model import Posterior
+from ..checkpoints import LazyTensor, from_state_dict, open_tensors
+from ..checkpoints.formats.writer import write_safetensors
 
 SUFFIX = ".safetensors"
 NAMES = {"mean", "logvar", "embeds"}
@@ -31,10 +31,10 @@ ORDER, NOISE = 0, 1
 class Clip:
     """One prepared clip; nothing of it is read before it is used."""
 
-    mean: StoredTensor
+    mean: LazyTensor
     """(12, T, H, W) in VAE space, as is `logvar`."""
-    logvar: StoredTensor
-    embeds: StoredTensor
+    logvar: LazyTensor
+    embeds: LazyTensor
     """(valid tokens, text_width)."""
 
     @property

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints import from_state_dict, transformer_rules
-from ..checkpoints.writer import write_safetensors
-from ..dit import AsymmDiT
-from ..quantized import QuantizedLinear
+from ..checkpoints.formats.writer import write_safetensors
+from ..quantization.weights import QuantizedLinear
+from ..transformer.model import AsymmDiT
 from .config import LoraKeys
 
 Factors = dict[str, nn.Parameter]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..block import AsymmetricJointBlock, BlockContext, run_block
-from ..dit import AsymmDiT
+from ..transformer.block import AsymmetricJointBlock, BlockContext, run_block
+from ..transformer.model import AsymmDiT
 
 
 def velocity_loss(

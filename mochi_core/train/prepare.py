@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..autoencoder.model import AsymmVAE
 from ..checkpoints import open_tensors
 from ..geometry import FPS, VideoSize
 from ..text_encoder import TextEncoder
-from ..vae import AsymmVAE
 from .dataset import SUFFIX, write_clip
 
 if TYPE_CHECKING:

@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..autoencoder.latents import denormalize_latents
+from ..autoencoder.model import AsymmVAE
 from ..checkpoints import load_vae
-from ..dit import AsymmDiT
-from ..latents import denormalize_latents
+from ..io.video import save_video, to_unit_range
 from ..pipeline import initial_noise
-from ..sample import Condition, sample
-from ..schedule import linear_quadratic_schedule
+from ..sampling.sample import Condition, sample
+from ..sampling.schedule import linear_quadratic_schedule
 from ..text_encoder import load_text_encoder
-from ..vae import AsymmVAE
-from ..video import save_video, to_unit_range
+from ..transformer.model import AsymmDiT
 from .config import SampleKeys
 
 

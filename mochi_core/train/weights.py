@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..checkpoints import from_state_dict, load_transformer
-from ..checkpoints.writer import write_safetensors
-from ..dit import AsymmDiT
-from ..quantized import QuantizedLinear
+from ..checkpoints.formats.writer import write_safetensors
+from ..quantization.weights import QuantizedLinear
+from ..transformer.model import AsymmDiT
 from .config import Config
 from .lora import add_lora, write_lora
 

@@ -9,7 +9,7 @@ import comfy.ldm.modules.attention as host
 import torch
 from comfy.cli_args import args
 
-from ...mochi_core.attention import ATTENTIONS, Attention, choose_attention
+from ...mochi_core.transformer.attention import ATTENTIONS, Attention, choose_attention
 
 HOST = "host"
 CHOICES = ["auto", HOST, *(name for name in ATTENTIONS if name != "auto")]

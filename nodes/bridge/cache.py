@@ -11,8 +11,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...mochi_core import AsymmDiT, BlockCache
-from ...mochi_core.cache import CachedBlocks, Memory
-from ...mochi_core.dit import RunBlock
+from ...mochi_core.sampling.block_cache import CachedBlocks, Memory
+from ...mochi_core.transformer.model import RunBlock
 from .sampling import step_at
 
 KEY = "mochi_cache"

@@ -8,7 +8,7 @@ from collections import Counter
 
 import torch
 
-from ...mochi_core.checkpoints.reader import Tensors
+from ...mochi_core.checkpoints import LazyStateDict
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -21,7 +21,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def stored_form(tensors: Tensors) -> str:
+def stored_form(tensors: LazyStateDict) -> str:
     """What most of the weights of a file are in: bf16, float8_e4m3fn, Q4_0 ..."""
     sizes = Counter[str]()
     for tensor in tensors.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import comfy.samplers
 
-from ...mochi_core.schedule import guidance_schedule
+from ...mochi_core.sampling.schedule import guidance_schedule
 from .sampling import step_at
 
 

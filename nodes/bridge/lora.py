@@ -9,7 +9,8 @@ import comfy.model_management as mm
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
-from ...mochi_core.checkpoints import LoraUpdate, dit_config, from_state_dict, read_lora
+from ...mochi_core.checkpoints import dit_config, from_state_dict
+from ...mochi_core.lora import LoraUpdate, read_lora
 
 
 class DoRAAdapter(LoRAAdapter):

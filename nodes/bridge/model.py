@@ -18,9 +18,8 @@ import comfy.supported_models
 import torch
 
 from ...mochi_core import AsymmDiT, AsymmDiTConfig
-from ...mochi_core.checkpoints import blaming, check_tensors, empty_transformer, is_large, quantize_large
-from ...mochi_core.checkpoints.reader import Tensors
-from ...mochi_core.dit import run_block
+from ...mochi_core.checkpoints import LazyStateDict, blaming, check_tensors, empty_transformer, is_large, quantize_large
+from ...mochi_core.transformer.model import run_block
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
 from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
@@ -170,7 +169,7 @@ def _announce(patcher, stored: str, quantize: str | None, dtype: torch.dtype | N
     announce("transformer", weights, compute, f"attention {attending}")
 
 
-def _build(config: AsymmDiTConfig, tensors: Tensors, dtype: torch.dtype | None, disable_dynamic: bool):
+def _build(config: AsymmDiTConfig, tensors: LazyStateDict, dtype: torch.dtype | None, disable_dynamic: bool):
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     supported = [torch.float16, *COMPUTE_DTYPES] if dtype == torch.float16 else COMPUTE_DTYPES
     model_config = MochiConfig({"image_model": "mochi_preview", "config": config})
@@ -189,7 +188,7 @@ def _build(config: AsymmDiTConfig, tensors: Tensors, dtype: torch.dtype | None, 
     return patcher_class(model, load_device=load_device, offload_device=offload_device)
 
 
-def _load_weights(network: HostAsymmDiT, tensors: Tensors, module: AsymmDiT, *, assign: bool) -> None:
+def _load_weights(network: HostAsymmDiT, tensors: LazyStateDict, module: AsymmDiT, *, assign: bool) -> None:
     """Layer by layer. With `assign`, tensors that need no conversion stay a map of the file."""
     network.pos_frequencies.data.copy_(tensors["pos_frequencies"].read())
     for layer, part in by_layer({name: tensor for name, tensor in tensors.items() if "." in name}):
@@ -197,7 +196,7 @@ def _load_weights(network: HostAsymmDiT, tensors: Tensors, module: AsymmDiT, *, 
         network.get_submodule(layer).load_state_dict(state, assign=assign)
 
 
-def _stored_dtype(tensors: Tensors, supported: list[torch.dtype]) -> torch.dtype:
+def _stored_dtype(tensors: LazyStateDict, supported: list[torch.dtype]) -> torch.dtype:
     """The file's own precision where the device can work with it."""
     sizes = Counter[torch.dtype]()
     for tensor in tensors.values():

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...mochi_core import AsymmDiT
-from ...mochi_core.dit import Modulation, Text
-from ...mochi_core.rope import Rope
+from ...mochi_core.transformer.model import Modulation, Text
+from ...mochi_core.transformer.rope import Rope
 
 OPTION = "mochi_run"
 LEVELS = 64

@@ -16,11 +16,11 @@ import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, TensorCoreFP8Layout, register_layout_class
 from torch import nn
 
-from ...mochi_core import fp8, ggml
-from ...mochi_core.checkpoints import check_finite, find_part, from_state_dict, open_tensors
-from ...mochi_core.checkpoints.quantization import GGML_FORMAT, ROWWISE_FORMAT, STORED_AS
-from ...mochi_core.checkpoints.reader import StoredTensor, Tensors, checked, watch
-from ...mochi_core.quantized import QuantizedWeight
+from ...mochi_core.checkpoints import LazyStateDict, LazyTensor, check_finite, find_part, from_state_dict, open_tensors
+from ...mochi_core.checkpoints.formats.reader import checked, watch
+from ...mochi_core.checkpoints.names.quantized import GGML_FORMAT, ROWWISE_FORMAT, STORED_AS
+from ...mochi_core.quantization import fp8, ggml
+from ...mochi_core.quantization.weights import QuantizedWeight
 
 GGML_LAYOUT, ROWWISE_LAYOUT = "MochiGGMLLayout", "MochiFP8RowwiseLayout"
 OWN_LAYOUTS = (GGML_LAYOUT, ROWWISE_LAYOUT)
@@ -93,7 +93,7 @@ register_layout_class(GGML_LAYOUT, GGMLLayout)
 register_layout_class(ROWWISE_LAYOUT, RowwiseLayout)
 
 
-def read_part(path: str, part: str) -> Tensors:
+def read_part(path: str, part: str) -> LazyStateDict:
     """The tensors of "transformer", "vae" or "t5", read by the host where its memory management begins with the file.
 
     Raises:
@@ -110,7 +110,7 @@ def read_part(path: str, part: str) -> Tensors:
     return found if comfy.memory_management.aimdo_enabled else {key: _finite(t, key, name) for key, t in found.items()}
 
 
-def _finite(tensor: StoredTensor, name: str, file_name: str) -> StoredTensor:
+def _finite(tensor: LazyTensor, name: str, file_name: str) -> LazyTensor:
     """The same tensor, checked when it is read in either form."""
 
     def finite(read):
@@ -124,7 +124,7 @@ def _finite(tensor: StoredTensor, name: str, file_name: str) -> StoredTensor:
     return replace(tensor, read=finite(tensor.read), quantized=tensor.quantized and finite(tensor.quantized))
 
 
-def by_layer(tensors: Tensors) -> Iterator[tuple[str, Tensors]]:
+def by_layer(tensors: LazyStateDict) -> Iterator[tuple[str, LazyStateDict]]:
     """One layer after the other: its name, and its tensors under their full names.
 
     What a conversion makes is then copied or kept before the next layer's is made, so it is never there twice.
@@ -137,11 +137,11 @@ def _owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def is_quantized(tensors: Tensors) -> bool:
+def is_quantized(tensors: LazyStateDict) -> bool:
     return any(tensor.quantized is not None for tensor in tensors.values())
 
 
-def host_weights(tensors: Tensors, module: nn.Module) -> dict[str, torch.Tensor]:
+def host_weights(tensors: LazyStateDict, module: nn.Module) -> dict[str, torch.Tensor]:
     """A state dict for the host's quantised operations; only the linear layers of `module` can be quantised."""
     weights = {}
     for name, tensor in tensors.items():

@@ -15,9 +15,8 @@ import comfy.text_encoders.t5
 import comfy.utils
 import torch
 
-from ...mochi_core.checkpoints import blaming, check_tensors
-from ...mochi_core.checkpoints.reader import Tensors
-from ...mochi_core.checkpoints.t5 import hugging_face_entries, t5_config
+from ...mochi_core.checkpoints import LazyStateDict, blaming, check_tensors
+from ...mochi_core.checkpoints.names.t5 import hugging_face_entries, t5_config
 from ...mochi_core.text_encoder import MAX_TOKENS
 from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
 from .quantized import host_weights, is_quantized, quantized_operations, read_part
@@ -80,13 +79,13 @@ def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "defaul
     return clip
 
 
-def host_config(tensors: Tensors) -> dict:
+def host_config(tensors: LazyStateDict) -> dict:
     """The sizes of a T5 v1.1 encoder in the words of the host's T5."""
     fixed = {"dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True, "model_type": "t5"}
     return {**hugging_face_entries(t5_config(tensors)), **fixed}
 
 
-def _stored_dtype(tensors: Tensors) -> torch.dtype:
+def _stored_dtype(tensors: LazyStateDict) -> torch.dtype:
     """The file's own precision, as the host loads T5 too; the arithmetic is float32 either way."""
     return tensors["encoder.final_layer_norm.weight"].dtype
 

@@ -15,9 +15,9 @@ import comfy.utils
 import torch
 
 from ...mochi_core import AsymmVAE
+from ...mochi_core.autoencoder.streaming import GIB, Layer
 from ...mochi_core.checkpoints import blaming, check_tensors, empty_vae, joined
 from ...mochi_core.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
-from ...mochi_core.streaming import GIB, Layer
 from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
 from .quantized import by_layer, read_part
 

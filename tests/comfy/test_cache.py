@@ -24,7 +24,7 @@ PREAMBLE = f"""
 import gc, logging
 import comfy.sample, comfy.samplers, comfy.model_management
 from pack.mochi_core import BlockCache, linear_quadratic_schedule
-from pack.mochi_core.cache import Memory
+from pack.mochi_core.sampling.block_cache import Memory
 from pack.nodes.bridge.cache import add_cache
 from pack.nodes.bridge.model import load_model
 

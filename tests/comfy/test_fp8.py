@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mochi_core import MochiPipeline, load_text_encoder, load_transformer, load_vae
+from mochi_core import MochiPipeline, load_lora, load_text_encoder, load_transformer, load_vae
 from tests.comfy.test_server import MODEL, POSITIVE, SAMPLER, latents_of, upto_sampler  # noqa: F401 - a fixture
 from tests.core.test_formats import WIDE, quantized_layers, relative_error, velocity
 from tests.harness.comfy_process import run_in_comfyui
@@ -21,7 +21,7 @@ from pathlib import Path
 import comfy.model_management
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from pack.mochi_core import fp8
+from pack.mochi_core.quantization import fp8
 from pack.nodes.bridge import model as bridge
 from pack.nodes.bridge.lora import add_lora
 
@@ -114,7 +114,7 @@ def test_an_empty_prompt(results):
 @pytest.mark.parametrize("way", ["LoRA", "LoRA, offloaded"])
 def test_lora_changes_it_as_it_changes_the_core(core, folder, results, way):
     before = velocity(core)
-    lora = core.load_lora(folder / "lora.safetensors")
+    lora = load_lora(core, folder / "lora.safetensors")
     expected = velocity(core)
     lora.remove()
     assert relative_error(results[way], expected) < 0.3 * relative_error(before, expected)

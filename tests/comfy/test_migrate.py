@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mochi_core.migrate import migrate
-from mochi_core.migrate.editor import LINK_FIELDS
-from mochi_core.migrate.tables import AFTER_SEED, NEW_NODES, WRAPPER
+from migrate import migrate
+from migrate.editor import LINK_FIELDS
+from migrate.tables import AFTER_SEED, NEW_NODES, WRAPPER
 
 OLD = Path(__file__).parents[1] / "data" / "old_workflows"
 EDITOR_ONLY = ("Note", "PrimitiveNode", "Reroute")

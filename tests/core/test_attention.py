@@ -8,7 +8,16 @@ from torch.nn.attention import current_flash_attention_impl
 
 from mochi_core import MochiPipeline, linear_quadratic_schedule, sample
 from mochi_core.__main__ import main
-from mochi_core.attention import ATTENTIONS, BACKENDS, HALF, KERNELS, _failure, choose_attention, refusal, sdpa
+from mochi_core.transformer.attention import (
+    ATTENTIONS,
+    BACKENDS,
+    HALF,
+    KERNELS,
+    _failure,
+    choose_attention,
+    refusal,
+    sdpa,
+)
 from tests.core.test_sample import NOISE, prompt
 from tests.harness.tiny_models import random_dit, random_vae
 

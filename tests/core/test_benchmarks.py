@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.dit import forward_flops
 from benchmarks.measure import Measurement, attempt, table
 from mochi_core import AsymmDiT, AsymmDiTConfig
-from mochi_core.attention import BACKENDS
+from mochi_core.transformer.attention import BACKENDS
 
 TINY = {"hidden_size_x": 96, "hidden_size_y": 48, "num_heads": 4, "text_width": 64, "pool_heads": 4}
 MLP = {"mlp_size_x": 160, "mlp_size_y": 112}

@@ -7,10 +7,10 @@ import torch
 
 from mochi_core import BlockCache, VideoSize, euler, guidance_schedule, linear_quadratic_schedule, sample
 from mochi_core.__main__ import main
-from mochi_core.cache import LARGEST_FITTED, METHODS, Memory, output_change
-from mochi_core.offload import streamed
 from mochi_core.pipeline import initial_noise
-from mochi_core.sample import prepared_velocity
+from mochi_core.sampling.block_cache import LARGEST_FITTED, METHODS, Memory, output_change
+from mochi_core.sampling.sample import prepared_velocity
+from mochi_core.transformer.offload import streamed
 from tests.harness import trained
 
 LOOSE = {"teacache": 0.09, "first_block": 0.05}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mochi_core import load_transformer, sample
-from mochi_core.cache import BlockCache
-from mochi_core.offload import resident, streamed
+from mochi_core import load_lora, load_transformer, sample
+from mochi_core.sampling.block_cache import BlockCache
+from mochi_core.transformer.offload import resident, streamed
 from tests.core.test_dit import inputs
 from tests.core.test_sample import NOISE, SIGMAS, prompt
 from tests.harness.lora_files import random_adapter, write_adapter
@@ -53,10 +53,10 @@ def test_fused_blocks_equal_plain_ones(lora, dtype):
     plain, fused = random_dit(dtype=dtype), random_dit(dtype=dtype)
     fused.compile_blocks()
     for dit in (plain, fused):
-        dit.load_lora(lora)
+        load_lora(dit, lora)
     arguments = inputs([4, 16, 0], size=(2, 5, 7))
     found, expected, exact = fused(*arguments), plain(*arguments), random_dit()
-    exact.load_lora(lora)
+    load_lora(exact, lora)
     assert relative_error(found, expected) < TOLERANCE[dtype]
     assert relative_error(found, exact(*arguments)) < max(1e-5, 1.2 * relative_error(expected, exact(*arguments)))
 
@@ -80,7 +80,7 @@ def test_loras_come_and_go_and_change_their_strength(lora):
     dit, plain = compiled(random_dit()), random_dit()
     bare = run(plain)
     assert torch.allclose(run(dit), bare)
-    loras = [model.load_lora(lora) for model in (dit, plain)]
+    loras = [load_lora(model, lora) for model in (dit, plain)]
     for strength in (1.0, 0.5, 0.25, -1.0):
         for each in loras:
             each.strength = strength

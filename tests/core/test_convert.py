@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mochi_core import AsymmDiT, AsymmDiTConfig, AsymmVAE, load_transformer, load_vae
 from mochi_core.__main__ import main
 from mochi_core.checkpoints import from_state_dict, to_diffusers, transformer_rules
-from mochi_core.quantized import quantize_fp8
+from mochi_core.quantization.weights import quantize_fp8
 from tests.harness.tiny_models import DIT, cast, random_dit, random_t5, random_vae
 
 ROOT = Path(__file__).parents[2]

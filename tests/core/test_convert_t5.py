@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from mochi_core import load_text_encoder
 from mochi_core.__main__ import main
 from mochi_core.checkpoints import is_large
-from mochi_core.checkpoints.t5 import t5_shapes
+from mochi_core.checkpoints.names.t5 import t5_shapes
 from mochi_core.config import T5EncoderConfig
-from mochi_core.quantized import quantize_fp8
+from mochi_core.quantization.weights import quantize_fp8
 from tests.core.test_convert import convert, refused, write_sparse
 from tests.core.test_formats import T5_FORMS, file_name, shallow_t5
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mochi_core import AsymmDiT, sdpa
-from mochi_core.dit import crop_to_valid
-from mochi_core.layers import by_rows
-from mochi_core.rope import Rope
+from mochi_core.transformer.layers import by_rows
+from mochi_core.transformer.model import crop_to_valid
+from mochi_core.transformer.rope import Rope
 from tests.harness.tiny_models import DIT, random_dit
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

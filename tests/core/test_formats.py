@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from mochi_core import load_text_encoder, load_transformer, load_vae
 from mochi_core.__main__ import main
 from mochi_core.checkpoints import describe, from_state_dict, open_tensors, to_diffusers, transformer_rules
-from mochi_core.quantized import QUANTIZERS, QuantizedLinear
+from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear
 from tests.harness import quantized_files
 from tests.harness.k_types import K_QUANTIZERS
 from tests.harness.quantized_files import GGUF, SAFETENSORS, gguf_file, is_large, llama_cpp_name

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mochi_core import AsymmDiT, AsymmDiTConfig, fp8, quantized
+from mochi_core import AsymmDiT, AsymmDiTConfig, load_lora
 from mochi_core.checkpoints import from_state_dict, load_into, quantize_large
-from mochi_core.fp8 import linear_rowwise, multiply_rowwise, quantize_rows
-from mochi_core.layers import FeedForward
-from mochi_core.quantized import QUANTIZERS, QuantizedLinear
+from mochi_core.quantization import fp8
+from mochi_core.quantization import weights as quantized
+from mochi_core.quantization.fp8 import linear_rowwise, multiply_rowwise, quantize_rows
+from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear
+from mochi_core.transformer.layers import FeedForward
 from tests.core.test_dit import inputs
 from tests.core.test_formats import relative_error
 from tests.core.test_quantized import gaussian
@@ -108,7 +110,7 @@ def test_feed_forward_in_chunks_equals_one_piece(monkeypatch):
         setattr(feed_forward, name, QuantizedLinear(QUANTIZERS["fp8_rowwise"](weight / 8)))
     x = gaussian(50, 64, seed=1)[None]
     whole = feed_forward(x)
-    monkeypatch.setattr("mochi_core.layers.FEED_FORWARD_ROWS", 16)
+    monkeypatch.setattr("mochi_core.transformer.layers.FEED_FORWARD_ROWS", 16)
     torch.testing.assert_close(feed_forward(x), whole, **ROUNDING)
 
 
@@ -161,9 +163,9 @@ def test_lora_changes_it_as_it_changes_the_plain_one(tmp_path):
     adapter = write_adapter(tmp_path / "a.safetensors", random_adapter(dit.state_dict()), "kohya")
     loaded = load(dit)
     before, plain = loaded(*arguments), dit(*arguments)
-    lora = loaded.load_lora(adapter)
+    lora = load_lora(loaded, adapter)
     changed = loaded(*arguments)
-    dit.load_lora(adapter)
+    load_lora(dit, adapter)
     effect = relative_error(dit(*arguments), plain)
     assert relative_error(changed, dit(*arguments)) < 0.08 < effect
     lora.remove()

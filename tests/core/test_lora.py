@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mochi_core import AsymmDiT, load_transformer
+from mochi_core import AsymmDiT, load_lora, load_transformer
 from mochi_core.__main__ import lora_option
-from mochi_core.quantized import QuantizedLinear
+from mochi_core.quantization.weights import QuantizedLinear
 from tests.core.test_dit import inputs
 from tests.harness.lora_files import (
     ALPHA,
@@ -41,7 +41,7 @@ def assert_changes_like(dit, lora_path, weights):
     """The output is that of other weights, and was not so before; the LoRA is in `dit` afterwards."""
     expected = with_weights(dit, weights)(*INPUTS)
     assert relative_error(dit(*INPUTS), expected) > 0.01
-    lora = dit.load_lora(lora_path)
+    lora = load_lora(dit, lora_path)
     assert relative_error(dit(*INPUTS), expected) <= 1e-5
     return lora
 
@@ -116,7 +116,7 @@ def test_several_add_up_whatever_their_kind(dit, tmp_path):
     expected = dict(weights)
     for i, (adapter, strength) in enumerate(((first, 0.5), (second, 0.8), (third, -0.3))):
         path = write_adapter(tmp_path / f"{i}.safetensors", adapter, "diffusers")
-        dit.load_lora(path, strength)
+        load_lora(dit, path, strength)
         changed = merged(weights, adapter, strength=strength)
         expected = {name: expected[name] + changed[name] - weights[name] for name in weights}
     assert relative_error(dit(*INPUTS), with_weights(dit, expected)(*INPUTS)) <= 1e-5
@@ -130,7 +130,7 @@ def test_strength_and_removal_leave_no_trace(tmp_path, dtype):
     modules = [name for name, _ in dit.named_modules()]
     adapter = random_adapter(weights, dora=True)
     path = write_adapter(tmp_path / "a.safetensors", adapter, "comfyui")
-    lora, other = dit.load_lora(path, 0), dit.load_lora(path, 0.7)
+    lora, other = load_lora(dit, path, 0), load_lora(dit, path, 0.7)
     with_other = dit(*INPUTS)
     assert not torch.equal(with_other, before)
     other.strength = 0
@@ -170,7 +170,7 @@ def test_quantised_denoisers(dit, tmp_path, quantize):
 def test_it_is_not_saved_and_moves_with_the_denoiser(dit, tmp_path):
     names = dit.state_dict().keys()
     path = write_adapter(tmp_path / "a.safetensors", random_adapter(own_names(dit), dora=True), "comfyui")
-    dit.load_lora(path)
+    load_lora(dit, path)
     assert dit.state_dict().keys() == names
     moved = dit.to("meta", torch.float16)
     assert all((b.device.type, b.dtype) == ("meta", torch.float16) for b in moved.buffers())
@@ -180,7 +180,7 @@ def test_whole_schedules_and_empty_prompts(dit, tmp_path):
     weights = own_names(dit)
     adapter = random_adapter(weights)
     other = with_weights(dit, merged(weights, adapter))
-    dit.load_lora(write_adapter(tmp_path / "a.safetensors", adapter, "comfyui"))
+    load_lora(dit, write_adapter(tmp_path / "a.safetensors", adapter, "comfyui"))
     latents, sigma, embeds, mask = inputs([0])
     assert relative_error(dit(latents, sigma, embeds, mask), other(latents, sigma, embeds, mask)) <= 1e-5
     pooled = dit.prepare_text(*INPUTS[2:]).pooled
@@ -195,7 +195,7 @@ def test_whole_schedules_and_empty_prompts(dit, tmp_path):
 def test_compiled(dit, tmp_path):
     path = write_adapter(tmp_path / "a.safetensors", random_adapter(own_names(dit), dora=True), "comfyui")
     plain = random_dit()
-    loras = [model.load_lora(path) for model in (dit, plain)]
+    loras = [load_lora(model, path) for model in (dit, plain)]
     dit.blocks[0].compile(backend="aot_eager", fullgraph=True)
     for strength in (1.0, 0.5, 0.0):
         for lora in loras:
@@ -211,14 +211,14 @@ def test_names_without_a_place_are_reported(dit, tmp_path):
     with pytest.warns(
         UserWarning, match=r"a.safetensors: Mochi has no place for 1 of its names, left out: blocks.7.attn.qkv_x"
     ):
-        dit.load_lora(path)
+        load_lora(dit, path)
     assert relative_error(dit(*INPUTS), with_weights(dit, merged(weights, adapter))(*INPUTS)) <= 1e-5
 
 
 def refusal(dit, path):
     before = dit(*INPUTS)
     with pytest.raises(ValueError, match=path.name) as error:
-        dit.load_lora(path)
+        load_lora(dit, path)
     assert torch.equal(dit(*INPUTS), before)
     return str(error.value)
 
@@ -318,7 +318,7 @@ def test_torch_files(dit, tmp_path):
 def test_file_may_be_written_again(dit, tmp_path):
     weights = own_names(dit)
     path = write_adapter(tmp_path / "a.safetensors", random_adapter(weights), "comfyui")
-    dit.load_lora(path)
+    load_lora(dit, path)
     before = dit(*INPUTS)
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
@@ -329,8 +329,8 @@ def test_file_may_be_written_again(dit, tmp_path):
 def test_strength_is_a_number(dit, tmp_path, strength):
     path = write_adapter(tmp_path / "a.safetensors", random_adapter(own_names(dit), "qkv_x"), "genmo")
     with pytest.raises(ValueError, match="must be a number"):
-        dit.load_lora(path, strength)
-    lora = dit.load_lora(path, 0)
+        load_lora(dit, path, strength)
+    lora = load_lora(dit, path, 0)
     with pytest.raises(ValueError, match="must be a number"):
         lora.strength = strength
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mochi_core.__main__ import main
-from mochi_core.migrate import migrate, migrate_prompt
-from mochi_core.migrate.editor import LINK_FIELDS
-from mochi_core.migrate.tables import NEW_NODES, WRAPPER
+from migrate import migrate, migrate_prompt
+from migrate.__main__ import main
+from migrate.editor import LINK_FIELDS
+from migrate.tables import NEW_NODES, WRAPPER
 
 OLD = Path(__file__).parents[1] / "data" / "old_workflows"
 MOCHI = f"mochi{os.sep}"
@@ -666,7 +666,7 @@ def test_damaged_workflows_are_converted_or_refused(name):
 def test_command_writes_beside_and_reports(tmp_path, capsys):
     path = tmp_path / "old.json"
     path.write_bytes(b"\xef\xbb\xbf" + (OLD / "text_to_video.json").read_bytes())
-    assert main(["migrate", str(path)]) == 0
+    assert main([str(path)]) == 0
     out, err = capsys.readouterr()
     assert out.strip() == str(tmp_path / "old-mochi1.json")
     assert json.loads(Path(out.strip()).read_text(encoding="utf-8")) == migrated("text_to_video").workflow
@@ -687,7 +687,7 @@ def test_command_says_what_is_wrong(tmp_path, capsys, monkeypatch, content, opti
     monkeypatch.chdir(tmp_path)
     path = Path("old.json")
     path.write_text(content, encoding="utf-8")
-    assert main(["migrate", str(path), *options]) == 2
+    assert main([str(path), *options]) == 2
     out, err = capsys.readouterr()
     assert message in err
     assert err.count("\n") == 1

@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mochi_core import AsymmDiT, load_transformer, sample
-from mochi_core.block import BlockContext
-from mochi_core.offload import resident, streamed
-from mochi_core.rope import Rope
+from mochi_core import AsymmDiT, load_lora, load_transformer, sample
+from mochi_core.transformer.block import BlockContext
+from mochi_core.transformer.offload import resident, streamed
+from mochi_core.transformer.rope import Rope
 from tests.core.test_convert import in_a_process, needs_proc
 from tests.core.test_sample import NOISE, SIGMAS, prompt
 from tests.harness.lora_files import random_adapter, write_adapter
@@ -39,7 +39,7 @@ def test_same_result_with_loras_and_quantised_weights(dit, tmp_path, dtype, quan
     dit = load_transformer(tmp_path / "dit.safetensors", dtype, quantize=quantize)
     for i, dora in enumerate((False, True)):
         adapter = random_adapter(random_dit().state_dict(), seed=i, dora=dora)
-        dit.load_lora(write_adapter(tmp_path / f"{i}.safetensors", adapter, "comfyui"), 0.5)
+        load_lora(dit, write_adapter(tmp_path / f"{i}.safetensors", adapter, "comfyui"), 0.5)
     before, hooked = addresses(dit), hooks(dit)
     expected = sample(dit, NOISE, SIGMAS, *CONDITIONS)
     with visit(dit, "cpu"):
@@ -69,7 +69,7 @@ def test_only_the_block_at_work_is_away_from_home(dit):
 
 def test_only_a_modulator_at_work_is_away_from_home_and_all_else_always(dit, tmp_path):
     """Its LoRA with it."""
-    dit.load_lora(write_adapter(tmp_path / "a.safetensors", random_adapter(random_dit().state_dict()), "comfyui"))
+    load_lora(dit, write_adapter(tmp_path / "a.safetensors", random_adapter(random_dit().state_dict()), "comfyui"))
     home, seen = addresses(dit), []
     modulators = {name for name in home if ".mod_" in name}
     assert any(".lora." in name for name in modulators)
@@ -162,7 +162,7 @@ def test_two_blocks_take_memory_and_no_more():
     code = """
 import torch
 from mochi_core import AsymmDiT, AsymmDiTConfig, linear_quadratic_schedule, sample
-from mochi_core.offload import streamed
+from mochi_core.transformer.offload import streamed
 config = AsymmDiTConfig(
     depth=6, hidden_size_x=768, hidden_size_y=384, num_heads=6, text_width=64, mlp_size_x=4096, mlp_size_y=1024)
 dit = AsymmDiT(config).requires_grad_(False)

@@ -9,8 +9,8 @@ from torch._dynamo.utils import counters
 
 from mochi_core import MochiPipeline, denormalize_latents, load_text_encoder, save_video
 from mochi_core.__main__ import main
-from mochi_core.latent_files import load_latents, save_latents
-from mochi_core.video import VideoWriter
+from mochi_core.io.latent_files import load_latents, save_latents
+from mochi_core.io.video import VideoWriter
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit, random_t5, random_vae, write_models
 

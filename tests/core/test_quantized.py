@@ -5,8 +5,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, dequantize, quantize
 
-from mochi_core import ggml
-from mochi_core.quantized import QUANTIZERS, QuantizedLinear, QuantizedWeight, quantize_fp8, quantize_int8
+from mochi_core.quantization import ggml
+from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear, QuantizedWeight, quantize_fp8, quantize_int8
 from tests.harness.quantized_files import random_blocks
 
 # Half a step of each format over its range, relative to the largest weight of a row.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mochi_core import AsymmDiT, AsymmDiTConfig
-from mochi_core.rope import axis_positions, rotate
+from mochi_core.transformer.rope import axis_positions, rotate
 
 
 def reference_angles(frequencies, num_latents, rows, columns):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mochi_core import euler, guided, linear_quadratic_schedule, sample
-from mochi_core.sample import prepared_velocities, prepared_velocity
+from mochi_core.sampling.sample import prepared_velocities, prepared_velocity
 from tests.harness.tiny_models import DIT, random_dit
 
 

@@ -10,8 +10,18 @@ import torch
 from torch import nn
 
 from mochi_core import AsymmVAE, AsymmVAEConfig
-from mochi_core.causal import frame_norm, frame_statistics, pad_causal
-from mochi_core.streaming import CPU, MIB, ClipLayer, Layer, OutOfMemory, Plan, Runner, is_out_of_memory, stream
+from mochi_core.autoencoder.layers import frame_norm, frame_statistics, pad_causal
+from mochi_core.autoencoder.streaming import (
+    CPU,
+    MIB,
+    ClipLayer,
+    Layer,
+    OutOfMemory,
+    Plan,
+    Runner,
+    is_out_of_memory,
+    stream,
+)
 from tests.harness.tiny_models import VAE, random_vae, randomize
 
 EVERYTHING = Plan(CPU, CPU, 2**60)

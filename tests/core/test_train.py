@@ -15,11 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mochi_core import load_transformer
+from mochi_core import load_lora, load_transformer
+from mochi_core.autoencoder.latents import LATENTS_MEAN, LATENTS_STD
 from mochi_core.checkpoints import is_large
-from mochi_core.fp8 import quantize_rows
-from mochi_core.latents import LATENTS_MEAN, LATENTS_STD
-from mochi_core.quantized import QuantizedLinear
+from mochi_core.quantization.fp8 import quantize_rows
+from mochi_core.quantization.weights import QuantizedLinear
 from mochi_core.train.dataset import batch_at, example, open_dataset
 from mochi_core.train.loop import LOG, STATE, Run, add_gradients, learning_rate, new_accelerator, train
 from mochi_core.train.objective import velocity_loss
@@ -94,7 +94,7 @@ def test_both_lora_files_are_what_was_trained(tmp_path, accelerator):
     for kind in ("lora", "diffusers"):
         dit = load_transformer(settings.transformer, torch.float32)
         base = dit(*INPUTS)
-        lora = dit.load_lora(settings.output / f"step_000006.{kind}.safetensors")
+        lora = load_lora(dit, settings.output / f"step_000006.{kind}.safetensors")
         assert relative_error(dit(*INPUTS), trained) <= 1e-5
         assert relative_error(dit(*INPUTS), base) > 1e-3
         lora.strength = 0
@@ -189,7 +189,7 @@ def test_lora_over_quantised_weights(tmp_path, accelerator, quantize):
     assert isinstance(trainee.dit.get_submodule("blocks.0.attn.qkv_x"), QuantizedLinear)
     dit = load_transformer(settings.transformer, torch.float32, quantize=quantize)
     base = dit(*INPUTS)
-    dit.load_lora(settings.output / "step_000006.lora.safetensors")
+    load_lora(dit, settings.output / "step_000006.lora.safetensors")
     assert relative_error(dit(*INPUTS), trainee.dit(*INPUTS)) <= 1e-5
     assert relative_error(dit(*INPUTS), base) > 1e-3
 

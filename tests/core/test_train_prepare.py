@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mochi_core import VideoSize, load_text_encoder, load_transformer, load_vae, save_video
+from mochi_core import VideoSize, load_lora, load_text_encoder, load_transformer, load_vae, save_video
 from mochi_core.checkpoints import open_tensors
 from mochi_core.train.__main__ import main
 from mochi_core.train.prepare import read_video, to_model_range
@@ -186,4 +186,4 @@ def test_from_videos_to_a_lora_in_a_shell(videos, models, tmp_path):
     assert samples == [f"step_0000{step}-{i}.mp4" for step in (20, 40) for i in (1, 2)]
     assert read_video(tmp_path / "out" / "samples" / samples[-1], SIZE).shape == (7, 32, 48, 3)
     dit = load_transformer(models["transformer"])
-    dit.load_lora(tmp_path / "out" / "step_000040.lora.safetensors")
+    load_lora(dit, tmp_path / "out" / "step_000040.lora.safetensors")

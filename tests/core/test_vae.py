@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mochi_core import AsymmVAE, AsymmVAEConfig
-from mochi_core.encoder import fourier_features
+from mochi_core.autoencoder.encoder import fourier_features
 from tests.harness.tiny_models import VAE, random_vae
 
 

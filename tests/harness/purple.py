@@ -9,7 +9,7 @@ import yaml
 
 from mochi_core import save_video
 from mochi_core.train.__main__ import main as train
-from mochi_core.train.shapes import NEW_COLORS, described_clip, draw
+from mochi_core.train.tiny.shapes import NEW_COLORS, described_clip, draw
 from tests.harness import trained
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mochi_core.train.shapes import BACKGROUNDS, COLORS, NEW_COLORS, OUTLINES
+from mochi_core.train.tiny.shapes import BACKGROUNDS, COLORS, NEW_COLORS, OUTLINES
 
 PALETTE = {**COLORS, **NEW_COLORS}
 MIN_PIXELS = 12  # of a colour, in a frame of 64 x 64, to count as a shape

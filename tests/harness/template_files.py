@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mochi_core import load_transformer, save_video
-from mochi_core.train.shapes import COLORS, Scene, Sprite, draw
+from mochi_core.train.tiny.shapes import COLORS, Scene, Sprite, draw
 from tests.harness import trained
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.quantized_files import scaled_fp8

@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 
 from mochi_core import MochiPipeline, linear_quadratic_schedule, load_transformer, normalize_latents
 from mochi_core.pipeline import initial_noise
-from mochi_core.train import tiny_vae
-from mochi_core.train.shapes import COLORS, Scene, Sprite, draw
+from mochi_core.train.tiny import vae as tiny_vae
+from mochi_core.train.tiny.shapes import COLORS, Scene, Sprite, draw
 from tests.harness import quantized_files, trained
 from tests.harness.semantics import direction, main_color
 from tests.semantics.test_prompts import CLEAN, SIZE, scores, videos

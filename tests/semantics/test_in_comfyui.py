@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mochi_core import save_video
-from mochi_core.train.shapes import COLORS, Scene, Sprite, draw
+from mochi_core.train.tiny.shapes import COLORS, Scene, Sprite, draw
 from tests.comfy.test_server import MODEL, SAMPLER, VAE, node
 from tests.harness.demo import PROMPTS, tiny_prompt
 from tests.harness.frames import read_frames

@@ -2,9 +2,9 @@
 
 import torch
 
-from mochi_core import MochiPipeline, VideoSize, load_transformer
+from mochi_core import MochiPipeline, VideoSize, load_lora, load_transformer
 from mochi_core.train.prepare import read_video
-from mochi_core.train.shapes import OUTLINES
+from mochi_core.train.tiny.shapes import OUTLINES
 from tests.harness import trained
 from tests.harness.semantics import main_color
 from tests.semantics.test_prompts import videos
@@ -19,7 +19,7 @@ def test_the_new_color_appears_with_the_lora_and_not_without(pipe, purple_loras)
     assert without.count("purple") <= 2
     for path in purple_loras:
         dit = load_transformer(trained.TRANSFORMER, torch.float32)
-        lora = dit.load_lora(path)
+        lora = load_lora(dit, path)
         with_lora = MochiPipeline(dit, pipe.vae, pipe.text_encoder)
         found = [main_color(frames) for frames in videos(with_lora, PROMPTS)]
         print(path.name, found)

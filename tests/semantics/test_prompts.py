@@ -5,7 +5,7 @@ import torch
 
 from mochi_core import MochiPipeline, linear_quadratic_schedule, load_transformer, normalize_latents, sample
 from mochi_core.pipeline import initial_noise
-from mochi_core.train.shapes import COLORS, MOTIONS, OUTLINES
+from mochi_core.train.tiny.shapes import COLORS, MOTIONS, OUTLINES
 from tests.harness import trained
 from tests.harness.semantics import direction, main_color, main_shape, shown_colors, stray
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from mochi_core import denormalize_latents, load_vae, normalize_latents
-from mochi_core.decoder import DecoderStage
-from mochi_core.train import tiny_vae
-from mochi_core.train.shapes import draw, random_clip
+from mochi_core.autoencoder.decoder import DecoderStage
+from mochi_core.train.tiny import vae as tiny_vae
+from mochi_core.train.tiny.shapes import draw, random_clip
 from tests.harness import trained
 
 CLIPS = 32

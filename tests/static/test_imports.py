@@ -1,28 +1,27 @@
 """Who may import whom, and that importing does nothing else."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "mochi_core"
-# Each layer may use the ones before it.
-LAYERS = (
-    ("config", "geometry", "latents", "schedule", "rope", "attention", "streaming", "ggml", "fp8", "migrate"),
-    ("layers", "causal", "quantized", "video"),
-    ("encoder", "decoder", "block"),
-    ("dit", "vae"),
-    ("cache",),
-    ("sample", "checkpoints", "offload"),
-    ("text_encoder", "lora", "latent_files"),
+# From the bottom up: each room may use those in the lines above it.
+FLOORS = (
+    ("config", "geometry"),
+    ("quantization",),
+    ("transformer", "autoencoder"),
+    ("sampling", "checkpoints"),
+    ("lora", "text_encoder", "io"),
     ("pipeline",),
     ("__init__", "__main__"),
     ("train",),
 )
-# `AsymmDiT.load_lora` is a convenience, and imports when it is called.
-UPWARDS = {("dit", "lora")}
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "node_helpers", "nodes"}
 PURE_IMPORT = """
 import logging, sys, threading
@@ -39,12 +38,31 @@ assert not any(name in sys.modules for name in ("transformers", "accelerate", "m
 
 
 def imports(path):
-    """(dots, module) of every import in a file, wherever it stands."""
+    """(dots, module, names) of every import in a file, wherever it stands."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((0, alias.name) for alias in node.names)
+            yield from ((0, alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.level, node.module or ""
+            yield node.level, node.module or "", [alias.name for alias in node.names]
+
+
+def module_graph(*packages):
+    """For every module of ours in these folders, the modules of ours that it imports, lazily or not."""
+    paths = {dotted(path): path for package in packages for path in (ROOT / package).rglob("*.py")}
+    graph = {}
+    for module, path in paths.items():
+        here = list(path.relative_to(ROOT).parent.parts)
+        graph[module] = set()
+        for dots, target, names in imports(path):
+            if dots:
+                base = ".".join([*here[: len(here) + 1 - dots], *filter(None, target.split("."))])
+                graph[module] |= {f"{base}.{name}" if f"{base}.{name}" in paths else base for name in names}
+    return graph
+
+
+def dotted(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def test_importing_the_core_needs_no_host_and_has_no_side_effect():
@@ -54,24 +72,37 @@ def test_importing_the_core_needs_no_host_and_has_no_side_effect():
 
 
 def test_core_never_names_host_or_peers():
-    for path in CORE.rglob("*.py"):
-        absolute = {module.split(".")[0] for dots, module in imports(path) if dots == 0}
+    for path in [*CORE.rglob("*.py"), *(ROOT / "migrate").rglob("*.py")]:
+        absolute = {module.split(".")[0] for dots, module, _ in imports(path) if dots == 0}
         assert not absolute & (HOST | {"diffusers"}), path
 
 
-def test_core_layers_only_look_down():
-    for path in CORE.rglob("*.py"):
-        inside = path.relative_to(CORE).with_suffix("").parts
-        for dots, module in imports(path):
-            own_package = len(inside) > 1 and dots == 1
-            if dots and not own_package:
-                target = module.split(".")[0]
-                down = RANK[target] < RANK[inside[0]]
-                assert down or (inside[0], target) in UPWARDS, f"{path} imports {module}"
+@pytest.mark.parametrize("package", ["mochi_core", "migrate", "nodes"])
+def test_no_circles(package):
+    """Between modules, those of one package too; an import inside a function counts like any other."""
+    list(graphlib.TopologicalSorter(module_graph(package)).static_order())  # CycleError names the circle
+
+
+def test_rooms_only_look_down():
+    for module, targets in module_graph("mochi_core").items():
+        room = [*module.split("."), "__init__"][1]
+        for target in targets:
+            used = [*target.split("."), "__init__"][1]
+            assert target.startswith("mochi_core"), f"{module} imports {target}"
+            assert used == room or FLOOR[used] < FLOOR[room], f"{module} imports {target}"
+
+
+def test_migrate_stands_alone():
+    assert all(target.startswith("migrate") for targets in module_graph("migrate").values() for target in targets)
 
 
 def test_only_the_bridge_knows_both_worlds():
-    for path in (ROOT / "nodes").rglob("*.py"):
-        if "bridge" not in path.parts:
-            core = {module.split(".")[-1] for dots, module in imports(path) if dots and "mochi_core" in module}
-            assert not core & {"dit", "vae", "text_encoder", "pipeline"}, path
+    models = (
+        "mochi_core.transformer.model",
+        "mochi_core.autoencoder.model",
+        "mochi_core.text_encoder",
+        "mochi_core.pipeline",
+    )
+    for module, targets in module_graph("nodes").items():
+        if not module.startswith("nodes.bridge"):
+            assert not targets & set(models), module

@@ -1,0 +1,59 @@
+"""`python -m migrate old.json`: put our nodes into a workflow made for other Mochi nodes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from . import Migration, migrate
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Convert one file; 0 if it worked, 2 with one sentence on stderr if the person has to change something."""
+    options = _parser().parse_args(arguments)
+    output = options.output or options.workflow.with_stem(f"{options.workflow.stem}-mochi1")
+    try:
+        if output.exists() and not options.force:
+            raise ValueError(f"{output} exists already; choose another name with -o, or overwrite it with --force.")
+        migration = migrate_file(options.workflow, stock=options.stock)
+        output.write_text(json.dumps(migration.workflow, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for note in migration.notes:
+        print(note, file=sys.stderr)
+    print(output)
+    return 0
+
+
+def migrate_file(path: Path, *, stock: bool) -> Migration:
+    """`migrate` for a JSON file.
+
+    Raises:
+        ValueError: the file is no JSON, or no workflow with nodes to replace; names the file.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        workflow = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file ({error}); save the workflow in the editor.") from None
+    try:
+        return migrate(workflow, stock=stock)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m migrate", description="Put Mochi Nodes into an old workflow.")
+    add = parser.add_argument
+    add("workflow", type=Path, help=".json file, saved in the editor or exported for the API")
+    add("-o", "--output", type=Path, help="(default: the same name with -mochi1 behind)")
+    add("--stock", action="store_true", help="also replace ComfyUI's own nodes in a graph for its built-in Mochi")
+    add("--force", action="store_true", help="overwrite the output")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""File formats: bytes of a weights file to lazy tensors, and back."""

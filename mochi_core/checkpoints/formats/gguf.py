@@ -1,0 +1,186 @@
+"""GGUF containers: a header of keys and tensor descriptions, then the data, all little-endian.
+
+Nothing that the header says is believed before it has been compared with the size of the file.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...quantization.ggml import BLOCK_TYPES
+from ..tensors import Checkpoint, LazyStateDict, LazyTensor, ggml_weight
+from .safetensors import MAX_HEADER_BYTES
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+PLAIN_TYPES = {
+    0: torch.float32, 1: torch.float16, 24: torch.int8, 25: torch.int16, 26: torch.int32, 27: torch.int64,
+    28: torch.float64, 30: torch.bfloat16,
+}  # fmt: skip
+BLOCK_NAMES = {
+    2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
+}  # fmt: skip
+MAX_DIMENSIONS = 8
+DEFAULT_ALIGNMENT, ALIGNMENTS = 32, {2**power for power in range(3, 17)}
+TRUE_SHAPE = "comfy.gguf.orig_shape."
+"""Key under which converters keep the shape of a tensor that they flattened to make whole blocks."""
+
+
+@dataclass
+class _Cursor:
+    """A place in the header, which only moves forward and never past the end."""
+
+    data: memoryview
+    place: int = 0
+
+    def take(self, count: int) -> memoryview:
+        piece = self.data[self.place : self.place + count]
+        if len(piece) < count:
+            raise ValueError("it ends within its header")
+        self.place += count
+        return piece
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+
+    def text(self) -> str:
+        return bytes(self.take(self.number("Q"))).decode("utf-8", errors="replace")
+
+    def numbers(self, code: str, count: int) -> tuple[Any, ...]:
+        return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}")))
+
+    def value(self) -> Any:
+        """The value of a key: a number, a text, or the first few entries of a list."""
+        kind = self.number("I")
+        if kind != ARRAY:
+            return self._scalar(kind)
+        kind, count = self.number("I"), self.number("Q")
+        first = tuple(self._scalar(kind) for _ in range(min(count, MAX_DIMENSIONS)))
+        rest = count - len(first)
+        if kind in SCALARS:
+            self.take(rest * struct.calcsize(f"<{SCALARS[kind]}"))
+        else:
+            for _ in range(rest):
+                self.text()
+        return first
+
+    def _scalar(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind not in SCALARS:
+            raise ValueError(f"a value has the unknown kind {kind}")
+        return self.number(SCALARS[kind])
+
+
+@dataclass(frozen=True)
+class _Description:
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Open a GGUF file without reading its tensors; scalar keys become its metadata.
+
+    Raises:
+        ValueError: it is no GGUF file, it is cut off, or it holds tensors of a type that cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(4) != MAGIC:
+            raise ValueError(
+                f"{path.name} is not a GGUF file (perhaps a web page or a Git LFS pointer); download it again."
+            )
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)  # mapped, not read
+    try:
+        keys, descriptions, start = _read_header(_Cursor(data[:MAX_HEADER_BYTES].numpy().data, len(MAGIC)))
+        tensors = {d.name: _stored(d, data[start:], keys) for d in descriptions}
+        _refuse_shared_bytes(descriptions, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read: {error}; download it again or use another file.") from error
+    metadata = {key: str(value) for key, value in keys.items() if not isinstance(value, tuple)}
+    return Checkpoint(path, tensors, metadata)
+
+
+def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], list[_Description], int]:
+    """Keys, descriptions of the tensors, and the place where the data begins."""
+    version, num_tensors, num_keys = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    if version not in VERSIONS:
+        raise ValueError(f"its GGUF version is {version} and must be 2 or 3")
+    if num_tensors + num_keys > len(cursor.data):
+        raise ValueError(f"it claims {num_tensors:,} tensors and {num_keys:,} keys")
+    keys = {cursor.text(): cursor.value() for _ in range(num_keys)}
+    descriptions = [_describe(cursor) for _ in range(num_tensors)]
+    alignment = keys.get("general.alignment", DEFAULT_ALIGNMENT)
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"its alignment is {alignment} and must be a power of two from 8 to 65536")
+    return keys, descriptions, -(-cursor.place // alignment) * alignment
+
+
+def _describe(cursor: _Cursor) -> _Description:
+    name, dimensions = cursor.text(), cursor.number("I")
+    if dimensions > MAX_DIMENSIONS:
+        raise ValueError(f"{name} has {dimensions} dimensions")
+    shape = tuple(reversed(cursor.numbers("Q", dimensions)))  # the file counts the innermost first
+    if 0 in shape:
+        raise ValueError(f"{name} is empty")
+    return _Description(name, shape, cursor.number("I"), cursor.number("Q"))
+
+
+def _refuse_shared_bytes(descriptions: list[_Description], tensors: LazyStateDict) -> None:
+    if len(tensors) < len(descriptions):
+        raise ValueError("it has two tensors of the same name")
+    ordered = sorted(descriptions, key=lambda d: d.offset)
+    for first, second in pairwise(ordered):
+        if first.offset + tensors[first.name].num_bytes > second.offset:
+            raise ValueError(f"{first.name} and {second.name} overlap")
+
+
+def _stored(description: _Description, data: Tensor, keys: dict[str, Any]) -> LazyTensor:
+    d = description
+    shape = keys.get(TRUE_SHAPE + d.name, d.shape)
+    if not isinstance(shape, tuple) or not _same_size(shape, d.shape):
+        raise ValueError(f"{d.name} has the shape {d.shape}, which cannot become {shape}")
+    if d.type in PLAIN_TYPES:
+        dtype = PLAIN_TYPES[d.type]
+        piece = _piece(d, data, math.prod(shape) * dtype.itemsize)
+        return LazyTensor(shape, dtype, lambda: piece.view(dtype).reshape(shape))
+    if d.type not in BLOCK_NAMES:
+        raise ValueError(
+            f"{d.name} has the type {d.type}; types that can be read are F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K"
+        )
+    return _stored_blocks(d, data, shape)
+
+
+def _same_size(shape: tuple[Any, ...], other: tuple[int, ...]) -> bool:
+    return all(isinstance(n, int) and n >= 0 for n in shape) and math.prod(shape) == math.prod(other)
+
+
+def _stored_blocks(d: _Description, data: Tensor, shape: tuple[int, ...]) -> LazyTensor:
+    """Blocks run along the innermost dimension as the file has it."""
+    block = BLOCK_TYPES[BLOCK_NAMES[d.type]]
+    columns = d.shape[-1] if d.shape else 1
+    if columns % block.weights:
+        raise ValueError(f"{d.name} has rows of {columns}, no whole number of {BLOCK_NAMES[d.type]} blocks")
+    row_bytes = columns // block.weights * block.bytes
+    piece = _piece(d, data, math.prod(d.shape) // block.weights * block.bytes).view(-1, row_bytes)
+    weight = ggml_weight(LazyTensor(tuple(piece.shape), torch.uint8, lambda: piece), BLOCK_NAMES[d.type])
+    if shape == weight.shape:
+        return weight
+    return replace(weight, shape=shape, read=lambda: weight.read().reshape(shape), quantized=None)
+
+
+def _piece(d: _Description, data: Tensor, count: int) -> Tensor:
+    if d.offset % 8 or d.offset + count > len(data):
+        raise ValueError(f"{d.name} lies at byte {d.offset:,} with {count:,} bytes, the data has {len(data):,}")
+    return data[d.offset : d.offset + count]

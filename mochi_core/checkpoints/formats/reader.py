@@ -1,0 +1,177 @@
+"""Open weight files without reading them: every tensor is a shape, a dtype and a way to read it."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..tensors import Checkpoint, LazyStateDict, LazyTensor, from_state_dict
+from .gguf import open_gguf
+from .safetensors import read_header
+
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+# Under which trainers keep the weights inside a torch.save file.
+TORCH_KEYS = ("state_dict", "module", "model")
+INDEX_PATTERN = "*.index*.json"
+FOLDER_PATTERNS = ("*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin")
+QUANTIZATION, NOTE = "_quantization_metadata", "comfy_quant"
+"""A metadata entry and a tensor's last name, which both tell the form of quantised layers."""
+
+T = TypeVar("T")
+
+
+def open_tensors(path: str | Path) -> Checkpoint:
+    """Open a .safetensors or .gguf file, a shard index, a torch.save file (weights only), or a folder with one of them.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`, or a shard is missing.
+        ValueError: it is no readable weights file, or it is incomplete. Reading a tensor raises it, too, if the file has
+            changed since.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return open_tensors(_choose(path))
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; check the name.")
+    check_unchanged, file = watch(path), _open_file(path)
+    tensors = {name: checked(tensor, check_unchanged) for name, tensor in file.tensors.items()}
+    return Checkpoint(file.path, tensors, file.metadata)
+
+
+def _open_file(path: Path) -> Checkpoint:
+    if path.suffix.lower() == ".gguf":
+        return open_gguf(path)
+    if path.suffix.lower() in TORCH_SUFFIXES:
+        return Checkpoint(path, _open_torch(path), {})
+    return _open_shards(path) if path.match(INDEX_PATTERN) else _open_safetensors(path)
+
+
+def watch(path: Path) -> Callable[[], None]:
+    """A check that raises a ValueError once the file is not what it is now.
+
+    Files are memory-mapped: one that shrinks while it is read would take the process with it.
+    """
+
+    def stamp() -> tuple[int, int]:
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns
+
+    before = stamp()
+
+    def check() -> None:
+        if stamp() != before:
+            raise ValueError(f"{path.name} changed while it was loaded; load it again when it is complete.")
+
+    return check
+
+
+def checked(tensor: LazyTensor, check: Callable[[], None]) -> LazyTensor:
+    """The same tensor, checked before it is read."""
+
+    def after_check(read: Callable[[], T]) -> Callable[[], T]:
+        def check_and_read() -> T:
+            check()
+            return read()
+
+        return check_and_read
+
+    quantized = None if tensor.quantized is None else after_check(tensor.quantized)
+    return replace(tensor, read=after_check(tensor.read), quantized=quantized)
+
+
+def _open_safetensors(path: Path) -> Checkpoint:
+    header = read_header(path)
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path.name} cannot be read ({error}); download it again.") from error
+    tensors = {
+        name: LazyTensor(entry.shape, entry.dtype, lambda name=name: file.get_tensor(name))
+        for name, entry in header.entries.items()
+    }
+    return Checkpoint(path, {**tensors, **_notes(path, header.metadata)}, header.metadata)
+
+
+def _notes(path: Path, metadata: dict[str, str]) -> LazyStateDict:
+    """What the metadata says about quantised layers, as the tensors in which other files say it."""
+    try:
+        layers = json.loads(metadata.get(QUANTIZATION, "{}")).get("layers", {})
+        notes = {f"{layer}.{NOTE}": json.dumps(note).encode() for layer, note in layers.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path.name} has an unreadable {QUANTIZATION}; download it again.") from error
+    return from_state_dict({name: torch.frombuffer(bytearray(note), dtype=torch.uint8) for name, note in notes.items()})
+
+
+def _open_torch(path: Path) -> LazyStateDict:
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle fails in any way it likes
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(f"{path.name} is not a file of plain tensors ({reason}); use a .safetensors file.") from error
+    for key in TORCH_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(_is_plain(*item) for item in content.items()):
+        raise ValueError(f"{path.name} holds something other than named tensors; use a .safetensors file.")
+    return from_state_dict(content)
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    """A named tensor with all of its elements in the file: an expanded one would take any memory when it is copied."""
+    if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()
+
+
+def _choose(folder: Path) -> Path:
+    """The sharded or single file of a folder; among variants such as `.fp16`, the one without a variant's name."""
+    found = next((files for pattern in FOLDER_PATTERNS if (files := sorted(folder.glob(pattern)))), [])
+    choice = found if len(found) == 1 else [file for file in found if not _has_variant(file.name)]
+    if len(choice) == 1:
+        return choice[0]
+    names = ", ".join(file.name for file in found) or "none"
+    raise ValueError(f"{folder} must hold one weights file or one shard index, found: {names}; name the file itself.")
+
+
+def _has_variant(name: str) -> bool:
+    return len([part for part in name.split(".") if part not in ("safetensors", "index", "json", "bin")]) > 1
+
+
+def _open_shards(index: Path) -> Checkpoint:
+    weight_map = _read_index(index)
+    shards = {name: _open_shard(index, name) for name in sorted(set(weight_map.values()))}
+    tensors: LazyStateDict = {}
+    for name, shard in weight_map.items():
+        if name not in shards[shard].tensors:
+            raise ValueError(f"{index.name} says that {shard} holds {name}, but it does not; download both again.")
+        tensors[name] = shards[shard].tensors[name]
+    metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
+    return Checkpoint(index, tensors, metadata)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        # A shard is no index again, or opening it might never end.
+        if weight_map and not any(Path(shard).match(INDEX_PATTERN) for shard in weight_map.values()):
+            return weight_map
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{index.name} is not a shard index; download it again.")
+
+
+def _open_shard(index: Path, name: str) -> Checkpoint:
+    # A shard list is somebody else's text: it may only name files of its own folder.
+    if Path(name).name != name or name == ".." or "\0" in name:
+        raise ValueError(f"{index.name} names the shard {name!r} outside its folder; do not trust this file.")
+    if not (index.parent / name).is_file():
+        raise FileNotFoundError(f"{index.parent / name} is missing, but {index.name} lists it; download it.")
+    return open_tensors(index.parent / name)

@@ -1,0 +1,57 @@
+"""Write safetensors files tensor by tensor: a model of any size in the memory of one tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..tensors import LazyStateDict
+from .safetensors import DTYPES, LENGTH_BYTES
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNMENT = 8
+
+
+def write_safetensors(
+    path: Path, tensors: LazyStateDict, metadata: dict[str, str], on_tensor: Callable[[], object] = lambda: None
+) -> None:
+    """Read the tensors in their order and write each to its place; `path` appears when it is complete.
+
+    Until then the file is a temporary one beside it, which is removed if anything goes wrong.
+    """
+    header, places = layout(tensors, metadata)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(header)
+            for name, tensor in tensors.items():
+                file.seek(len(header) + places[name])
+                file.write(tensor.read().contiguous().flatten().view(torch.uint8).numpy().data)
+                on_tensor()
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def layout(tensors: LazyStateDict, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The header with its length in front, and where each tensor begins behind it; wide dtypes first, so that all are
+    aligned."""
+    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    places, position = {}, 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+        end = position + math.prod(tensor.shape) * tensor.dtype.itemsize
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        places[name], position = position, end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text, places

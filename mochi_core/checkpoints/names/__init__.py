@@ -1,0 +1,1 @@
+"""Tensor names: from what files call tensors to the canonical names, which are Genmo's."""

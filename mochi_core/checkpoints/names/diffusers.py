@@ -1,0 +1,214 @@
+"""diffusers' names for the tensors of Mochi, as tables that are read in both directions.
+
+A rule pairs one canonical name with the foreign tensors that make it up: several are concatenated along their rows, and
+`swap_halves` exchanges the two halves of the rows (diffusers keeps gate after value, and scale before shift).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...quantization.weights import QuantizedWeight
+from ..tensors import LazyStateDict, LazyTensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    canonical: str
+    foreign: tuple[str, ...]
+    swap_halves: bool = False
+
+
+Rules = list[Rule]
+
+
+def transformer_rules(depth: int) -> Rules:
+    """Names of a denoiser with so many blocks."""
+    return [
+        Rule("pos_frequencies", ("pos_frequencies",)),
+        *_layer("x_embedder.proj", "patch_embed.proj"),
+        *_layer("t_embedder.mlp.0", "time_embed.timestep_embedder.linear_1"),
+        *_layer("t_embedder.mlp.2", "time_embed.timestep_embedder.linear_2"),
+        *_layer("t5_y_embedder.to_kv", "time_embed.pooler.to_kv"),
+        *_layer("t5_y_embedder.to_q", "time_embed.pooler.to_q"),
+        *_layer("t5_y_embedder.to_out", "time_embed.pooler.to_out"),
+        *_layer("t5_yproj", "time_embed.caption_proj"),
+        *(rule for i in range(depth) for rule in _block(i, is_last=i == depth - 1)),
+        *_layer("final_layer.mod", "norm_out.linear", swap_halves=True),
+        *_layer("final_layer.linear", "proj_out"),
+    ]
+
+
+def _block(i: int, *, is_last: bool) -> Rules:
+    ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+    attn, attn1 = f"{ours}.attn", f"{theirs}.attn1"
+    return [
+        *_layer(f"{ours}.mod_x", f"{theirs}.norm1.linear"),
+        *_layer(f"{ours}.mod_y", f"{theirs}.norm1_context.linear" + ("_1" if is_last else "")),
+        Rule(f"{attn}.qkv_x.weight", tuple(f"{attn1}.to_{part}.weight" for part in "qkv")),
+        Rule(f"{attn}.qkv_y.weight", tuple(f"{attn1}.add_{part}_proj.weight" for part in "qkv")),
+        *_layer(f"{attn}.q_norm_x", f"{attn1}.norm_q"),
+        *_layer(f"{attn}.k_norm_x", f"{attn1}.norm_k"),
+        *_layer(f"{attn}.q_norm_y", f"{attn1}.norm_added_q"),
+        *_layer(f"{attn}.k_norm_y", f"{attn1}.norm_added_k"),
+        *_layer(f"{attn}.proj_x", f"{attn1}.to_out.0"),
+        *_layer(f"{attn}.proj_y", f"{attn1}.to_add_out"),
+        *_layer(f"{ours}.mlp_x.w1", f"{theirs}.ff.net.0.proj", swap_halves=True),
+        *_layer(f"{ours}.mlp_x.w2", f"{theirs}.ff.net.2"),
+        *_layer(f"{ours}.mlp_y.w1", f"{theirs}.ff_context.net.0.proj", swap_halves=True),
+        *_layer(f"{ours}.mlp_y.w2", f"{theirs}.ff_context.net.2"),
+    ]
+
+
+def autoencoder_rules(encoder_blocks: tuple[int, ...], decoder_blocks: tuple[int, ...]) -> Rules:
+    """Names of an autoencoder with so many residual blocks before, in and after its stages (see `AsymmVAEConfig`)."""
+    return [*_decoder(*decoder_blocks), *_encoder(*encoder_blocks)]
+
+
+def _decoder(head: int, *rest: int) -> Rules:
+    *stages, tail = rest
+    return [
+        *_layer("decoder.blocks.0.0", "decoder.conv_in"),
+        *_res_blocks("decoder.blocks.0.{}", 1, "decoder.block_in", head),
+        *(
+            rule
+            for i, count in enumerate(stages)
+            for rule in (
+                *_res_blocks(f"decoder.blocks.{i + 1}.blocks.{{}}", 0, f"decoder.up_blocks.{i}", count),
+                *_layer(f"decoder.blocks.{i + 1}.proj", f"decoder.up_blocks.{i}.proj"),
+            )
+        ),
+        *_res_blocks(f"decoder.blocks.{len(stages) + 1}.{{}}", 0, "decoder.block_out", tail),
+        *_layer("decoder.output_proj", "decoder.proj_out"),
+    ]
+
+
+def _encoder(head: int, *rest: int) -> Rules:
+    *stages, tail = rest
+    return [
+        *_layer("encoder.layers.0", "encoder.proj_in"),
+        *_res_blocks("encoder.layers.{}", 1, "encoder.block_in", head),
+        *(
+            rule
+            for i, count in enumerate(stages)
+            for rule in (
+                *_layer(f"encoder.layers.{1 + head + i}.layers.0", f"encoder.down_blocks.{i}.conv_in.conv"),
+                *_res_blocks(f"encoder.layers.{1 + head + i}.layers.{{}}", 1, f"encoder.down_blocks.{i}", count),
+            )
+        ),
+        *_res_blocks("encoder.layers.{}", 1 + head + len(stages), "encoder.block_out", tail),
+        *_layer("encoder.output_norm", "encoder.norm_out.norm_layer"),
+        *_layer("encoder.output_proj", "encoder.proj_out"),
+    ]
+
+
+def _res_blocks(canonical: str, first: int, place: str, count: int) -> Rules:
+    return [rule for j in range(count) for rule in _res_block(canonical.format(first + j), place, j)]
+
+
+def _res_block(block: str, place: str, j: int) -> Rules:
+    resnet, attention = f"{place}.resnets.{j}", f"{place}.attentions.{j}"
+    return [
+        *_layer(f"{block}.stack.0", f"{resnet}.norm1.norm_layer"),
+        *_layer(f"{block}.stack.2", f"{resnet}.conv1.conv"),
+        *_layer(f"{block}.stack.3", f"{resnet}.norm2.norm_layer"),
+        *_layer(f"{block}.stack.5", f"{resnet}.conv2.conv"),
+        *_layer(f"{block}.attn_block.norm", f"{place}.norms.{j}.norm_layer"),
+        Rule(f"{block}.attn_block.attn.qkv.weight", tuple(f"{attention}.to_{part}.weight" for part in "qkv")),
+        *_layer(f"{block}.attn_block.attn.out", f"{attention}.to_out.0"),
+    ]
+
+
+def _layer(canonical: str, foreign: str, *, swap_halves: bool = False) -> Rules:
+    return [Rule(f"{canonical}.{kind}", (f"{foreign}.{kind}",), swap_halves) for kind in ("weight", "bias")]
+
+
+def to_canonical(tensors: LazyStateDict, rules: Rules) -> LazyStateDict:
+    """Rename, merge and swap diffusers' tensors; merging happens when a tensor is read.
+
+    A rule none of whose tensors occur is passed over: not every layer has a bias, an attention or a text side.
+
+    Raises:
+        ValueError: names that no rule knows, or a merge of which a part is missing.
+    """
+    canonical: LazyStateDict = {}
+    for rule in rules:
+        parts = [tensors[name] for name in rule.foreign if name in tensors]
+        if parts and len(parts) < len(rule.foreign):
+            missing = ", ".join(name for name in rule.foreign if name not in tensors)
+            raise ValueError(f"it lacks {missing}, a part of {rule.canonical}; download it again.")
+        if len({part.shape for part in parts}) > 1:
+            raise ValueError(f"{', '.join(rule.foreign)} differ in shape; download it again.")
+        if parts:
+            merged = _concatenate(parts)
+            canonical[rule.canonical] = _swap_halves(merged) if rule.swap_halves else merged
+    _refuse_unknown(set(tensors) - {name for rule in rules for name in rule.foreign})
+    return canonical
+
+
+def to_diffusers(tensors: LazyStateDict, rules: Rules) -> LazyStateDict:
+    """The way back: canonical names to diffusers' names.
+
+    Raises:
+        ValueError: names that no rule knows.
+    """
+    foreign: LazyStateDict = {}
+    for rule in rules:
+        if rule.canonical in tensors:
+            source = tensors[rule.canonical]
+            parts = _split(_swap_halves(source) if rule.swap_halves else source, len(rule.foreign))
+            foreign.update(zip(rule.foreign, parts, strict=True))
+    _refuse_unknown(set(tensors) - {rule.canonical for rule in rules})
+    return foreign
+
+
+def swapped_halves(tensor: Tensor) -> Tensor:
+    """(rows, ...) with the second half of the rows first."""
+    return torch.cat(tensor.chunk(2)[::-1])
+
+
+def _concatenate(parts: list[LazyTensor]) -> LazyTensor:
+    if len(parts) == 1:
+        return parts[0]
+    return _by_rows(parts, sum(part.shape[0] for part in parts), torch.cat)
+
+
+def _split(tensor: LazyTensor, count: int) -> list[LazyTensor]:
+    if count == 1:
+        return [tensor]
+    return [_by_rows([tensor], tensor.shape[0] // count, lambda t, i=i: t[0].chunk(count)[i]) for i in range(count)]
+
+
+def _swap_halves(tensor: LazyTensor) -> LazyTensor:
+    return _by_rows([tensor], tensor.shape[0], lambda t: swapped_halves(t[0]))
+
+
+def _by_rows(parts: list[LazyTensor], rows: int, arrange: Callable[[list[Tensor]], Tensor]) -> LazyTensor:
+    """A tensor whose rows are those of `parts`, arranged; quantised weights of one form stay quantised."""
+    readers = [part.quantized for part in parts if part.quantized is not None]
+
+    def read_quantized() -> QuantizedWeight:
+        weights = [read() for read in readers]
+        scaled = any(weight.scale is not None for weight in weights)
+        scale = arrange([weight.scale_per_row() for weight in weights]) if scaled else None
+        exact = all(weight.exact_product for weight in weights)
+        values = arrange([weight.values for weight in weights])
+        return QuantizedWeight(values, scale, weights[0].block_type, exact_product=exact)
+
+    same_form = len(readers) == len(parts) and len({part.form for part in parts}) == 1
+    return replace(
+        parts[0],
+        shape=(rows, *parts[0].shape[1:]),
+        read=lambda: arrange([part.read() for part in parts]),
+        quantized=read_quantized if same_form else None,
+    )
+
+
+def _refuse_unknown(names: set[str]) -> None:
+    if names:
+        some = ", ".join(sorted(names)[:8])
+        raise ValueError(f"{len(names)} tensors have no place in it, e.g. {some}; this is a file of another model.")

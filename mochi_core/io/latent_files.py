@@ -1,0 +1,46 @@
+"""Latents as files: VAE space (B, 12, T, H, W), in the format of ComfyUI's SaveLatent and LoadLatent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoints import open_tensors
+from ..geometry import LATENT_CHANNELS
+
+NAME = "latent_tensor"
+VERSION_MARK = "latent_format_version_0"
+# Files without the mark are of a time when latents were kept times the scale of Stable Diffusion 1.
+UNMARKED_SCALE = 0.18215
+
+
+def save_latents(latents: Tensor, path: str | Path) -> None:
+    """Write VAE-space latents (B, 12, T, H, W)."""
+    save_file({NAME: latents.float().contiguous(), VERSION_MARK: torch.tensor([])}, path)
+
+
+def load_latents(path: str | Path) -> Tensor:
+    """Read VAE-space latents (B, 12, T, H, W), float32, from a .latent file or a safetensors file with one such tensor.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    path = Path(path)
+    tensors = open_tensors(path).tensors
+    names = [NAME] if NAME in tensors else [name for name, tensor in tensors.items() if len(tensor.shape) in (4, 5)]
+    if len(names) != 1:
+        raise ValueError(f"{path.name} holds {len(names)} tensors that could be latents; it must hold one.")
+    latents = tensors[names[0]].read().float()
+    if latents.ndim == 4:
+        latents = latents[None]
+    if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS:
+        shape = tuple(latents.shape)
+        raise ValueError(
+            f"{path.name} holds latents of shape {shape}; Mochi's are (batch, {LATENT_CHANNELS}, T, H, W)."
+        )
+    unmarked = NAME in tensors and VERSION_MARK not in tensors
+    return latents / UNMARKED_SCALE if unmarked else latents

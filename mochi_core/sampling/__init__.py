@@ -1,0 +1,1 @@
+"""Noise schedules, guidance, Euler steps and the block cache."""

@@ -1,0 +1,209 @@
+"""Train a small autoencoder on procedural clips.
+
+`encode` and `decode` are the same functions as those of `AsymmVAE`, in one pass: streaming overwrites what a gradient needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ...autoencoder.encoder import RGB, EncoderStage, fourier_features
+from ...autoencoder.latents import LATENTS_MEAN, LATENTS_STD, normalize_latents
+from ...autoencoder.layers import CONV_SIZE, ResBlock, TemporalAttentionBlock
+from ...autoencoder.model import LOGVAR_RANGE, AsymmVAE, Posterior
+from ...config import AsymmVAEConfig
+from ..prepare import to_model_range
+from .shapes import draw, random_clip, random_colors
+
+# No blocks at full size: with 32 channels in 32 groups, a frame of one colour has no variance to divide by.
+CONFIG = AsymmVAEConfig(
+    decoder_channels=(96, 96, 64, 32),
+    decoder_blocks=(1, 1, 2, 2, 0),
+    encoder_channels=(32, 64, 64, 96),
+    encoder_blocks=(0, 1, 1, 1, 1),
+    encoder_attention=(False, False, False, True, True),
+)
+KL_WEIGHT = 5e-5
+"""Twice the variance of an error of 32 dB, over the 96 values that become one latent: what a variational bound would have."""
+STATISTICS_WEIGHT = 0.01
+FIRST_LOGVAR = -6.0
+MEAN_SILU = 0.2066
+"""Of a standard normal variable."""
+ONE_BEFORE_SILU = 1.2784645
+CROP = 32
+
+
+@torch.no_grad()
+def new_vae() -> AsymmVAE:
+    """An autoencoder that begins with straight paths, which keep the size of what they pass on, and blocks that add nothing.
+
+    It begins with little noise, too: what is all noise would be ignored, and nothing would make it less noisy.
+    """
+    vae = AsymmVAE(CONFIG)
+    encoder: Any = vae.encoder
+    decoder: Any = vae.decoder
+    for module in vae.modules():
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(cast(nn.Conv3d, module.stack[-1]).weight)
+    stages = [stage for stage in encoder.layers if isinstance(stage, EncoderStage)]
+    straight = [
+        *(stage.layers[0] for stage in stages),
+        decoder.blocks[0][0],
+        *(stage.proj for stage in decoder.blocks[1:-1]),
+    ]
+    for layer in [*straight, decoder.output_proj]:
+        nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+    for layer in [encoder.layers[0], *straight[: len(stages)]]:
+        # A norm forgets what is the same everywhere, unless there is something else to compare it with.
+        nn.init.normal_(layer.bias, std=0.5)
+    pixels, sines = encoder.layers[0].weight.tensor_split((RGB,), dim=1)
+    pixels.normal_(std=RGB**-0.5)
+    sines.zero_()
+    mean, logvar = encoder.output_proj.weight.chunk(2)
+    mean.normal_(std=mean.shape[1] ** -0.5)
+    logvar.fill_(FIRST_LOGVAR / (logvar.shape[1] * MEAN_SILU))
+    return vae
+
+
+def encode(vae: AsymmVAE, video: Tensor) -> Posterior:
+    """(B, 3, 6k + 1, 8H, 8W) in [-1, 1] to (B, 12, k + 1, H, W), VAE space, with gradients."""
+    encoder: Any = vae.encoder
+    first, *layers = encoder.layers
+    x = _pointwise(first, fourier_features(video))
+    for layer in layers:
+        x = _reduced(layer, x) if isinstance(layer, EncoderStage) else _residual(layer, x)
+    x = _pointwise(encoder.output_proj, F.silu(_norm(encoder.output_norm, x)))
+    return Posterior(*x.float().chunk(2, dim=1))
+
+
+def decode(vae: AsymmVAE, latents: Tensor) -> Tensor:
+    """(B, 12, T, H, W), VAE space, to (B, 3, 6(T - 1) + 1, 8H, 8W), with gradients."""
+    decoder: Any = vae.decoder
+    (first, *head), *stages, tail = decoder.blocks
+    x = first(latents)
+    for block in head:
+        x = _residual(block, x)
+    for stage in stages:
+        for block in stage.blocks:
+            x = _residual(block, x)
+        time, space = stage.temporal_expansion, stage.spatial_expansion
+        pattern = "b (c st sh sw) t h w -> b c (t st) (h sh) (w sw)"
+        x = rearrange(_pointwise(stage.proj, x), pattern, st=time, sh=space, sw=space)[:, :, time - 1 :]
+    for block in tail:
+        x = _residual(block, x)
+    return _pointwise(decoder.output_proj, F.silu(x)).float()
+
+
+def loss(vae: AsymmVAE, video: Tensor, generator: torch.Generator) -> Tensor:
+    """Squared error, divergence from the prior and from the statistics of Mochi's latents, as one number."""
+    posterior = encode(vae, video)
+    logvar = posterior.logvar.clamp(*LOGVAR_RANGE)
+    error = F.mse_loss(decode(vae, posterior.sample(generator)), video)
+    divergence = 0.5 * (posterior.mean.square() + logvar.exp() - 1 - logvar).mean()
+    latents = normalize_latents(posterior.mean)
+    off = channel_means(latents).square().mean() + channel_deviations(latents).log().square().mean()
+    return error + KL_WEIGHT * divergence + STATISTICS_WEIGHT * off
+
+
+@torch.no_grad()
+def standardize(vae: AsymmVAE, video: Tensor) -> None:
+    """Give the latents of `video` exactly the statistics of Mochi's, and the decoder what undoes it.
+
+    The last layer of the encoder has no bias, so the feature that matters least to the latents becomes a constant, and what
+    it was worth is lost.
+    """
+    encoder: Any = vae.encoder
+    decoder: Any = vae.decoder
+    norm, last, first = encoder.output_norm, encoder.output_proj.weight, decoder.blocks[0][0]
+    least = int((last[: CONFIG.latent_channels].norm(dim=0) * norm.weight.abs()).argmin())
+    norm.weight[least], norm.bias[least] = 0, ONE_BEFORE_SILU
+    means, deviations = (f(encode(vae, video).mean) for f in (channel_means, channel_deviations))
+    wanted_means, wanted_deviations = (means.new_tensor(values) for values in (LATENTS_MEAN, LATENTS_STD))
+    scale = wanted_deviations / deviations
+    shift = wanted_means - scale * means
+    mean_rows, logvar_rows = last.chunk(2)
+    mean_rows *= scale[:, None]
+    mean_rows[:, least] += shift
+    logvar_rows[:, least] += 2 * scale.log()
+    weight = first.weight / scale.view(1, -1, 1, 1, 1)
+    first.bias -= (weight.flatten(1) * shift).sum(dim=1)
+    first.weight.copy_(weight)
+
+
+def channel_means(latents: Tensor) -> Tensor:
+    """(B, 12, T, H, W) to (12,)."""
+    return latents.mean(dim=(0, 2, 3, 4))
+
+
+def channel_deviations(latents: Tensor) -> Tensor:
+    """(B, 12, T, H, W) to (12,)."""
+    return latents.std(dim=(0, 2, 3, 4))
+
+
+def decoder_loss(vae: AsymmVAE, video: Tensor) -> Tensor:
+    """Squared error of the decoder alone."""
+    with torch.no_grad():
+        latents = encode(vae, video).mean
+    return F.mse_loss(decode(vae, latents), video)
+
+
+def captioned_batch(rng: np.random.Generator, count: int, width: int = 64) -> Tensor:
+    """Whole clips (count, 3, 13, 64, width) such as a denoiser is to make."""
+    return to_video([draw(random_clip(rng, width / 64)[0], 13, 64, width) for _ in range(count)])
+
+
+def batch(rng: np.random.Generator) -> Tensor:
+    """Clips (B, 3, F, H, W) in [-1, 1] in any colours: pieces of small crops, and now and then whole frames."""
+    if rng.random() < 0.2:
+        return to_video([draw(random_colors(rng), 13, 64, 64) for _ in range(2)])
+    return to_video([_crop(rng) for _ in range(8)])
+
+
+def to_video(clips: list[np.ndarray[Any, Any]]) -> Tensor:
+    """uint8 clips (F, H, W, 3) to (B, 3, F, H, W) in [-1, 1]."""
+    return torch.cat([to_model_range(clip) for clip in clips])
+
+
+def _crop(rng: np.random.Generator) -> np.ndarray:
+    top, left = rng.integers(0, 64 - CROP + 1, 2).tolist()
+    window = slice(top, top + CROP), slice(left, left + CROP)
+    # The first frames of a clip of 13, so that things move as fast as they do there.
+    return draw(random_colors(rng), 13, 64, 64, window)[:7]
+
+
+def _reduced(stage: Any, x: Tensor) -> Tensor:
+    down, *blocks = stage.layers
+    x = down(F.pad(x, (0, 0, 0, 0, down.kernel_size[0] - 1, 0), mode="replicate"))
+    for block in blocks:
+        x = _residual(block, x)
+    return x
+
+
+def _residual(block: Any, x: Tensor) -> Tensor:
+    norm_1, _, conv_1, norm_2, _, conv_2 = block.stack
+    x = x + _convolved(conv_2, _norm(norm_2, _convolved(conv_1, _norm(norm_1, x))))
+    return x if block.attn_block is None else _attended(block.attn_block, x)
+
+
+def _convolved(conv: Any, x: Tensor) -> Tensor:
+    return conv(F.pad(F.silu(x), (1, 1, 1, 1, CONV_SIZE - 1, 0), mode="replicate"))
+
+
+def _attended(block: TemporalAttentionBlock, x: Tensor) -> Tensor:
+    pixels = block.attn(rearrange(_norm(block.norm, x), "b c t h w -> (b h w) t c"))
+    return x + rearrange(pixels, "(b h w) t c -> b c t h w", b=x.shape[0], h=x.shape[3])
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    """Every frame by its own statistics."""
+    return norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def _pointwise(linear: Any, x: Tensor) -> Tensor:
+    return linear(x.movedim(1, -1)).movedim(-1, 1)

@@ -1,0 +1,144 @@
+"""One block of the denoiser: joint attention, feed-forwards, and how `denoise` calls it. For the shapes see `dit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..config import AsymmDiTConfig
+from .attention import Attention
+from .layers import FeedForward, gated_residual, modulated_norm, rows_at_a_time
+from .rope import Rope, rotate
+
+QK_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What all blocks of one forward share."""
+
+    lengths: tuple[int, ...]
+    rope: Rope
+    attention: Attention
+
+
+class AsymmetricAttention(nn.Module):
+    """Joint attention over the visual tokens and the valid text tokens, with separate projections."""
+
+    def __init__(self, config: AsymmDiTConfig, *, update_y: bool, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        dx, dy, self.num_heads = config.hidden_size_x, config.hidden_size_y, config.num_heads
+        # Tiny, and decisive for sharp attention: the norm weights stay float32 in a bf16 model.
+        norm = {**factory, "dtype": torch.float32}
+        self.qkv_x = ops.Linear(dx, 3 * dx, bias=False, **factory)
+        self.qkv_y = ops.Linear(dy, 3 * dx, bias=False, **factory)
+        self.q_norm_x = ops.RMSNorm(config.head_dim, eps=QK_NORM_EPS, **norm)
+        self.k_norm_x = ops.RMSNorm(config.head_dim, eps=QK_NORM_EPS, **norm)
+        self.q_norm_y = ops.RMSNorm(config.head_dim, eps=QK_NORM_EPS, **norm)
+        self.k_norm_y = ops.RMSNorm(config.head_dim, eps=QK_NORM_EPS, **norm)
+        self.proj_x = ops.Linear(dx, dx, **factory)
+        self.proj_y = ops.Linear(dx, dy, **factory) if update_y else None
+
+    def forward(
+        self, x: Tensor, y: Tensor, scale_x: Tensor, scale_y: Tensor, context: BlockContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """`x` (B, N, Dx) and `y` (B, L, Dy), not yet normed, and the scales of their norms, to the attention branches."""
+        qkv = self._joint_heads(
+            self.qkv_x(modulated_norm(x, scale_x)),  # (B, N, 3 * K * D)
+            self.qkv_y(modulated_norm(y, scale_y)),  # (B, L, 3 * K * D)
+            context.rope,
+        )
+        out = joint_attention(*qkv, context)  # (B, N + L, K * D)
+        del qkv
+        num_tokens = x.shape[1]
+        out_x, out_y = out[:, :num_tokens], out[:, num_tokens:]
+        return self.proj_x(out_x), None if self.proj_y is None else self.proj_y(out_y)
+
+    def _joint_heads(self, visual: Tensor, text: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed q, k and v of either stream to those of both, (B, N + L, K, D) each, normed and the visual ones rotated."""
+        visual, text = (packed.unflatten(-1, (3, self.num_heads, -1)) for packed in (visual, text))
+        batch, num_tokens = visual.shape[:2]
+        joint = visual.new_empty(3, batch, num_tokens + text.shape[1], *visual.shape[3:])
+        norms = (self.q_norm_x, self.q_norm_y), (self.k_norm_x, self.k_norm_y)
+        for tokens, turns in rope.pieces(rows_at_a_time(visual)):
+            for i, (norm_x, _) in enumerate(norms):
+                joint[i, :, tokens] = rotate(norm_x(visual[:, tokens, i].float()), turns)
+        for i, (_, norm_y) in enumerate(norms):
+            joint[i, :, num_tokens:] = norm_y(text[:, :, i].float())
+        joint[2, :, :num_tokens], joint[2, :, num_tokens:] = visual[:, :, 2], text[:, :, 2]
+        q, k, v = joint
+        return q, k, v
+
+
+def joint_attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
+    """Attend over visual and valid text tokens; (B, N + L, K, D) each to (B, N + L, K * D).
+
+    Prompts of different lengths are attended to one sample at a time, so that no padding takes part.
+    """
+    padding = [max(context.lengths) - length for length in context.lengths]
+    if not any(padding):
+        return _attend(q, k, v, context.attention)
+    out = q.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])
+    for b, unused in enumerate(padding):
+        valid = slice(b, b + 1), slice(q.shape[1] - unused)
+        out[valid] = _attend(q[valid], k[valid], v[valid], context.attention)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return rearrange(attention(*heads_first), "b k l d -> b l (k d)")
+
+
+class AsymmetricJointBlock(nn.Module):
+    """Attention and feed-forward for both streams; the last block leaves the text as it is."""
+
+    def __init__(self, config: AsymmDiTConfig, *, update_y: bool, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        dx, dy = config.hidden_size_x, config.hidden_size_y
+        self.mod_x = ops.Linear(dx, 4 * dx, **factory)
+        self.mod_y = ops.Linear(dx, 4 * dy if update_y else dy, **factory)
+        self.attn = AsymmetricAttention(config, update_y=update_y, ops=ops, **factory)
+        self.mlp_x = FeedForward(dx, config.mlp_size_x, ops=ops, **factory)
+        self.mlp_y = FeedForward(dy, config.mlp_size_y, ops=ops, **factory) if update_y else None
+
+    def forward(
+        self, x: Tensor, y: Tensor, modulation: tuple[Tensor, Tensor], context: BlockContext
+    ) -> tuple[Tensor, Tensor]:
+        """`x` (B, N, Dx), `y` (B, L, Dy), `modulation` the outputs of mod_x and mod_y, to the new x and y."""
+        mod_x, mod_y = modulation
+        scale_attn_x, gate_attn_x, scale_mlp_x, gate_mlp_x = mod_x.chunk(4, dim=-1)
+        if self.mlp_y is None:
+            attn_x, _ = self.attn(x, y, scale_attn_x, mod_y, context)
+        else:
+            scale_attn_y, gate_attn_y, scale_mlp_y, gate_mlp_y = mod_y.chunk(4, dim=-1)
+            attn_x, attn_y = self.attn(x, y, scale_attn_x, scale_attn_y, context)
+            y = gated_residual(y, attn_y, gate_attn_y)
+            y = gated_residual(y, self.mlp_y(modulated_norm(y, scale_mlp_y)), gate_mlp_y)
+        x = gated_residual(x, attn_x, gate_attn_x)
+        del attn_x  # as large as x
+        x = gated_residual(x, self.mlp_x(modulated_norm(x, scale_mlp_x)), gate_mlp_x)
+        return x, y
+
+
+RunBlock = Callable[
+    [AsymmetricJointBlock, int, Tensor, Tensor, tuple[Tensor, Tensor], BlockContext], tuple[Tensor, Tensor]
+]
+"""(block, index, x, y, modulation, context) -> (x, y): how `denoise` calls each block, for hosts that wrap blocks."""
+
+
+def run_block(
+    block: AsymmetricJointBlock,
+    index: int,  # noqa: ARG001 - part of the contract, for hosts that treat blocks differently
+    x: Tensor,
+    y: Tensor,
+    modulation: tuple[Tensor, Tensor],
+    context: BlockContext,
+) -> tuple[Tensor, Tensor]:
+    """Just call the block."""
+    return block(x, y, modulation, context)

@@ -1,0 +1,202 @@
+"""AsymmDiT, the denoiser of Mochi 1.
+
+Module and parameter names are those of Genmo's checkpoint. Suffix _x is the visual stream, _y the text stream.
+Shapes: B batch, C 12 latent channels, T latent frames, H W latent rows and columns, N = T * H/2 * W/2 visual tokens,
+L text tokens, Dx 3072, Dy 1536, K 24 heads of D 128.
+
+Whatever does not depend on the noisy latents comes in as an argument: `prepare_text`, `modulation` and `rope` compute it,
+`denoise` uses it. `forward` does all four; a sampler prepares once for a whole schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..config import AsymmDiTConfig
+from .attention import Attention, sdpa
+from .block import AsymmetricJointBlock, BlockContext, RunBlock, run_block
+from .layers import AttentionPool, FinalLayer, PatchEmbed, TimestepEmbedder
+from .rope import Rope, rope_table
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prompts, cropped to their valid tokens and projected."""
+
+    tokens: Tensor
+    """(B, L, Dy), L the longest prompt of the batch; rows past a prompt's own length are never attended to."""
+    lengths: tuple[int, ...]
+    """Valid tokens of each prompt."""
+    pooled: Tensor
+    """(B, Dx)."""
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Scales and gates of every block and of the final layer; leading axes (B,) or (steps, B)."""
+
+    blocks: tuple[tuple[Tensor, Tensor], ...]
+    final: Tensor
+
+    def at(self, step: int) -> Modulation:
+        """The modulation of one step of a schedule."""
+        return Modulation(tuple((x[step], y[step]) for x, y in self.blocks), self.final[step])
+
+
+class AsymmDiT(nn.Module):
+    """Predicts velocity = data - noise from noisy latents, noise level and prompt."""
+
+    def __init__(
+        self,
+        config: AsymmDiTConfig = AsymmDiTConfig(),  # noqa: B008 - frozen
+        *,
+        ops: Any = nn,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype or torch.get_default_dtype()
+        factory = {"ops": ops, "device": device, "dtype": dtype}
+        dx, dy, patch = config.hidden_size_x, config.hidden_size_y, config.patch_size
+        self.x_embedder = PatchEmbed(config.in_channels, patch, dx, **factory)
+        self.t_embedder = TimestepEmbedder(config.timestep_features, dx, **factory)
+        self.t5_y_embedder = AttentionPool(config.text_width, config.pool_heads, dx, **factory)
+        self.t5_yproj = ops.Linear(config.text_width, dy, device=device, dtype=dtype)
+        frequencies = torch.empty(3, config.num_heads, config.head_dim // 2, device=device, dtype=torch.float32)
+        self.pos_frequencies = nn.Parameter(frequencies)
+        last = config.depth - 1
+        self.blocks = nn.ModuleList(
+            AsymmetricJointBlock(config, update_y=i < last, **factory) for i in range(config.depth)
+        )
+        self.final_layer = FinalLayer(dx, patch * patch * config.in_channels, **factory)
+
+    def forward(
+        self, latents: Tensor, sigma: Tensor, text_embeds: Tensor, text_mask: Tensor, *, attention: Attention = sdpa
+    ) -> Tensor:
+        """Velocity, shape and dtype of `latents`.
+
+        Args:
+            latents: (B, C, T, H, W) noisy latents in DiT space; any H and W.
+            sigma: (B,) noise level in [0, 1].
+            text_embeds: (B, L, text_width) T5 output.
+            text_mask: (B, L) bool, True for valid tokens; may be all False (an empty prompt).
+            attention: see `attention.Attention`.
+        """
+        text = self.prepare_text(text_embeds.to(self.dtype), text_mask)
+        modulation = self.modulation(sigma, text.pooled)
+        rope = self.rope(latents.shape, latents.device)
+        return self.denoise(latents.to(self.dtype), text, modulation, rope, attention=attention).to(latents.dtype)
+
+    def prepare_text(self, text_embeds: Tensor, text_mask: Tensor) -> Text:
+        """Drop padding, pool and project: (B, L, text_width) and (B, L) bool to `Text`."""
+        tokens, mask = crop_to_valid(text_embeds, text_mask)
+        lengths = tuple(mask.sum(dim=1).tolist())
+        return Text(self.t5_yproj(tokens), lengths, self.t5_y_embedder(tokens, mask))
+
+    def modulation(self, sigma: Tensor, pooled: Tensor) -> Modulation:
+        """`sigma` (B,) and `pooled` (B, Dx) to `Modulation`; with `sigma` (steps, 1), that of a whole schedule."""
+        conditioning = F.silu(self.t_embedder(sigma, pooled.dtype) + pooled)  # (..., B, Dx)
+        blocks = tuple((block.mod_x(conditioning), block.mod_y(conditioning)) for block in self.joint_blocks())
+        return Modulation(blocks, self.final_layer.mod(conditioning))
+
+    def rope(self, latent_shape: tuple[int, ...], device: torch.device) -> Rope:
+        """Rotary table for latents of shape (B, C, T, H, W)."""
+        num_latents, height, width = latent_shape[2:]
+        patch = self.config.patch_size
+        return rope_table(self.pos_frequencies.to(device), num_latents, -(-height // patch), -(-width // patch))
+
+    def denoise(
+        self,
+        latents: Tensor,
+        text: Text,
+        modulation: Modulation,
+        rope: Rope,
+        *,
+        attention: Attention = sdpa,
+        run_block: RunBlock = run_block,
+    ) -> Tensor:
+        """Velocity from prepared conditioning, in the dtype of `latents` (B, C, T, H, W)."""
+        (velocity,) = self.denoise_each(
+            latents, [(text, modulation)], rope, attention=attention, run_blocks=[run_block]
+        )
+        return velocity
+
+    def denoise_each(
+        self,
+        latents: Tensor,
+        conditions: Sequence[tuple[Text, Modulation]],
+        rope: Rope,
+        *,
+        attention: Attention = sdpa,
+        run_blocks: Sequence[RunBlock] | None = None,
+    ) -> list[Tensor]:
+        """The velocity under each condition, in one pass over the blocks.
+
+        A block takes one condition after the other: its weights are needed once, and no prompt is padded to another's
+        length. The residual streams are all that is held for every condition. `run_blocks` has one entry for each.
+        """
+        _, _, num_latents, height, width = latents.shape
+        latents = pad_to_patches(latents, self.config.patch_size)
+        rows = latents.shape[-2] // self.config.patch_size
+        embedded = self.x_embedder(latents)
+        streams: list[tuple[Tensor, Tensor]] = []  # (B, N, Dx), (B, L, Dy)
+        for text, _ in conditions:
+            streams.append((embedded, text.tokens))  # no comprehension: what it uses, Dynamo cannot delete
+        contexts = [BlockContext(text.lengths, rope, attention) for text, _ in conditions]
+        runs = run_blocks or [run_block] * len(conditions)
+        del embedded
+        for i, block in enumerate(self.joint_blocks()):
+            for c, (_, modulation) in enumerate(conditions):
+                streams[c] = runs[c](block, i, *streams[c], modulation.blocks[i], contexts[c])
+        velocities = []  # (B, C, T, H, W), padded
+        for (x, _), (_, modulation) in zip(streams, conditions, strict=True):
+            x = self.final_layer(x, modulation.final)  # (B, N, patch * patch * C)
+            velocities.append(self._unpatchify(x, num_latents, rows)[..., :height, :width])
+        return velocities
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Have each block's operations on rows fused by `torch.compile`, which takes `options`, when it is first called.
+
+        Blocks that are alike share the compiled code. LoRAs may come, go and change their strength, at the price of compiling
+        once more; hooks on a block, such as those of `offload`, stay outside.
+        """
+        import torch._dynamo  # large
+
+        # By default hooks that come later would be ignored, and the ninth shape of the inputs or of a block is an error.
+        watchful = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=64)
+        for block in self.joint_blocks():
+            block.forward = watchful(torch.compile(block.forward, fullgraph=True, **options))
+
+    def joint_blocks(self) -> list[AsymmetricJointBlock]:
+        return list(self.blocks)  # pyright: ignore[reportReturnType] - ModuleList forgets its element type
+
+    def _unpatchify(self, tokens: Tensor, num_latents: int, rows: int) -> Tensor:
+        patch = self.config.patch_size
+        pattern = "b (t h w) (p q c) -> b c t (h p) (w q)"
+        return rearrange(tokens, pattern, t=num_latents, h=rows, p=patch, q=patch)
+
+
+def crop_to_valid(text_embeds: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move each prompt's valid tokens to the front, cut to the longest prompt and zero what is left of padding.
+
+    (B, L, W) and (B, L) bool to (B, longest, W) and (B, longest) bool; longest may be 0.
+    """
+    valid = [embeds[mask] for embeds, mask in zip(text_embeds, text_mask.bool(), strict=True)]
+    lengths = torch.tensor([len(tokens) for tokens in valid])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return nn.utils.rnn.pad_sequence(valid, batch_first=True), mask.to(text_embeds.device)
+
+
+def pad_to_patches(latents: Tensor, patch_size: int) -> Tensor:
+    """Repeat the last row and column where H or W is no multiple of the patch size."""
+    height, width = latents.shape[-2:]
+    bottom, right = -height % patch_size, -width % patch_size
+    return F.pad(latents, (0, right, 0, bottom, 0, 0), mode="replicate") if bottom or right else latents
