@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import Migration, migrate
+from .migration import Migration, migrate
 
 
 def main(arguments: list[str] | None = None) -> int:
