@@ -26,17 +26,16 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 Token = TypeVar("Token")
 
 
-def cut_tokens(tokens: Sequence[Token], decode: Callable[[Sequence[Token]], str]) -> tuple[list[Token], str | None]:
-    """Cut the tokens of one prompt to 256, keeping the last one, which is T5's end token.
+def cut_tokens(tokens: list[Token], decode: Callable[[list[Token]], str]) -> tuple[list[Token], str | None]:
+    """The first 255 tokens of a prompt of more than 256, and the last one, which is T5's end token.
 
-    Returns:
-        The tokens that are left, and a warning that quotes what was cut off as `decode` spells it; None if nothing was.
+    A second result is a warning that quotes what was cut off, as `decode` spells it; None if nothing was.
     """
     if len(tokens) <= MAX_TOKENS:
-        return list(tokens), None
+        return tokens, None
     kept, lost, end = tokens[: MAX_TOKENS - 1], tokens[MAX_TOKENS - 1 : -1], tokens[-1:]
     warning = f"The prompt has {len(tokens)} tokens and Mochi reads {MAX_TOKENS}; cut off: “{decode(lost)}”"
-    return [*kept, *end], warning
+    return kept + end, warning
 
 
 def empty_prompts(
@@ -80,7 +79,7 @@ class TextEncoder:
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids of a prompt, at most 256, the end token last; a warning quotes what was cut off."""
-        ids, warning = cut_tokens(self.tokenizer(prompt).input_ids, self.tokenizer.decode)
+        ids, warning = cut_tokens(self.tokenizer(prompt).input_ids, lambda lost: str(self.tokenizer.decode(lost)))
         if warning:
             warnings.warn(warning, stacklevel=3)
         return ids

@@ -49,18 +49,11 @@ class Lora:
 
 
 def load_lora(dit: AsymmDiT, path: str | Path, strength: float = 1.0) -> Lora:
-    """Apply a LoRA file of any known kind to a denoiser; the changes of several LoRAs add up.
+    """Apply a LoRA file of any known kind to a denoiser, in place; the changes of several LoRAs add up.
 
+    The `strength` of the returned `Lora` can be changed at any time, and its `remove` leaves the denoiser exactly as it was.
     Names in the file that Mochi has no layer for are reported in a warning. Blocks that were compiled by other means than
     `AsymmDiT.compile_blocks` have to be compiled again.
-
-    Args:
-        dit: the denoiser, changed in place; its weights may be quantised.
-        path: .safetensors or PyTorch file.
-        strength: factor of the change; 1 is as trained, any finite number is possible.
-
-    Returns:
-        A handle: its `strength` can be changed at any time, and its `remove` leaves the denoiser exactly as it was.
 
     Raises:
         ValueError: the file is no LoRA for this denoiser, or `strength` is not finite.

@@ -43,25 +43,18 @@ def linear_shapes(config: AsymmDiTConfig) -> dict[str, tuple[int, int]]:
         "final_layer.linear": (config.patch_size**2 * config.in_channels, dx),
     }
     for i in range(config.depth):
-        block = _block_shapes(config, update_y=i < config.depth - 1)
+        block = _block_shapes(config, is_last=i == config.depth - 1)
         shapes |= {f"blocks.{i}.{layer}": shape for layer, shape in block.items()}
     return shapes
 
 
-def _block_shapes(config: AsymmDiTConfig, *, update_y: bool) -> dict[str, tuple[int, int]]:
-    """Shapes within one block; the last block does not update the text stream and has fewer layers."""
-    dx, dy = config.hidden_size_x, config.hidden_size_y
-    shapes = {
-        "mod_x": (4 * dx, dx),
-        "mod_y": (4 * dy if update_y else dy, dx),
-        "attn.qkv_x": (3 * dx, dx),
-        "attn.qkv_y": (3 * dx, dy),
-        "attn.proj_x": (dx, dx),
-        "mlp_x.w1": (2 * config.mlp_size_x, dx),
-        "mlp_x.w2": (dx, config.mlp_size_x),
-    }
-    text = {"attn.proj_y": (dy, dx), "mlp_y.w1": (2 * config.mlp_size_y, dy), "mlp_y.w2": (dy, config.mlp_size_y)}
-    return shapes | (text if update_y else {})
+def _block_shapes(config: AsymmDiTConfig, *, is_last: bool) -> dict[str, tuple[int, int]]:
+    """Shapes within a block; the last one leaves the text stream as it is, so it lacks the layers that would change it."""
+    dx, dy, mlp_x, mlp_y = config.hidden_size_x, config.hidden_size_y, config.mlp_size_x, config.mlp_size_y
+    x = {"attn.qkv_x": (3 * dx, dx), "attn.proj_x": (dx, dx), "mlp_x.w1": (2 * mlp_x, dx), "mlp_x.w2": (dx, mlp_x)}
+    y = {"attn.proj_y": (dy, dx), "mlp_y.w1": (2 * mlp_y, dy), "mlp_y.w2": (dy, mlp_y)}
+    both = {"mod_x": (4 * dx, dx), "mod_y": (dy if is_last else 4 * dy, dx), "attn.qkv_y": (3 * dx, dy), **x}
+    return both if is_last else both | y
 
 
 def lora_targets(config: AsymmDiTConfig) -> dict[str, TargetRows]:

@@ -21,11 +21,7 @@ QUANTIZE_ROW_CHUNK = 2048
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise `x` (N, K) with one scale per row, chosen so that the row's largest magnitude becomes `FP8_MAX`.
-
-    Returns:
-        (N, K) float8_e4m3fn values and (N, 1) float32 scales; values * scales approximates `x`.
-    """
+    """(N, K) to float8_e4m3fn values (N, K) and float32 scales (N, 1) that map each row's largest magnitude to `FP8_MAX`."""
     if torch.compiler.is_compiling():  # fused code has no intermediates, and each loop length would compile anew
         return _quantize(x)
     values, scale = x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)

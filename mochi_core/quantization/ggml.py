@@ -101,22 +101,22 @@ def _fifth_bits(data: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    """Bytes 0-1 float16 scale; 2-17 nibbles, minus 8."""
+    """Bytes 0-1 float16 scale; 2-17 four-bit values, stored with 8 added."""
     return _float16_at(blocks, 0) * (_nibbles(blocks[:, 2:]).float() - 8)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    """Bytes 0-1 float16 scale; 2-3 float16 minimum; 4-19 nibbles."""
+    """Bytes 0-1 float16 scale; 2-3 float16 minimum; 4-19 four-bit values."""
     return _float16_at(blocks, 0) * _nibbles(blocks[:, 4:]).float() + _float16_at(blocks, 2)
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    """Bytes 0-1 float16 scale; 2-5 fifth bits; 6-21 nibbles; five bits minus 16."""
+    """Bytes 0-1 float16 scale; 2-5 fifth bits; 6-21 lower four bits of values that are stored with 16 added."""
     return _float16_at(blocks, 0) * ((_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])).float() - 16)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    """Bytes 0-1 float16 scale; 2-3 float16 minimum; 4-7 fifth bits; 8-23 nibbles."""
+    """Bytes 0-1 float16 scale; 2-3 float16 minimum; 4-7 fifth bits; 8-23 lower four bits."""
     levels = (_nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])).float()
     return _float16_at(blocks, 0) * levels + _float16_at(blocks, 2)
 
@@ -148,13 +148,13 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
-    """Bytes 0-15 scales and minima, see `_scale_and_shift`; 16-143 nibbles."""
+    """Bytes 0-15 scales and minima, see `_scale_and_shift`; 16-143 four-bit values."""
     levels = _bits(blocks[:, 16:].unflatten(1, (4, 32)), range(0, 8, 4), 0x0F)
     return _scale_and_shift(blocks, levels.reshape(-1, 8, 32))
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    """Bytes 0-15 scales and minima, see `_scale_and_shift`; 16-47 fifth bits; 48-175 nibbles."""
+    """Bytes 0-15 scales and minima, see `_scale_and_shift`; 16-47 fifth bits; 48-175 lower four bits."""
     low = _bits(blocks[:, 48:].unflatten(1, (4, 32)), range(0, 8, 4), 0x0F).reshape(-1, 8, 32)
     high = _bits(blocks[:, None, 16:48], range(8), 1).reshape(-1, 8, 32)
     return _scale_and_shift(blocks, low | high << 4)
@@ -174,7 +174,7 @@ def _scale_and_shift(blocks: Tensor, levels: Tensor) -> Tensor:
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    """Bytes 0-127 low nibbles; 128-191 upper two bits; 192-207 int8 scale of each 16 weights; 208-209 float16 scale."""
+    """Bytes 0-127 lower four bits; 128-191 upper two bits; 192-207 int8 scale of each 16 weights; 208-209 float16 scale."""
     low = _bits(blocks[:, :128].unflatten(1, (2, 64)), range(0, 8, 4), 0x0F).reshape(-1, 16, 16)
     high = _bits(blocks[:, 128:192].unflatten(1, (2, 32)), range(0, 8, 2), 3).reshape(-1, 16, 16)
     scale = _float16_at(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()

@@ -18,7 +18,7 @@ def test_prompts_that_fit_stay_whole(length):
 
 @pytest.mark.parametrize(("length", "lost"), [(257, "255"), (259, "255 256 257")])
 def test_longer_ones_keep_their_end_token_and_quote_what_is_lost(length, lost):
-    tokens, warning = cut_tokens(range(length), spell)
+    tokens, warning = cut_tokens(list(range(length)), spell)
     assert tokens == [*range(255), length - 1]
     assert warning == f"The prompt has {length} tokens and Mochi reads 256; cut off: “{lost}”"
 
