@@ -101,7 +101,7 @@ def decode(options: argparse.Namespace) -> None:
 
 
 def decode_to_file(vae: AsymmVAE, latents: torch.Tensor, output: Path, options: argparse.Namespace) -> None:
-    """Decode latents (1, 12, T, H, W) into a video file, frame by frame, so that memory does not grow with its length."""
+    """Decode latents (1, 12, T, H, W) into a video file a few frames at a time, so that memory does not grow with its length."""
     with (
         tqdm(total=vae.decoded_shape(latents.shape)[2], unit="frame") as bar,
         VideoWriter(output, options.fps) as writer,
