@@ -16,11 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, LazyTensor
-from ..checkpoints.formats.reader import open_tensors
-from ..checkpoints.loading import is_finite
-from ..checkpoints.names.detect import WRAPPERS, describe
-from ..checkpoints.names.diffusers import swapped_halves, transformer_rules
+from ..checkpoints import Checkpoint, LazyTensor, describe, is_finite, open_checkpoint, transformer_rules
+from ..checkpoints.names.detect import WRAPPERS
+from ..checkpoints.names.diffusers import swapped_halves
 from ..config import AsymmDiTConfig
 from ..transformer.model import AsymmDiT
 
@@ -108,7 +106,7 @@ def read_lora(path: str | Path, config: AsymmDiTConfig) -> LoraFile:
         ValueError: it is no LoRA, or one for another model, or it does not fit.
         FileNotFoundError: there is no such file.
     """
-    file = open_tensors(path)
+    file = open_checkpoint(path)
     layers, unmatched = _group(file)
     places, alphas = _places(config), _alphas(file)
     updates: dict[tuple[str, int], LoraUpdate] = {}
@@ -119,13 +117,12 @@ def read_lora(path: str | Path, config: AsymmDiTConfig) -> LoraFile:
             continue
         update = _update(file, layer, tensors, place, alphas)
         if updates.setdefault((update.layer, update.rows[0]), update) is not update:
-            raise ValueError(f"{file.path.name} changes {place.layer} twice; use a file with one LoRA.")
+            raise file.error(f"changes {place.layer} twice; use a file with one LoRA.")
     if not updates:
-        raise ValueError(
-            f"{file.path.name} holds {_kind(file)}; Mochi has none of its layers, e.g. {_some(unmatched)}. "
-            "Choose a LoRA made for Mochi."
+        raise file.error(
+            f"holds {_kind(file)}; Mochi has none of its layers, e.g. {_some(unmatched)}. Choose a LoRA made for Mochi."
         )
-    left_out = f"{file.path.name}: Mochi has no place for {len(unmatched)} of its names, left out: {_some(unmatched)}."
+    left_out = f"{file.name}: Mochi has no place for {len(unmatched)} of its names, left out: {_some(unmatched)}."
     return LoraFile(tuple(updates.values()), left_out if unmatched else None)
 
 
@@ -179,7 +176,7 @@ def _update(file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], place:
     down, up = values["down"].flatten(1), values["up"].flatten(1)
     scale = alphas.scale(values["alpha"].item() if "alpha" in values else alphas.of(layer), len(down))
     if not math.isfinite(scale) or not all(map(is_finite, values.values())):
-        raise ValueError(f"{file.path.name} has NaN or infinite numbers in {layer}; its training failed, use another.")
+        raise file.error(f"has NaN or infinite numbers in {layer}; its training failed, use another.")
     magnitude = values["magnitude"].flatten() if "magnitude" in values else None
     if place.swap_halves:
         up = swapped_halves(up)
@@ -190,21 +187,21 @@ def _update(file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], place:
 
 def _check(file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], place: Place) -> None:
     if not {"down", "up"} <= tensors.keys():
-        raise ValueError(f"{file.path.name} has one half of {layer} only; download it again.")
+        raise file.error(f"has one half of {layer} only; download it again.")
     rank, expected = tensors["down"].shape[:1], (place.rows, place.columns)
     down, up = (_as_matrix(tensors[role].shape) for role in ("down", "up"))
     if (down, up) != ((*rank, place.columns), (place.rows, *rank)) or rank == (0,):
-        raise ValueError(
-            f"{file.path.name} does not fit: {layer} multiplies {up} by {down}, but the layer in Mochi is {expected}; "
+        raise file.error(
+            f"does not fit: {layer} multiplies {up} by {down}, but the layer in Mochi is {expected}; "
             f"it looks like {_kind(file)}."
         )
     if "magnitude" in tensors and _as_matrix(tensors["magnitude"].shape) not in ((place.rows, 1), (place.rows,)):
-        raise ValueError(
-            f"{file.path.name} does not fit: the DoRA scale of {layer} is {tensors['magnitude'].shape}, but must have "
+        raise file.error(
+            f"does not fit: the DoRA scale of {layer} is {tensors['magnitude'].shape}, but must have "
             f"{place.rows} rows; scales of columns are not supported."
         )
     if "alpha" in tensors and math.prod(tensors["alpha"].shape) != 1:
-        raise ValueError(f"{file.path.name} has {tensors['alpha'].shape} alphas for {layer}, but must have one.")
+        raise file.error(f"has {tensors['alpha'].shape} alphas for {layer}, but must have one.")
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -223,7 +220,7 @@ def _alphas(file: Checkpoint) -> Alphas:
         if file.path.name.startswith("adapter_model.") and beside.is_file():
             return _peft_alphas(json.loads(beside.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{file.path.name} has notes on its alpha that make no sense; save it again.") from error
+        raise file.error("has notes on its alpha that make no sense; save it again.") from error
     return Alphas({})
 
 
@@ -245,7 +242,7 @@ def _kind(file: Checkpoint) -> str:
     for phrase, pattern in STRANGERS:
         if any(re.fullmatch(pattern, name) for name in file.tensors):
             return phrase
-    described = describe(file.tensors)
+    described = describe(file)
     return "a LoRA for another model" if described == "a LoRA" else described
 
 

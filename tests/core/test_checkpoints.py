@@ -16,7 +16,7 @@ from mochi_core.checkpoints import (
     describe,
     dit_config,
     from_state_dict,
-    open_tensors,
+    open_checkpoint,
     to_canonical,
     to_diffusers,
     transformer_rules,
@@ -113,7 +113,7 @@ def test_all_in_one_file_yields_each_part(dit, vae, tmp_path):
     path = save(tmp_path / "all.safetensors", tensors)
     assert_same(load_transformer(path, torch.float32), dit)
     assert_same(load_vae(path), vae)
-    text = describe(open_tensors(path).tensors)
+    text = describe(open_checkpoint(path))
     assert "Mochi transformer, 3 blocks" in text
     assert "T5" in text
 
@@ -218,7 +218,7 @@ def test_broken_files(dit, tmp_path, kind):
     path = tmp_path / "x.safetensors"
     error, message = broken(path, kind, dit)
     with pytest.raises(error, match=message):
-        open_tensors(path)
+        open_checkpoint(path)
 
 
 def test_pickles_with_code_are_refused(tmp_path):
@@ -226,26 +226,26 @@ def test_pickles_with_code_are_refused(tmp_path):
 
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"state_dict": print}))
     with pytest.raises(ValueError, match="not a file of plain tensors"):
-        open_tensors(tmp_path / "evil.pt")
+        open_checkpoint(tmp_path / "evil.pt")
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors"])
 def test_shards_outside_the_folder_are_refused(tmp_path, shard):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(ValueError, match="outside its folder"):
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_missing_shard_and_ambiguous_folder(tmp_path):
     with pytest.raises(ValueError, match="found: none"):
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
     for name in ("a", "b"):
         save(tmp_path / f"{name}.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"a.safetensors, b.safetensors"):
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     with pytest.raises(FileNotFoundError, match=r"gone.safetensors is missing"):
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_opening_reads_nothing(tmp_path):
@@ -256,7 +256,7 @@ def test_opening_reads_nothing(tmp_path):
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + size)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    tensors = open_tensors(path).tensors
+    tensors = open_checkpoint(path).tensors
     assert tensors["big"].shape == (size // 2,)
     assert time.monotonic() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
@@ -264,5 +264,5 @@ def test_opening_reads_nothing(tmp_path):
 
 def test_metadata_is_kept(dit, tmp_path):
     path = save(tmp_path / "x.safetensors", dit.state_dict(), author="somebody")
-    assert open_tensors(path).metadata == {"author": "somebody"}
-    assert load_file(path).keys() == open_tensors(path).tensors.keys()
+    assert open_checkpoint(path).metadata == {"author": "somebody"}
+    assert load_file(path).keys() == open_checkpoint(path).tensors.keys()

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / "mochi_core"
 # From the bottom up: each room may use those in the lines above it.
 FLOORS = (
-    ("config", "geometry", "ops"),
+    ("config", "dtypes", "geometry", "ops"),
     ("quantization",),
     ("transformer", "autoencoder"),
     ("sampling", "checkpoints"),
