@@ -21,7 +21,7 @@ from .loading import ModelSpec, check_fit, checked_when_read, model_spec
 from .names.detect import find_parts, select_part
 from .names.diffusers import autoencoder_rules, to_diffusers, transformer_rules
 from .names.quantized import NOTE, QUANTIZATION, is_large, note_tensor
-from .names.sizes import has_decoder, has_encoder
+from .names.sizes import halves
 from .names.t5 import hugging_face_entries
 from .tensors import Checkpoint, LazyStateDict, LazyTensor, from_state_dict, merge
 
@@ -144,7 +144,7 @@ def _to_diffusers(tensors: LazyStateDict, model: ModelSpec) -> LazyStateDict:
         return tensors
     if isinstance(config, AsymmDiTConfig):
         return to_diffusers(tensors, transformer_rules(config.depth))
-    if not (has_encoder(tensors) and has_decoder(tensors)):
+    if not all(halves(tensors).values()):
         raise ValueError("diffusers' autoencoder needs both halves; name the encoder's and the decoder's file.")
     return to_diffusers(tensors, autoencoder_rules(config.encoder_blocks, config.decoder_blocks))
 

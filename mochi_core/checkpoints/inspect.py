@@ -40,11 +40,8 @@ def _inspect_part(file: Checkpoint, part: str) -> dict[str, Any]:
     except ValueError as error:
         return {"problem": str(error)}
     released = model.config in (AsymmDiTConfig(), AsymmVAEConfig(), T5EncoderConfig())
-    return {
-        "released_sizes": released,
-        "config": asdict(model.config),
-        **state_dict_diff(model.parameters, found.tensors),
-    }
+    differences = state_dict_diff(model.parameters, found.tensors)
+    return {"released_sizes": released, "config": asdict(model.config), **differences}
 
 
 def _stored(tensors: LazyStateDict) -> dict[str, dict[str, int]]:

@@ -17,7 +17,7 @@ from ..transformer.model import AsymmDiT
 from .formats.reader import open_checkpoint
 from .names.detect import PARTS, select_part
 from .names.quantized import quantize_large
-from .names.sizes import dit_config, has_decoder, has_encoder, vae_config
+from .names.sizes import dit_config, halves, vae_config
 from .names.t5 import t5_config, t5_shapes
 from .tensors import Checkpoint, LazyStateDict, LazyTensor, merge
 
@@ -91,9 +91,8 @@ def empty_vae(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Asymm
         ValueError: the tensors do not tell its sizes.
     """
     tensors = checkpoint.tensors
-    halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
     with checkpoint.named_errors():
-        return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
+        return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves(tensors))
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def with_tensors(self, tensors: LazyStateDict) -> Checkpoint:
+        """The same file with other tensors, such as renamed ones."""
         return replace(self, tensors=tensors)
 
     def error(self, problem: str) -> ValueError:

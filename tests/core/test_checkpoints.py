@@ -160,7 +160,7 @@ def test_dtype_policy(dit, tmp_path, dtype):
         assert parameter.dtype == (torch.float32 if exact else dtype), name
 
 
-def test_misfits_are_named_together(dit, tmp_path):
+def test_differences_are_named_together(dit, tmp_path):
     tensors = dict(dit.state_dict())
     del tensors["blocks.1.attn.proj_x.weight"]
     tensors["blocks.0.surprise"] = torch.zeros(1)

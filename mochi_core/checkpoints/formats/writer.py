@@ -40,8 +40,7 @@ def write_safetensors(
 
 
 def layout(tensors: LazyStateDict, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The header with its length in front, and where each tensor begins behind it; wide dtypes first, so that all are
-    aligned."""
+    """The header with its length, and where each tensor begins behind it; wide dtypes come first, so that all are aligned."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     places, position = {}, 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):

@@ -148,7 +148,7 @@ def to_canonical(tensors: LazyStateDict, rules: Rules) -> LazyStateDict:
             raise ValueError(f"{', '.join(rule.foreign)} differ in shape; download it again.")
         if parts:
             merged = _concatenate(parts)
-            canonical[rule.canonical] = _swap_halves(merged) if rule.swap_halves else merged
+            canonical[rule.canonical] = _map_rows(merged, swapped_halves) if rule.swap_halves else merged
     _refuse_unknown(set(tensors) - {name for rule in rules for name in rule.foreign})
     return canonical
 
@@ -163,7 +163,7 @@ def to_diffusers(tensors: LazyStateDict, rules: Rules) -> LazyStateDict:
     for rule in rules:
         if rule.canonical in tensors:
             source = tensors[rule.canonical]
-            parts = _split(_swap_halves(source) if rule.swap_halves else source, len(rule.foreign))
+            parts = _split(_map_rows(source, swapped_halves) if rule.swap_halves else source, len(rule.foreign))
             foreign.update(zip(rule.foreign, parts, strict=True))
     _refuse_unknown(set(tensors) - {rule.canonical for rule in rules})
     return foreign
@@ -191,18 +191,13 @@ def _concatenate(parts: list[LazyTensor]) -> LazyTensor:
 def _split(tensor: LazyTensor, count: int) -> list[LazyTensor]:
     if count == 1:
         return [tensor]
-    return [_map_rows(tensor, lambda t, i=i: t.chunk(count)[i], tensor.shape[0] // count) for i in range(count)]
+    return [_map_rows(tensor, lambda t, i=i: t.chunk(count)[i], count) for i in range(count)]
 
 
-def _swap_halves(tensor: LazyTensor) -> LazyTensor:
-    return _map_rows(tensor, swapped_halves, tensor.shape[0])
-
-
-def _map_rows(tensor: LazyTensor, change: Callable[[Tensor], Tensor], rows: int) -> LazyTensor:
-    """The tensor with `rows` rows that `change` makes; a quantised weight stays quantised."""
-    return tensor.map(
-        change, lambda weight: _arrange_rows([weight], lambda t: change(t[0])), shape=(rows, *tensor.shape[1:])
-    )
+def _map_rows(tensor: LazyTensor, change: Callable[[Tensor], Tensor], parts: int = 1) -> LazyTensor:
+    """The tensor with `change` applied to its rows, which leaves 1/`parts` of them; a quantised weight stays quantised."""
+    shape = (tensor.shape[0] // parts, *tensor.shape[1:])
+    return tensor.map(change, lambda weight: _arrange_rows([weight], lambda t: change(t[0])), shape=shape)
 
 
 def _arrange_rows(weights: list[QuantizedWeight], arrange: Callable[[list[Tensor]], Tensor]) -> QuantizedWeight:

@@ -63,14 +63,13 @@ def _notes_in_metadata(checkpoint: Checkpoint) -> LazyStateDict:
     """The notes of quantised layers in a file's metadata, as the tensors in which other files have them."""
     try:
         layers = json.loads(checkpoint.metadata.get(QUANTIZATION, "{}")).get("layers", {})
-        notes = {f"{layer}.{NOTE}": note_tensor(note) for layer, note in layers.items()}
+        return from_state_dict({f"{layer}.{NOTE}": note_tensor(note) for layer, note in layers.items()})
     except (ValueError, AttributeError, RecursionError) as error:
         raise checkpoint.error(f"has an unreadable {QUANTIZATION}; download it again.") from error
-    return from_state_dict(notes)
 
 
 def note_tensor(note: Any) -> Tensor:
-    """A note about a quantised layer as files keep it: JSON in uint8."""
+    """A note about the format of a quantised layer as files keep it: JSON in uint8."""
     return torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)
 
 
@@ -126,15 +125,10 @@ def _gather_scaled(tensors: LazyStateDict, layer: str, *, exact_product: bool) -
     note, values = _note(tensors, layer), tensors[layer + "weight"]
     scale, input_scale = _first(tensors, layer, SCALES), _first(tensors, layer, INPUT_SCALES)
     stored_format = note.get("format")
-    known = {**STORED_AS, ROWWISE_FORMAT: FP8}.get(str(stored_format)) == values.dtype if "format" in note else True
+    known = "format" not in note or {**STORED_AS, ROWWISE_FORMAT: FP8}.get(str(stored_format)) == values.dtype
     bare = values.dtype == torch.int8 and scale is None
-    if (
-        not known
-        or bare
-        or note.get("convrot")
-        or _count(scale) not in (1, values.shape[0])
-        or _count(input_scale) != 1
-    ):
+    fits = _count(scale) in (1, values.shape[0]) and _count(input_scale) == 1
+    if not known or bare or not fits or note.get("convrot"):
         return
     for leaf in (*SCALES, *INPUT_SCALES, NOTE):
         tensors.pop(layer + leaf, None)

@@ -30,18 +30,14 @@ def dit_config(tensors: LazyStateDict) -> AsymmDiTConfig:
 
 def vae_config(tensors: LazyStateDict) -> AsymmVAEConfig:
     """Read the sizes of an autoencoder from its canonical tensors; a half that is not there keeps the defaults."""
-    sizes = _encoder_sizes(tensors) if has_encoder(tensors) else {}
-    return AsymmVAEConfig(**sizes, **(_decoder_sizes(tensors) if has_decoder(tensors) else {}))
+    found = halves(tensors)
+    sizes = _encoder_sizes(tensors) if found["encoder"] else {}
+    return AsymmVAEConfig(**sizes, **(_decoder_sizes(tensors) if found["decoder"] else {}))
 
 
-def has_encoder(tensors: LazyStateDict) -> bool:
-    """Whether an autoencoder's canonical tensors hold an encoder."""
-    return any(name.startswith("encoder.") for name in tensors)
-
-
-def has_decoder(tensors: LazyStateDict) -> bool:
-    """Whether an autoencoder's canonical tensors hold a decoder."""
-    return any(name.startswith("decoder.") for name in tensors)
+def halves(tensors: LazyStateDict) -> dict[str, bool]:
+    """Whether an autoencoder's canonical tensors hold an "encoder" and a "decoder"."""
+    return {half: any(name.startswith(f"{half}.") for name in tensors) for half in ("encoder", "decoder")}
 
 
 def _decoder_sizes(tensors: LazyStateDict) -> dict[str, Any]:
