@@ -10,7 +10,8 @@ from ...mochi_core.checkpoints import Checkpoint
 from ...mochi_core.dtypes import dtype_name
 
 
-def announce(model: str, *choices: str) -> None:
+def log_choice(model: str, *choices: str) -> None:
+    """Log one line with what was chosen for a model."""
     logging.info("Mochi %s: %s.", model, "; ".join(choices))
 
 

@@ -20,7 +20,7 @@ from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.transformer.model import run_block
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
-from .choices import announce, arithmetic_choice, stored_name, weights_choice
+from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
 from .prepared import Conditioning, conditioning_of, prepared, with_run
 from .preview import MochiLatents, with_previews
 from .quantized import by_layer, host_weights, is_quantized, products_choice, quantized_operations, read_part
@@ -152,17 +152,17 @@ def load_model(
     patcher.cached_patcher_init = (load_model, (path, dtype, quantize, attention))
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "mochi_preview", with_previews)
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "mochi_run", with_run)
-    _announce(patcher, stored_name(stored), quantize, dtype, attending)
+    _log_choices(patcher, stored_name(stored), quantize, dtype, attending)
     return patcher
 
 
-def _announce(patcher, stored: str, quantize: str | None, dtype: torch.dtype | None, attending: str) -> None:
+def _log_choices(patcher, stored: str, quantize: str | None, dtype: torch.dtype | None, attending: str) -> None:
     held = patcher.model.get_dtype()
     kept = quantize or (stored if patcher.model.model_config.quant_config else dtype_name(held))
     weights = weights_choice(stored, kept, bool(quantize or dtype), patcher.load_device)
     compute = arithmetic_choice(patcher.model.manual_cast_dtype or held, patcher.load_device)
     compute += products_choice(patcher.model.diffusion_model)
-    announce("transformer", weights, compute, f"attention {attending}")
+    log_choice("transformer", weights, compute, f"attention {attending}")
 
 
 def _build(config: AsymmDiTConfig, checkpoint: Checkpoint, dtype: torch.dtype | None, disable_dynamic: bool):

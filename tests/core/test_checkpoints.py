@@ -5,6 +5,7 @@ import resource
 import struct
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +13,21 @@ from safetensors.torch import load_file, save_file
 
 from mochi_core import AsymmDiT, AsymmVAEConfig, load_transformer, load_vae
 from mochi_core.checkpoints import (
+    Checkpoint,
     autoencoder_rules,
     describe,
     dit_config,
     from_state_dict,
+    merge,
     open_checkpoint,
+    open_part,
     to_canonical,
     to_diffusers,
     transformer_rules,
     vae_config,
 )
+from mochi_core.checkpoints.tensors import quantized_weight
+from mochi_core.quantization.weights import QuantizedWeight
 from tests.harness.tiny_models import DIT, VAE, random_dit, random_t5, random_vae
 
 DIT_RULES = transformer_rules(DIT.depth)
@@ -266,3 +272,41 @@ def test_metadata_is_kept(dit, tmp_path):
     path = save(tmp_path / "x.safetensors", dit.state_dict(), author="somebody")
     assert open_checkpoint(path).metadata == {"author": "somebody"}
     assert load_file(path).keys() == open_checkpoint(path).tensors.keys()
+
+
+def test_a_checkpoint_says_its_name(dit, vae, tmp_path):
+    save(tmp_path / "folder" / "dit.safetensors", dit.state_dict())
+    file, folder = open_checkpoint(tmp_path / "folder" / "dit.safetensors"), open_checkpoint(tmp_path / "folder")
+    assert str(file.error("is bad.")) == "dit.safetensors is bad."
+    assert str(folder.error("is bad.")) == f"{tmp_path / 'folder'} is bad."
+    for half in ("encoder", "decoder"):
+        save(tmp_path / f"{half}.safetensors", getattr(vae, half).state_dict())
+    merged = merge([open_part(tmp_path / f"{half}.safetensors", "vae") for half in ("encoder", "decoder")])
+    assert merged.name == "encoder.safetensors and decoder.safetensors"
+    assert merged.tensors.keys() == vae.state_dict().keys()
+
+
+def test_mapped_tensors_are_changed_when_they_are_read():
+    calls = []
+
+    def weight():
+        calls.append("read")
+        return QuantizedWeight(torch.ones(2, 32, dtype=torch.int8), torch.tensor(3.0))
+
+    def double(values):
+        calls.append("changed")
+        return 2 * values
+
+    stored = quantized_weight((2, 32), torch.int8, weight).guarded(lambda: calls.append("checked"))
+    plain, kept = stored.map(double, shape=(2, 32)), stored.map(double, lambda w: replace(w, scale=2 * w.scale))
+    assert (plain.quantized, calls) == (None, [])
+    assert torch.equal(plain.read(), torch.full((2, 32), 6.0))
+    assert calls == ["checked", "read", "changed"]
+    assert torch.equal(kept.quantized().dequantized(), plain.read())
+    half = stored.map(lambda values: values.half(), dtype=torch.float16)
+    assert (half.stored_dtype, half.num_bytes, half.read().dtype) == ("float16", 128, torch.float16)
+
+
+def test_the_main_dtype_is_that_of_most_weights():
+    state = {"a": torch.zeros(9, dtype=torch.bfloat16), "b": torch.zeros(4), "c": torch.zeros(4)}
+    assert Checkpoint("x", Path("x"), from_state_dict(state)).main_dtype() == (torch.bfloat16, None)

@@ -42,12 +42,13 @@ def open_safetensors(path: Path) -> Checkpoint:
     text = _read_header(path)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        header.pop("__metadata__", None)
     except (ValueError, RecursionError) as error:
         raise ValueError(_wrong_header(path, error)) from error
     _check_size(path, len(text), header)
     try:
         file = safe_open(path, framework="pt")
-        tensors = {name: _lazy(file, name, header[name]) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        tensors = {name: _lazy(file, name, entry) for name, entry in header.items()}
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(_wrong_header(path, error)) from error
     return Checkpoint(path.name, path, tensors, file.metadata() or {})
@@ -89,9 +90,7 @@ def _check_size(path: Path, header_bytes: int, header: dict[str, Any]) -> None:
     """The library says only that a size is wrong; people want to know whether a download was cut off."""
     size, expected = path.stat().st_size, LENGTH_BYTES + header_bytes
     with suppress(TypeError, KeyError, IndexError):  # a wrong header, which the library will name
-        expected += max(
-            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-        )
+        expected += max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size < expected:
             raise ValueError(_incomplete(path, size, expected))
         if size > expected:
