@@ -35,13 +35,13 @@ class Part:
 
     phrase: str
     example: str
-    """A released file."""
+    """Name of a released file."""
     subfolder: str
-    """Where a diffusers pipeline keeps it."""
+    """Folder of the model in a diffusers pipeline."""
     prefixes: re.Pattern[str]
     """What wrappers and whole pipelines put in front of the model's own names, in any combination."""
     signatures: tuple[str, ...]
-    """Names of which every layout has one."""
+    """Ends of tensor names; every layout has one of them."""
     to_canonical: Callable[[LazyStateDict], LazyStateDict]
 
 
