@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mochi_core import AsymmDiT, AsymmDiTConfig
-from mochi_core.checkpoints import LazyTensor
-from mochi_core.checkpoints.loading import load_into
-from mochi_core.checkpoints.names.quantized import quantize_large
+from mochi_core.checkpoints import Checkpoint, LazyTensor, load_into, quantize_large
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -63,7 +61,8 @@ def our_dit(config: AsymmDiTConfig, dtype: torch.dtype, quantize: str | None = N
         )
 
     tensors = {name: stored(parameter) for name, parameter in model.named_parameters()}
-    load_into(model, quantize_large(tensors, quantize), "random weights", home)
+    weights = Checkpoint("random weights", Path(), tensors)
+    load_into(model, quantize_large(weights, quantize), home)
     return model.eval()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import gguf
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.measure import environment, write_report
 from benchmarks.peers import DEVICE
 from mochi_core import AsymmDiT, AsymmDiTConfig
-from mochi_core.checkpoints import LazyTensor, from_state_dict, is_large, load_into
+from mochi_core.checkpoints import Checkpoint, LazyTensor, from_state_dict, is_large, load_into
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedWeight
 from tests.harness.k_types import K_QUANTIZERS
 
@@ -91,7 +92,7 @@ def quantized(dit: AsymmDiT, quantize: Quantize | None, dtype: torch.dtype, chos
 
     tensors = {name: store(name, tensor) for name, tensor in from_state_dict(dit.state_dict()).items()}
     result = AsymmDiT(dit.config, device="meta", dtype=dtype)
-    load_into(result, tensors, "random weights", DEVICE)
+    load_into(result, Checkpoint("random weights", Path(), tensors), DEVICE)
     return result.eval()
 
 

@@ -15,11 +15,11 @@ from tqdm import tqdm
 from .autoencoder.model import AsymmVAE
 from .autoencoder.streaming import GIB, OutOfMemory
 from .checkpoints import load_transformer, load_vae
-from .checkpoints.convert import DTYPES as STORED_DTYPES
-from .checkpoints.convert import LAYOUTS, plan_conversion, write_conversion
+from .checkpoints.convert import KEEP, LAYOUTS, TARGET_DTYPES, plan_conversion, write_conversion
 from .checkpoints.inspect import inspect as inspect_file
 from .checkpoints.inspect import render
-from .checkpoints.names.detect import PREFIXES
+from .checkpoints.names.detect import PARTS
+from .dtypes import DTYPES
 from .geometry import FPS, seconds_to_frames
 from .io.latent_files import load_latents, save_latents
 from .io.video import VideoWriter, save_video, to_unit_range
@@ -32,7 +32,6 @@ from .text_encoder import load_text_encoder
 from .transformer.attention import ATTENTIONS, choose_attention
 
 LATENT_SUFFIXES = (".latent", ".safetensors")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,8 +155,8 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     add("source", type=Path, nargs="+", help="weights file or folder; or an encoder's and a decoder's file")
     add("destination", type=Path, help=".safetensors file; or, for diffusers, a folder")
     add("--to", choices=LAYOUTS, required=True, help="canonical: the names of Genmo and ComfyUI")
-    add("--dtype", choices=STORED_DTYPES, default="keep", help="fp8_scaled is for ComfyUI (default: %(default)s)")
-    add("--part", choices=PREFIXES, help="which one, of a file that holds several")
+    add("--dtype", choices=TARGET_DTYPES, default=KEEP, help="fp8_scaled is for ComfyUI (default: %(default)s)")
+    add("--part", choices=PARTS, help="which one, of a file that holds several")
     add("--force", action="store_true", help="overwrite the destination")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from .checkpoints import blaming, file_label, load_into, open_part
+from .checkpoints import load_into, open_part
 from .checkpoints.names.t5 import hugging_face_entries, t5_config
 
 if TYPE_CHECKING:
@@ -108,14 +108,13 @@ def load_text_encoder(
     """
     from transformers import T5Config, T5EncoderModel
 
-    path = Path(path)
-    tensors, label = open_part(path, "t5"), file_label(path)
-    with blaming(label), torch.device("meta"):
-        config = T5Config(**hugging_face_entries(t5_config(tensors)))
+    checkpoint = open_part(path, "t5")
+    config = T5Config(**hugging_face_entries(t5_config(checkpoint)))
+    with torch.device("meta"):
         model = T5EncoderModel(config).to(dtype=dtype)  # pyright: ignore[reportCallIssue]
     model.encoder.embed_tokens = model.shared  # one table under two names
-    load_into(model, tensors, label, device)
-    return TextEncoder(model.eval(), _load_tokenizer(path, tokenizer))
+    load_into(model, checkpoint, device)
+    return TextEncoder(model.eval(), _load_tokenizer(Path(path), tokenizer))
 
 
 def _load_tokenizer(weights: Path, tokenizer: str | Path | None) -> PreTrainedTokenizerBase:

@@ -10,14 +10,15 @@ import torch
 from comfy_api.latest import io
 
 from ..mochi_core.checkpoints.formats.reader import INDEX_PATTERN
+from ..mochi_core.dtypes import DTYPES
 from .bridge.attention import CHOICES as ATTENTIONS
 from .bridge.model import load_model
 from .bridge.text import load_clip
 from .bridge.vae import load_vae
 from .category import CATEGORY
 
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPES_WITH_FP8 = {**DTYPES, "fp8_e4m3fn": torch.float8_e4m3fn}
+DTYPE_CHOICES = {"auto": None, **DTYPES}
+DTYPE_CHOICES_WITH_FP8 = {**DTYPE_CHOICES, "fp8_e4m3fn": torch.float8_e4m3fn}
 # Values of weight_dtype that quantise the matrices of the blocks, and what the core calls them.
 QUANTIZED = {"fp8_e4m3fn": "fp8", "fp8_rowwise": "fp8_rowwise", "int8": "int8", "q4_0": "q4_0"}
 UNLISTED = ("*.gguf", INDEX_PATTERN)
@@ -73,7 +74,7 @@ class LoadTransformer(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=[*DTYPES, *QUANTIZED],
+                    options=[*DTYPE_CHOICES, *QUANTIZED],
                     default="auto",
                     tooltip="Precision of the weights. auto keeps bf16 where the device can, and quantised files as they "
                     "are. fp8_e4m3fn and int8 halve the memory of the blocks, q4_0 brings it to 28 %; the result changes a "
@@ -96,7 +97,7 @@ class LoadTransformer(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, weight_dtype="auto", attention="auto"):
         path, quantize = full_path(model_name, *cls.KINDS), QUANTIZED.get(weight_dtype)
-        return io.NodeOutput(load_model(path, DTYPES.get(weight_dtype), quantize, attention))
+        return io.NodeOutput(load_model(path, DTYPE_CHOICES.get(weight_dtype), quantize, attention))
 
 
 class LoadVAE(io.ComfyNode):
@@ -119,7 +120,7 @@ class LoadVAE(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=list(DTYPES),
+                    options=list(DTYPE_CHOICES),
                     default="auto",
                     tooltip="Precision of the autoencoder. fp32 is the most exact; auto takes bf16 where the device can.",
                 ),
@@ -138,7 +139,7 @@ class LoadVAE(io.ComfyNode):
     @classmethod
     def execute(cls, vae_name, dtype="auto", second_file=NO_SECOND_FILE):
         names = [vae_name] if second_file == NO_SECOND_FILE else [vae_name, second_file]
-        return io.NodeOutput(load_vae([full_path(name, *cls.KINDS) for name in names], DTYPES[dtype]))
+        return io.NodeOutput(load_vae([full_path(name, *cls.KINDS) for name in names], DTYPE_CHOICES[dtype]))
 
 
 class LoadT5(io.ComfyNode):
@@ -160,7 +161,7 @@ class LoadT5(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=list(DTYPES_WITH_FP8),
+                    options=list(DTYPE_CHOICES_WITH_FP8),
                     default="auto",
                     tooltip="Precision of the weights; auto keeps that of the file. The arithmetic is fp32 either way.",
                 ),
@@ -178,4 +179,4 @@ class LoadT5(io.ComfyNode):
 
     @classmethod
     def execute(cls, t5_name, dtype="auto", device="default"):
-        return io.NodeOutput(load_clip(full_path(t5_name, *cls.KINDS), DTYPES_WITH_FP8[dtype], device))
+        return io.NodeOutput(load_clip(full_path(t5_name, *cls.KINDS), DTYPE_CHOICES_WITH_FP8[dtype], device))

@@ -1,58 +1,46 @@
-"""Read, recognise, convert and load weight files."""
+"""Weight files: open (`formats`), recognise and rename (`names`), load, convert and inspect."""
 
-from .formats.reader import open_tensors
+from .formats.reader import FileChangeGuard, open_checkpoint
 from .loading import (
-    check_finite,
-    check_tensors,
+    check_fit,
+    checked_when_read,
     empty_transformer,
     empty_vae,
     is_finite,
-    joined,
     load_into,
     load_transformer,
     load_vae,
-)
-from .names.detect import (
-    blaming,
-    describe,
-    dit_config,
-    file_label,
-    find_part,
-    has_decoder,
-    has_encoder,
     open_part,
-    vae_config,
 )
+from .names.detect import describe, select_part
 from .names.diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
 from .names.quantized import is_large, quantize_large
-from .tensors import Checkpoint, LazyStateDict, LazyTensor, from_state_dict
+from .names.sizes import dit_config, vae_config
+from .tensors import Checkpoint, LazyStateDict, LazyTensor, from_state_dict, merge
 
 __all__ = [
     "Checkpoint",
+    "FileChangeGuard",
     "LazyStateDict",
     "LazyTensor",
     "autoencoder_rules",
-    "blaming",
-    "check_finite",
-    "check_tensors",
+    "check_fit",
+    "checked_when_read",
     "describe",
     "dit_config",
     "empty_transformer",
     "empty_vae",
-    "file_label",
-    "find_part",
     "from_state_dict",
-    "has_decoder",
-    "has_encoder",
     "is_finite",
     "is_large",
-    "joined",
     "load_into",
     "load_transformer",
     "load_vae",
+    "merge",
+    "open_checkpoint",
     "open_part",
-    "open_tensors",
     "quantize_large",
+    "select_part",
     "to_canonical",
     "to_diffusers",
     "transformer_rules",

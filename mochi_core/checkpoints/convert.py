@@ -13,28 +13,23 @@ import torch
 from torch import Tensor
 
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
+from ..dtypes import DTYPES
 from ..quantization.weights import quantize_fp8
-from .formats.reader import NOTE, QUANTIZATION, open_tensors
+from .formats.reader import open_checkpoint
 from .formats.writer import write_safetensors
-from .loading import Blueprint, blueprint, check_finite, check_parameters, joined
-from .names.detect import blaming, find_part, has_decoder, has_encoder, parts_of
+from .loading import ModelSpec, check_fit, checked_when_read, model_spec
+from .names.detect import find_parts, select_part
 from .names.diffusers import autoencoder_rules, to_diffusers, transformer_rules
-from .names.quantized import is_large
+from .names.quantized import NOTE, QUANTIZATION, is_large, note_tensor
+from .names.sizes import halves
 from .names.t5 import hugging_face_entries
-from .tensors import Checkpoint, LazyStateDict, LazyTensor, from_state_dict
+from .tensors import Checkpoint, LazyStateDict, LazyTensor, from_state_dict, merge
 
 LAYOUTS = ("canonical", "diffusers")
-FP8_SCALED = "fp8_scaled"
-DTYPES = {
-    "keep": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    FP8_SCALED: torch.bfloat16,
-}
-"""What is stored in other dtypes becomes this one; with fp8_scaled, what is not quantised does."""
-FP8_NOTE = json.dumps({"format": "float8_e4m3fn"}).encode()
-# What the weights are called in a folder of diffusers or transformers.
+KEEP, FP8_SCALED = "keep", "fp8_scaled"
+TARGET_DTYPES = {KEEP: None, **DTYPES, FP8_SCALED: torch.bfloat16}
+"""The dtype that weights are converted to; with fp8_scaled, those that are not quantised. None keeps the stored dtype."""
+# Names of the weights file in a folder of diffusers or transformers.
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
@@ -49,8 +44,9 @@ class Conversion:
     tensors: LazyStateDict
     metadata: dict[str, str]
     config_entries: dict[str, Any]
-    """Of the config.json in a folder, and what the weights are called there."""
+    """Entries of config.json in a folder."""
     weights_name: str
+    """Name of the weights file in a folder."""
 
 
 def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str | None = None) -> Conversion:
@@ -58,22 +54,18 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
 
     Args:
         sources: a file or folder, or the two halves of an autoencoder.
-        layout, dtype: among `LAYOUTS` and `DTYPES`.
+        layout, dtype: among `LAYOUTS` and `TARGET_DTYPES`.
         part: "transformer", "vae" or "t5", if the source holds several.
 
     Raises:
-        FileNotFoundError, ValueError: see `open_tensors`, `find_part` and `check_parameters`; or the model cannot be written so.
+        FileNotFoundError, ValueError: see `open_checkpoint`, `select_part` and `check_fit`; or the model cannot be written so.
     """
-    files = [open_tensors(source) for source in sources]
-    label = " and ".join(file.path.name for file in files)
-    with blaming(label):
-        part = part or _only_part(files)
-    tensors = joined([find_part(file.tensors, part, file.path.name) for file in files], label)
-    with blaming(label):
-        model = blueprint(part, tensors, DTYPES[dtype])
-    check_parameters(model.parameters, tensors, label)
-    with blaming(label):
-        converted = _cast(tensors, model, DTYPES[dtype], label)
+    files = [open_checkpoint(source) for source in sources]
+    part = part or _only_part(files)
+    checkpoint = merge([select_part(file, part) for file in files])
+    model = model_spec(checkpoint, part, TARGET_DTYPES[dtype])
+    check_fit(model.parameters, checkpoint)
+    converted = checked_when_read(_cast(checkpoint, model, TARGET_DTYPES[dtype])).tensors
     if dtype == FP8_SCALED:
         if part == "vae" or layout != "canonical":
             raise ValueError(
@@ -82,7 +74,7 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
         converted = _with_fp8(converted)
     if layout == "diffusers":
         converted = _to_diffusers(converted, model)
-    metadata = {key: value for file in files for key, value in file.metadata.items() if key != QUANTIZATION}
+    metadata = {key: value for key, value in checkpoint.metadata.items() if key != QUANTIZATION}
     return Conversion(converted, {"format": "pt", **metadata}, _config_entries(model), WEIGHTS[part])
 
 
@@ -104,36 +96,31 @@ def write_conversion(conversion: Conversion, destination: Path, on_tensor: Calla
 
 
 def _only_part(files: list[Checkpoint]) -> str:
-    found = {part for file in files for part in parts_of(file.tensors)}
+    found = {part for file in files for part in find_parts(file)}
     if len(found) != 1:
-        raise ValueError("a transformer, an autoencoder or T5 can be converted; of several, choose one with --part.")
+        raise ValueError(
+            f"{' and '.join(file.name for file in files)} does not fit Mochi: a transformer, an autoencoder or T5 can be "
+            "converted; of several, choose one with --part."
+        )
     return found.pop()
 
 
-def _cast(tensors: LazyStateDict, model: Blueprint, dtype: torch.dtype | None, file_name: str) -> LazyStateDict:
-    """In the order of the model. What it keeps in float32 whatever its dtype stays as it is stored."""
-    converted: LazyStateDict = {}
-    for name, parameter in model.parameters.items():
-        tensor = tensors[name]
+def _cast(checkpoint: Checkpoint, model: ModelSpec, dtype: torch.dtype | None) -> Checkpoint:
+    """The tensors in the order of the model; those that it keeps in float32 whatever its dtype stay as they are stored."""
+
+    def cast(name: str, tensor: LazyTensor) -> LazyTensor:
         if dtype is None and tensor.dtype.itemsize == 1:
             raise ValueError(f"{name} is stored in 8 bits or fewer; say with --dtype what it is to become.")
-        exact = parameter.dtype != dtype and tensor.dtype.itemsize > 1
+        exact = model.parameters[name].dtype != dtype and tensor.dtype.itemsize > 1
         target = tensor.dtype if dtype is None or exact else dtype
-        converted[name] = LazyTensor(tensor.shape, target, _reader(tensor, target, name, file_name))
-    return converted
+        return tensor.map(lambda value: value.to(target), dtype=target)
 
-
-def _reader(tensor: LazyTensor, dtype: torch.dtype, name: str, file_name: str) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        value = tensor.read().to(dtype)
-        check_finite(value, name, file_name)
-        return value
-
-    return read
+    with checkpoint.named_errors():
+        return checkpoint.with_tensors({name: cast(name, checkpoint.tensors[name]) for name in model.parameters})
 
 
 def _with_fp8(tensors: LazyStateDict) -> LazyStateDict:
-    """The matrices of the blocks in fp8, each with its scale and a note about its form, as ComfyUI names them."""
+    """The matrices of the blocks in fp8, each with its scale and a note about its format, as ComfyUI names them."""
 
     @lru_cache(maxsize=1)
     def quantized(name: str) -> tuple[Tensor, Tensor]:
@@ -144,25 +131,25 @@ def _with_fp8(tensors: LazyStateDict) -> LazyStateDict:
         if not is_large(name, tensor):
             converted[name] = tensor
             continue
-        layer, note = name.removesuffix("weight"), torch.frombuffer(bytearray(FP8_NOTE), dtype=torch.uint8)
+        layer, note = name.removesuffix("weight"), note_tensor({"format": "float8_e4m3fn"})
         converted[name] = replace(tensor, dtype=torch.float8_e4m3fn, read=lambda name=name: quantized(name)[0])
         converted[f"{layer}weight_scale"] = LazyTensor((), torch.float32, lambda name=name: quantized(name)[1])
         converted |= from_state_dict({layer + NOTE: note})
     return converted
 
 
-def _to_diffusers(tensors: LazyStateDict, model: Blueprint) -> LazyStateDict:
+def _to_diffusers(tensors: LazyStateDict, model: ModelSpec) -> LazyStateDict:
     config = model.config
     if isinstance(config, T5EncoderConfig):
         return tensors
     if isinstance(config, AsymmDiTConfig):
         return to_diffusers(tensors, transformer_rules(config.depth))
-    if not (has_encoder(tensors) and has_decoder(tensors)):
+    if not all(halves(tensors).values()):
         raise ValueError("diffusers' autoencoder needs both halves; name the encoder's and the decoder's file.")
     return to_diffusers(tensors, autoencoder_rules(config.encoder_blocks, config.decoder_blocks))
 
 
-def _config_entries(model: Blueprint) -> dict[str, Any]:
+def _config_entries(model: ModelSpec) -> dict[str, Any]:
     config = model.config
     if isinstance(config, T5EncoderConfig):
         return {"architectures": ["T5EncoderModel"], "model_type": "t5", **hugging_face_entries(config)}

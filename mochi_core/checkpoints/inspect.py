@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
-from .formats.reader import open_tensors
-from .loading import blueprint, misfits
-from .names.detect import blaming, describe, find_part, parts_of
-from .tensors import LazyStateDict
+from .formats.reader import open_checkpoint
+from .loading import model_spec, state_dict_diff
+from .names.detect import describe, find_parts, select_part
+from .tensors import Checkpoint, LazyStateDict
 
 SHOWN_NAMES, SHOWN_LETTERS = 20, 200
 
@@ -20,38 +20,37 @@ def inspect(path: Path) -> dict[str, Any]:
     """What a file or folder is; `render` makes text of it.
 
     Raises:
-        FileNotFoundError, ValueError: see `open_tensors`.
+        FileNotFoundError, ValueError: see `open_checkpoint`.
     """
-    file = open_tensors(path)
-    with blaming(path.name):
-        description = describe(file.tensors)
+    file = open_checkpoint(path)
     return {
         "file": str(file.path),
-        "is": description,
-        "parts": {part: _inspect_part(file.tensors, part, path.name) for part in parts_of(file.tensors)},
+        "is": describe(file),
+        "parts": {part: _inspect_part(file, part) for part in find_parts(file)},
         "stored": _stored(file.tensors),
         "metadata": file.metadata,
     }
 
 
-def _inspect_part(tensors: LazyStateDict, part: str, file_name: str) -> dict[str, Any]:
+def _inspect_part(file: Checkpoint, part: str) -> dict[str, Any]:
     """Configuration and what does not fit it; or the reason why there is none."""
     try:
-        found = find_part(tensors, part, file_name)
-        model = blueprint(part, found)
+        found = select_part(file, part)
+        model = model_spec(found, part)
     except ValueError as error:
         return {"problem": str(error)}
     released = model.config in (AsymmDiTConfig(), AsymmVAEConfig(), T5EncoderConfig())
-    return {"released_sizes": released, "config": asdict(model.config), **misfits(model.parameters, found)}
+    differences = state_dict_diff(model.parameters, found.tensors)
+    return {"released_sizes": released, "config": asdict(model.config), **differences}
 
 
 def _stored(tensors: LazyStateDict) -> dict[str, dict[str, int]]:
     """Number of tensors and bytes for each dtype or block type."""
     counts, sizes = Counter[str](), Counter[str]()
     for tensor in tensors.values():
-        counts[tensor.form] += 1
-        sizes[tensor.form] += tensor.num_bytes
-    return {form: {"tensors": count, "bytes": sizes[form]} for form, count in counts.most_common()}
+        counts[tensor.stored_dtype] += 1
+        sizes[tensor.stored_dtype] += tensor.num_bytes
+    return {dtype: {"tensors": count, "bytes": sizes[dtype]} for dtype, count in counts.most_common()}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -60,8 +59,8 @@ def render(report: dict[str, Any]) -> str:
     for part, found in report["parts"].items():
         lines += ["", *_render_part(part, found)]
     lines += ["", "stored"]
-    for form, found in report["stored"].items():
-        lines.append(f"  {form}: {found['tensors']} tensors, {found['bytes'] / 1e9:.3f} GB")
+    for dtype, found in report["stored"].items():
+        lines.append(f"  {dtype}: {found['tensors']} tensors, {found['bytes'] / 1e9:.3f} GB")
     if report["metadata"]:
         lines += ["", "metadata", *(f"  {key}: {_cut(value)}" for key, value in report["metadata"].items())]
     return "\n".join(lines)

@@ -1,10 +1,11 @@
-"""Put tensors into models: everything fits, or one error says what does not."""
+"""Files to models: open a file, select a part of it, build an empty model of its sizes, check that all fits, fill it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,19 @@ from ..autoencoder.model import AsymmVAE
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
 from ..quantization.weights import QuantizedLinear, QuantizedWeight
 from ..transformer.model import AsymmDiT
-from .names.detect import blaming, dit_config, file_label, has_decoder, has_encoder, open_part, vae_config
+from .formats.reader import open_checkpoint
+from .names.detect import PARTS, select_part
 from .names.quantized import quantize_large
+from .names.sizes import dit_config, halves, vae_config
 from .names.t5 import t5_config, t5_shapes
-from .tensors import LazyStateDict
+from .tensors import Checkpoint, LazyStateDict, LazyTensor, merge
 
 EXAMPLES = 6
 # The first bit pattern, without its sign, that is no finite number.
 FP8_INFINITY = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 SIGN_BIT = 0x80
+
+V = TypeVar("V", Tensor, QuantizedWeight)
 
 
 def load_transformer(
@@ -41,11 +46,9 @@ def load_transformer(
         ValueError: the file is not a whole Mochi transformer, or it cannot be quantised so.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
-    tensors, label = quantize_large(open_part(path, "transformer"), quantize), file_label(path)
-    with blaming(label):
-        dit = empty_transformer(tensors, dtype)
-    load_into(dit, tensors, label, device)
+    checkpoint = quantize_large(open_part(path, "transformer"), quantize)
+    dit = empty_transformer(checkpoint, dtype)
+    load_into(dit, checkpoint, device)
     return dit.eval()
 
 
@@ -58,69 +61,71 @@ def load_vae(
         ValueError: the files are not a Mochi autoencoder or halves of one, or bring the same half twice.
         FileNotFoundError: there is no such file.
     """
-    paths = [Path(path)] if isinstance(path, str | Path) else [Path(p) for p in path]
-    label = " and ".join(map(file_label, paths))
-    tensors = joined([open_part(file, "vae") for file in paths], label)
-    with blaming(label):
-        vae = empty_vae(tensors, dtype)
-    load_into(vae, tensors, label, device)
+    paths = [path] if isinstance(path, str | Path) else path
+    checkpoint = merge([open_part(file, "vae") for file in paths])
+    vae = empty_vae(checkpoint, dtype)
+    load_into(vae, checkpoint, device)
     return vae.eval()
 
 
-def empty_transformer(tensors: LazyStateDict, dtype: torch.dtype | None = None) -> AsymmDiT:
+def open_part(path: str | Path, part: str) -> Checkpoint:
+    """`select_part` of a file, of a folder, or of the subfolder of a diffusers pipeline that has it.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_checkpoint` and `select_part`.
+    """
+    subfolder = Path(path) / PARTS[part].subfolder
+    return select_part(open_checkpoint(subfolder if subfolder.is_dir() else path), part)
+
+
+def empty_transformer(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> AsymmDiT:
     """A denoiser of the sizes of canonical tensors, on the meta device; ValueError if they do not tell its sizes."""
-    return AsymmDiT(dit_config(tensors), device="meta", dtype=dtype)
+    with checkpoint.named_errors():
+        return AsymmDiT(dit_config(checkpoint.tensors), device="meta", dtype=dtype)
 
 
-def empty_vae(tensors: LazyStateDict, dtype: torch.dtype | None = None) -> AsymmVAE:
-    """The same of an autoencoder, with the halves that are there."""
-    halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
-    return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
+def empty_vae(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> AsymmVAE:
+    """An autoencoder of the sizes of canonical tensors, with the halves that are there, on the meta device.
 
-
-EMPTY: dict[str, Callable[..., AsymmDiT | AsymmVAE]] = {"transformer": empty_transformer, "vae": empty_vae}
+    Raises:
+        ValueError: the tensors do not tell its sizes.
+    """
+    tensors = checkpoint.tensors
+    with checkpoint.named_errors():
+        return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves(tensors))
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class ModelSpec:
     """A model of the sizes of a file's tensors."""
 
     config: AsymmDiTConfig | AsymmVAEConfig | T5EncoderConfig
     parameters: dict[str, Tensor]
-    """All that it consists of, on the meta device."""
+    """All parameters of the model by name, on the meta device."""
 
 
-def blueprint(part: str, tensors: LazyStateDict, dtype: torch.dtype | None = None) -> Blueprint:
-    """Of "transformer", "vae" or "t5"; ValueError if the canonical tensors do not tell its sizes."""
+def model_spec(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None = None) -> ModelSpec:
+    """The specification of a "transformer", "vae" or "t5"; ValueError if the canonical tensors do not tell its sizes."""
     if part == "t5":
-        config = t5_config(tensors)
+        config = t5_config(checkpoint)
         shapes = t5_shapes(config)
-        return Blueprint(config, {n: torch.empty(shapes[n], dtype=dtype, device="meta") for n in shapes})
-    module = EMPTY[part](tensors, dtype)
-    return Blueprint(module.config, dict(module.named_parameters()))
+        return ModelSpec(config, {n: torch.empty(shapes[n], dtype=dtype, device="meta") for n in shapes})
+    module = empty_transformer(checkpoint, dtype) if part == "transformer" else empty_vae(checkpoint, dtype)
+    return ModelSpec(module.config, dict(module.named_parameters()))
 
 
-def joined(parts: Sequence[LazyStateDict], file_name: str) -> LazyStateDict:
-    """The tensors of several files together; ValueError if two bring the same."""
-    tensors: LazyStateDict = {}
-    for part in parts:
-        if twice := sorted(set(tensors) & set(part)):
-            raise ValueError(f"{file_name} bring {twice[0]} a second time; give each half of the autoencoder once.")
-        tensors |= part
-    return tensors
-
-
-def load_into(module: nn.Module, tensors: LazyStateDict, file_name: str, device: torch.device | str) -> None:
+def load_into(module: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -> None:
     """Give a module built on the meta device its weights, in the dtypes that it was built with.
 
-    A linear layer with a quantised weight becomes a `QuantizedLinear`; any other quantised tensor is widened. Tensors are
-    read, cast and moved one by one, so a second copy of the model never exists.
+    A linear layer with a quantised weight becomes a `QuantizedLinear`; any other quantised tensor is dequantized. Tensors
+    are read, cast and moved one by one, so a second copy of the model never exists.
 
     Raises:
         ValueError: tensors are missing, unexpected or of the wrong shape, or have values that are no numbers.
     """
-    check_tensors(module, tensors, file_name)
-    for name, parameter in list(module.named_parameters()):
+    parameters, tensors = dict(module.named_parameters()), checkpoint.tensors
+    check_fit(parameters, checkpoint)
+    for name, parameter in parameters.items():
         owner, _, leaf = name.rpartition(".")
         layer, read_quantized = module.get_submodule(owner), tensors[name].quantized
         if read_quantized is not None and isinstance(layer, nn.Linear):
@@ -130,25 +135,18 @@ def load_into(module: nn.Module, tensors: LazyStateDict, file_name: str, device:
         else:
             value = tensors[name].read().to(device, parameter.dtype)
             setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
-        check_finite(value, name, file_name)
+        check_finite(checkpoint, name, value)
 
 
-def check_tensors(module: nn.Module, tensors: LazyStateDict, file_name: str) -> None:
-    """Raise one ValueError that names every kind of misfit between the parameters of `module` and `tensors`."""
-    check_parameters(dict(module.named_parameters()), tensors, file_name)
+def check_fit(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Raise one ValueError that names every difference between the parameters of a model and the tensors of a file."""
+    differences = state_dict_diff(parameters, checkpoint.tensors)
+    if problems := [_listed(kind, names) for kind, names in differences.items() if names]:
+        raise checkpoint.error(f"does not fit the model: {'; '.join(problems)}. Download it again or use another file.")
 
 
-def check_parameters(parameters: Mapping[str, Tensor], tensors: LazyStateDict, file_name: str) -> None:
-    """The same of parameters by name."""
-    problems = [_listed(kind, names) for kind, names in misfits(parameters, tensors).items() if names]
-    if problems:
-        raise ValueError(
-            f"{file_name} does not fit the model: {'; '.join(problems)}. Download it again or use another file."
-        )
-
-
-def misfits(parameters: Mapping[str, Tensor], tensors: LazyStateDict) -> dict[str, list[str]]:
-    """Names of tensors that are missing, unexpected or misshapen."""
+def state_dict_diff(parameters: Mapping[str, Tensor], tensors: LazyStateDict) -> dict[str, list[str]]:
+    """Tensors that are missing, unexpected or of the wrong shape, by these kinds."""
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return {
         "missing": sorted(name for name in expected if name not in tensors),
@@ -166,14 +164,27 @@ def _listed(kind: str, names: list[str]) -> str:
     return f"{len(names)} {kind} ({', '.join(names[:EXAMPLES])}{more})"
 
 
-def check_finite(value: Tensor | QuantizedWeight, name: str, file_name: str) -> None:
-    """Raise a ValueError if there is a NaN or an infinity."""
+def check_finite(checkpoint: Checkpoint, name: str, value: Tensor | QuantizedWeight) -> None:
+    """Raise a ValueError if the value of a tensor of the file holds a NaN or an infinity."""
     floats = value.floats() if isinstance(value, QuantizedWeight) else [value]
     if not all(map(is_finite, floats)):
-        raise ValueError(
-            f"{file_name} holds NaN or infinite values in {name}, or values too large for this dtype; download it again or "
-            "use another dtype."
+        raise checkpoint.error(
+            f"holds NaN or infinite values in {name}, or values too large for this dtype; download it again or use another "
+            "dtype."
         )
+
+
+def checked_when_read(checkpoint: Checkpoint) -> Checkpoint:
+    """Have every tensor of a file checked by `check_finite` when it is read, in whichever form."""
+
+    def checked(name: str, tensor: LazyTensor) -> LazyTensor:
+        def finite(value: V) -> V:
+            check_finite(checkpoint, name, value)
+            return value
+
+        return tensor.map(finite, finite)
+
+    return checkpoint.with_tensors({name: checked(name, tensor) for name, tensor in checkpoint.tensors.items()})
 
 
 def is_finite(tensor: Tensor) -> bool:

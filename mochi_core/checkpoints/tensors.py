@@ -1,11 +1,14 @@
-"""Tensors that have not been read yet, and files of them."""
+"""Tensors that have not been read yet, and the opened files that they lie in."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,33 +16,68 @@ from torch import Tensor
 from ..quantization.ggml import BLOCK_TYPES, columns
 from ..quantization.weights import QuantizedWeight
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that has not been read yet."""
+    """A tensor of a file: shape and dtype are known, values are read on demand."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """Of what is stored."""
+    """The dtype that is stored; uint8 for GGML blocks."""
     read: Callable[[], Tensor]
+    """Reads the values; those of a quantised weight are dequantized."""
     quantized: Callable[[], QuantizedWeight] | None = None
-    """For a quantised weight, reads its stored form; `read` then widens it."""
+    """Reads a quantised weight in its stored form; None for other tensors."""
     block_type: str | None = None
-    """For GGML blocks, which (see `ggml.BLOCK_TYPES`)."""
+    """The type of the stored GGML blocks, a name in `ggml.BLOCK_TYPES`; None for other tensors."""
 
     @property
-    def form(self) -> str:
-        """What people call the stored form: bfloat16, float8_e4m3fn, Q4_0 ..."""
+    def stored_dtype(self) -> str:
+        """The name of the stored dtype or block type: bfloat16, float8_e4m3fn, Q4_0 ..."""
         return self.block_type or str(self.dtype).removeprefix("torch.")
 
     @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        """Of what is stored."""
-        count = math.prod(self.shape)
+        """Bytes that the tensor takes in the file."""
         if self.block_type is None:
-            return count * self.dtype.itemsize
+            return self.numel * self.dtype.itemsize
         block = BLOCK_TYPES[self.block_type]
-        return count // block.weights * block.bytes
+        return self.numel // block.weights * block.bytes
+
+    def map(
+        self,
+        change: Callable[[Tensor], Tensor],
+        change_quantized: Callable[[QuantizedWeight], QuantizedWeight] | None = None,
+        *,
+        shape: tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LazyTensor:
+        """The tensor that `change` makes of this one when it is read, with another `shape` or `dtype` if one is given.
+
+        `change_quantized` does the same to the stored form of a quantised weight; without it the result is not quantised.
+        """
+        quantized = self.quantized
+        return LazyTensor(
+            self.shape if shape is None else shape,
+            dtype or self.dtype,
+            lambda: change(self.read()),
+            (lambda: change_quantized(quantized())) if quantized and change_quantized else None,
+            None if dtype else self.block_type,
+        )
+
+    def guarded(self, check: Callable[[], None]) -> LazyTensor:
+        """The same tensor; `check` is called before it is read in either form."""
+
+        def after_check(read: Callable[[], T]) -> Callable[[], T]:
+            return lambda: (check(), read())[1]
+
+        return replace(self, read=after_check(self.read), quantized=self.quantized and after_check(self.quantized))
 
 
 LazyStateDict = dict[str, LazyTensor]
@@ -47,15 +85,52 @@ LazyStateDict = dict[str, LazyTensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a file or folder, and the file's own notes."""
+    """An opened weights file or folder, which says its name when something is wrong with it."""
 
+    name: str
+    """What errors call it: the name of a file, the path of a folder, "a and b" for two that were merged."""
     path: Path
+    """The file; of several that were merged, the first."""
     tensors: LazyStateDict
-    metadata: dict[str, str]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def with_tensors(self, tensors: LazyStateDict) -> Checkpoint:
+        """The same file with other tensors, such as renamed ones."""
+        return replace(self, tensors=tensors)
+
+    def error(self, problem: str) -> ValueError:
+        """The error to raise for what is wrong with the file, such as "holds no tensors." """
+        return ValueError(f"{self.name} {problem}")
+
+    @contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Put the file's name in front of every ValueError about its tensors that is raised inside."""
+        try:
+            yield
+        except ValueError as error:
+            raise self.error(f"does not fit Mochi: {error}") from error
+
+    def main_dtype(self) -> tuple[torch.dtype, str | None]:
+        """`dtype` and `block_type` of most of the weights."""
+        counts = Counter[tuple[torch.dtype, str | None]]()
+        for tensor in self.tensors.values():
+            counts[tensor.dtype, tensor.block_type] += tensor.numel
+        return counts.most_common(1)[0][0]
+
+
+def merge(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """The tensors of several files together; ValueError if two bring the same."""
+    first, *others = checkpoints
+    merged = replace(first, name=" and ".join(file.name for file in checkpoints))
+    for file in others:
+        if twice := sorted(merged.tensors.keys() & file.tensors.keys()):
+            raise merged.error(f"bring {twice[0]} a second time; give each half of the autoencoder once.")
+        merged = replace(merged, tensors=merged.tensors | file.tensors, metadata=merged.metadata | file.metadata)
+    return merged
 
 
 def from_state_dict(state_dict: Mapping[str, Tensor]) -> LazyStateDict:
-    """Tensors that are already in memory, seen the same way."""
+    """Tensors that are already in memory as lazy ones."""
     return {
         name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
         for name, tensor in state_dict.items()
@@ -63,12 +138,12 @@ def from_state_dict(state_dict: Mapping[str, Tensor]) -> LazyStateDict:
 
 
 def quantized_weight(shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], QuantizedWeight]) -> LazyTensor:
-    """A weight stored quantised, as `dtype`: `read` gives its stored form, from which the plain one is computed."""
+    """A weight whose stored form, of dtype `dtype`, is what `read` returns."""
     return LazyTensor(shape, dtype, lambda: read().dequantized(), read)
 
 
 def ggml_weight(stored: LazyTensor, block_type: str) -> LazyTensor:
-    """(rows, bytes of a row) uint8 as the matrix that it stands for."""
+    """The matrix whose GGML blocks are stored as (rows, bytes of a row) uint8."""
     shape = (stored.shape[0], columns(stored.shape[1], block_type))
     weight = quantized_weight(shape, stored.dtype, lambda: QuantizedWeight(stored.read(), block_type=block_type))
     return replace(weight, block_type=block_type)

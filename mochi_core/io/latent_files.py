@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoints import open_tensors
+from ..checkpoints import open_checkpoint
 from ..geometry import LATENT_CHANNELS
 
 NAME = "latent_tensor"
@@ -29,18 +29,16 @@ def load_latents(path: str | Path) -> Tensor:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else.
     """
-    path = Path(path)
-    tensors = open_tensors(path).tensors
+    file = open_checkpoint(path)
+    tensors = file.tensors
     names = [NAME] if NAME in tensors else [name for name, tensor in tensors.items() if len(tensor.shape) in (4, 5)]
     if len(names) != 1:
-        raise ValueError(f"{path.name} holds {len(names)} tensors that could be latents; it must hold one.")
+        raise file.error(f"holds {len(names)} tensors that could be latents; it must hold one.")
     latents = tensors[names[0]].read().float()
     if latents.ndim == 4:
         latents = latents[None]
     if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS:
         shape = tuple(latents.shape)
-        raise ValueError(
-            f"{path.name} holds latents of shape {shape}; Mochi's are (batch, {LATENT_CHANNELS}, T, H, W)."
-        )
+        raise file.error(f"holds latents of shape {shape}; Mochi's are (batch, {LATENT_CHANNELS}, T, H, W).")
     unmarked = NAME in tensors and VERSION_MARK not in tensors
     return latents / UNMARKED_SCALE if unmarked else latents

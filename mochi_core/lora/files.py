@@ -16,10 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, LazyTensor
-from ..checkpoints.formats.reader import open_tensors
-from ..checkpoints.loading import is_finite
-from ..checkpoints.names.detect import describe
+from ..checkpoints import Checkpoint, LazyTensor, describe, is_finite, open_checkpoint
 from ..checkpoints.names.diffusers import swapped_halves
 from ..config import AsymmDiTConfig
 from .targets import TargetRows, find_target, lora_targets
@@ -100,7 +97,7 @@ def read_lora(path: str | Path, config: AsymmDiTConfig) -> LoraFile:
         ValueError: the file is no LoRA, is one for another model, or does not fit.
         FileNotFoundError: there is no such file.
     """
-    file = open_tensors(path)
+    file = open_checkpoint(path)
     layers, unmatched = _group(file)
     targets, alphas = lora_targets(config), _alphas(file)
     deltas: dict[tuple[str, int], LoraDelta] = {}
@@ -111,13 +108,12 @@ def read_lora(path: str | Path, config: AsymmDiTConfig) -> LoraFile:
             continue
         delta = _read_delta(file, layer, tensors, target, alphas)
         if deltas.setdefault((delta.layer, delta.rows[0]), delta) is not delta:
-            raise ValueError(f"{file.path.name} changes {target.layer} twice; use a file with one LoRA.")
+            raise file.error(f"changes {target.layer} twice; use a file with one LoRA.")
     if not deltas:
-        raise ValueError(
-            f"{file.path.name} holds {_kind(file)}; Mochi has none of its layers, e.g. {_some(unmatched)}. "
-            "Choose a LoRA made for Mochi."
+        raise file.error(
+            f"holds {_kind(file)}; Mochi has none of its layers, e.g. {_some(unmatched)}. Choose a LoRA made for Mochi."
         )
-    left_out = f"{file.path.name}: Mochi has no place for {len(unmatched)} of its names, left out: {_some(unmatched)}."
+    left_out = f"{file.name}: Mochi has no place for {len(unmatched)} of its names, left out: {_some(unmatched)}."
     return LoraFile(tuple(deltas.values()), left_out if unmatched else None)
 
 
@@ -142,7 +138,7 @@ def _read_delta(
     down, up = values["down"].flatten(1), values["up"].flatten(1)
     scale = alphas.scale(values["alpha"].item() if "alpha" in values else alphas.of(layer), len(down))
     if not math.isfinite(scale) or not all(map(is_finite, values.values())):
-        raise ValueError(f"{file.path.name} has NaN or infinite numbers in {layer}; its training failed, use another.")
+        raise file.error(f"has NaN or infinite numbers in {layer}; its training failed, use another.")
     magnitude = values["magnitude"].flatten() if "magnitude" in values else None
     if target.swap_halves:
         up = swapped_halves(up)
@@ -153,21 +149,21 @@ def _read_delta(
 
 def _check(file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], target: TargetRows) -> None:
     if not {"down", "up"} <= tensors.keys():
-        raise ValueError(f"{file.path.name} has one half of {layer} only; download it again.")
+        raise file.error(f"has one half of {layer} only; download it again.")
     rank, expected = tensors["down"].shape[:1], (target.rows, target.columns)
     down, up = (_as_matrix(tensors[role].shape) for role in ("down", "up"))
     if (down, up) != ((*rank, target.columns), (target.rows, *rank)) or rank == (0,):
-        raise ValueError(
-            f"{file.path.name} does not fit: {layer} multiplies {up} by {down}, but the layer in Mochi is {expected}; "
+        raise file.error(
+            f"does not fit: {layer} multiplies {up} by {down}, but the layer in Mochi is {expected}; "
             f"it looks like {_kind(file)}."
         )
     if "magnitude" in tensors and _as_matrix(tensors["magnitude"].shape) not in ((target.rows, 1), (target.rows,)):
-        raise ValueError(
-            f"{file.path.name} does not fit: the DoRA scale of {layer} is {tensors['magnitude'].shape}, but must have "
+        raise file.error(
+            f"does not fit: the DoRA scale of {layer} is {tensors['magnitude'].shape}, but must have "
             f"{target.rows} rows; scales of columns are not supported."
         )
     if "alpha" in tensors and math.prod(tensors["alpha"].shape) != 1:
-        raise ValueError(f"{file.path.name} has {tensors['alpha'].shape} alphas for {layer}, but must have one.")
+        raise file.error(f"has {tensors['alpha'].shape} alphas for {layer}, but must have one.")
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -186,7 +182,7 @@ def _alphas(file: Checkpoint) -> Alphas:
         if file.path.name.startswith("adapter_model.") and beside.is_file():
             return _peft_alphas(json.loads(beside.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{file.path.name} has notes on its alpha that make no sense; save it again.") from error
+        raise file.error("has notes on its alpha that make no sense; save it again.") from error
     return Alphas({})
 
 
@@ -208,7 +204,7 @@ def _kind(file: Checkpoint) -> str:
     for phrase, pattern in OTHER_LORAS:
         if any(re.fullmatch(pattern, name) for name in file.tensors):
             return phrase
-    described = describe(file.tensors)
+    described = describe(file)
     return "a LoRA for another model" if described == "a LoRA" else described
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..autoencoder.streaming import OutOfMemory
 from ..checkpoints import load_vae
+from ..dtypes import DTYPES
 from ..geometry import VideoSize
 from ..text_encoder import load_text_encoder
 from .config import read_config, read_size
@@ -21,7 +22,9 @@ from .loop import new_accelerator, train
 from .plot import plot
 from .prepare import encode_captions, encode_videos, find_sources, fingerprint, other_clips
 from .samples import prepare_samples
-from .weights import DTYPES, full_trainee, lora_trainee
+from .weights import full_trainee, lora_trainee
+
+DTYPE_CHOICES = ("bf16", "fp32")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,8 +120,8 @@ def _add_prepare(command: argparse.ArgumentParser) -> None:
     add("-o", "--output", required=True, type=Path, help="folder for the clips")
     add("--frames", type=int, default=37, help="6k + 1, at 30 per second (default: %(default)s)")
     add("--size", type=size_option, default=(848, 480), metavar="WxH", help="pixels (default: 848x480)")
-    add("--vae-dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
-    add("--t5-dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
+    add("--vae-dtype", choices=DTYPE_CHOICES, default="fp32", help="(default: %(default)s)")
+    add("--t5-dtype", choices=DTYPE_CHOICES, default="fp32", help="(default: %(default)s)")
     add("--device", default=device, help="(default: %(default)s)")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..autoencoder.latents import normalize_latents
 from ..autoencoder.model import Posterior
-from ..checkpoints import LazyTensor, from_state_dict, open_tensors
+from ..checkpoints import LazyTensor, from_state_dict, open_checkpoint
 from ..checkpoints.formats.writer import write_safetensors
 
 SUFFIX = ".safetensors"
@@ -61,7 +61,7 @@ def open_dataset(folder: Path, text_width: int) -> list[Clip]:
 
 
 def _open_clip(path: Path, text_width: int) -> Clip:
-    tensors = open_tensors(path).tensors
+    tensors = open_checkpoint(path).tensors
     if set(tensors) != NAMES:
         raise ValueError(f"{path} is no clip; keep nothing but what `prepare` writes in a data set's folder.")
     clip = Clip(**tensors)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..autoencoder.model import AsymmVAE
-from ..checkpoints import open_tensors
+from ..checkpoints import open_checkpoint
 from ..geometry import FPS, VideoSize
 from ..text_encoder import TextEncoder
 from .dataset import SUFFIX, write_clip
@@ -50,7 +50,7 @@ class Source:
     @property
     def is_done(self) -> bool:
         try:
-            return self.clip.exists() and open_tensors(self.clip).metadata.get(SOURCE) == self.notes[SOURCE]
+            return self.clip.exists() and open_checkpoint(self.clip).metadata.get(SOURCE) == self.notes[SOURCE]
         except ValueError:
             return False
 

@@ -12,12 +12,11 @@ from torch import nn
 
 from ..checkpoints import from_state_dict, load_transformer
 from ..checkpoints.formats.writer import write_safetensors
+from ..dtypes import DTYPES
 from ..quantization.weights import QuantizedLinear
 from ..transformer.model import AsymmDiT
 from .config import Config
 from .lora import add_lora, write_lora
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

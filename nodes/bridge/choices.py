@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
 
 import torch
 
-from ...mochi_core.checkpoints import LazyStateDict
+from ...mochi_core.checkpoints import Checkpoint
+from ...mochi_core.dtypes import dtype_name
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-
-def announce(model: str, *choices: str) -> None:
+def log_choice(model: str, *choices: str) -> None:
+    """Log one line with what was chosen for a model."""
     logging.info("Mochi %s: %s.", model, "; ".join(choices))
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return NAMES.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def stored_form(tensors: LazyStateDict) -> str:
-    """What most of the weights of a file are in: bf16, float8_e4m3fn, Q4_0 ..."""
-    sizes = Counter[str]()
-    for tensor in tensors.values():
-        sizes[tensor.block_type or dtype_name(tensor.dtype)] += math.prod(tensor.shape)
-    return sizes.most_common(1)[0][0]
+def stored_name(checkpoint: Checkpoint) -> str:
+    """The stored dtype or block type of most weights of a file: bf16, float8_e4m3fn, Q4_0 ..."""
+    dtype, block_type = checkpoint.main_dtype()
+    return block_type or dtype_name(dtype)
 
 
 def weights_choice(stored: str, held: str, asked: bool, device: torch.device) -> str:

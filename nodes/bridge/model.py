@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import comfy.conds
@@ -18,11 +15,12 @@ import comfy.supported_models
 import torch
 
 from ...mochi_core import AsymmDiT, AsymmDiTConfig
-from ...mochi_core.checkpoints import LazyStateDict, blaming, check_tensors, empty_transformer, is_large, quantize_large
+from ...mochi_core.checkpoints import Checkpoint, LazyStateDict, check_fit, empty_transformer, is_large, quantize_large
+from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.transformer.model import run_block
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
-from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
+from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
 from .prepared import Conditioning, conditioning_of, prepared, with_run
 from .preview import MochiLatents, with_previews
 from .quantized import by_layer, describe_matmul, host_weights, is_quantized, quantized_operations, read_part
@@ -144,42 +142,40 @@ def load_model(
     Raises:
         ValueError: the file is no whole Mochi transformer, or the attention cannot be used here.
     """
-    name = Path(path).name
     stored = read_part(path, "transformer")
-    tensors = quantize_large(stored, quantize)
-    with blaming(name):
-        module = empty_transformer(tensors)
-    check_tensors(module, tensors, name)
-    patcher = _build(module.config, tensors, dtype, disable_dynamic)
+    checkpoint = quantize_large(stored, quantize)
+    module = empty_transformer(checkpoint)
+    check_fit(dict(module.named_parameters()), checkpoint)
+    patcher = _build(module.config, checkpoint, dtype, disable_dynamic)
     attending = set_attention(patcher, attention, patcher.model.get_dtype_inference(), module.config.head_dim)
-    _load_weights(patcher.model.diffusion_model, tensors, module, assign=patcher.is_dynamic())
+    _load_weights(patcher.model.diffusion_model, checkpoint.tensors, module, assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path, dtype, quantize, attention))
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "mochi_preview", with_previews)
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "mochi_run", with_run)
-    _announce(patcher, stored_form(stored), quantize, dtype, attending)
+    _log_choices(patcher, stored_name(stored), quantize, dtype, attending)
     return patcher
 
 
-def _announce(patcher, stored: str, quantize: str | None, dtype: torch.dtype | None, attending: str) -> None:
+def _log_choices(patcher, stored: str, quantize: str | None, dtype: torch.dtype | None, attending: str) -> None:
     held = patcher.model.get_dtype()
     kept = quantize or (stored if patcher.model.model_config.quant_config else dtype_name(held))
     weights = weights_choice(stored, kept, bool(quantize or dtype), patcher.load_device)
     compute = arithmetic_choice(patcher.model.manual_cast_dtype or held, patcher.load_device)
     compute += describe_matmul(patcher.model.diffusion_model)
-    announce("transformer", weights, compute, f"attention {attending}")
+    log_choice("transformer", weights, compute, f"attention {attending}")
 
 
-def _build(config: AsymmDiTConfig, tensors: LazyStateDict, dtype: torch.dtype | None, disable_dynamic: bool):
+def _build(config: AsymmDiTConfig, checkpoint: Checkpoint, dtype: torch.dtype | None, disable_dynamic: bool):
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     supported = [torch.float16, *COMPUTE_DTYPES] if dtype == torch.float16 else COMPUTE_DTYPES
     model_config = MochiConfig({"image_model": "mochi_preview", "config": config})
-    if is_quantized(tensors):
+    if is_quantized(checkpoint):
         dtype = cast = dtype or mm.unet_manual_cast(None, load_device, supported)
         model_config.quant_config = {"mixed_ops": True}
         operations = comfy.ops.pick_operations(dtype, cast, load_device, model_config=model_config)
         model_config.custom_operations = quantized_operations(operations)
     else:
-        dtype = dtype or _stored_dtype(tensors, supported)
+        dtype = dtype or _suitable_dtype(checkpoint, supported)
         cast = mm.unet_manual_cast(dtype, load_device, supported)
     model_config.set_inference_dtype(dtype, cast, device=load_device)
     model = model_config.get_model({}, device=offload_device)
@@ -196,13 +192,11 @@ def _load_weights(network: HostAsymmDiT, tensors: LazyStateDict, module: AsymmDi
         network.get_submodule(layer).load_state_dict(state, assign=assign)
 
 
-def _stored_dtype(tensors: LazyStateDict, supported: list[torch.dtype]) -> torch.dtype:
+def _suitable_dtype(checkpoint: Checkpoint, supported: list[torch.dtype]) -> torch.dtype:
     """The file's own precision where the device can work with it."""
-    sizes = Counter[torch.dtype]()
-    for tensor in tensors.values():
-        sizes[tensor.dtype] += math.prod(tensor.shape)
-    stored, count = sizes.most_common(1)[0][0], sizes.total()
+    stored, _ = checkpoint.main_dtype()
+    count = sum(tensor.numel for tensor in checkpoint.tensors.values())
     dtype = mm.unet_dtype(model_params=count, supported_dtypes=supported, weight_dtype=stored)
     wider = dtype.itemsize > stored.itemsize and stored in supported
-    # Widened layer by layer while it computes, a model that would not fit still runs.
+    # Upcast layer by layer while it computes, a model that would not fit still runs.
     return stored if wider and count * dtype.itemsize > mm.get_free_memory(mm.unet_offload_device()) else dtype

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 
 import comfy.float
 import comfy.memory_management
@@ -16,8 +15,15 @@ import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, TensorCoreFP8Layout, register_layout_class
 from torch import nn
 
-from ...mochi_core.checkpoints import LazyStateDict, LazyTensor, check_finite, find_part, from_state_dict, open_tensors
-from ...mochi_core.checkpoints.formats.reader import checked, watch
+from ...mochi_core.checkpoints import (
+    Checkpoint,
+    FileChangeGuard,
+    LazyStateDict,
+    checked_when_read,
+    from_state_dict,
+    open_checkpoint,
+    select_part,
+)
 from ...mochi_core.checkpoints.names.quantized import GGML_FORMAT, ROWWISE_FORMAT, STORED_AS
 from ...mochi_core.quantization import fp8, ggml
 from ...mochi_core.quantization.weights import QuantizedWeight
@@ -93,35 +99,21 @@ register_layout_class(GGML_LAYOUT, GGMLLayout)
 register_layout_class(ROWWISE_LAYOUT, RowwiseLayout)
 
 
-def read_part(path: str, part: str) -> LazyStateDict:
-    """The tensors of "transformer", "vae" or "t5", read by the host where its memory management begins with the file.
+def read_part(path: str, part: str) -> Checkpoint:
+    """`mochi_core`'s `open_part` with tensors that the host has mapped, where its memory management begins with the file.
 
     Raises:
         ValueError: the file holds no such model, or cannot be read.
     """
-    file = open_tensors(path)  # a broken file gets our sentence, before the host reads it
-    tensors, check_unchanged = file.tensors, watch(file.path)
+    file = open_checkpoint(path)  # a broken file gets our sentence, before the host reads it
     if file.path.suffix.lower() in HOST_SUFFIXES:
+        guard = FileChangeGuard(file.path)
         mapped = from_state_dict(comfy.utils.load_torch_file(str(file.path), safe_load=True))
-        tensors = tensors | {key: checked(tensor, check_unchanged) for key, tensor in mapped.items()}
-    name = Path(path).name
-    found = find_part(tensors, part, name)
+        guarded = {name: tensor.guarded(guard.check) for name, tensor in mapped.items()}
+        file = file.with_tensors(file.tensors | guarded)
+    found = select_part(file, part)
     # With the host's dynamic memory, weights are read when they are first used: nothing may touch all of them now.
-    return found if comfy.memory_management.aimdo_enabled else {key: _finite(t, key, name) for key, t in found.items()}
-
-
-def _finite(tensor: LazyTensor, name: str, file_name: str) -> LazyTensor:
-    """The same tensor, checked when it is read in either form."""
-
-    def finite(read):
-        def read_and_check():
-            value = read()
-            check_finite(value, name, file_name)
-            return value
-
-        return read_and_check
-
-    return replace(tensor, read=finite(tensor.read), quantized=tensor.quantized and finite(tensor.quantized))
+    return found if comfy.memory_management.aimdo_enabled else checked_when_read(found)
 
 
 def by_layer(tensors: LazyStateDict) -> Iterator[tuple[str, LazyStateDict]]:
@@ -137,8 +129,8 @@ def _owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def is_quantized(tensors: LazyStateDict) -> bool:
-    return any(tensor.quantized is not None for tensor in tensors.values())
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    return any(tensor.quantized is not None for tensor in checkpoint.tensors.values())
 
 
 def host_weights(tensors: LazyStateDict, module: nn.Module) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
@@ -15,10 +14,11 @@ import comfy.text_encoders.t5
 import comfy.utils
 import torch
 
-from ...mochi_core.checkpoints import LazyStateDict, blaming, check_tensors
+from ...mochi_core.checkpoints import Checkpoint, check_fit
 from ...mochi_core.checkpoints.names.t5 import hugging_face_entries, t5_config
+from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.text_encoder import cut_tokens, empty_prompts
-from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
+from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
 from .quantized import host_weights, is_quantized, quantized_operations, read_part
 
 TOKENS_KEY = "t5xxl"
@@ -53,14 +53,13 @@ def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "defaul
     Raises:
         ValueError: the file is no T5 encoder.
     """
-    tensors, name = read_part(path, "t5"), Path(path).name
-    with blaming(name):
-        config = host_config(tensors)
+    checkpoint = read_part(path, "t5")
+    config = host_config(checkpoint)
     module = comfy.text_encoders.t5.T5(config, torch.float32, "meta", comfy.ops.manual_cast)
-    check_tensors(module, tensors, name)
-    weights = host_weights(tensors, module)
-    options: dict[str, Any] = {"t5xxl_model_config": config, "dtype": dtype or _stored_dtype(tensors)}
-    if is_quantized(tensors):
+    check_fit(dict(module.named_parameters()), checkpoint)
+    weights = host_weights(checkpoint.tensors, module)
+    options: dict[str, Any] = {"t5xxl_model_config": config, "dtype": dtype or _norm_dtype(checkpoint)}
+    if is_quantized(checkpoint):
         if options["dtype"].itemsize == 1:  # of what is not quantised
             options["dtype"] = torch.bfloat16
         operations = comfy.ops.mixed_precision_ops({}, options["dtype"], full_precision_mm=True)
@@ -71,21 +70,21 @@ def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "defaul
     clip = comfy.sd.CLIP(
         target, parameters=comfy.utils.calculate_parameters(weights), state_dict=[weights], model_options=options
     )
-    stored, where = stored_form(tensors), clip.patcher.load_device
-    held = stored if is_quantized(tensors) else dtype_name(options["dtype"])
-    announce("T5", weights_choice(stored, held, dtype is not None, where), arithmetic_choice(torch.float32, where))
+    stored, where = stored_name(checkpoint), clip.patcher.load_device
+    held = stored if is_quantized(checkpoint) else dtype_name(options["dtype"])
+    log_choice("T5", weights_choice(stored, held, dtype is not None, where), arithmetic_choice(torch.float32, where))
     return clip
 
 
-def host_config(tensors: LazyStateDict) -> dict:
+def host_config(checkpoint: Checkpoint) -> dict:
     """The sizes of a T5 v1.1 encoder in the words of the host's T5."""
     fixed = {"dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True, "model_type": "t5"}
-    return {**hugging_face_entries(t5_config(tensors)), **fixed}
+    return {**hugging_face_entries(t5_config(checkpoint)), **fixed}
 
 
-def _stored_dtype(tensors: LazyStateDict) -> torch.dtype:
-    """The file's own precision, as the host loads T5 too; the arithmetic is float32 either way."""
-    return tensors["encoder.final_layer_norm.weight"].dtype
+def _norm_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The stored dtype of what is never quantised, as the host loads T5 too; the arithmetic is float32 either way."""
+    return checkpoint.tensors["encoder.final_layer_norm.weight"].dtype
 
 
 def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:

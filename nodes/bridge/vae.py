@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from pathlib import Path
 
 import comfy.memory_management
 import comfy.model_management as mm
@@ -16,9 +15,10 @@ import torch
 
 from ...mochi_core import AsymmVAE
 from ...mochi_core.autoencoder.streaming import GIB, Layer
-from ...mochi_core.checkpoints import blaming, check_tensors, empty_vae, joined
+from ...mochi_core.checkpoints import check_fit, empty_vae, merge
+from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
-from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
+from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
 from .quantized import by_layer, read_part
 
 WORKING_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -40,15 +40,15 @@ class HostAsymmVAE(AsymmVAE):
         if output_buffer is None:
             output_buffer = torch.empty(self.decoded_shape(latents.shape), device=mm.intermediate_device())
         limit = free_memory(latents.device) if memory_limit is None else memory_limit
-        self._announce(latents, limit, "are free" if memory_limit is None else "are allowed")
+        self._log_plan(latents, limit, "are free" if memory_limit is None else "are allowed")
         return super().decode(latents, limit, host_progress(), out=output_buffer, device=latents.device)
 
-    def _announce(self, latents, limit, reason) -> None:
+    def _log_plan(self, latents, limit, reason) -> None:
         footprint = self.check_decoder(latents.shape).footprint(*latents.shape[-2:], self.dtype.itemsize)
         plan = footprint.plan(limit, latents.device)
         apart = "" if plan.cache_device == plan.device else ", and caches in main memory"
         needs = f"{footprint.needs(plan) / GIB:.2f} GiB on {plan.device}{apart}"
-        announce("decode", needs, f"{limit / GIB:.2f} GiB {reason}")
+        log_choice("decode", needs, f"{limit / GIB:.2f} GiB {reason}")
 
     def encode(self, pixels, device=None):
         """Float32 pixels in [0, 1], (B, 3, F, H, W) on any device, to the mean of their latents."""
@@ -142,13 +142,11 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
     Raises:
         ValueError: the files are no Mochi autoencoder or halves of one.
     """
-    name = " and ".join(Path(path).name for path in paths)
-    tensors = joined([read_part(path, "vae") for path in paths], name)
+    checkpoint = merge([read_part(path, "vae") for path in paths])
+    expected = empty_vae(checkpoint)
+    check_fit(dict(expected.named_parameters()), checkpoint)
     device = mm.vae_device()
     chosen = dtype or mm.vae_dtype(device, WORKING_DTYPES)
-    with blaming(name):
-        expected = empty_vae(tensors)
-    check_tensors(expected, tensors, name)
     module = HostAsymmVAE(
         expected.config,
         ops=comfy.ops.disable_weight_init,
@@ -159,11 +157,11 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
     )
     mm.archive_model_dtypes(module)
     vae = HostVAE(module.eval().requires_grad_(False), device)
-    for layer, part in by_layer(tensors):
+    for layer, part in by_layer(checkpoint.tensors):
         state = {key.removeprefix(layer + "."): tensor.read() for key, tensor in part.items()}
         module.get_submodule(layer).load_state_dict(state, assign=vae.patcher.is_dynamic())
-    weights = weights_choice(stored_form(tensors), dtype_name(chosen), dtype is not None, device)
-    announce("VAE", weights, arithmetic_choice(chosen, device))
+    weights = weights_choice(stored_name(checkpoint), dtype_name(chosen), dtype is not None, device)
+    log_choice("VAE", weights, arithmetic_choice(chosen, device))
     return vae
 
 

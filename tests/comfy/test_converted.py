@@ -6,8 +6,8 @@ import torch
 
 from mochi_core import AsymmDiT
 from mochi_core.checkpoints.convert import plan_conversion
-from mochi_core.checkpoints.formats.reader import NOTE
 from mochi_core.checkpoints.formats.writer import layout
+from mochi_core.checkpoints.names.quantized import NOTE
 from tests.core.test_convert import write_sparse
 from tests.harness.comfy_process import run_in_comfyui
 

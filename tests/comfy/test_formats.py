@@ -80,7 +80,7 @@ for path in sorted(folder.glob("vae/*")):
     results[f"{path.stem}/encoded"] = vae.encode(video / 4 + 0.5, torch.device("cpu"))  # it takes pixels from 0 to 1
 changing = folder / "changing.safetensors"
 changing.write_bytes((folder / "plain.safetensors").read_bytes())
-tensors = read_part(str(changing), "transformer")
+tensors = read_part(str(changing), "transformer").tensors
 changing.write_bytes(b"")
 try:
     tensors["blocks.0.mod_x.weight"].read()

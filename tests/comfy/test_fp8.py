@@ -28,7 +28,7 @@ from pack.nodes.bridge.lora import add_lora
 torch.set_grad_enabled(False)
 folder, results = Path(*arguments), {}
 said = []
-bridge.announce = lambda *words: said.append("; ".join(words))
+bridge.log_choice = lambda *words: said.append("; ".join(words))
 
 def load(name, kind=None):
     with torch.inference_mode():  # as in a node

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save, save_file
 
 from mochi_core import AsymmDiTConfig, load_text_encoder, load_transformer, load_vae
-from mochi_core.checkpoints import find_part, from_state_dict, is_finite, open_tensors, to_diffusers, transformer_rules
+from mochi_core.checkpoints import (
+    Checkpoint,
+    from_state_dict,
+    is_finite,
+    open_checkpoint,
+    select_part,
+    to_diffusers,
+    transformer_rules,
+)
 from tests.harness.tiny_models import random_dit, random_t5, random_vae
 
 SMALL = AsymmDiTConfig(
@@ -66,14 +74,15 @@ BAD = {
     "header nested deeply": (with_header(b'{"a":' + b"[" * 10**5), "wrong header"),
     "header in no UTF-8": (with_header(b'{"\xff\xff": 1}'), "wrong header"),
     "duplicate name": (with_header(VALID[8:HEADER_END].rstrip()[:-1] + b"," + VALID[9:HEADER_END]), "there twice"),
-    "number for a tensor": (with_header({**HEADER, NAME: 3}), "describes no tensor"),
-    "negative size": (edited(shape=[-8]), "describes no tensor"),
-    "wrong size": (edited(shape=[9]), "should take 36 bytes, not 32"),
-    "wrong dtype": (edited(dtype="F16"), "should take 16 bytes, not 32"),
-    "unknown dtype": (edited(dtype="F4"), "stored as F4"),
-    "overlap": (shifted(-4), "overlaps"),
-    "hole": (shifted(4), "leaves a hole"),
-    "metadata that are no text": (with_header({**HEADER, "__metadata__": {"a": 1}}), "metadata"),
+    "number for a tensor": (with_header({**HEADER, NAME: 3}), "wrong header"),
+    "negative size": (edited(shape=[-8]), "wrong header"),
+    "wrong size": (edited(shape=[9]), "wrong header"),
+    "wrong dtype": (edited(dtype="F16"), "wrong header"),
+    "unknown dtype": (edited(dtype="F3"), "wrong header"),
+    "dtype of no model": (edited(dtype="U32"), "stored as U32, which cannot be read"),
+    "overlap": (shifted(-4), "wrong header"),
+    "hole": (shifted(4), "wrong header"),
+    "metadata that are no text": (with_header({**HEADER, "__metadata__": {"a": 1}}), "wrong header"),
     "missing axis": (edited("x_embedder.proj.weight", shape=[8, 48]), "needs 4 axes"),
 }
 
@@ -263,7 +272,7 @@ def test_torch_files_of_something_else(tmp_path, content):
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match=r"odd.pt (is not|holds something)"):
-        open_tensors(path)
+        open_checkpoint(path)
 
 
 @settings(CASES, max_examples=200)
@@ -276,7 +285,7 @@ def test_torch_files_with_flipped_bits(scratch, flips):
         content[position % len(content)] ^= 1 << bit
     path.write_bytes(content)
     try:
-        read = [tensor.read() for tensor in open_tensors(path).tensors.values()]
+        read = [tensor.read() for tensor in open_checkpoint(path).tensors.values()]
     except ValueError as error:
         assert path.name in str(error)
     else:
@@ -286,7 +295,7 @@ def test_torch_files_with_flipped_bits(scratch, flips):
 def test_a_file_that_changes_while_it_loads(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(VALID)
-    tensors = open_tensors(path).tensors
+    tensors = open_checkpoint(path).tensors
     assert torch.equal(tensors[NAME].read(), DIT[NAME])
     path.write_bytes(VALID[:-100])
     with pytest.raises(ValueError, match=r"x.safetensors changed while it was loaded"):
@@ -380,13 +389,14 @@ PREFIXES = {
 )
 def test_wrappers_are_stripped(part, prefix):
     weights = {"transformer": DIT, "vae": random_vae().state_dict(), "t5": random_t5()}[part]
-    found = find_part(from_state_dict({prefix + name: t for name, t in weights.items()}), part, "x")
-    assert found.keys() == weights.keys()
+    file = Checkpoint("x", Path("x"), from_state_dict({prefix + name: t for name, t in weights.items()}))
+    assert select_part(file, part).tensors.keys() == weights.keys()
 
 
 def test_wrappers_inside_names():
     weights = {name.replace("blocks.0.", "blocks.0._orig_mod."): t for name, t in DIT.items()}
-    assert find_part(from_state_dict(weights), "transformer", "x").keys() == DIT.keys()
+    file = Checkpoint("x", Path("x"), from_state_dict(weights))
+    assert select_part(file, "transformer").tensors.keys() == DIT.keys()
 
 
 def write_sharded(folder, tensors, variant=""):

@@ -5,6 +5,7 @@ import resource
 import struct
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +13,21 @@ from safetensors.torch import load_file, save_file
 
 from mochi_core import AsymmDiT, AsymmVAEConfig, load_transformer, load_vae
 from mochi_core.checkpoints import (
+    Checkpoint,
     autoencoder_rules,
     describe,
     dit_config,
     from_state_dict,
-    open_tensors,
+    merge,
+    open_checkpoint,
+    open_part,
     to_canonical,
     to_diffusers,
     transformer_rules,
     vae_config,
 )
+from mochi_core.checkpoints.tensors import quantized_weight
+from mochi_core.quantization.weights import QuantizedWeight
 from tests.harness.tiny_models import DIT, VAE, random_dit, random_t5, random_vae
 
 DIT_RULES = transformer_rules(DIT.depth)
@@ -113,7 +119,7 @@ def test_all_in_one_file_yields_each_part(dit, vae, tmp_path):
     path = save(tmp_path / "all.safetensors", tensors)
     assert_same(load_transformer(path, torch.float32), dit)
     assert_same(load_vae(path), vae)
-    text = describe(open_tensors(path).tensors)
+    text = describe(open_checkpoint(path))
     assert "Mochi transformer, 3 blocks" in text
     assert "T5" in text
 
@@ -160,7 +166,7 @@ def test_dtype_policy(dit, tmp_path, dtype):
         assert parameter.dtype == (torch.float32 if exact else dtype), name
 
 
-def test_misfits_are_named_together(dit, tmp_path):
+def test_differences_are_named_together(dit, tmp_path):
     tensors = dict(dit.state_dict())
     del tensors["blocks.1.attn.proj_x.weight"]
     tensors["blocks.0.surprise"] = torch.zeros(1)
@@ -218,7 +224,7 @@ def test_broken_files(dit, tmp_path, kind):
     path = tmp_path / "x.safetensors"
     error, message = broken(path, kind, dit)
     with pytest.raises(error, match=message):
-        open_tensors(path)
+        open_checkpoint(path)
 
 
 def test_pickles_with_code_are_refused(tmp_path):
@@ -226,26 +232,26 @@ def test_pickles_with_code_are_refused(tmp_path):
 
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"state_dict": print}))
     with pytest.raises(ValueError, match="not a file of plain tensors"):
-        open_tensors(tmp_path / "evil.pt")
+        open_checkpoint(tmp_path / "evil.pt")
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors"])
 def test_shards_outside_the_folder_are_refused(tmp_path, shard):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(ValueError, match="outside its folder"):
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_missing_shard_and_ambiguous_folder(tmp_path):
     with pytest.raises(ValueError, match="found: none"):
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
     for name in ("a", "b"):
         save(tmp_path / f"{name}.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"a.safetensors, b.safetensors"):
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     with pytest.raises(FileNotFoundError, match=r"gone.safetensors is missing"):
-        open_tensors(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_opening_reads_nothing(tmp_path):
@@ -256,7 +262,7 @@ def test_opening_reads_nothing(tmp_path):
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + size)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    tensors = open_tensors(path).tensors
+    tensors = open_checkpoint(path).tensors
     assert tensors["big"].shape == (size // 2,)
     assert time.monotonic() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
@@ -264,5 +270,43 @@ def test_opening_reads_nothing(tmp_path):
 
 def test_metadata_is_kept(dit, tmp_path):
     path = save(tmp_path / "x.safetensors", dit.state_dict(), author="somebody")
-    assert open_tensors(path).metadata == {"author": "somebody"}
-    assert load_file(path).keys() == open_tensors(path).tensors.keys()
+    assert open_checkpoint(path).metadata == {"author": "somebody"}
+    assert load_file(path).keys() == open_checkpoint(path).tensors.keys()
+
+
+def test_a_checkpoint_says_its_name(dit, vae, tmp_path):
+    save(tmp_path / "folder" / "dit.safetensors", dit.state_dict())
+    file, folder = open_checkpoint(tmp_path / "folder" / "dit.safetensors"), open_checkpoint(tmp_path / "folder")
+    assert str(file.error("is bad.")) == "dit.safetensors is bad."
+    assert str(folder.error("is bad.")) == f"{tmp_path / 'folder'} is bad."
+    for half in ("encoder", "decoder"):
+        save(tmp_path / f"{half}.safetensors", getattr(vae, half).state_dict())
+    merged = merge([open_part(tmp_path / f"{half}.safetensors", "vae") for half in ("encoder", "decoder")])
+    assert merged.name == "encoder.safetensors and decoder.safetensors"
+    assert merged.tensors.keys() == vae.state_dict().keys()
+
+
+def test_mapped_tensors_are_changed_when_they_are_read():
+    calls = []
+
+    def weight():
+        calls.append("read")
+        return QuantizedWeight(torch.ones(2, 32, dtype=torch.int8), torch.tensor(3.0))
+
+    def double(values):
+        calls.append("changed")
+        return 2 * values
+
+    stored = quantized_weight((2, 32), torch.int8, weight).guarded(lambda: calls.append("checked"))
+    plain, kept = stored.map(double, shape=(2, 32)), stored.map(double, lambda w: replace(w, scale=2 * w.scale))
+    assert (plain.quantized, calls) == (None, [])
+    assert torch.equal(plain.read(), torch.full((2, 32), 6.0))
+    assert calls == ["checked", "read", "changed"]
+    assert torch.equal(kept.quantized().dequantized(), plain.read())
+    half = stored.map(lambda values: values.half(), dtype=torch.float16)
+    assert (half.stored_dtype, half.num_bytes, half.read().dtype) == ("float16", 128, torch.float16)
+
+
+def test_the_main_dtype_is_that_of_most_weights():
+    state = {"a": torch.zeros(9, dtype=torch.bfloat16), "b": torch.zeros(4), "c": torch.zeros(4)}
+    assert Checkpoint("x", Path("x"), from_state_dict(state)).main_dtype() == (torch.bfloat16, None)

@@ -249,7 +249,7 @@ MEMORY = """
 import json, re, sys, threading, time
 import torch
 from pathlib import Path
-from mochi_core.checkpoints import check_tensors, empty_transformer, find_part, load_transformer, open_tensors
+from mochi_core.checkpoints import check_fit, empty_transformer, load_transformer, open_part
 from mochi_core.checkpoints.convert import plan_conversion, write_conversion
 
 def anonymous():
@@ -271,9 +271,9 @@ def peak_of(action):
     return result, max(peak, anonymous()) - before, seconds
 
 def open_whole(path):
-    tensors = find_part(open_tensors(path).tensors, "transformer", path)
-    check_tensors(empty_transformer(tensors), tensors, path)
-    return tensors
+    checkpoint = open_part(path, "transformer")
+    check_fit(dict(empty_transformer(checkpoint).named_parameters()), checkpoint)
+    return checkpoint.tensors
 """
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mochi_core import load_text_encoder, load_transformer, load_vae
 from mochi_core.__main__ import main
-from mochi_core.checkpoints import describe, from_state_dict, open_tensors, to_diffusers, transformer_rules
+from mochi_core.checkpoints import describe, from_state_dict, open_checkpoint, to_diffusers, transformer_rules
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear
 from tests.harness import quantized_files
 from tests.harness.k_types import K_QUANTIZERS
@@ -400,7 +400,7 @@ def broken_gguf(path: Path, tensors, kind):
 def test_lying_gguf_headers(dit, tmp_path, kind, message):
     broken_gguf(tmp_path / "x.gguf", dit.state_dict(), kind)
     with pytest.raises(ValueError, match=message) as error:
-        open_tensors(tmp_path / "x.gguf")
+        open_checkpoint(tmp_path / "x.gguf")
     assert "x.gguf" in str(error.value)
 
 
@@ -415,7 +415,7 @@ def test_gguf_cut_anywhere_is_refused(small_gguf, tmp_path):
     for end in [*range(0, 400, 7), *range(400, len(small_gguf), len(small_gguf) // 60)]:
         (tmp_path / "cut.gguf").write_bytes(small_gguf[:end])
         with pytest.raises(ValueError, match=r"cut.gguf"):
-            open_tensors(tmp_path / "cut.gguf")
+            open_checkpoint(tmp_path / "cut.gguf")
 
 
 def test_gguf_with_any_wrong_bytes_in_its_header_opens_or_is_refused(small_gguf, tmp_path):
@@ -425,9 +425,9 @@ def test_gguf_with_any_wrong_bytes_in_its_header_opens_or_is_refused(small_gguf,
         content[place : place + 8] = generator.choice([b"\xff" * 8, b"\x00" * 8, generator.randbytes(1)])
         (tmp_path / "odd.gguf").write_bytes(content)
         try:
-            file = open_tensors(tmp_path / "odd.gguf")
+            file = open_checkpoint(tmp_path / "odd.gguf")
             outcomes.append("opens")
-            describe(file.tensors)
+            describe(file)
         except ValueError as error:
             assert "odd.gguf" in str(error)
             outcomes.append("is refused")

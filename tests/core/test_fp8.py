@@ -1,13 +1,14 @@
 """Products in fp8 with a scale per row, against the same numbers multiplied in float32."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from mochi_core import AsymmDiT, AsymmDiTConfig, load_lora
-from mochi_core.checkpoints import from_state_dict, load_into, quantize_large
+from mochi_core.checkpoints import Checkpoint, from_state_dict, load_into, quantize_large
 from mochi_core.quantization import fp8
 from mochi_core.quantization import weights as quantized
 from mochi_core.quantization.fp8 import linear_rowwise, multiply_rowwise, quantize_rows
@@ -25,9 +26,9 @@ ROUNDING = {"rtol": 2**-8, "atol": 1e-5}
 
 def load(dit, dtype=torch.float32):
     """The same denoiser, quantised."""
-    tensors = quantize_large(from_state_dict(dit.state_dict()), "fp8_rowwise")
+    weights = Checkpoint("random weights", Path(), from_state_dict(dit.state_dict()))
     loaded = AsymmDiT(dit.config, device="meta", dtype=dtype)
-    load_into(loaded, tensors, "random weights", "cpu")
+    load_into(loaded, quantize_large(weights, "fp8_rowwise"), "cpu")
     return loaded.eval()
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mochi_core import VideoSize, load_lora, load_text_encoder, load_transformer, load_vae, save_video
-from mochi_core.checkpoints import open_tensors
+from mochi_core.checkpoints import open_checkpoint
 from mochi_core.train.__main__ import main
 from mochi_core.train.prepare import read_video, to_model_range
 from tests.harness.tiny_models import write_models
@@ -102,7 +102,7 @@ def test_clips_hold_what_the_encoders_give(videos, models):
     expected = load_vae(models["vae"]).encode(to_model_range(read_video(videos / "kite.mp4", SIZE)))
     assert torch.equal(clip["mean"], expected.mean[0])
     assert torch.equal(clip["logvar"], expected.logvar[0])
-    assert open_tensors(clips / "sea.mp4.safetensors").metadata["caption"] == "the blue sea"
+    assert open_checkpoint(clips / "sea.mp4.safetensors").metadata["caption"] == "the blue sea"
     embeds, mask = load_text_encoder(models["t5"], models["tokenizer"]).encode("a red kite")
     assert torch.equal(clip["embeds"], embeds[mask])
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / "mochi_core"
 # From the bottom up: each room may use those in the lines above it.
 FLOORS = (
-    ("config", "geometry", "ops"),
+    ("config", "dtypes", "geometry", "ops"),
     ("quantization",),
     ("transformer", "autoencoder"),
     ("sampling", "checkpoints"),
@@ -106,3 +106,9 @@ def test_only_the_bridge_knows_both_worlds():
     for module, targets in module_graph("nodes").items():
         if not module.startswith("nodes.bridge"):
             assert not targets & set(models), module
+
+
+def test_names_of_tensors_do_not_depend_on_file_formats():
+    for module, targets in module_graph("mochi_core").items():
+        if module.startswith("mochi_core.checkpoints.names"):
+            assert not any(target.startswith("mochi_core.checkpoints.formats") for target in targets), module

@@ -1,13 +1,14 @@
 """GGUF containers: a header of keys and tensor descriptions, then the data, all little-endian.
 
-Nothing that the header says is believed before it has been compared with the size of the file.
+Nothing that the header says is believed before it has been compared with the size of the file. Layout: docs/gguf.md of
+ggml-org/ggml; numbers of the types: its enum ggml_type.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,12 @@ BLOCK_NAMES = {
 MAX_DIMENSIONS = 8
 DEFAULT_ALIGNMENT, ALIGNMENTS = 32, {2**power for power in range(3, 17)}
 TRUE_SHAPE = "comfy.gguf.orig_shape."
-"""Key under which converters keep the shape of a tensor that they flattened to make whole blocks."""
+"""Key under which converters (city96/ComfyUI-GGUF) keep the shape of a tensor that they flattened to make whole blocks."""
 
 
 @dataclass
 class _Cursor:
-    """A place in the header, which only moves forward and never past the end."""
+    """Reads the header from front to end, never past it."""
 
     data: memoryview
     place: int = 0
@@ -109,7 +110,7 @@ def open_gguf(path: Path) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{path.name} cannot be read: {error}; download it again or use another file.") from error
     metadata = {key: str(value) for key, value in keys.items() if not isinstance(value, tuple)}
-    return Checkpoint(path, tensors, metadata)
+    return Checkpoint(path.name, path, tensors, metadata)
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], list[_Description], int]:
@@ -175,9 +176,7 @@ def _stored_blocks(d: _Description, data: Tensor, shape: tuple[int, ...]) -> Laz
     row_bytes = columns // block.weights * block.bytes
     piece = _piece(d, data, math.prod(d.shape) // block.weights * block.bytes).view(-1, row_bytes)
     weight = ggml_weight(LazyTensor(tuple(piece.shape), torch.uint8, lambda: piece), BLOCK_NAMES[d.type])
-    if shape == weight.shape:
-        return weight
-    return replace(weight, shape=shape, read=lambda: weight.read().reshape(shape), quantized=None)
+    return weight if shape == weight.shape else weight.map(lambda value: value.reshape(shape), shape=shape)
 
 
 def _piece(d: _Description, data: Tensor, count: int) -> Tensor:

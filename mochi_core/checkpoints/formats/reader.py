@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..tensors import Checkpoint, LazyStateDict, LazyTensor, from_state_dict
+from ..tensors import Checkpoint, LazyStateDict, from_state_dict
 from .gguf import open_gguf
-from .safetensors import read_header
+from .safetensors import open_safetensors
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-# Under which trainers keep the weights inside a torch.save file.
+# Keys under which trainers keep the weights inside a torch.save file.
 TORCH_KEYS = ("state_dict", "module", "model")
 INDEX_PATTERN = "*.index*.json"
 FOLDER_PATTERNS = ("*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin")
-QUANTIZATION, NOTE = "_quantization_metadata", "comfy_quant"
-"""A metadata entry and a tensor's last name, which both tell the form of quantised layers."""
-
-T = TypeVar("T")
 
 
-def open_tensors(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a .safetensors or .gguf file, a shard index, a torch.save file (weights only), or a folder with one of them.
 
     Raises:
@@ -38,76 +32,39 @@ def open_tensors(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        return open_tensors(_choose(path))
+        return replace(open_checkpoint(_choose(path)), name=str(path))
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the name.")
-    check_unchanged, file = watch(path), _open_file(path)
-    tensors = {name: checked(tensor, check_unchanged) for name, tensor in file.tensors.items()}
-    return Checkpoint(file.path, tensors, file.metadata)
+    guard, file = FileChangeGuard(path), _open_file(path)
+    return file.with_tensors({name: tensor.guarded(guard.check) for name, tensor in file.tensors.items()})
 
 
 def _open_file(path: Path) -> Checkpoint:
     if path.suffix.lower() == ".gguf":
         return open_gguf(path)
     if path.suffix.lower() in TORCH_SUFFIXES:
-        return Checkpoint(path, _open_torch(path), {})
-    return _open_shards(path) if path.match(INDEX_PATTERN) else _open_safetensors(path)
+        return Checkpoint(path.name, path, _open_torch(path))
+    return _open_shards(path) if path.match(INDEX_PATTERN) else open_safetensors(path)
 
 
-def watch(path: Path) -> Callable[[], None]:
-    """A check that raises a ValueError once the file is not what it is now.
+class FileChangeGuard:
+    """Notices when a file is no longer what it was when the guard was made.
 
     Files are memory-mapped: one that shrinks while it is read would take the process with it.
     """
 
-    def stamp() -> tuple[int, int]:
-        stat = path.stat()
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stamp = self._stamp()
+
+    def _stamp(self) -> tuple[int, int]:
+        stat = self.path.stat()
         return stat.st_size, stat.st_mtime_ns
 
-    before = stamp()
-
-    def check() -> None:
-        if stamp() != before:
-            raise ValueError(f"{path.name} changed while it was loaded; load it again when it is complete.")
-
-    return check
-
-
-def checked(tensor: LazyTensor, check: Callable[[], None]) -> LazyTensor:
-    """The same tensor, checked before it is read."""
-
-    def after_check(read: Callable[[], T]) -> Callable[[], T]:
-        def check_and_read() -> T:
-            check()
-            return read()
-
-        return check_and_read
-
-    quantized = None if tensor.quantized is None else after_check(tensor.quantized)
-    return replace(tensor, read=after_check(tensor.read), quantized=quantized)
-
-
-def _open_safetensors(path: Path) -> Checkpoint:
-    header = read_header(path)
-    try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path.name} cannot be read ({error}); download it again.") from error
-    tensors = {
-        name: LazyTensor(entry.shape, entry.dtype, lambda name=name: file.get_tensor(name))
-        for name, entry in header.entries.items()
-    }
-    return Checkpoint(path, {**tensors, **_notes(path, header.metadata)}, header.metadata)
-
-
-def _notes(path: Path, metadata: dict[str, str]) -> LazyStateDict:
-    """What the metadata says about quantised layers, as the tensors in which other files say it."""
-    try:
-        layers = json.loads(metadata.get(QUANTIZATION, "{}")).get("layers", {})
-        notes = {f"{layer}.{NOTE}": json.dumps(note).encode() for layer, note in layers.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path.name} has an unreadable {QUANTIZATION}; download it again.") from error
-    return from_state_dict({name: torch.frombuffer(bytearray(note), dtype=torch.uint8) for name, note in notes.items()})
+    def check(self) -> None:
+        """Raise a ValueError if the file has changed."""
+        if self._stamp() != self.stamp:
+            raise ValueError(f"{self.path.name} changed while it was loaded; load it again when it is complete.")
 
 
 def _open_torch(path: Path) -> LazyStateDict:
@@ -154,7 +111,7 @@ def _open_shards(index: Path) -> Checkpoint:
             raise ValueError(f"{index.name} says that {shard} holds {name}, but it does not; download both again.")
         tensors[name] = shards[shard].tensors[name]
     metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
-    return Checkpoint(index, tensors, metadata)
+    return Checkpoint(index.name, index, tensors, metadata)
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -174,4 +131,4 @@ def _open_shard(index: Path, name: str) -> Checkpoint:
         raise ValueError(f"{index.name} names the shard {name!r} outside its folder; do not trust this file.")
     if not (index.parent / name).is_file():
         raise FileNotFoundError(f"{index.parent / name} is missing, but {index.name} lists it; download it.")
-    return open_tensors(index.parent / name)
+    return open_checkpoint(index.parent / name)

@@ -1,28 +1,31 @@
-"""The header of a safetensors file, believed only after every number in it has been checked.
+"""Safetensors files: the library checks the header, this module says what people have instead of a whole file.
 
 Layout: 8 bytes length of the header (little-endian), the header in JSON, then the tensors' bytes, without gaps.
+Source: the section "Format" of the README of huggingface/safetensors.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import struct
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+
+from ..tensors import Checkpoint, LazyTensor
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000
-DTYPES = {
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+DTYPE_CODES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-# What people have instead of a safetensors file, by how it begins.
-IMPOSTORS = (
+# How files begin that people have instead of a safetensors file.
+OTHER_FILE_TYPES = (
     (b"version https://git-lfs", "a Git LFS pointer, which only stands for one"),
     (b"<", "a web page"),
     (b"PK\x03\x04", "a torch.save file, whose name should end in .pt"),
@@ -30,55 +33,42 @@ IMPOSTORS = (
 )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies: bytes `start` to `end` behind the header."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Header:
-    entries: dict[str, Entry]
-    metadata: dict[str, str]
-
-
-def read_header(path: Path) -> Header:
-    """Read and check a header; it describes every byte of the file exactly once.
+def open_safetensors(path: Path) -> Checkpoint:
+    """Open a safetensors file without reading its tensors.
 
     Raises:
         ValueError: it is no safetensors file, it is cut off, or its header is wrong.
     """
+    text = _read_header(path)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        header.pop("__metadata__", None)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_wrong_header(path, error)) from error
+    _check_size(path, len(text), header)
+    try:
+        file = safe_open(path, framework="pt")
+        tensors = {name: _lazy(file, name, entry) for name, entry in header.items()}
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise ValueError(_wrong_header(path, error)) from error
+    return Checkpoint(path.name, path, tensors, file.metadata() or {})
+
+
+def _read_header(path: Path) -> bytes:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
         length = struct.unpack("<Q", start[:LENGTH_BYTES])[0] if len(start) >= LENGTH_BYTES else 0
-        _refuse_impostors(path, start, length)
+        _refuse_other_file_types(path, start, length)
         file.seek(LENGTH_BYTES)
         text = file.read(length) if LENGTH_BYTES + length <= size else b""
     if len(text) < length or size < LENGTH_BYTES:
         raise ValueError(_incomplete(path, size, LENGTH_BYTES + length))
-    try:
-        header = _parse(text)
-        end = _check_layout(header.entries)
-    except (ValueError, RecursionError) as error:
-        reason = str(error)[:200]
-        raise ValueError(
-            f"{path.name} has a wrong header ({reason}); download it again or use another file."
-        ) from error
-    expected = LENGTH_BYTES + length + end
-    if size < expected:
-        raise ValueError(_incomplete(path, size, expected))
-    if size > expected:
-        raise ValueError(f"{path.name} has {size - expected:,} bytes too many at its end; download it again.")
-    return header
+    return text
 
 
-def _refuse_impostors(path: Path, start: bytes, length: int) -> None:
-    what = next((what for magic, what in IMPOSTORS if start.lstrip().startswith(magic)), None)
+def _refuse_other_file_types(path: Path, start: bytes, length: int) -> None:
+    what = next((what for magic, what in OTHER_FILE_TYPES if start.lstrip().startswith(magic)), None)
     if not start:
         what = "an empty file"
     elif what is None and (length > MAX_HEADER_BYTES or start[LENGTH_BYTES : LENGTH_BYTES + 1] not in (b"{", b"")):
@@ -87,57 +77,39 @@ def _refuse_impostors(path: Path, start: bytes, length: int) -> None:
         raise ValueError(f"{path.name} is not a safetensors file but {what}; download the weights again.")
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The library lets the last of two tensors of one name win."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return content
+
+
+def _check_size(path: Path, header_bytes: int, header: dict[str, Any]) -> None:
+    """The library says only that a size is wrong; people want to know whether a download was cut off."""
+    size, expected = path.stat().st_size, LENGTH_BYTES + header_bytes
+    with suppress(TypeError, KeyError, IndexError):  # a wrong header, which the library will name
+        expected += max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size < expected:
+            raise ValueError(_incomplete(path, size, expected))
+        if size > expected:
+            raise ValueError(f"{path.name} has {size - expected:,} bytes too many at its end; download it again.")
+
+
+def _lazy(file: Any, name: str, entry: dict[str, Any]) -> LazyTensor:
+    if entry["dtype"] not in DTYPE_CODES:
+        raise ValueError(f"{name} is stored as {entry['dtype']}, which cannot be read")
+    if any(size >= 2**63 for size in entry["shape"]):
+        raise ValueError(f"{name} is too large")
+    return LazyTensor(tuple(entry["shape"]), DTYPE_CODES[entry["dtype"]], lambda: file.get_tensor(name))
+
+
 def _incomplete(path: Path, size: int, expected: int) -> str:
     return f"{path.name} is incomplete: it has {size:,} of at least {expected:,} bytes; download it again."
 
 
-def _parse(text: bytes) -> Header:
-    raw = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    metadata = raw.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("the metadata are not strings")
-    return Header({name: _entry(name, value) for name, value in raw.items()}, metadata)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{_shown(twice)} is there twice")
-    return content
-
-
-def _entry(name: str, raw: Any) -> Entry:
-    fields: dict[str, Any] = raw if isinstance(raw, dict) else {}
-    shape, offsets, stored = fields.get("shape", ""), fields.get("data_offsets", ""), fields.get("dtype", "")
-    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"the entry of {_shown(name)} describes no tensor")
-    dtype = DTYPES.get(stored) if isinstance(stored, str) else None
-    if dtype is None:
-        raise ValueError(f"{_shown(name)} is stored as {_shown(str(stored))}, which cannot be read")
-    start, end = offsets
-    size = math.prod(shape) * dtype.itemsize
-    if end - start != size:
-        raise ValueError(f"{_shown(name)} should take {size:,} bytes, not {end - start:,}")
-    return Entry(dtype, tuple(shape), start, end)
-
-
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
-
-
-def _check_layout(entries: dict[str, Entry]) -> int:
-    """The number of bytes behind the header; ValueError if tensors overlap or leave holes."""
-    position = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-        if entry.start != position:
-            problem = "overlaps the tensor" if entry.start < position else "leaves a hole"
-            raise ValueError(f"{_shown(name)} {problem} before it")
-        position = entry.end
-    return position
-
-
-def _shown(name: str) -> str:
-    """Fit for a terminal, whatever it is."""
-    return ascii(name)[1:-1][:80]
+def _wrong_header(path: Path, error: Exception) -> str:
+    """The reason is cut and fit for a terminal, whatever names the file has."""
+    reason = ascii(str(error).removeprefix("Error while deserializing header: "))[1:-1][:200]
+    return f"{path.name} has a wrong header ({reason}); download it again or use another file."

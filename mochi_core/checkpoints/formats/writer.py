@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from ..tensors import LazyStateDict
-from .safetensors import DTYPES, LENGTH_BYTES
+from .safetensors import DTYPE_CODES, LENGTH_BYTES
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPE_CODES.items()}
 ALIGNMENT = 8
 
 
@@ -40,14 +40,13 @@ def write_safetensors(
 
 
 def layout(tensors: LazyStateDict, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The header with its length in front, and where each tensor begins behind it; wide dtypes first, so that all are
-    aligned."""
+    """The header with its length, and where each tensor begins behind it; wide dtypes come first, so that all are aligned."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     places, position = {}, 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
         end = position + math.prod(tensor.shape) * tensor.dtype.itemsize
         entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": CODES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }

@@ -1,7 +1,8 @@
 """diffusers' names for the tensors of Mochi, as tables that are read in both directions.
 
 A rule pairs one canonical name with the foreign tensors that make it up: several are concatenated along their rows, and
-`swap_halves` exchanges the two halves of the rows (diffusers keeps gate after value, and scale before shift).
+`swap_halves` exchanges the two halves of the rows (diffusers keeps gate after value, and scale before shift). Names as in
+diffusers' models/transformers/transformer_mochi.py and models/autoencoders/autoencoder_kl_mochi.py.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ from ..tensors import LazyStateDict, LazyTensor
 
 
 @dataclass(frozen=True)
-class Rule:
+class NameRule:
+    """One tensor of Mochi under its canonical name, and the tensors of diffusers that it is made of."""
+
     canonical: str
     foreign: tuple[str, ...]
     swap_halves: bool = False
 
 
-Rules = list[Rule]
+Rules = list[NameRule]
 
 
 def transformer_rules(depth: int) -> Rules:
     """Names of a denoiser with so many blocks."""
     return [
-        Rule("pos_frequencies", ("pos_frequencies",)),
+        NameRule("pos_frequencies", ("pos_frequencies",)),
         *_layer("x_embedder.proj", "patch_embed.proj"),
         *_layer("t_embedder.mlp.0", "time_embed.timestep_embedder.linear_1"),
         *_layer("t_embedder.mlp.2", "time_embed.timestep_embedder.linear_2"),
@@ -49,8 +52,8 @@ def _block(i: int, *, is_last: bool) -> Rules:
     return [
         *_layer(f"{ours}.mod_x", f"{theirs}.norm1.linear"),
         *_layer(f"{ours}.mod_y", f"{theirs}.norm1_context.linear" + ("_1" if is_last else "")),
-        Rule(f"{attn}.qkv_x.weight", tuple(f"{attn1}.to_{part}.weight" for part in "qkv")),
-        Rule(f"{attn}.qkv_y.weight", tuple(f"{attn1}.add_{part}_proj.weight" for part in "qkv")),
+        NameRule(f"{attn}.qkv_x.weight", tuple(f"{attn1}.to_{part}.weight" for part in "qkv")),
+        NameRule(f"{attn}.qkv_y.weight", tuple(f"{attn1}.add_{part}_proj.weight" for part in "qkv")),
         *_layer(f"{attn}.q_norm_x", f"{attn1}.norm_q"),
         *_layer(f"{attn}.k_norm_x", f"{attn1}.norm_k"),
         *_layer(f"{attn}.q_norm_y", f"{attn1}.norm_added_q"),
@@ -118,13 +121,13 @@ def _res_block(block: str, place: str, j: int) -> Rules:
         *_layer(f"{block}.stack.3", f"{resnet}.norm2.norm_layer"),
         *_layer(f"{block}.stack.5", f"{resnet}.conv2.conv"),
         *_layer(f"{block}.attn_block.norm", f"{place}.norms.{j}.norm_layer"),
-        Rule(f"{block}.attn_block.attn.qkv.weight", tuple(f"{attention}.to_{part}.weight" for part in "qkv")),
+        NameRule(f"{block}.attn_block.attn.qkv.weight", tuple(f"{attention}.to_{part}.weight" for part in "qkv")),
         *_layer(f"{block}.attn_block.attn.out", f"{attention}.to_out.0"),
     ]
 
 
 def _layer(canonical: str, foreign: str, *, swap_halves: bool = False) -> Rules:
-    return [Rule(f"{canonical}.{kind}", (f"{foreign}.{kind}",), swap_halves) for kind in ("weight", "bias")]
+    return [NameRule(f"{canonical}.{kind}", (f"{foreign}.{kind}",), swap_halves) for kind in ("weight", "bias")]
 
 
 def to_canonical(tensors: LazyStateDict, rules: Rules) -> LazyStateDict:
@@ -145,7 +148,7 @@ def to_canonical(tensors: LazyStateDict, rules: Rules) -> LazyStateDict:
             raise ValueError(f"{', '.join(rule.foreign)} differ in shape; download it again.")
         if parts:
             merged = _concatenate(parts)
-            canonical[rule.canonical] = _swap_halves(merged) if rule.swap_halves else merged
+            canonical[rule.canonical] = _map_rows(merged, swapped_halves) if rule.swap_halves else merged
     _refuse_unknown(set(tensors) - {name for rule in rules for name in rule.foreign})
     return canonical
 
@@ -160,7 +163,7 @@ def to_diffusers(tensors: LazyStateDict, rules: Rules) -> LazyStateDict:
     for rule in rules:
         if rule.canonical in tensors:
             source = tensors[rule.canonical]
-            parts = _split(_swap_halves(source) if rule.swap_halves else source, len(rule.foreign))
+            parts = _split(_map_rows(source, swapped_halves) if rule.swap_halves else source, len(rule.foreign))
             foreign.update(zip(rule.foreign, parts, strict=True))
     _refuse_unknown(set(tensors) - {rule.canonical for rule in rules})
     return foreign
@@ -172,40 +175,38 @@ def swapped_halves(tensor: Tensor) -> Tensor:
 
 
 def _concatenate(parts: list[LazyTensor]) -> LazyTensor:
+    """The rows of several tensors one after the other; quantised weights of one stored dtype stay quantised."""
     if len(parts) == 1:
         return parts[0]
-    return _by_rows(parts, sum(part.shape[0] for part in parts), torch.cat)
+    readers = [part.quantized for part in parts if part.quantized is not None]
+    same_form = len(readers) == len(parts) and len({part.stored_dtype for part in parts}) == 1
+    return replace(
+        parts[0],
+        shape=(sum(part.shape[0] for part in parts), *parts[0].shape[1:]),
+        read=lambda: torch.cat([part.read() for part in parts]),
+        quantized=(lambda: _arrange_rows([read() for read in readers], torch.cat)) if same_form else None,
+    )
 
 
 def _split(tensor: LazyTensor, count: int) -> list[LazyTensor]:
     if count == 1:
         return [tensor]
-    return [_by_rows([tensor], tensor.shape[0] // count, lambda t, i=i: t[0].chunk(count)[i]) for i in range(count)]
+    return [_map_rows(tensor, lambda t, i=i: t.chunk(count)[i], count) for i in range(count)]
 
 
-def _swap_halves(tensor: LazyTensor) -> LazyTensor:
-    return _by_rows([tensor], tensor.shape[0], lambda t: swapped_halves(t[0]))
+def _map_rows(tensor: LazyTensor, change: Callable[[Tensor], Tensor], parts: int = 1) -> LazyTensor:
+    """The tensor with `change` applied to its rows, which leaves 1/`parts` of them; a quantised weight stays quantised."""
+    shape = (tensor.shape[0] // parts, *tensor.shape[1:])
+    return tensor.map(change, lambda weight: _arrange_rows([weight], lambda t: change(t[0])), shape=shape)
 
 
-def _by_rows(parts: list[LazyTensor], rows: int, arrange: Callable[[list[Tensor]], Tensor]) -> LazyTensor:
-    """A tensor whose rows are those of `parts`, arranged; quantised weights of one form stay quantised."""
-    readers = [part.quantized for part in parts if part.quantized is not None]
-
-    def read_quantized() -> QuantizedWeight:
-        weights = [read() for read in readers]
-        scaled = any(weight.scale is not None for weight in weights)
-        scale = arrange([weight.scale_per_row() for weight in weights]) if scaled else None
-        exact = all(weight.exact_product for weight in weights)
-        values = arrange([weight.values for weight in weights])
-        return QuantizedWeight(values, scale, weights[0].block_type, exact_product=exact)
-
-    same_form = len(readers) == len(parts) and len({part.form for part in parts}) == 1
-    return replace(
-        parts[0],
-        shape=(rows, *parts[0].shape[1:]),
-        read=lambda: arrange([part.read() for part in parts]),
-        quantized=read_quantized if same_form else None,
-    )
+def _arrange_rows(weights: list[QuantizedWeight], arrange: Callable[[list[Tensor]], Tensor]) -> QuantizedWeight:
+    """Quantised weights of one stored dtype made one: `arrange` is applied to their values and to their scales."""
+    scaled = any(weight.scale is not None for weight in weights)
+    scale = arrange([weight.scale_per_row() for weight in weights]) if scaled else None
+    exact = all(weight.exact_product for weight in weights)
+    values = arrange([weight.values for weight in weights])
+    return QuantizedWeight(values, scale, weights[0].block_type, exact_product=exact)
 
 
 def _refuse_unknown(names: set[str]) -> None:

@@ -1,34 +1,62 @@
-"""A T5 v1.1 encoder from its sizes alone: its tensors' names and shapes, and its configuration in Hugging Face's words."""
+"""A T5 v1.1 encoder: canonical names, shapes from its sizes, and its configuration in Hugging Face's words."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ...config import T5EncoderConfig
-from ..tensors import LazyStateDict
-from .detect import shape_of
+from ..tensors import Checkpoint, LazyStateDict
+from .sizes import shape_of
 
 ATTENTION, FEED_FORWARD = "encoder.block.{}.layer.0.SelfAttention", "encoder.block.{}.layer.1.DenseReluDense"
 POSITION_BIAS = ATTENTION.format(0) + ".relative_attention_bias.weight"
+# Names of llama.cpp's GGUF files (gguf-py/gguf/constants.py) inside a block, and Hugging Face's.
+LLAMA_CPP_T5 = {
+    "attn_norm": "0.layer_norm", "attn_rel_b": "0.SelfAttention.relative_attention_bias",
+    **{f"attn_{part}": f"0.SelfAttention.{part}" for part in "qkvo"},
+    "ffn_norm": "1.layer_norm", "ffn_gate": "1.DenseReluDense.wi_0", "ffn_up": "1.DenseReluDense.wi_1",
+    "ffn_down": "1.DenseReluDense.wo",
+}  # fmt: skip
 
 
-def t5_config(tensors: LazyStateDict) -> T5EncoderConfig:
+def canonical_t5(tensors: LazyStateDict) -> LazyStateDict:
+    """Files hold the token embedding under one of two names, or under both; GGUF files have names of their own."""
+    tensors = {_from_llama_cpp(name): tensor for name, tensor in tensors.items()}
+    canonical = {name: tensor for name, tensor in tensors.items() if name != "encoder.embed_tokens.weight"}
+    if "encoder.embed_tokens.weight" in tensors:
+        canonical.setdefault("shared.weight", tensors["encoder.embed_tokens.weight"])
+    return canonical
+
+
+def _from_llama_cpp(name: str) -> str:
+    names = {"token_embd.weight": "shared.weight", "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
+    if (match := re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)\.weight", name)) and match[2] in LLAMA_CPP_T5:
+        return f"encoder.block.{match[1]}.layer.{LLAMA_CPP_T5[match[2]]}.weight"
+    return names.get(name, name)
+
+
+def t5_config(checkpoint: Checkpoint) -> T5EncoderConfig:
     """Read the sizes of an encoder from its canonical tensors; ValueError if they do not tell them."""
-    vocabulary, width = shape_of(tensors, "shared.weight")
-    buckets, heads = shape_of(tensors, POSITION_BIAS)
+    tensors = checkpoint.tensors
+    with checkpoint.named_errors():
+        vocabulary, width = shape_of(tensors, "shared.weight")
+        buckets, heads = shape_of(tensors, POSITION_BIAS)
+        inner, _ = shape_of(tensors, ATTENTION.format(0) + ".q.weight")
+        _, mlp_size = shape_of(tensors, FEED_FORWARD.format(0) + ".wo.weight")
     return T5EncoderConfig(
         depth=sum(ATTENTION.format(i) + ".q.weight" in tensors for i in range(len(tensors))),
         width=width,
         num_heads=heads,
-        head_dim=shape_of(tensors, ATTENTION.format(0) + ".q.weight")[0] // heads,
-        mlp_size=shape_of(tensors, FEED_FORWARD.format(0) + ".wo.weight")[1],
+        head_dim=inner // heads,
+        mlp_size=mlp_size,
         vocabulary=vocabulary,
         position_buckets=buckets,
     )
 
 
 def t5_shapes(config: T5EncoderConfig) -> dict[str, tuple[int, ...]]:
-    """Of every tensor of an encoder; the embedding is there once, as `shared.weight`."""
+    """The shape of every tensor of an encoder; the embedding is there once, as `shared.weight`."""
     width, inner = config.width, config.num_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "shared.weight": (config.vocabulary, width),

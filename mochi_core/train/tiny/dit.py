@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...autoencoder.latents import normalize_latents
 from ...autoencoder.model import AsymmVAE
-from ...checkpoints import from_state_dict, open_tensors
+from ...checkpoints import from_state_dict, open_checkpoint
 from ...checkpoints.formats.writer import write_safetensors
 from ...checkpoints.names.t5 import hugging_face_entries
 from ...config import AsymmDiTConfig, T5EncoderConfig
@@ -131,7 +131,7 @@ def features(tiny: TinyMochi, tokenizer: Tokenizer, captions: list[str]) -> tupl
 
 def read_clips(path: Path) -> Clips:
     """What `write_clips` wrote."""
-    file = open_tensors(path)
+    file = open_checkpoint(path)
     latents, lengths = (file.tensors[name].read() for name in ("latents", "lengths"))
     return Clips(latents, json.loads(file.metadata["captions"]), lengths)
 

@@ -1,0 +1,88 @@
+"""Configurations from canonical tensors: every size is read from a shape or counted from names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ...config import AsymmDiTConfig, AsymmVAEConfig
+from ..tensors import LazyStateDict
+
+
+def dit_config(tensors: LazyStateDict) -> AsymmDiTConfig:
+    """Read the sizes of a denoiser from its canonical tensors."""
+    dx, channels, patch, _ = shape_of(tensors, "x_embedder.proj.weight", 4)
+    dy, text_width = shape_of(tensors, "t5_yproj.weight")
+    last_y = shape_of(tensors, "blocks.0.mlp_y.w2.weight")[1] if "blocks.0.mlp_y.w2.weight" in tensors else 0
+    return AsymmDiTConfig(
+        depth=count_numbers(tensors, r"blocks\.(\d+)\..*"),
+        hidden_size_x=dx,
+        hidden_size_y=dy,
+        num_heads=shape_of(tensors, "pos_frequencies", 3)[1],
+        in_channels=channels,
+        patch_size=patch,
+        text_width=text_width,
+        mlp_size_x=shape_of(tensors, "blocks.0.mlp_x.w2.weight")[1],
+        mlp_size_y=last_y,
+        timestep_features=shape_of(tensors, "t_embedder.mlp.0.weight")[1],
+    )
+
+
+def vae_config(tensors: LazyStateDict) -> AsymmVAEConfig:
+    """Read the sizes of an autoencoder from its canonical tensors; a half that is not there keeps the defaults."""
+    found = halves(tensors)
+    sizes = _encoder_sizes(tensors) if found["encoder"] else {}
+    return AsymmVAEConfig(**sizes, **(_decoder_sizes(tensors) if found["decoder"] else {}))
+
+
+def halves(tensors: LazyStateDict) -> dict[str, bool]:
+    """Whether an autoencoder's canonical tensors hold an "encoder" and a "decoder"."""
+    return {half: any(name.startswith(f"{half}.") for name in tensors) for half in ("encoder", "decoder")}
+
+
+def _decoder_sizes(tensors: LazyStateDict) -> dict[str, Any]:
+    """Every stage doubles height and width; what is left of a projection's rows is its temporal expansion."""
+    stages = count_numbers(tensors, r"decoder\.blocks\.(\d+)\.proj\.weight")
+    projections = [shape_of(tensors, f"decoder.blocks.{i + 1}.proj.weight") for i in range(stages)]
+    widths = (*(columns for _, columns in projections), shape_of(tensors, "decoder.output_proj.weight")[1])
+    counts = [count_numbers(tensors, rf"decoder\.blocks\.{i + 1}\.blocks\.(\d+)\..*") for i in range(stages)]
+    head = count_numbers(tensors, r"decoder\.blocks\.0\.(\d+)\..*") - 1
+    tail = count_numbers(tensors, rf"decoder\.blocks\.{stages + 1}\.(\d+)\..*")
+    return {
+        "decoder_channels": widths,
+        "decoder_blocks": (head, *counts, tail),
+        "temporal_expansions": tuple(rows // (4 * w) for (rows, _), w in zip(projections, widths[1:], strict=True)),
+        "spatial_expansions": (2,) * stages,
+    }
+
+
+def _encoder_sizes(tensors: LazyStateDict) -> dict[str, Any]:
+    stage_of = re.compile(r"encoder\.layers\.(\d+)\.layers\.0\.weight")
+    stages = sorted(int(m[1]) for name in tensors if (m := stage_of.fullmatch(name)))
+    total = count_numbers(tensors, r"encoder\.layers\.(\d+)\..*")
+    convs = [shape_of(tensors, f"encoder.layers.{i}.layers.0.weight", 5) for i in stages]
+    inside = [count_numbers(tensors, rf"encoder\.layers\.{i}\.layers\.(\d+)\..*") - 1 for i in stages]
+    head, tail = (stages[0] - 1, total - stages[-1] - 1) if stages else (total - 1, 0)
+    places = ["1", *(f"{i}.layers.1" for i in stages), str(total - 1)]
+    return {
+        "encoder_channels": (shape_of(tensors, "encoder.layers.0.weight")[0], *(conv[0] for conv in convs)),
+        "encoder_blocks": (head, *inside, tail),
+        "encoder_attention": tuple(f"encoder.layers.{p}.attn_block.norm.weight" in tensors for p in places),
+        "temporal_reductions": tuple(conv[2] for conv in convs),
+        "spatial_reductions": tuple(conv[3] for conv in convs),
+    }
+
+
+def shape_of(tensors: LazyStateDict, name: str, axes: int = 2) -> tuple[int, ...]:
+    """The shape of a tensor that must be there with so many axes, each of at least 1; ValueError otherwise."""
+    if name not in tensors:
+        raise ValueError(f"it lacks {name}, which is needed to tell its size; download it again.")
+    shape = tensors[name].shape
+    if len(shape) != axes or 0 in shape:
+        raise ValueError(f"{name} is {shape}, but needs {axes} axes of at least 1; download it again.")
+    return shape
+
+
+def count_numbers(tensors: LazyStateDict, pattern: str) -> int:
+    """How many different numbers the names have where the pattern has its group."""
+    return len({match[1] for name in tensors if (match := re.fullmatch(pattern, name))})
