@@ -21,7 +21,7 @@ from .loop import new_accelerator, train
 from .plot import plot
 from .prepare import encode_captions, encode_videos, find_sources, fingerprint, other_clips
 from .samples import prepare_samples
-from .weights import DTYPES, full_trainee, lora_trainee
+from .weights import DTYPES, full_model, lora_model
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,8 +73,8 @@ def run_training(options: argparse.Namespace, *, full: bool) -> int:
     config = read_config(options.config, full=full)
     accelerator = new_accelerator()
     samples = config.sample and prepare_samples(config.sample)
-    trainee = (full_trainee if full else lora_trainee)(config, accelerator.device)
-    step = train(config, trainee, accelerator, samples)
+    model = (full_model if full else lora_model)(config, accelerator.device)
+    step = train(config, model, accelerator, samples)
     accelerator.end_training()
     if step < config.steps:
         accelerator.print(f"Stopped after step {step} of {config.steps}; the same command goes on from there.")
