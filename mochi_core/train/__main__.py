@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare(options: argparse.Namespace) -> int:
+    """Encode the videos and captions that are new, and say how many clips there are; 0 if there is any."""
     (width, height), device = options.size, options.device
     size = VideoSize(height, width, options.frames)
     settings = {
@@ -70,6 +71,7 @@ def prepare(options: argparse.Namespace) -> int:
 
 
 def run_training(options: argparse.Namespace, *, full: bool) -> int:
+    """Train a LoRA, or all weights if `full`, as the YAML file says; 0 at the last step, 130 after Ctrl+C."""
     config = read_config(options.config, full=full)
     accelerator = new_accelerator()
     samples = config.sample and prepare_samples(config.sample)
@@ -84,6 +86,7 @@ def run_training(options: argparse.Namespace, *, full: bool) -> int:
 
 
 def draw_losses(options: argparse.Namespace) -> int:
+    """Draw the losses of logs into an image file."""
     plot(options.logs, options.output)
     print(f"The losses are drawn in {options.output}.")
     return 0
@@ -123,6 +126,7 @@ def _add_prepare(command: argparse.ArgumentParser) -> None:
 
 
 def size_option(text: str) -> tuple[int, int]:
+    """(width, height) of "848x480" for argparse."""
     try:
         return read_size(text)
     except ValueError as error:

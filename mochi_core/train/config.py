@@ -19,7 +19,7 @@ def read_size(text: Any) -> tuple[int, int]:
 
 
 def _read_number(value: Any) -> Any:
-    """The number, of a text too: YAML 1.1 reads 2e-4 as text, because its numbers have a dot."""
+    """Turn text into a number: YAML 1.1 reads 2e-4 as text, because its numbers have a dot."""
     return float(value) if isinstance(value, str) else value
 
 
@@ -43,8 +43,10 @@ EXACT_QUANTIZERS: tuple[str, ...] = get_args(ExactQuantizer)
 SECTION = "a section with keys of its own"
 
 
-class Keys(BaseModel, frozen=True, extra="forbid"):
+class Keys(BaseModel):
     """Base of the file's sections: their values never change, unknown keys are errors, null is as good as absent."""
+
+    model_config = {"frozen": True, "extra": "forbid"}
 
     @model_validator(mode="before")
     @classmethod
@@ -155,7 +157,7 @@ def parse(keys: type[KeysT], values: dict[Any, Any]) -> KeysT:
 
 
 def _sentence(keys: type[Keys], values: dict[Any, Any], error: ErrorDetails) -> str:
-    """What pydantic found, as one sentence with key, value and rule; sections are one level deep."""
+    """One sentence with key, value and rule for an error of pydantic's; sections are one level deep."""
     place, path = "", [str(part) for part in error["loc"]]
     if keys is Config and path and path[0] in SECTIONS and error["type"] != "model_type":
         place, keys, values = f"in {path[0]}, ", SECTIONS[path[0]], values[path.pop(0)]

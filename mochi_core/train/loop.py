@@ -35,7 +35,7 @@ DDP_TIMEOUT = timedelta(hours=3)
 
 
 def new_accelerator() -> Accelerator:
-    """The device of this process and its ties to the others, if `accelerate launch` has started several.
+    """Device of this process, and reductions over all of them if `accelerate launch` has started several.
 
     Raises:
         ValueError: accelerate is not installed.
@@ -49,7 +49,7 @@ def new_accelerator() -> Accelerator:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What every step of a training needs: settings, model, data, optimizer, device."""
+    """Settings, model, data, optimizer and device of a training, as every step needs them."""
 
     config: Config
     model: TrainableModel
@@ -107,7 +107,7 @@ def fixed_settings(config: Config, accelerator: Accelerator) -> dict[str, str]:
 
 
 def take_step(run: TrainingRun, step: int, rate: float) -> float:
-    """Change the parameters once; returns the loss before.
+    """Change the parameters once, and return the mean loss that they had before.
 
     Raises:
         ValueError: loss or gradients are no numbers any more; the parameters are as they were.

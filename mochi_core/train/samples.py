@@ -20,7 +20,7 @@ from .config import SampleKeys
 
 @dataclass(frozen=True)
 class Samples:
-    """What sample videos need besides the denoiser; the autoencoder stays in main memory between them."""
+    """Everything that sample videos need besides the denoiser; the autoencoder is in main memory between them."""
 
     keys: SampleKeys
     vae: AsymmVAE

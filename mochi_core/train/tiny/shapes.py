@@ -63,7 +63,7 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Scene:
-    """What `draw` draws: shapes over a background."""
+    """Shapes over a background, as `draw` takes them."""
 
     sprites: tuple[Sprite, ...]
     background: tuple[Color, Color]
