@@ -101,7 +101,7 @@ def fixed_settings(config: Config, accelerator: Accelerator) -> dict[str, str]:
     keys = ("transformer", "quantize", "dtype", "seed", "batch_size", "gradient_accumulation")
     return {
         **{key: str(getattr(config, key)) for key in keys},
-        "lora": repr(config.lora),
+        "lora": repr(config.lora),  # as states of earlier versions spell it
         "the number of processes": str(accelerator.num_processes),
     }
 
