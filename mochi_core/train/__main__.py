@@ -22,7 +22,7 @@ from .loop import new_accelerator, train
 from .plot import plot
 from .prepare import encode_captions, encode_videos, find_sources, fingerprint, other_clips
 from .samples import prepare_samples
-from .weights import full_trainee, lora_trainee
+from .weights import full_model, lora_model
 
 DTYPE_CHOICES = ("bf16", "fp32")
 
@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare(options: argparse.Namespace) -> int:
+    """Encode the videos and captions that are new, and say how many clips there are; 0 if there is any."""
     (width, height), device = options.size, options.device
     size = VideoSize(height, width, options.frames)
     settings = {
@@ -73,11 +74,12 @@ def prepare(options: argparse.Namespace) -> int:
 
 
 def run_training(options: argparse.Namespace, *, full: bool) -> int:
+    """Train a LoRA, or all weights if `full`, as the YAML file says; 0 at the last step, 130 after Ctrl+C."""
     config = read_config(options.config, full=full)
     accelerator = new_accelerator()
     samples = config.sample and prepare_samples(config.sample)
-    trainee = (full_trainee if full else lora_trainee)(config, accelerator.device)
-    step = train(config, trainee, accelerator, samples)
+    model = (full_model if full else lora_model)(config, accelerator.device)
+    step = train(config, model, accelerator, samples)
     accelerator.end_training()
     if step < config.steps:
         accelerator.print(f"Stopped after step {step} of {config.steps}; the same command goes on from there.")
@@ -87,6 +89,7 @@ def run_training(options: argparse.Namespace, *, full: bool) -> int:
 
 
 def draw_losses(options: argparse.Namespace) -> int:
+    """Draw the losses of logs into an image file."""
     plot(options.logs, options.output)
     print(f"The losses are drawn in {options.output}.")
     return 0
@@ -126,6 +129,7 @@ def _add_prepare(command: argparse.ArgumentParser) -> None:
 
 
 def size_option(text: str) -> tuple[int, int]:
+    """(width, height) of "848x480" for argparse."""
     try:
         return read_size(text)
     except ValueError as error:

@@ -1,116 +1,88 @@
-"""What a training is told: the keys of its YAML file, checked one by one."""
+"""The keys of a training's YAML file, and one sentence for whatever does not fit them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from ..geometry import VideoSize
-from ..quantization.weights import FP8_ROWWISE, QUANTIZERS
-
-T = TypeVar("T")
-DTYPES = ("bf16", "fp32")
-# Products in fp8 have no gradient.
-EXACT_QUANTIZERS = tuple(kind for kind in QUANTIZERS if kind != FP8_ROWWISE)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a key may be, in words, and as a function that returns the value or raises ValueError or TypeError."""
-
-    text: str
-    read: Callable[[Any], Any]
-
-
-def _whole(lowest: int) -> Rule:
-    def read(value: Any) -> int:
-        if type(value) is not int or value < lowest:
-            raise ValueError
-        return value
-
-    return Rule(f"a whole number, {lowest} or more", read)
-
-
-def _number(text: str, fits: Callable[[float], bool]) -> Rule:
-    def read(value: Any) -> float:
-        # YAML takes 2e-4 for text: its numbers have a dot.
-        if isinstance(value, bool) or not fits(number := float(value)):
-            raise ValueError
-        return number
-
-    return Rule(text, read)
-
-
-def _choice(*names: str) -> Rule:
-    def read(value: Any) -> str:
-        if value not in names:
-            raise ValueError
-        return value
-
-    return Rule(f"one of {', '.join(names)}", read)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _prompts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value:
-        raise TypeError
-    return tuple(map(_text, value))
-
-
-def _blocks(value: Any) -> int | bool:
-    return value if isinstance(value, bool) else _whole(0).read(value)
 
 
 def read_size(text: Any) -> tuple[int, int]:
-    """(width, height) of "848x480"; ValueError or TypeError for anything else."""
-    width, _, height = _text(text).partition("x")
+    """(width, height) of "848x480"; ValueError for anything else."""
+    width, _, height = str(text).partition("x")
     return int(width), int(height)
 
 
-PATH = Rule("a file or folder", lambda value: Path(_text(value)).expanduser())
-POSITIVE = _number("a number above 0", lambda number: 0 < number < math.inf)
-NOT_NEGATIVE = _number("a number, 0 or more", lambda number: 0 <= number < math.inf)
-FRACTION = _number("a number from 0 to 1", lambda number: 0 <= number <= 1)
-SIZE = Rule("a width and a height, such as 848x480", read_size)
-PROMPTS = Rule("a list of texts", _prompts)
-BLOCKS = Rule("true, false or a number of blocks", _blocks)
+def _read_number(value: Any) -> Any:
+    """Turn text into a number: YAML 1.1 reads 2e-4 as text, because its numbers have a dot."""
+    return float(value) if isinstance(value, str) else value
 
 
-@dataclass(frozen=True)
-class LoraKeys:
-    """Sizes of a LoRA, under the names that Genmo's trainer gives them."""
+# The descriptions end the sentences of `_sentence`: "steps is 0, but must be a whole number, 1 or more."
+Count = Annotated[int, Field(strict=True, ge=1, description="a whole number, 1 or more")]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, description="a whole number, 0 or more")]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_read_number)]
+Positive = Annotated[Number, Field(gt=0, description="a number above 0")]
+NotNegative = Annotated[Number, Field(ge=0, description="a number, 0 or more")]
+Fraction = Annotated[Number, Field(ge=0, le=1, description="a number from 0 to 1")]
+FilePath = Annotated[Path, AfterValidator(Path.expanduser), Field(description="a file or folder")]
+Size = Annotated[
+    tuple[int, int], BeforeValidator(read_size), Field(description="a width and a height, such as 848x480")
+]
+Prompts = Annotated[tuple[str, ...], Field(min_length=1, description="a list of texts")]
+BlockCount = Annotated[StrictBool | CountOrZero, Field(description="true, false or a number of blocks")]
+Dtype = Annotated[Literal["bf16", "fp32"], Field(description="one of bf16, fp32")]
+# All but fp8_rowwise: a product in fp8 has no gradient.
+ExactQuantizer = Literal["fp8", "int8", "q4_0"]
+EXACT_QUANTIZERS: tuple[str, ...] = get_args(ExactQuantizer)
+SECTION = "a section with keys of its own"
 
-    qkv_proj_lora_rank: Annotated[int, _whole(1)] = 16
-    qkv_proj_lora_alpha: Annotated[float, POSITIVE] = 16.0
-    out_proj_lora_rank: Annotated[int, _whole(1)] = 16
-    out_proj_lora_alpha: Annotated[float, POSITIVE] = 16.0
+
+class Keys(BaseModel):
+    """Base of the file's sections: their values never change, unknown keys are errors, null is as good as absent."""
+
+    model_config = {"frozen": True, "extra": "forbid"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {str(name): value for name, value in values.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class SampleKeys:
-    """Videos that are made on the way."""
+class LoraKeys(Keys):
+    """Rank and alpha of a LoRA's factors, under the names that Genmo's fine-tuner gives them."""
 
-    prompts: Annotated[tuple[str, ...], PROMPTS]
-    vae: Annotated[Path, PATH]
-    t5: Annotated[Path, PATH]
-    tokenizer: Annotated[Path | None, PATH] = None
-    every: Annotated[int, _whole(1)] = 200
-    steps: Annotated[int, _whole(1)] = 64
-    guidance: Annotated[float, NOT_NEGATIVE] = 4.5
-    frames: Annotated[int, _whole(1)] = 37
-    size: Annotated[tuple[int, int], SIZE] = (848, 480)
-    seed: Annotated[int, _whole(0)] = 0
+    qkv_proj_lora_rank: Count = 16
+    qkv_proj_lora_alpha: Positive = 16.0
+    out_proj_lora_rank: Count = 16
+    out_proj_lora_alpha: Positive = 16.0
 
-    def __post_init__(self) -> None:
+
+class SampleKeys(Keys):
+    """Sample videos that are made during a training: from which prompts, how often, how."""
+
+    prompts: Prompts
+    vae: FilePath
+    t5: FilePath
+    tokenizer: Annotated[FilePath | None, Field(description="a file or folder")] = None
+    every: Count = 200
+    steps: Count = 64
+    guidance: NotNegative = 4.5
+    frames: Count = 37
+    size: Size = (848, 480)
+    seed: CountOrZero = 0
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> SampleKeys:
         self.video_size  # noqa: B018 - raises if Mochi cannot make it
+        return self
 
     @property
     def video_size(self) -> VideoSize:
@@ -118,44 +90,38 @@ class SampleKeys:
         return VideoSize(height, width, self.frames)
 
 
-def _section(keys: type[Any]) -> Rule:
-    def read(value: Any) -> Any:
-        if not isinstance(value, dict):
-            raise TypeError
-        return parse(keys, value)
+class Config(Keys):
+    """One training; the defaults are those of Genmo's fine-tuner (genmoai/mochi, demos/fine_tuner) where it has them."""
 
-    return Rule("a section with keys of its own", read)
+    transformer: FilePath
+    dataset: FilePath
+    output: FilePath
+    steps: Count = 2000
+    learning_rate: Positive = 2e-4
+    warmup_steps: CountOrZero = 200
+    weight_decay: NotNegative = 0.01
+    gradient_clip: Positive = 1.0
+    batch_size: Count = 1
+    gradient_accumulation: Count = 1
+    caption_dropout: Fraction = 0.1
+    gradient_checkpointing: BlockCount = True
+    dtype: Dtype = "bf16"
+    quantize: Annotated[ExactQuantizer | None, Field(description="one of fp8, int8, q4_0")] = None
+    seed: CountOrZero = 0
+    save_every: Count = 500
+    lora: Annotated[LoraKeys, Field(description=SECTION)] = LoraKeys()
+    sample: Annotated[SampleKeys | None, Field(description=SECTION)] = None
 
-
-@dataclass(frozen=True)
-class Config:
-    """One training; the defaults are those of Genmo's fine-tuner where it has them."""
-
-    transformer: Annotated[Path, PATH]
-    dataset: Annotated[Path, PATH]
-    output: Annotated[Path, PATH]
-    steps: Annotated[int, _whole(1)] = 2000
-    learning_rate: Annotated[float, POSITIVE] = 2e-4
-    warmup_steps: Annotated[int, _whole(0)] = 200
-    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
-    gradient_clip: Annotated[float, POSITIVE] = 1.0
-    batch_size: Annotated[int, _whole(1)] = 1
-    gradient_accumulation: Annotated[int, _whole(1)] = 1
-    caption_dropout: Annotated[float, FRACTION] = 0.1
-    gradient_checkpointing: Annotated[int | bool, BLOCKS] = True
-    dtype: Annotated[str, _choice(*DTYPES)] = "bf16"
-    quantize: Annotated[str | None, _choice(*EXACT_QUANTIZERS)] = None
-    seed: Annotated[int, _whole(0)] = 0
-    save_every: Annotated[int, _whole(1)] = 500
-    lora: Annotated[LoraKeys, _section(LoraKeys)] = LoraKeys()
-    sample: Annotated[SampleKeys | None, _section(SampleKeys)] = None
-
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _warms_up_first(self) -> Config:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}, but must be fewer than steps, {self.steps}.")
+        return self
 
 
+KeysT = TypeVar("KeysT", bound=Keys)
 LORA_ONLY = ("lora", "quantize")
+SECTIONS: dict[str, type[Keys]] = {"lora": LoraKeys, "sample": SampleKeys}
 
 
 def read_config(path: Path, *, full: bool = False) -> Config:
@@ -165,8 +131,6 @@ def read_config(path: Path, *, full: bool = False) -> Config:
         ValueError: it is no YAML, or a key is unknown, missing or not what it must be.
         FileNotFoundError: there is no such file.
     """
-    import yaml  # comes with ComfyUI; the rest of the core does without
-
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -182,22 +146,27 @@ def read_config(path: Path, *, full: bool = False) -> Config:
         raise ValueError(f"{path}: {error}") from error
 
 
-def parse(keys: type[T], values: dict[Any, Any]) -> T:
-    """One of the dataclasses above from plain values; None is as good as absent. ValueError names the first misfit."""
-    rules = {name: get_args(hint)[1] for name, hint in get_type_hints(keys, include_extras=True).items()}
-    if unknown := [name for name in values if name not in rules]:
-        raise ValueError(f"there is no key {unknown[0]}; the keys are {', '.join(rules)}.")
-    given = {name: _read(name, rules[name], value) for name, value in values.items() if value is not None}
-    required = [f.name for f in fields(keys) if f.default is MISSING]  # pyright: ignore[reportArgumentType]
-    if missing := [name for name in required if name not in given]:
-        raise ValueError(f"{missing[0]} is missing; it is {rules[missing[0]].text}.")
-    return keys(**given)
-
-
-def _read(name: str, rule: Rule, value: Any) -> Any:
+def parse(keys: type[KeysT], values: dict[Any, Any]) -> KeysT:
+    """A section from plain values, as YAML gives them; ValueError names the first key that does not fit."""
     try:
-        return rule.read(value)
-    except (ValueError, TypeError) as error:
-        if str(error).endswith("."):  # a sentence already, about a key of a section
-            raise ValueError(f"in {name}, {error}") from error
-        raise ValueError(f"{name} is {value!r}, but must be {rule.text}.") from error
+        return keys.model_validate(values)
+    except ValidationError as error:
+        # A misspelt key first: it is the reason when another one is missing.
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        raise ValueError(_sentence(keys, values, first)) from error
+
+
+def _sentence(keys: type[Keys], values: dict[Any, Any], error: ErrorDetails) -> str:
+    """One sentence with key, value and rule for an error of pydantic's; sections are one level deep."""
+    place, path = "", [str(part) for part in error["loc"]]
+    if keys is Config and path and path[0] in SECTIONS and error["type"] != "model_type":
+        place, keys, values = f"in {path[0]}, ", SECTIONS[path[0]], values[path.pop(0)]
+    if not path:  # a validator of the whole section raised a sentence of its own
+        return f"{place}{error.get('ctx', {})['error']}"
+    name = path[0]
+    if error["type"] == "extra_forbidden":
+        return f"{place}there is no key {name}; the keys are {', '.join(keys.model_fields)}."
+    rule = keys.model_fields[name].description
+    if error["type"] == "missing":
+        return f"{place}{name} is missing; it is {rule}."
+    return f"{place}{name} is {values[name]!r}, but must be {rule}."

@@ -1,7 +1,6 @@
 """Prepared clips: one safetensors file each, with what the autoencoder and the text encoder made of it.
 
-What a training sees at a step depends on the seed and the step alone, so that one that was interrupted goes on exactly as
-it would have gone.
+The batch of a step depends on the seed and the step alone, so that an interrupted training goes on with the same batches.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ..checkpoints.formats.writer import write_safetensors
 SUFFIX = ".safetensors"
 NAMES = {"mean", "logvar", "embeds"}
 Example = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""latents, embeds, mask, sigma and noise, as `velocity_loss` takes them."""
+"""(latents, embeds, mask, sigma, noise), as `velocity_loss` takes them."""
 # One stream of random numbers for the order of the clips, another for the noise.
 ORDER, NOISE = 0, 1
 
@@ -35,7 +34,7 @@ class Clip:
     """(12, T, H, W) in VAE space, as is `logvar`."""
     logvar: LazyTensor
     embeds: LazyTensor
-    """(valid tokens, text_width)."""
+    """(valid tokens, text_width) text features."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,7 +73,7 @@ def _open_clip(path: Path, text_width: int) -> Clip:
 
 
 def batch_at(clips: Sequence[Clip], batch_size: int, seed: int, index: int) -> list[Clip]:
-    """The batch that is the `index`-th ever since the training began; all of its clips have one size.
+    """Batch number `index` since the training began; all of its clips have one size.
 
     In every round through the data each clip comes once, in a new order; a size whose clips do not fill the last batch
     has a smaller one.

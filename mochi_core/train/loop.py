@@ -1,4 +1,7 @@
-"""The training loop: steps, log, saved states, samples."""
+"""The training loop of `python -m mochi_core.train`: steps, log, saved states, samples, on one or several processes.
+
+`tiny/loop.py` is the small one for the recipe of the shipped model, with averaged weights and any loss.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,18 @@ from .dataset import Clip, batch_at, example, open_dataset
 from .objective import velocity_loss
 from .samples import Samples, write_samples
 from .state import load_state, save_state, step_log
-from .weights import Trainee
+from .weights import TrainableModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 STATE, LOG, SAMPLES = "state.pt", "log.csv", "samples"
-# Other processes wait while one is still making its sample video.
-PATIENCE = timedelta(hours=3)
+# All processes wait for the one that is last with its sample video; PyTorch's own limit is 10 or 30 minutes.
+DDP_TIMEOUT = timedelta(hours=3)
 
 
 def new_accelerator() -> Accelerator:
-    """The device of this process and its ties to the others, if `accelerate launch` has started several.
+    """Device of this process, and reductions over all of them if `accelerate launch` has started several.
 
     Raises:
         ValueError: accelerate is not installed.
@@ -41,21 +44,21 @@ def new_accelerator() -> Accelerator:
         from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError as error:
         raise ValueError("Training needs accelerate; get it with: python -m pip install accelerate") from error
-    return Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    return Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=DDP_TIMEOUT)])
 
 
 @dataclass(frozen=True)
-class Run:
-    """What all steps of a training share."""
+class TrainingRun:
+    """Settings, model, data, optimizer and device of a training, as every step needs them."""
 
     config: Config
-    trainee: Trainee
+    model: TrainableModel
     clips: Sequence[Clip]
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
 
 
-def train(config: Config, trainee: Trainee, accelerator: Accelerator, samples: Samples | None = None) -> int:
+def train(config: Config, model: TrainableModel, accelerator: Accelerator, samples: Samples | None = None) -> int:
     """Train from the step of the saved state, if there is one, to the last one or to Ctrl+C; returns the step reached.
 
     Everything is written into the folder `config.output`: the state, the log, what has been trained, and samples.
@@ -63,12 +66,12 @@ def train(config: Config, trainee: Trainee, accelerator: Accelerator, samples: S
     Raises:
         ValueError: the data set or the saved state do not fit, or the loss is no number any more.
     """
-    clips = open_dataset(config.dataset, trainee.dit.config.text_width)
-    optimizer = torch.optim.AdamW(trainee.parameters.values(), weight_decay=config.weight_decay)
-    run = Run(config, trainee, clips, optimizer, accelerator)
+    clips = open_dataset(config.dataset, model.dit.config.text_width)
+    optimizer = torch.optim.AdamW(model.parameters.values(), weight_decay=config.weight_decay)
+    run = TrainingRun(config, model, clips, optimizer, accelerator)
     config.output.mkdir(parents=True, exist_ok=True)
     settings, is_main = fixed_settings(config, accelerator), accelerator.is_main_process
-    step = load_state(config.output / STATE, trainee.parameters, optimizer, settings)
+    step = load_state(config.output / STATE, model.parameters, optimizer, settings)
     with (
         interrupts(accelerator) as interrupted,
         step_log(config.output / LOG, step, enabled=is_main) as log,
@@ -85,8 +88,8 @@ def train(config: Config, trainee: Trainee, accelerator: Accelerator, samples: S
             last = stop or step == config.steps
             if is_main and (last or step % config.save_every == 0):
                 # In this order: with the state of the last step, there would be nothing left to run that writes it.
-                trainee.write(step_stem(config.output, step))
-                save_state(config.output / STATE, step, trainee.parameters, optimizer, settings)
+                model.write(step_stem(config.output, step))
+                save_state(config.output / STATE, step, model.parameters, optimizer, settings)
             if samples is not None and not stop and (last or step % samples.keys.every == 0):
                 make_samples(run, samples, step)
     accelerator.wait_for_everyone()  # until the files are there: a launcher ends the others with the first that ends
@@ -94,16 +97,17 @@ def train(config: Config, trainee: Trainee, accelerator: Accelerator, samples: S
 
 
 def fixed_settings(config: Config, accelerator: Accelerator) -> dict[str, str]:
-    """What must not change when a training goes on."""
-    keys = ("transformer", "quantize", "dtype", "lora", "seed", "batch_size", "gradient_accumulation")
+    """Settings that must not change when a training goes on, as text."""
+    keys = ("transformer", "quantize", "dtype", "seed", "batch_size", "gradient_accumulation")
     return {
         **{key: str(getattr(config, key)) for key in keys},
+        "lora": repr(config.lora),  # as states of earlier versions spell it
         "the number of processes": str(accelerator.num_processes),
     }
 
 
-def take_step(run: Run, step: int, rate: float) -> float:
-    """Change the parameters once; returns the loss before.
+def take_step(run: TrainingRun, step: int, rate: float) -> float:
+    """Change the parameters once, and return the mean loss that they had before.
 
     Raises:
         ValueError: loss or gradients are no numbers any more; the parameters are as they were.
@@ -114,7 +118,7 @@ def take_step(run: Run, step: int, rate: float) -> float:
     count, processes = run.config.gradient_accumulation, run.accelerator.num_processes
     first = (step * count * processes) + run.accelerator.process_index
     losses = [add_gradients(run, first + i * processes) for i in range(count)]
-    loss, parameters = mean_of_processes(run, torch.stack(losses).sum()), list(run.trainee.parameters.values())
+    loss, parameters = mean_of_processes(run, torch.stack(losses).sum()), list(run.model.parameters.values())
     for parameter in parameters:
         # Not by wrapping the model for it, which would send the frozen weights around.
         parameter.grad = mean_of_processes(run, cast(Tensor, parameter.grad))
@@ -128,47 +132,49 @@ def take_step(run: Run, step: int, rate: float) -> float:
     return loss.item()
 
 
-def add_gradients(run: Run, index: int) -> Tensor:
+def add_gradients(run: TrainingRun, index: int) -> Tensor:
     """Add the share of the `index`-th batch to the gradients, and return its share of the loss."""
-    config, dit = run.config, run.trainee.dit
+    config, dit = run.config, run.model.dit
     batch = batch_at(run.clips, config.batch_size, config.seed, index)
     tensors = example(batch, config.caption_dropout, config.seed, index)
     latents, embeds, mask, sigma, noise = (tensor.to(run.accelerator.device) for tensor in tensors)
     blocks = dit.config.depth if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
-    with torch.autocast(latents.device.type, torch.bfloat16, enabled=run.trainee.autocast):
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=run.model.autocast):
         loss = velocity_loss(dit, latents, embeds, mask, sigma, noise, blocks) / config.gradient_accumulation
     loss.backward()
     return loss.detach()
 
 
-def mean_of_processes(run: Run, tensor: Tensor) -> Tensor:
+def mean_of_processes(run: TrainingRun, tensor: Tensor) -> Tensor:
+    """Mean of a tensor over all processes; the tensor itself if there is one process."""
     return cast(Tensor, run.accelerator.reduce(tensor, "mean"))
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Rises in a line while it warms up, then falls along half a cosine to 0."""
+    """Learning rate of a step: rises linearly over `warmup_steps`, then falls along half a cosine to 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_samples(run: Run, samples: Samples, step: int) -> None:
-    """Every process makes its share of the videos."""
+def make_samples(run: TrainingRun, samples: Samples, step: int) -> None:
+    """Make the sample videos of a step; every process makes its share and waits for the others."""
     folder, accelerator = run.config.output / SAMPLES, run.accelerator
     folder.mkdir(exist_ok=True)
     share = range(accelerator.process_index, len(samples.keys.prompts), accelerator.num_processes)
-    write_samples(samples, run.trainee.dit, step_stem(folder, step), share)
+    write_samples(samples, run.model.dit, step_stem(folder, step), share)
     accelerator.wait_for_everyone()
 
 
 def step_stem(folder: Path, step: int) -> Path:
+    """Path without suffix of the files that belong to a step."""
     return folder / f"step_{step:06d}"
 
 
 @contextmanager
 def interrupts(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """While it lasts, the first Ctrl+C does nothing but turn the answer to True, in every process at the same step."""
+    """Catch the first Ctrl+C: the yielded function then returns True, in every process at the same step."""
     usual = signal.getsignal(signal.SIGINT)
 
     def note(*_: object) -> None:

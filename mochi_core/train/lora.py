@@ -1,7 +1,7 @@
 """LoRAs that are trained, and the two kinds of files they are written to.
 
-The factors become parameters of the layer that they change, under Genmo's names, and a hook adds their product to what the
-layer gives. peft would wrap `nn.Linear`, but not the quantised layers; here the layer may be of any kind.
+The factors become parameters of the layer that they change, under Genmo's names, and a forward hook adds their product to
+the layer's output. peft would wrap `nn.Linear`, but not `QuantizedLinear`; a hook works on any layer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -26,27 +25,27 @@ from ..transformer.model import AsymmDiT
 from .config import LoraKeys
 
 Factors = dict[str, nn.Parameter]
-"""By name: blocks.N.attn.qkv_x.lora_A (rank, columns), blocks.N.attn.qkv_x.lora_B (rows, rank) and so on, float32."""
+"""Factors by name, float32: blocks.N.attn.qkv_x.lora_A (rank, in_features), ...lora_B (out_features, rank)."""
 
 
 def add_lora(dit: AsymmDiT, keys: LoraKeys, seed: int) -> Factors:
-    """Put a new LoRA into the attention of every block. It changes nothing yet: the second factors are zero."""
+    """Add a new LoRA to the attention of every block; the output stays the same, as all `lora_B` begin at zero."""
     generator = torch.Generator().manual_seed(seed)
     factors: Factors = {}
     for name, layer in _target_layers(dit):
-        rank, scale = sizes(keys, name)
+        rank, scale = rank_and_scale(keys, name)
         down = nn.init.kaiming_uniform_(torch.empty(rank, layer.in_features), math.sqrt(5), generator=generator)
         up = torch.zeros(layer.out_features, rank)
         device = next(iter(layer.state_dict().values())).device
         for factor, value in (("lora_A", down), ("lora_B", up)):
             factors[f"{name}.{factor}"] = nn.Parameter(value.to(device))
             layer.register_parameter(factor, factors[f"{name}.{factor}"])
-        layer.register_forward_hook(partial(_add_product, scale))
+        layer.register_forward_hook(partial(_lora_hook, scale))
     return factors
 
 
-def sizes(keys: LoraKeys, layer: str) -> tuple[int, float]:
-    """Rank and scale, alpha / rank, of a layer's factors."""
+def rank_and_scale(keys: LoraKeys, layer: str) -> tuple[int, float]:
+    """Rank of a layer's factors, and alpha / rank, by which their product is multiplied."""
     if layer.endswith(("qkv_x", "qkv_y")):
         return keys.qkv_proj_lora_rank, keys.qkv_proj_lora_alpha / keys.qkv_proj_lora_rank
     return keys.out_proj_lora_rank, keys.out_proj_lora_alpha / keys.out_proj_lora_rank
@@ -58,7 +57,8 @@ def _target_layers(dit: AsymmDiT) -> Iterator[tuple[str, nn.Linear | QuantizedLi
             yield name, cast("nn.Linear | QuantizedLinear", layer)
 
 
-def _add_product(scale: float, layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+def _lora_hook(scale: float, layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+    """Forward hook: out + scale * x A^T B^T, in the dtype of the layer's input."""
     x = inputs[0]
     down, up = (cast(Tensor, factor).to(x.dtype) for factor in (layer.lora_A, layer.lora_B))
     product = torch.addmm(out.flatten(0, -2), F.linear(x, down).flatten(0, -2), up.T, alpha=scale)
@@ -69,18 +69,18 @@ def write_lora(stem: Path, factors: Factors, keys: LoraKeys, depth: int) -> list
     """Write STEM.lora.safetensors, Genmo's kind, and STEM.diffusers.safetensors, which diffusers and PEFT read."""
     tensors = {name: factor.detach().cpu() for name, factor in factors.items()}
     genmo, diffusers = (stem.with_name(f"{stem.name}.{kind}.safetensors") for kind in ("lora", "diffusers"))
-    write_safetensors(genmo, from_state_dict(tensors), {"format": "pt", "kwargs": json.dumps(asdict(keys))})
+    write_safetensors(genmo, from_state_dict(tensors), {"format": "pt", "kwargs": json.dumps(keys.model_dump())})
     write_safetensors(diffusers, from_state_dict(diffusers_factors(tensors, keys, depth)), {"format": "pt"})
     return [genmo, diffusers]
 
 
 def diffusers_factors(factors: dict[str, Tensor], keys: LoraKeys, depth: int) -> dict[str, Tensor]:
-    """The same LoRA under diffusers' names; q, k and v share their first factor, and alpha / rank is in the second."""
+    """A LoRA under diffusers' names: q, k and v get the same lora_A, and alpha / rank is multiplied into lora_B."""
     renamed = {}
     for rule in transformer_rules(depth):
         layer = rule.canonical.removesuffix(".weight")
         if f"{layer}.lora_A" in factors:
-            _, scale = sizes(keys, layer)
+            _, scale = rank_and_scale(keys, layer)
             parts = (scale * factors[f"{layer}.lora_B"]).chunk(len(rule.foreign))
             for name, part in zip(rule.foreign, parts, strict=True):
                 foreign = f"transformer.{name.removesuffix('.weight')}"

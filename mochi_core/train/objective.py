@@ -1,4 +1,4 @@
-"""What the denoiser is trained for: the velocity from noise to data, at any noise level, from any prompt."""
+"""The training objective: squared error of the velocity, at any noise level, for any prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of trainings as a picture."""
+"""Draw the losses of trainings as a picture."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 POINTS = 200
+"""Most points of a curve."""
 
 
 def plot(logs: Sequence[Path], image: Path) -> None:
-    """Draw the loss of each log, averaged to at most 200 points, beside each other.
+    """Draw the losses of several logs beside each other, each averaged to at most `POINTS` points.
 
     Raises:
         ValueError: matplotlib is not installed, or a file is no log.
@@ -30,7 +31,7 @@ def plot(logs: Sequence[Path], image: Path) -> None:
 
 
 def read_losses(log: Path) -> tuple[list[int], list[float]]:
-    """Steps and losses."""
+    """Steps and losses of a log.csv."""
     with log.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:
@@ -40,6 +41,6 @@ def read_losses(log: Path) -> tuple[list[int], list[float]]:
 
 
 def averaged(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Means of equal parts, `POINTS` of them or one for each step."""
+    """Means over equal parts of steps and losses; as many parts as `POINTS`, or as there are steps."""
     parts = min(POINTS, max(1, len(steps)))
     return tuple([float(np.mean(part)) for part in np.array_split(values, parts)] for values in (steps, losses))  # pyright: ignore[reportReturnType]

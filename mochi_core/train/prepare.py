@@ -1,4 +1,4 @@
-"""A folder of videos and captions becomes a folder of clips: latents and text features, computed once."""
+"""Turn a folder of videos and captions into a folder of clips: latents and text features, computed once."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 CAPTION_SUFFIX = ".txt"
 SOURCE = "source"
-"""The metadata entry that says what a clip was made from."""
+"""Metadata key of a clip whose value says, as JSON, what the clip was made from."""
 
-# By the degrees, counterclockwise, that a player has to turn a frame: phones leave the turning to it.
+# FFmpeg filters by a video's rotation note in degrees, counterclockwise: phones store frames lying and leave the turning
+# to the player.
 UPRIGHT = {
     90: [("transpose", "cclock")],
     -90: [("transpose", "clock")],
@@ -45,10 +46,11 @@ class Source:
     caption: str
     clip: Path
     notes: dict[str, str]
-    """Kept in the clip: while they stay the same, so does the clip."""
+    """Metadata of the clip; a clip whose note under `SOURCE` differs is made anew."""
 
     @property
     def is_done(self) -> bool:
+        """Whether the clip is there and was made from the same video, caption and settings."""
         try:
             return self.clip.exists() and open_checkpoint(self.clip).metadata.get(SOURCE) == self.notes[SOURCE]
         except ValueError:
@@ -90,13 +92,13 @@ def _source(video: Path, caption: str, dataset: Path, settings: dict[str, Any]) 
 
 
 def fingerprint(path: Path) -> list[Any]:
-    """Name, size and date of a file."""
+    """[name, size in bytes, modification time in ns] of a file."""
     status = path.stat()
     return [path.name, status.st_size, status.st_mtime_ns]
 
 
 def encode_captions(sources: Sequence[Source], text_encoder: TextEncoder) -> list[Tensor]:
-    """(valid tokens, text_width) for each."""
+    """Text features (valid tokens, text_width) of every caption, on the CPU."""
     features = []
     for source in sources:
         embeds, mask = text_encoder.encode(source.caption)
@@ -127,13 +129,13 @@ def encode_videos(
 
 
 def other_clips(dataset: Path, sources: Sequence[Source]) -> list[Path]:
-    """Clips in a data set that none of these sources has made in its present form; they would be trained on, too."""
+    """Clips in a data set that come from none of these sources, or are outdated; a training would use them, too."""
     own = {source.clip for source in sources if source.is_done}
     return sorted(set(dataset.glob(f"*{SUFFIX}")) - own)
 
 
 def to_model_range(frames: np.ndarray[Any, Any]) -> Tensor:
-    """(F, H, W, 3) uint8 to (1, 3, F, H, W) in [-1, 1]."""
+    """Video (1, 3, F, H, W) in [-1, 1] from uint8 frames (F, H, W, 3)."""
     return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
@@ -161,7 +163,7 @@ def read_video(path: Path, size: VideoSize) -> np.ndarray[Any, Any]:
 
 
 def resampled(frames: Iterator[VideoFrame], size: VideoSize) -> Iterator[VideoFrame]:
-    """Upright frames of that size, 30 per second, by FFmpeg's own filters."""
+    """Upright frames of `size`, 30 per second, made by FFmpeg's filters."""
     first = next(frames, None)
     if first is None:
         return

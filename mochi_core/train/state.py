@@ -1,4 +1,4 @@
-"""What a training leaves in its folder so that it can go on: a state, and a log of its steps."""
+"""Files from which a training goes on: its state, and the log of its steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 
 LOG_HEAD = ("step", "loss", "learning_rate", "seconds")
 
-
 Parameters = dict[str, torch.nn.Parameter]
 Settings = dict[str, str]
 
@@ -21,21 +20,21 @@ Settings = dict[str, str]
 def save_state(
     path: Path, step: int, parameters: Parameters, optimizer: torch.optim.Optimizer, settings: Settings
 ) -> None:
-    """What is needed to go on."""
+    """Write the trained parameters, the optimizer's state, the step and the fixed settings into one file."""
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
     optimized = optimizer.state_dict()["state"]
     replace_state(path, {"step": step, "weights": weights, "optimizer": optimized, "settings": settings})
 
 
 def replace_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a state; the one before stays until this one is complete."""
+    """Write a state file; an older one stays until the new one is complete."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)
 
 
 def load_state(path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, settings: Settings) -> int:
-    """Put a saved state where it came from, and return its step; 0 if there is none.
+    """Load a saved state into `parameters` and `optimizer`, and return its step; 0 if there is no file.
 
     Raises:
         ValueError: it is damaged, or of a training of other parameters or with other settings.
@@ -66,17 +65,17 @@ def load_state(path: Path, parameters: Parameters, optimizer: torch.optim.Optimi
 
 @contextmanager
 def step_log(path: Path, step: int, *, enabled: bool) -> Iterator[Callable[[int, float, float, float], None]]:
-    """A CSV file that goes on after `step`: rows of later steps, which are about to be taken again, are dropped."""
+    """Open the CSV log of a training that goes on after `step`; lines of later steps, which are taken again, are dropped."""
     if not enabled:
         yield lambda *_: None
         return
-    rows: list[Sequence[Any]] = [LOG_HEAD]
+    lines: list[Sequence[Any]] = [LOG_HEAD]
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            rows += [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+            lines += [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerows(rows)
+        writer.writerows(lines)
 
         def log(step: int, loss: float, rate: float, seconds: float) -> None:
             writer.writerow((step, f"{loss:.6g}", f"{rate:.6g}", f"{seconds:.3f}"))

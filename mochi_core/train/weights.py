@@ -1,4 +1,4 @@
-"""What is trained, a LoRA or all weights: the parameters, and how they become files."""
+"""The model of a training: which parameters are trained, a LoRA's or all, and how they are written."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from .lora import add_lora, write_lora
 
 
 @dataclass(frozen=True)
-class Trainee:
-    """A denoiser of which some parameters, by name and in float32, are trained."""
+class TrainableModel:
+    """A denoiser, those of its parameters that are trained (float32, by name), and how they are written."""
 
     dit: AsymmDiT
     parameters: dict[str, nn.Parameter]
     write: Callable[[Path], list[Path]]
-    """Writes what has been trained to files whose names begin with a stem."""
+    """Writes the trained parameters to files whose names begin with the given stem; returns their paths."""
     autocast: bool
-    """Whether float32 parameters are rounded to bf16 for the time of each product."""
+    """Whether products round float32 parameters to bf16 (torch.autocast)."""
 
 
-def lora_trainee(config: Config, device: torch.device) -> Trainee:
-    """A new LoRA in a denoiser that stays as it is."""
+def lora_model(config: Config, device: torch.device) -> TrainableModel:
+    """Load a denoiser and add a new LoRA, whose factors alone are trained."""
     dit = load_transformer(config.transformer, DTYPES[config.dtype], device, config.quantize)
     for layer in dit.modules():
         if isinstance(layer, QuantizedLinear):
-            layer.fp8_product = False  # it has no gradient
+            layer.fp8_product = False  # a product in fp8 has no gradient
     factors = add_lora(dit, config.lora, config.seed)
     write = partial(write_lora, factors=factors, keys=config.lora, depth=dit.config.depth)
-    return Trainee(dit, factors, write, autocast=False)
+    return TrainableModel(dit, factors, write, autocast=False)
 
 
-def full_trainee(config: Config, device: torch.device) -> Trainee:
-    """All weights of a denoiser, kept in float32 while they are trained and written in bf16.
+def full_model(config: Config, device: torch.device) -> TrainableModel:
+    """Load a denoiser whose weights are all trained, in float32; they are written in bf16.
 
     Raises:
         ValueError: the file's weights are quantised.
@@ -55,12 +55,12 @@ def full_trainee(config: Config, device: torch.device) -> Trainee:
             "python -m mochi_core convert ... --to canonical --dtype bf16."
         )
     parameters = dict(dit.named_parameters())
-    return Trainee(dit, parameters, lambda stem: [_write_all(stem, dit)], config.dtype == "bf16")
+    return TrainableModel(dit, parameters, lambda stem: [_write_all(stem, dit)], config.dtype == "bf16")
 
 
 def _write_all(stem: Path, dit: AsymmDiT) -> Path:
     path = stem.with_name(f"{stem.name}.safetensors")
-    stored = AsymmDiT(dit.config, device="meta", dtype=torch.bfloat16)  # but for what it keeps in float32
+    stored = AsymmDiT(dit.config, device="meta", dtype=torch.bfloat16)  # its parameters have the dtypes of a file
     dtypes = {name: parameter.dtype for name, parameter in stored.named_parameters()}
     tensors = {name: value.detach().to("cpu", dtypes[name]) for name, value in dit.named_parameters()}
     write_safetensors(path, from_state_dict(tensors), {"format": "pt"})

@@ -21,9 +21,9 @@ from mochi_core.checkpoints import is_large
 from mochi_core.quantization.fp8 import quantize_rows
 from mochi_core.quantization.weights import QuantizedLinear
 from mochi_core.train.dataset import batch_at, example, open_dataset
-from mochi_core.train.loop import LOG, STATE, Run, add_gradients, learning_rate, new_accelerator, train
+from mochi_core.train.loop import LOG, STATE, TrainingRun, add_gradients, learning_rate, new_accelerator, train
 from mochi_core.train.objective import velocity_loss
-from mochi_core.train.weights import full_trainee, lora_trainee
+from mochi_core.train.weights import full_model, lora_model
 from tests.core.test_dit import inputs
 from tests.harness.quantized_files import scaled_fp8
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit
@@ -50,11 +50,11 @@ def accelerator():
     return new_accelerator()
 
 
-def run(settings, accelerator, make=lora_trainee):
+def run(settings, accelerator, make=lora_model):
     """Train, and return what was trained."""
-    trainee = make(settings, CPU)
-    train(settings, trainee, accelerator)
-    return trainee
+    model = make(settings, CPU)
+    train(settings, model, accelerator)
+    return model
 
 
 def copied(tensors):
@@ -82,9 +82,9 @@ def steps_logged(settings):
 def test_lora_learns_and_leaves_the_base_alone(tmp_path, accelerator):
     settings = config(tmp_path, steps=60, learning_rate=2e-2, lora=SIZES)
     base = load_transformer(settings.transformer, torch.float32)
-    trainee = run(settings, accelerator)
-    assert fixed_loss(trainee.dit, settings.dataset) < 0.7 * fixed_loss(base, settings.dataset)
-    kept = {name: value for name, value in trainee.dit.state_dict().items() if name not in trainee.parameters}
+    model = run(settings, accelerator)
+    assert fixed_loss(model.dit, settings.dataset) < 0.7 * fixed_loss(base, settings.dataset)
+    kept = {name: value for name, value in model.dit.state_dict().items() if name not in model.parameters}
     assert_same(kept, base.state_dict())
 
 
@@ -125,24 +125,24 @@ def test_genmos_file_has_genmos_names(tmp_path, accelerator):
         assert file.metadata()["kwargs"] == str(SIZES).replace("'", '"').replace("4,", "4.0,", 1).replace("6}", "6.0}")
 
 
-@pytest.mark.parametrize("make", [lora_trainee, full_trainee])
+@pytest.mark.parametrize("make", [lora_model, full_model])
 def test_an_interrupted_training_ends_as_if_it_had_not_been(tmp_path, accelerator, make):
     expected = copied(run(config(tmp_path, output=str(tmp_path / "straight")), accelerator, make).parameters)
     settings = config(tmp_path)
 
-    trainee, begun = make(settings, CPU), []
+    model, begun = make(settings, CPU), []
 
     def press_ctrl_c(*_):
         begun.append("step")
         if len(begun) == 4:
             signal.raise_signal(signal.SIGINT)
 
-    trainee.dit.x_embedder.register_forward_pre_hook(press_ctrl_c)
-    assert train(settings, trainee, accelerator) == 4
+    model.dit.x_embedder.register_forward_pre_hook(press_ctrl_c)
+    assert train(settings, model, accelerator) == 4
     assert steps_logged(settings) == [1, 2, 3, 4]
-    trainee = make(settings, CPU)
-    assert train(settings, trainee, accelerator) == 6
-    assert_same(copied(trainee.parameters), expected)
+    model = make(settings, CPU)
+    assert train(settings, model, accelerator) == 6
+    assert_same(copied(model.parameters), expected)
     assert steps_logged(settings) == [1, 2, 3, 4, 5, 6]
     assert train(settings, make(settings, CPU), accelerator) == 6  # nothing is left to do
     assert_same(saved_weights(settings), expected)
@@ -172,12 +172,12 @@ def test_a_state_of_other_ranks_or_none_at_all_is_refused(tmp_path, accelerator)
 def test_full_training_learns_and_its_file_loads(tmp_path, accelerator, dtype):
     settings = config(tmp_path, steps=60, dtype=dtype)
     untrained = fixed_loss(load_transformer(settings.transformer, torch.float32), settings.dataset)
-    trainee = run(settings, accelerator, full_trainee)
-    assert all(parameter.dtype == torch.float32 for parameter in trainee.parameters.values())
+    model = run(settings, accelerator, full_model)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters.values())
     path = settings.output / "step_000060.safetensors"
     loaded = load_transformer(path, torch.float32)
     assert fixed_loss(loaded, settings.dataset) < 0.5 * untrained
-    assert relative_error(loaded(*INPUTS), trainee.dit(*INPUTS)) < 0.02  # of bf16
+    assert relative_error(loaded(*INPUTS), model.dit(*INPUTS)) < 0.02  # of bf16
     wide = {name for name, value in load_file(path).items() if value.dtype == torch.float32}
     assert wide == {name for name in loaded.state_dict() if "_norm_" in name} | {"pos_frequencies"}
 
@@ -185,12 +185,12 @@ def test_full_training_learns_and_its_file_loads(tmp_path, accelerator, dtype):
 @pytest.mark.parametrize("quantize", ["int8", "fp8", "q4_0"])
 def test_lora_over_quantised_weights(tmp_path, accelerator, quantize):
     settings = config(tmp_path, quantize=quantize, lora=SIZES)
-    trainee = run(settings, accelerator)
-    assert isinstance(trainee.dit.get_submodule("blocks.0.attn.qkv_x"), QuantizedLinear)
+    model = run(settings, accelerator)
+    assert isinstance(model.dit.get_submodule("blocks.0.attn.qkv_x"), QuantizedLinear)
     dit = load_transformer(settings.transformer, torch.float32, quantize=quantize)
     base = dit(*INPUTS)
     load_lora(dit, settings.output / "step_000006.lora.safetensors")
-    assert relative_error(dit(*INPUTS), trainee.dit(*INPUTS)) <= 1e-5
+    assert relative_error(dit(*INPUTS), model.dit(*INPUTS)) <= 1e-5
     assert relative_error(dit(*INPUTS), base) > 1e-3
 
 
@@ -204,12 +204,12 @@ def test_lora_over_weights_stored_for_products_in_fp8(tmp_path, accelerator):
     save_file(weights, tmp_path / "rowwise.safetensors")
     assert load_transformer(tmp_path / "rowwise.safetensors").get_submodule("blocks.0.attn.qkv_x").fp8_product
     settings = config(tmp_path, transformer=str(tmp_path / "rowwise.safetensors"), lora=SIZES)
-    started = copied(lora_trainee(settings, CPU).parameters)
+    started = copied(lora_model(settings, CPU).parameters)
     trained = run(settings, accelerator).parameters
     assert any((trained[name] - started[name]).abs().max() > 0 for name in trained)
 
 
-@pytest.mark.parametrize("make", [lora_trainee, full_trainee])
+@pytest.mark.parametrize("make", [lora_model, full_model])
 def test_steps_without_any_caption(tmp_path, accelerator, make):
     settings = config(tmp_path, caption_dropout=1, steps=3)
     started = copied(make(settings, CPU).parameters)
@@ -229,15 +229,15 @@ def test_bf16_trains_the_same_lora_but_for_rounding(tmp_path, accelerator):
 
 def test_accumulated_batches_count_as_one(tmp_path, accelerator):
     settings = config(tmp_path, gradient_accumulation=3, gradient_clip=1e9)
-    trainee = lora_trainee(settings, CPU)
+    model = lora_model(settings, CPU)
     clips = open_dataset(settings.dataset, TEXT_WIDTH)
-    accumulating = Run(settings, trainee, clips, torch.optim.SGD(trainee.parameters.values()), accelerator)
+    accumulating = TrainingRun(settings, model, clips, torch.optim.SGD(model.parameters.values()), accelerator)
     losses = [add_gradients(accumulating, i) for i in range(3)]
-    together = copied({name: parameter.grad for name, parameter in trainee.parameters.items()})
+    together = copied({name: parameter.grad for name, parameter in model.parameters.items()})
     accumulating.optimizer.zero_grad()
     single = replace(accumulating, config=config(tmp_path, gradient_checkpointing=False))
     assert sum(losses) == pytest.approx(sum(add_gradients(single, i) for i in range(3)) / 3)
-    for name, parameter in trainee.parameters.items():
+    for name, parameter in model.parameters.items():
         torch.testing.assert_close(parameter.grad / 3, together[name], rtol=1e-4, atol=1e-6)
 
 
@@ -323,4 +323,4 @@ def test_quantised_weights_cannot_be_trained_themselves(tmp_path, accelerator):
     path = tmp_path / "fp8.safetensors"
     scaled_fp8(random_dit().state_dict(), path)
     with pytest.raises(ValueError, match=r"The weights of fp8.safetensors are quantised and cannot be trained; widen"):
-        run(config(tmp_path, transformer=str(path)), accelerator, full_trainee)
+        run(config(tmp_path, transformer=str(path)), accelerator, full_model)

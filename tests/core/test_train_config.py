@@ -24,9 +24,10 @@ def written(tmp_path):
 
 
 def test_defaults_are_the_documented_ones(written):
-    expected = Config(Path("dit.safetensors"), Path("clips"), Path("out"))
+    expected = Config(transformer=Path("dit.safetensors"), dataset=Path("clips"), output=Path("out"))
     assert read_config(written(NEEDED)) == expected
     assert read_config(written(NEEDED + "quantize: null\nlora:\n")) == expected
+    assert read_config(written(NEEDED + "lora: {qkv_proj_lora_rank: null}\n")) == expected
 
 
 def test_numbers_as_people_write_them(written):
@@ -40,28 +41,33 @@ def test_the_example_in_the_documentation_is_complete():
     text = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
     assert config.sample is not None
     for keys in (Config, LoraKeys, SampleKeys):
-        assert [name for name in keys.__dataclass_fields__ if f"`{name}`" not in text] == []
+        assert [name for name in keys.model_fields if f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("dataset: a\noutput: b\n", "transformer is missing; it is a file or folder."),
+        ("transfomer: a\ndataset: b\noutput: c\n", "there is no key transfomer; the keys are transformer,"),
+        (NEEDED + "7: 4\n", "there is no key 7; the keys are transformer,"),
         (NEEDED + "rank: 4\n", "there is no key rank; the keys are transformer, dataset, output, steps"),
         (NEEDED + "steps: 100\n", "warmup_steps is 200, but must be fewer than steps, 100."),
         (NEEDED + "steps: 0\n", "steps is 0, but must be a whole number, 1 or more."),
         (NEEDED + "steps: true\n", "steps is True, but must be a whole number, 1 or more."),
         (NEEDED + "steps: 2.5\n", "steps is 2.5, but must be"),
+        (NEEDED + "learning_rate: true\n", "learning_rate is True, but must be a number above 0."),
         (NEEDED + "learning_rate: fast\n", "learning_rate is 'fast', but must be a number above 0."),
         (NEEDED + "learning_rate: .inf\n", "learning_rate is inf, but must be a number above 0."),
         (NEEDED + "caption_dropout: 1.1\n", "caption_dropout is 1.1, but must be a number from 0 to 1."),
         (NEEDED + "gradient_checkpointing: some\n", "gradient_checkpointing is 'some', but must be true, false or a"),
+        (NEEDED + "gradient_checkpointing: 'yes'\n", "gradient_checkpointing is 'yes', but must be true, false or a"),
         (NEEDED + "dtype: fp16\n", "dtype is 'fp16', but must be one of bf16, fp32."),
         (NEEDED + "quantize: int4\n", "quantize is 'int4', but must be one of fp8, int8, q4_0."),
         (NEEDED + "output: 3\n", "output is 3, but must be a file or folder."),
         (NEEDED + "lora: 16\n", "lora is 16, but must be a section with keys of its own."),
         (NEEDED + "lora: {rank: 16}\n", "in lora, there is no key rank; the keys are qkv_proj_lora_rank"),
         (NEEDED + "sample: {vae: a, t5: b}\n", "in sample, prompts is missing; it is a list of texts."),
+        (NEEDED + SAMPLE.replace("a kite", "3"), "in sample, prompts is [3], but must be a list of texts."),
         (NEEDED + SAMPLE + "  size: wide\n", "in sample, size is 'wide', but must be a width and a height, such as"),
         (NEEDED + SAMPLE + "  size: 848x470\n", "in sample, height is 470, but Mochi needs a multiple of 16"),
         (NEEDED + SAMPLE + "  frames: 36\n", "in sample, num_frames is 36, but Mochi needs 6k + 1 frames"),
@@ -86,7 +92,8 @@ def test_keys_of_loras_have_no_place_in_full_training(written):
 
 
 def test_the_sections_are_values_too():
-    assert parse(LoraKeys, {}) == LoraKeys(16, 16.0, 16, 16.0)
+    defaults = {"qkv_proj_lora_rank": 16, "qkv_proj_lora_alpha": 16.0}
+    assert parse(LoraKeys, {}).model_dump() == {**defaults, "out_proj_lora_rank": 16, "out_proj_lora_alpha": 16.0}
 
 
 def test_without_accelerate_there_is_a_command_to_get_it(written):

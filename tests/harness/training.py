@@ -14,11 +14,11 @@ from mochi_core.train.objective import velocity_loss
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit
 
 SHAPES = ((2, 4, 6), (2, 4, 6), (2, 4, 6), (1, 6, 4), (1, 6, 4))
-"""Of the latents of each clip: two sizes."""
+"""(T, H, W) of each clip's latents, of two sizes."""
 
 
 def write_dataset(folder: Path, text_width: int = TEXT_WIDTH) -> Path:
-    """Clips whose latents have a pattern that can be learned: of each channel one value."""
+    """Write clips whose latents can be learned: each channel has one value everywhere."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(5)
     for i, shape in enumerate(SHAPES):
@@ -29,14 +29,14 @@ def write_dataset(folder: Path, text_width: int = TEXT_WIDTH) -> Path:
 
 
 def write_transformer(path: Path) -> Path:
-    """In float32, so that nothing is rounded."""
+    """Write a random transformer in float32, so that nothing is rounded."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(random_dit().state_dict(), path)
     return path
 
 
 def config(folder: Path, **keys: object) -> Config:
-    """Some steps over the data set in `folder`, from the transformer there."""
+    """A training of six steps on the data set and the transformer in `folder`, which are written if they are not there."""
     transformer, dataset = folder / "dit.safetensors", folder / "dataset"
     if not transformer.exists():
         write_transformer(transformer)
@@ -48,7 +48,7 @@ def config(folder: Path, **keys: object) -> Config:
 
 @torch.no_grad()
 def fixed_loss(dit: AsymmDiT, dataset: Path) -> float:
-    """The mean over twelve batches and noises that are always the same."""
+    """Mean loss over twelve batches with noise, which are always the same."""
     clips = open_dataset(dataset, dit.config.text_width)
     losses = [velocity_loss(dit, *example(batch_at(clips, 2, 99, i), 0.1, 99, i)) for i in range(12)]
     return torch.stack(losses).mean().item()

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import architecture
+
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("web/docs/*.md")]
+PAGES = [path for folder in ("", "docs/", "web/docs/", ".github/") for path in ROOT.glob(f"{folder}*.md")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -23,3 +25,9 @@ def test_links_lead_to_files_that_are_kept(page):
         inside = [(page.parent / target).resolve().relative_to(ROOT).as_posix() for target in targets]
         lost = [target for target in inside if not any(k == target or k.startswith(target + "/") for k in kept)]
         assert not lost
+
+
+def test_the_picture_of_the_layers_is_drawn_from_the_code():
+    assert architecture.PAGE.read_text(encoding="utf-8") == architecture.page(), (
+        "run: python -m tests.harness.architecture"
+    )

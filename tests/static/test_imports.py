@@ -1,12 +1,13 @@
 """Who may import whom, and that importing does nothing else."""
 
-import ast
 import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.harness.architecture import imports, module_graph
 
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "mochi_core"
@@ -35,34 +36,6 @@ assert logging.getLogger().handlers == handlers
 assert threading.active_count() == threads
 assert not any(name in sys.modules for name in ("transformers", "accelerate", "mochi_core.train"))
 """
-
-
-def imports(path):
-    """(dots, module, names) of every import in a file, wherever it stands."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((0, alias.name, []) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.level, node.module or "", [alias.name for alias in node.names]
-
-
-def module_graph(*packages):
-    """For every module of ours in these folders, the modules of ours that it imports, lazily or not."""
-    paths = {dotted(path): path for package in packages for path in (ROOT / package).rglob("*.py")}
-    graph = {}
-    for module, path in paths.items():
-        here = list(path.relative_to(ROOT).parent.parts)
-        graph[module] = set()
-        for dots, target, names in imports(path):
-            if dots:
-                base = ".".join([*here[: len(here) + 1 - dots], *filter(None, target.split("."))])
-                graph[module] |= {f"{base}.{name}" if f"{base}.{name}" in paths else base for name in names}
-    return graph
-
-
-def dotted(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def test_importing_the_core_needs_no_host_and_has_no_side_effect():

@@ -3,7 +3,7 @@
     python -m mochi_core.train.tiny FOLDER --tokenizer ComfyUI/comfy/text_encoders/t5_tokenizer
 
 takes one and a half hours on two CPU cores; run it again to go on where it stopped. FOLDER gets the weights, laid out as
-ComfyUI's model folders, and a CSV file of the losses for each of the three courses.
+ComfyUI's model folders, and a CSV file of the losses for each of the three trainings.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ...checkpoints import from_state_dict
 from ...checkpoints.formats.writer import write_safetensors
 from . import dit as tiny_dit
 from . import vae as tiny_vae
-from .course import Course, follow
+from .loop import TrainLoop
 
-VAE_COURSE = Course("vae", steps=4000, learning_rate=8e-4, average=0.995)
-DECODER_COURSE = Course("decoder", steps=2500, learning_rate=4e-4, average=0.995)
-DIT_COURSE = Course("dit", steps=5000, learning_rate=1e-3, average=0.999)
+VAE_LOOP = TrainLoop("vae", steps=4000, learning_rate=8e-4, average=0.995)
+DECODER_LOOP = TrainLoop("decoder", steps=2500, learning_rate=4e-4, average=0.995)
+DIT_LOOP = TrainLoop("dit", steps=5000, learning_rate=1e-3, average=0.999)
 CLIPS = (6000, 2000, 2000)
-"""Of each of the sizes that the denoiser learns from."""
+"""Number of clips of each size in `tiny_dit.SIZES`."""
 SKIPPED = ("encoder.embed_tokens.weight",)
-"""T5's table of tokens is there under two names."""
+"""Tensors that are not written: transformers has T5's token table under two names."""
 METADATA = {
     "format": "pt",
     "title": "Tiny Mochi",
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def make(folder: Path, tokenizer_folder: Path, device: torch.device) -> None:
-    """All of it, from the first step that is not done."""
+    """Train and write all three models, from the first step that is not done."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
@@ -62,39 +62,40 @@ def make(folder: Path, tokenizer_folder: Path, device: torch.device) -> None:
 
 
 def train_vae(folder: Path, device: torch.device) -> AsymmVAE:
-    torch.manual_seed(VAE_COURSE.seed)
+    """Train the whole autoencoder; its latents come near Mochi's statistics."""
+    torch.manual_seed(VAE_LOOP.seed)
     vae = tiny_vae.new_vae().to(device)
 
-    def learn(step: int) -> Tensor:
-        video = tiny_vae.batch(VAE_COURSE.rng(step)).to(device)
+    def loss_at(step: int) -> Tensor:
+        video = tiny_vae.batch(VAE_LOOP.rng(step)).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             return tiny_vae.loss(vae, video, torch.Generator().manual_seed(step))
 
-    return follow(VAE_COURSE, vae, learn, folder)
+    return VAE_LOOP.run(vae, loss_at, folder)
 
 
 def train_decoder(folder: Path, vae: AsymmVAE, device: torch.device) -> AsymmVAE:
-    """Latents with Mochi's statistics, and sharper pictures from them."""
+    """Scale the latents to Mochi's statistics, then train the decoder alone on them for sharper pictures."""
     assert vae.decoder is not None
-    tiny_vae.standardize(vae, tiny_vae.captioned_batch(DECODER_COURSE.rng(DECODER_COURSE.steps), count=200).to(device))
+    tiny_vae.standardize(vae, tiny_vae.captioned_batch(DECODER_LOOP.rng(DECODER_LOOP.steps), count=200).to(device))
     vae.decoder.requires_grad_(True)
 
-    def learn(step: int) -> Tensor:
-        rng = DECODER_COURSE.rng(step)
+    def loss_at(step: int) -> Tensor:
+        rng = DECODER_LOOP.rng(step)
         video = tiny_vae.captioned_batch(rng, count=2, width=int(rng.choice([64, 64, 96]))).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             return tiny_vae.decoder_loss(vae, video)
 
-    return follow(DECODER_COURSE, vae, learn, folder)
+    return DECODER_LOOP.run(vae, loss_at, folder)
 
 
 def clips_of(
     folder: Path, size: tuple[int, int, int], count: int, vae: AsymmVAE, tokenizer: tiny_dit.Tokenizer
 ) -> tiny_dit.Clips:
-    """Encoded clips of one size, made once."""
+    """Encoded clips of one size, read from `folder`; drawn and written there the first time."""
     path = folder / f"clips_{'x'.join(map(str, size))}.safetensors"
     if not path.is_file():
-        rng = DIT_COURSE.rng(DIT_COURSE.steps + tiny_dit.SIZES.index(size))
+        rng = DIT_LOOP.rng(DIT_LOOP.steps + tiny_dit.SIZES.index(size))
         tiny_dit.write_clips(path, tiny_dit.random_clips(rng, count, size, vae, tokenizer))
     return tiny_dit.read_clips(path)
 
@@ -102,19 +103,20 @@ def clips_of(
 def train_dit(
     folder: Path, sets: list[tiny_dit.Clips], tokenizer: tiny_dit.Tokenizer, device: torch.device
 ) -> tiny_dit.TinyMochi:
-    torch.manual_seed(DIT_COURSE.seed)
+    """Train the denoiser and the text encoder together on encoded clips."""
+    torch.manual_seed(DIT_LOOP.seed)
     tiny = tiny_dit.TinyMochi().to(device)
 
-    def learn(step: int) -> Tensor:
-        rng = DIT_COURSE.rng(step)
+    def loss_at(step: int) -> Tensor:
+        rng = DIT_LOOP.rng(step)
         with torch.autocast(device.type, torch.bfloat16):
-            return tiny_dit.loss(tiny, tokenizer, tiny_dit.choose(rng, sets), rng)
+            return tiny_dit.loss(tiny, tokenizer, tiny_dit.choose_set(rng, sets), rng)
 
-    return follow(DIT_COURSE, tiny, learn, folder)
+    return DIT_LOOP.run(tiny, loss_at, folder)
 
 
 def write_model(path: Path, model: nn.Module) -> None:
-    """In bf16 but for `pos_frequencies`, as published files are."""
+    """Write the weights in bf16, `pos_frequencies` in float32, as published files have them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     dtypes = {"pos_frequencies": torch.float32}
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in SKIPPED}

@@ -31,28 +31,31 @@ CONFIG = AsymmDiTConfig(
 )
 T5_CONFIG = T5EncoderConfig(depth=2, width=64, num_heads=4, head_dim=16, mlp_size=128)
 SIZES = ((13, 64, 64), (13, 64, 96), (25, 64, 64))
-"""Frames, height and width of the clips."""
+"""(frames, height, width) of the clips, in pixels."""
 SHARES = (0.6, 0.2, 0.2)
+"""Share of the batches for each of `SIZES`."""
 BATCH_TOKENS = 3200
+"""Video tokens in a batch."""
 CAPTION_DROPOUT = 0.15
-# Turns from one patch to the next and from one frame to the next, at the beginning; the grid of 4 x 4 patches is 192 wide.
 ANGLES = (0.15, 2.0)
+"""Slowest and fastest rotation of a new model, in radians from one latent frame, or one patch, to the next."""
 PATCH_DISTANCE = 48
+"""Distance of two patches in Mochi's coordinates, in which every grid has the same area: 4 x 4 patches are 192 wide."""
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Clips of one size, as a denoiser learns from them."""
+    """Encoded clips of one size, with their captions."""
 
     latents: Tensor
     """(clips, 12, T, H, W) in DiT space."""
     captions: list[str]
     lengths: Tensor
-    """(clips,) tokens of the captions."""
+    """(clips,) number of tokens of each caption."""
 
 
 class TinyMochi(nn.Module):
-    """What is trained together."""
+    """Denoiser and text encoder in one module, so that one optimizer trains both."""
 
     def __init__(self) -> None:
         from transformers import T5Config, T5EncoderModel
@@ -78,7 +81,7 @@ def new_dit() -> AsymmDiT:
 
 
 def _frequencies(config: AsymmDiTConfig) -> Tensor:
-    """(3, heads, head_dim / 2): each pair turns along one direction of time and space, slowly or fast."""
+    """(3, heads, head_dim / 2) rotary frequencies; each pair has a random direction in (t, y, x) and a random speed."""
     shape = (config.num_heads, config.head_dim // 2)
     low, high = map(math.log, ANGLES)
     magnitude = torch.empty(shape).uniform_(low, high).exp()
@@ -90,7 +93,7 @@ def _frequencies(config: AsymmDiTConfig) -> Tensor:
 def random_clips(
     rng: np.random.Generator, count: int, size: tuple[int, int, int], vae: AsymmVAE, tokenizer: Tokenizer
 ) -> Clips:
-    """Draw and encode clips."""
+    """Draw and encode `count` clips of `size` (frames, height, width)."""
     frames, height, width = size
     scenes = [random_clip(rng, width / height) for _ in range(count)]
     pixels = [draw(scene, frames, height, width) for scene, _ in scenes]
@@ -107,41 +110,41 @@ def _encoded(vae: AsymmVAE, pixels: list[Any]) -> Tensor:
 
 
 def loss(tiny: TinyMochi, tokenizer: Tokenizer, clips: Clips, rng: np.random.Generator) -> Tensor:
-    """The error of the velocity on random clips; their captions are equally long, or all dropped, which is faster."""
+    """Velocity loss of one random batch; its captions are equally long, so that nothing is padded, or all are dropped."""
     device = tiny.dit.pos_frequencies.device
     count = BATCH_TOKENS * CONFIG.patch_size**2 // clips.latents[0, 0].numel()
-    alike = torch.nonzero(clips.lengths == clips.lengths[rng.integers(len(clips.lengths))]).flatten()
-    chosen = alike[torch.from_numpy(rng.integers(len(alike), size=count))]
+    same_length = torch.nonzero(clips.lengths == clips.lengths[rng.integers(len(clips.lengths))]).flatten()
+    chosen = same_length[torch.from_numpy(rng.integers(len(same_length), size=count))]
     captions = [clips.captions[i] for i in chosen]
-    embeds, mask = features(tiny, tokenizer, captions)
+    embeds, mask = text_features(tiny, tokenizer, captions)
     if rng.random() < CAPTION_DROPOUT:
         mask = torch.zeros_like(mask)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    # One level in each of as many equal parts of [0, 1]: less noisy than independent ones.
-    levels = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    # One noise level in each of as many equal parts of [0, 1]: less noisy than independent ones.
+    sigma = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     noise = torch.randn(clips.latents[chosen].shape, generator=generator)
-    return velocity_loss(tiny.dit, clips.latents[chosen].to(device), embeds, mask, levels.to(device), noise.to(device))
+    return velocity_loss(tiny.dit, clips.latents[chosen].to(device), embeds, mask, sigma.to(device), noise.to(device))
 
 
-def features(tiny: TinyMochi, tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """(B, L, 64) text features and (B, L) mask of captions that are equally long."""
+def text_features(tiny: TinyMochi, tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """(B, L, 64) text features and (B, L) mask, all True, of captions of the same number of tokens."""
     ids = torch.tensor([tokenizer(caption).input_ids for caption in captions], device=tiny.dit.pos_frequencies.device)
     return tiny.t5(input_ids=ids).last_hidden_state, torch.ones_like(ids, dtype=torch.bool)
 
 
 def read_clips(path: Path) -> Clips:
-    """What `write_clips` wrote."""
+    """Clips from a file of `write_clips`."""
     file = open_checkpoint(path)
     latents, lengths = (file.tensors[name].read() for name in ("latents", "lengths"))
     return Clips(latents, json.loads(file.metadata["captions"]), lengths)
 
 
 def write_clips(path: Path, clips: Clips) -> None:
-    """As one file, whole or not at all."""
+    """Write clips into one safetensors file, whole or not at all."""
     tensors = from_state_dict({"latents": clips.latents, "lengths": clips.lengths})
     write_safetensors(path, tensors, {"captions": json.dumps(clips.captions)})
 
 
-def choose(rng: np.random.Generator, sets: list[Clips]) -> Clips:
-    """Clips of one size, by their shares."""
+def choose_set(rng: np.random.Generator, sets: list[Clips]) -> Clips:
+    """One of the sets of clips at random, with probabilities `SHARES`."""
     return sets[int(rng.choice(len(sets), p=SHARES))]

@@ -41,27 +41,33 @@ SENTENCES = (
     "{background} background, a {shape} {motion}",
 )
 TRAVEL = (0.34, 0.46)
-"""How far a shape moves."""
+"""Shortest and longest way of a shape over a clip, in frame heights."""
 RADIUS = (0.13, 0.19)
+"""Smallest and largest radius of a shape, in frame heights."""
 MARGIN = 0.03
+"""Least distance of a shape to the border, in frame heights."""
 
 
 @dataclass(frozen=True)
 class Sprite:
+    """One moving shape; lengths are in frame heights."""
+
     shape: str
     color: Color
     motion: str
     radius: float
     start: tuple[float, float]
-    """Row and column of the centre, from the middle of the frame."""
+    """(y, x) of the centre at the first frame, from the middle of the frame."""
     travel: float
 
 
 @dataclass(frozen=True)
 class Scene:
+    """Shapes over a background, as `draw` takes them."""
+
     sprites: tuple[Sprite, ...]
     background: tuple[Color, Color]
-    """Top and bottom; equal for a plain one."""
+    """Colours at the top and at the bottom; equal for a plain background."""
 
 
 def random_clip(rng: np.random.Generator, aspect: float = 1.0, *, two: float = 0.2) -> tuple[Scene, str]:
@@ -103,7 +109,7 @@ def draw(
     top, bottom = (np.array(color, np.float32) for color in scene.background)
     pixels = np.broadcast_to(top + (bottom - top) * (y[..., None] + 0.5), (num_frames, y.size, x.size, 3))
     for sprite in scene.sprites:
-        center_y, center_x, radius = _place(sprite, time)
+        center_y, center_x, radius = _trajectory(sprite, time)
         distance = OUTLINES[sprite.shape](y - center_y, x - center_x, radius)
         covered = np.clip(0.5 - distance * height, 0, 1)[..., None]
         pixels = pixels + (np.array(sprite.color, np.float32) - pixels) * covered
@@ -115,7 +121,7 @@ def _sprite(rng: np.random.Generator, color: Color, index: int, count: int, aspe
     travel = float(rng.uniform(*TRAVEL))
     sprite = Sprite(str(rng.choice(list(OUTLINES))), color, motion, radius, (0.0, 0.0), travel)
     time = np.linspace(0, 1, 25, dtype=np.float32)
-    y, x, size = (np.broadcast_to(part, time.shape) for part in _place(sprite, time))
+    y, x, size = (np.broadcast_to(part, time.shape) for part in _trajectory(sprite, time))
     # Two shapes keep to their halves of the frame, if it is wide enough for that.
     left, right = -aspect / 2 + index * aspect / count, -aspect / 2 + (index + 1) * aspect / count
     start = _inside(rng, y, size, -0.5, 0.5), _inside(rng, x, size, left, right)
@@ -123,14 +129,14 @@ def _sprite(rng: np.random.Generator, color: Color, index: int, count: int, aspe
 
 
 def _inside(rng: np.random.Generator, path: Array, size: Array, low: float, high: float) -> float:
-    """A start from which a path stays between two borders, as well as it can."""
+    """A random start from which a path stays between two borders; the middle if there is no room."""
     first = low + MARGIN - float((path - size).min())
     last = high - MARGIN - float((path + size).max())
     return float(rng.uniform(first, last)) if first < last else (first + last) / 2
 
 
-def _place(sprite: Sprite, time: Array) -> tuple[Array, Array, Array]:
-    """Row, column and radius at each time."""
+def _trajectory(sprite: Sprite, time: Array) -> tuple[Array, Array, Array]:
+    """(y, x, radius) of a shape at each time in [0, 1]."""
     y, x = (np.full_like(time, start) for start in sprite.start)
     radius = np.full_like(time, sprite.radius)
     if sprite.motion == "circle":
@@ -165,12 +171,12 @@ def _square(y: Array, x: Array, radius: Array) -> Array:
 
 
 def _triangle(y: Array, x: Array, radius: Array) -> Array:
-    """One corner up."""
+    """Triangle with one corner up."""
     return np.maximum(y - 0.55 * radius, 0.866 * abs(x) - 0.5 * y - 0.5 * radius)
 
 
 def _star(y: Array, x: Array, radius: Array) -> Array:
-    """Five points, one of them up; the distance is that to the nearest of two edges."""
+    """Star of five points, one of them up; the distance is measured to the nearer of a point's two edges."""
     outer, inner = 1.15 * radius, 0.5 * radius
     sector = np.pi / 5
     angle = np.abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)  # from the nearest point's direction
