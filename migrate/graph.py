@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .tables import AFTER_SEED, CLIP_LOADERS, DROPPED, LEFT, NEW_NODES, PASSES_ON, REMOVED, Part, Rule
+from .tables import AFTER_SEED, CLIP_LOADERS, DROPPED, LEFT, NEW_NODES, PASSES_ON, REMOVED, Part, ReplacementRule
 
 Nodes = dict[Any, "Node"]
 
@@ -61,7 +61,7 @@ def source(nodes: Nodes, link: Link | None) -> Link | None:
     return None  # in a circle
 
 
-def convert(nodes: Nodes, rules: dict[Any, Rule], new_id: Callable[[], Any]) -> list[str]:
+def convert(nodes: Nodes, rules: dict[Any, ReplacementRule], new_id: Callable[[], Any]) -> list[str]:
     """Put ours in the place of the nodes that have a rule, in place; returns what is to be said about it."""
     notes = _use_mochi_clip(nodes, rules)
     notes += _shorten_clip_links(nodes)
@@ -88,7 +88,7 @@ def _cut(nodes: Nodes, node: Node, name: str, removed: Node) -> str:
     return f"{node.label} has lost the link to {name}, which came from {removed.label}."
 
 
-def _use_mochi_clip(nodes: Nodes, rules: dict[Any, Rule]) -> list[str]:
+def _use_mochi_clip(nodes: Nodes, rules: dict[Any, ReplacementRule]) -> list[str]:
     """The wrapper took T5 out of any CLIP, and its graphs say sd3."""
     notes, loaders = [], {}
     for encoder in [nodes[key] for key in rules if nodes[key].type == "MochiTextEncode"]:
@@ -102,7 +102,7 @@ def _use_mochi_clip(nodes: Nodes, rules: dict[Any, Rule]) -> list[str]:
     return notes + [note for key, loader in loaders.items() for note in _set_clip_type(loader, others.get(key))]
 
 
-def _other_users(nodes: Nodes, rules: dict[Any, Rule]) -> dict[Any, str]:
+def _other_users(nodes: Nodes, rules: dict[Any, ReplacementRule]) -> dict[Any, str]:
     """For nodes that are linked to others than ours in the end: one of those, by its label."""
     users = {}
     for node in nodes.values():
@@ -150,7 +150,7 @@ def _shorten_clip_links(nodes: Nodes) -> list[str]:
     return notes
 
 
-def _replace(nodes: Nodes, node: Node, rule: Rule, moved: dict, new_id: Callable[[], Any]) -> list[str]:
+def _replace(nodes: Nodes, node: Node, rule: ReplacementRule, moved: dict, new_id: Callable[[], Any]) -> list[str]:
     values, links = {**rule.widgets, **named_values(node, tuple(rule.widgets))}, node.links
     notes = [f"{node.label} {rule.remark}."] if rule.remark else []
     notes += [f"{node.label}: {note}." for note in _dropped(rule, values, links)]
@@ -178,7 +178,7 @@ def _values(part: Part, values: dict[str, Any], links: dict[str, Link]) -> tuple
     return new, remarks
 
 
-def _dropped(rule: Rule, values: dict[str, Any], links: dict[str, Link]) -> list[str]:
+def _dropped(rule: ReplacementRule, values: dict[str, Any], links: dict[str, Link]) -> list[str]:
     """What has no counterpart and was not as it always was."""
     carried = {old for part in rule.parts for old in part.carry.values()}
     notes = [

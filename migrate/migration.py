@@ -11,7 +11,7 @@ from typing import Any
 from . import api, editor
 from .graph import Nodes, convert, passes_on
 from .stock import LATENT, has_mochi, stock_rules
-from .tables import LEFT, REMOVED, WRAPPER, Rule
+from .tables import LEFT, REMOVED, WRAPPER, ReplacementRule
 
 STOCK_HINT = "The nodes for ComfyUI's built-in Mochi stay as they are, and work; --stock puts ours in their place."
 
@@ -87,5 +87,5 @@ def _convert(graphs: list[Nodes], ids: Iterator[Any], stock: bool, hints: list[s
     return [*chain(*notes), *hints]
 
 
-def _wrapper_rules(nodes: Nodes) -> dict[Any, Rule]:
+def _wrapper_rules(nodes: Nodes) -> dict[Any, ReplacementRule]:
     return {key: WRAPPER[node.type] for key, node in nodes.items() if node.type in WRAPPER}

@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from .graph import Node, Nodes, named_values, source
-from .tables import STOCK, Rule
+from .tables import STOCK, ReplacementRule
 
 LATENT = "EmptyMochiLatentVideo"
 LOADER_FILES = {"UNETLoader": "unet_name", "VAELoader": "vae_name"}
@@ -23,7 +23,7 @@ def _names_mochi(node: Node) -> bool:
     return "mochi" in str(file).lower()
 
 
-def stock_rules(nodes: Nodes) -> tuple[dict[Any, Rule], list[str]]:
+def stock_rules(nodes: Nodes) -> tuple[dict[Any, ReplacementRule], list[str]]:
     """Mochi's loaders and what is linked to them; and a sentence for each loader that is left."""
     loaders = _mochi_loaders(nodes)
     links = {key: _loaded_from(nodes, node) for key, node in nodes.items() if node.type in LOADED_INPUTS}

@@ -67,7 +67,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Rule:
+class ReplacementRule:
     """An old node: its widgets in the editor's order with their defaults; output i is the output of part i."""
 
     widgets: dict[str, Any]
@@ -133,7 +133,7 @@ LOAD_VAE = Part(
 DECODE = Part("Mochi1TiledVAEDecode", {"samples": "samples", "vae": "vae"})
 
 WRAPPER = {
-    "MochiModelLoader": Rule(
+    "MochiModelLoader": ReplacementRule(
         {"model_name": "", "precision": "fp8_e4m3fn", **LOADER_OPTIONS},
         (
             Part(
@@ -143,7 +143,7 @@ WRAPPER = {
             ),
         ),
     ),
-    "DownloadAndLoadMochiModel": Rule(
+    "DownloadAndLoadMochiModel": ReplacementRule(
         {"model": "", "vae": "", "precision": "fp8_e4m3fn", **LOADER_OPTIONS},
         (
             Part(
@@ -155,13 +155,13 @@ WRAPPER = {
         ),
         "is two loaders now, which download nothing: the files are looked for in the folder mochi, where it put them",
     ),
-    "MochiVAELoader": Rule({"model_name": "", "precision": "bf16"}, (LOAD_VAE,)),
-    "MochiVAEEncoderLoader": Rule({"model_name": "", "precision": "bf16"}, (LOAD_VAE,)),
-    "MochiTextEncode": Rule(
+    "MochiVAELoader": ReplacementRule({"model_name": "", "precision": "bf16"}, (LOAD_VAE,)),
+    "MochiVAEEncoderLoader": ReplacementRule({"model_name": "", "precision": "bf16"}, (LOAD_VAE,)),
+    "MochiTextEncode": ReplacementRule(
         {"prompt": "", "strength": 1.0, "force_offload": True},
         (Part("Mochi1T5Encode", {"clip": "clip", "prompt": "prompt"}, {"prompt": empty_is_nothing}),),
     ),
-    "MochiSigmaSchedule": Rule(
+    "MochiSigmaSchedule": ReplacementRule(
         {"num_steps": 30, "threshold_noise": 0.025, "linear_steps": 15, "denoise": 1.0},
         (
             Part(
@@ -175,7 +175,7 @@ WRAPPER = {
             ),
         ),
     ),
-    "MochiSampler": Rule(
+    "MochiSampler": ReplacementRule(
         {
             "width": 848,
             "height": 480,
@@ -197,7 +197,7 @@ WRAPPER = {
             ),
         ),
     ),
-    "MochiDecode": Rule(
+    "MochiDecode": ReplacementRule(
         {
             "enable_vae_tiling": False,
             "auto_tile_size": True,
@@ -210,17 +210,17 @@ WRAPPER = {
         },
         (DECODE,),
     ),
-    "MochiDecodeSpatialTiling": Rule(
+    "MochiDecodeSpatialTiling": ReplacementRule(
         {"enable_vae_tiling": False, **TILES, "per_batch": 6, "unnormalize": True}, (DECODE,)
     ),
-    "MochiImageEncode": Rule(
+    "MochiImageEncode": ReplacementRule(
         {"enable_vae_tiling": False, **TILES, "normalize": True},
         (Part("Mochi1VAEEncode", {"pixels": "images", "vae": "encoder"}),),
     ),
 }
 
 STOCK = {
-    "UNETLoader": Rule(
+    "UNETLoader": ReplacementRule(
         {"unet_name": "", "weight_dtype": "default"},
         (
             Part(
@@ -230,17 +230,19 @@ STOCK = {
             ),
         ),
     ),
-    "VAELoader": Rule({"vae_name": ""}, (Part("Mochi1LoadVAE", {"vae_name": "vae_name"}, {"vae_name": local_file}),)),
-    "CLIPLoader": Rule(
+    "VAELoader": ReplacementRule(
+        {"vae_name": ""}, (Part("Mochi1LoadVAE", {"vae_name": "vae_name"}, {"vae_name": local_file}),)
+    ),
+    "CLIPLoader": ReplacementRule(
         {"clip_name": "", "type": "mochi", "device": "default"},
         (Part("Mochi1LoadT5", {"t5_name": "clip_name", "device": "device"}, {"t5_name": local_file}),),
     ),
-    "CLIPTextEncode": Rule(
+    "CLIPTextEncode": ReplacementRule(
         {"text": ""},
         (Part("Mochi1T5Encode", {"clip": "clip", "prompt": "text"}, {"prompt": plain_text}),),
     ),
-    "VAEDecode": Rule({}, (DECODE,)),
-    "VAEDecodeTiled": Rule({}, (DECODE,), "needs no tiles any more: frames stream through the decoder"),
+    "VAEDecode": ReplacementRule({}, (DECODE,)),
+    "VAEDecodeTiled": ReplacementRule({}, (DECODE,), "needs no tiles any more: frames stream through the decoder"),
 }
 
 # Values and links without a counterpart, and why they are not missed. Of others, values are dropped without a word.

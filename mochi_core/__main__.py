@@ -143,8 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=inspect)
     _add_convert(commands.add_parser("convert", help="rewrite a model in another layout or dtype"))
-    command = commands.add_parser("migrate", help="moved: python -m migrate, in the folder of the node pack")
-    command.add_argument("arguments", nargs=argparse.REMAINDER)
+    # No argument starts with NUL: whatever options follow are positional, and get the sentence, too.
+    moved = "moved: python -m migrate, in the folder of the node pack"
+    command = commands.add_parser("migrate", help=moved, prefix_chars="\0", add_help=False)
+    command.add_argument("arguments", nargs="*")
     command.set_defaults(run=migrate)
     return parser
 

@@ -18,7 +18,7 @@ import nodes as host
 
 from ..migrate import migrate, migrate_prompt
 from ..migrate.api import is_prompt
-from ..migrate.tables import WRAPPER, Rule
+from ..migrate.tables import WRAPPER, ReplacementRule
 
 
 async def register() -> None:
@@ -31,7 +31,7 @@ async def register() -> None:
     PromptServer.instance.routes.post("/mochi-nodes/migrate")(migrate_request)
 
 
-def replacement(old: str, rule: Rule) -> io.NodeReplace:
+def replacement(old: str, rule: ReplacementRule) -> io.NodeReplace:
     (part,) = rule.parts
     return io.NodeReplace(
         new_node_id=part.node,
