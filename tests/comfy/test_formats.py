@@ -8,18 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mochi_core import load_text_encoder, load_transformer, load_vae
-from tests.core.test_formats import (
-    FORMATS,
-    T5_FORMS,
-    VAE_FORMS,
-    WIDE,
-    file_name,
-    passes,
-    relative_error,
-    shallow_t5,
-    velocity,
-)
 from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.formats import FORMATS, T5_FORMS, VAE_FORMS, WIDE, file_name, passes, shallow_t5
+from tests.harness.numbers import relative_error
+from tests.harness.random_inputs import velocity
 from tests.harness.tiny_models import random_dit, random_vae
 
 SCRIPT = '''

@@ -4,7 +4,6 @@ import io
 import shutil
 import threading
 import time
-from itertools import count
 from pathlib import Path
 
 import av
@@ -12,53 +11,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.core.test_formats import sharded
 from tests.harness.client import PromptRefused
-from tests.harness.demo import small_prompt
+from tests.harness.formats import sharded
+from tests.harness.graphs import (
+    FRESH_SEEDS,
+    MODEL,
+    NEGATIVE,
+    PATCHES,
+    POSITIVE,
+    SAMPLER,
+    T5,
+    assert_healthy,
+    node,
+    prompt,
+    upto_sampler,
+    with_defaults,
+)
 from tests.harness.quantized_files import GGUF, SAFETENSORS
 from tests.harness.tiny_models import DIT, random_dit, random_t5
-
-MODEL, T5, VAE, POSITIVE, NEGATIVE, SAMPLER, DECODE = "1234567"
-SIZE = {"width": 96, "height": 64, "num_frames": 13, "steps": 4}
-FRESH_SEEDS = count(1000)
-
-
-def prompt(**inputs):
-    """The shipped workflow, small, with a seed that no result is cached for."""
-    return small_prompt(**{**SIZE, "seed": next(FRESH_SEEDS), **inputs})
-
-
-def upto_sampler(**inputs):
-    graph = prompt(**inputs)
-    for node in ("7", "8", "9"):
-        del graph[node]
-    return graph
-
-
-def node(class_type, **inputs):
-    return {"class_type": class_type, "inputs": inputs}
-
-
-@pytest.fixture
-def latents_of(comfy_client, comfy_server):
-    """Run graphs that end in LATENTs, and read what SaveLatent wrote for each."""
-
-    def run(graph, *sources):
-        saves = {
-            f"save{i}": node("SaveLatent", samples=source, filename_prefix="t") for i, source in enumerate(sources)
-        }
-        done = comfy_client.run({**graph, **saves})
-        assert done.outcome == "execution_success", done.error
-        files = [done.outputs[name]["latents"][0] for name in saves]
-        return [
-            load_file(comfy_server.base / "output" / f["subfolder"] / f["filename"])["latent_tensor"] for f in files
-        ]
-
-    return run
-
-
-def assert_healthy(client):
-    assert client.run(prompt()).outcome == "execution_success"
 
 
 def test_workflow_makes_an_mp4_of_the_right_size_length_and_rate(comfy_client):
@@ -216,25 +186,6 @@ def test_video_to_video_and_batches(latents_of):
     graph["other"] = node("Mochi1Sampler", **{**again, "denoise": 0.5})
     first, near, far = latents_of(graph, [SAMPLER, 0], ["again", 0], ["other", 0])
     assert 0 < (near - first).norm() < (far - first).norm()
-
-
-PATCHES = {
-    "EasyCache": {"reuse_threshold": 3.0},
-    "SkipLayerGuidanceDiT": {"double_layers": "1", "single_layers": "", "start_percent": 0.0, "end_percent": 1.0},
-    "ContextWindowsManual": {"context_length": 2, "context_overlap": 1, "dim": 2},
-    "LoraLoaderModelOnly": {"lora_name": "genmo.safetensors"},
-}
-
-
-def with_defaults(client, class_type, **inputs):
-    """A stock node with what its own schema proposes for all other inputs."""
-    required = client.get(f"/object_info/{class_type}")[class_type]["input"]["required"]
-    defaults = {}
-    for name, (kind, *options) in required.items():
-        choices = options[0].get("options", []) if options else []
-        choices = kind if isinstance(kind, list) else choices
-        defaults[name] = options[0]["default"] if options and "default" in options[0] else next(iter(choices), None)
-    return node(class_type, **{**defaults, **inputs})
 
 
 @pytest.mark.parametrize("patch", PATCHES)

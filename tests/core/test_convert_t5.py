@@ -12,8 +12,9 @@ from mochi_core.checkpoints import is_large
 from mochi_core.checkpoints.names.t5 import t5_shapes
 from mochi_core.config import T5EncoderConfig
 from mochi_core.quantization.weights import quantize_fp8
-from tests.core.test_convert import convert, refused, write_sparse
-from tests.core.test_formats import T5_FORMS, file_name, shallow_t5
+from tests.harness.command_line import convert, refused
+from tests.harness.formats import T5_FORMS, file_name, shallow_t5
+from tests.harness.memory import write_sparse
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

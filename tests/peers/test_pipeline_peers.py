@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from transformers import T5TokenizerFast
 
 from mochi_core import MochiPipeline, load_text_encoder, normalize_latents
+from tests.harness.numbers import relative_error
+from tests.harness.peers import diffusers_dit, diffusers_vae
 from tests.harness.tiny_models import random_dit, random_t5, random_vae
-from tests.peers.builders import diffusers_dit, diffusers_vae, relative_error
 
 PROMPT = "a red kite over the sea"
 
