@@ -6,7 +6,6 @@ The trained tiny model, 25 frames of 64 x 64, 64 steps, guidance 4.5; the same n
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -91,8 +90,7 @@ class Outcome:
 
 
 def prepare() -> Setup:
-    tokenizer = Path(os.environ["COMFYUI_PATH"]) / "comfy" / "text_encoders" / "t5_tokenizer"
-    t5 = load_text_encoder(TINY / "text_encoders" / "t5_tiny.safetensors", tokenizer)
+    t5 = load_text_encoder(TINY / "text_encoders" / "t5_tiny.safetensors")
     conditions = [t5.encode(prompt) for prompt in PROMPTS]
     dits = {
         kind: load_transformer(

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mochi_core import MochiPipeline, load_lora, load_text_encoder, load_transformer, load_vae
+from tests.harness import trained
 from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.formats import WIDE, quantized_layers
 from tests.harness.graphs import MODEL, POSITIVE, SAMPLER, upto_sampler
@@ -154,13 +155,13 @@ def test_a_device_that_refuses_widens_the_weights_and_the_console_says_so(folder
     )
 
 
-def test_the_server_samples_what_the_core_does(latents_of, comfy_server, comfy_path):
+def test_the_server_samples_what_the_core_does(latents_of, comfy_server):
     """One step without text or guidance: what differs in a last bit grows in steps of fp8, with every step of the sampler."""
     graph = upto_sampler(seed=80, steps=1, cfg=1.0)
     graph[MODEL]["inputs"]["weight_dtype"] = "fp8_rowwise"
     graph[POSITIVE]["inputs"]["prompt"] = ""
     (ours,) = latents_of(graph, [SAMPLER, 0])
-    models, tokenizer = comfy_server.base / "models", comfy_path / "comfy/text_encoders/t5_tokenizer"
+    models, tokenizer = comfy_server.base / "models", trained.TOKENIZER
 
     def latents(quantize):
         file = models / "diffusion_models/mochi_preview_bf16.safetensors"

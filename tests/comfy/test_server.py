@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.harness import trained
 from tests.harness.client import PromptRefused
 from tests.harness.formats import sharded
 from tests.harness.graphs import (
@@ -158,7 +159,7 @@ def test_sampler_custom_advanced_with_our_sigmas_returns_the_same_latents(latent
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_python_pipeline_returns_the_same_latents(latents_of, comfy_server, comfy_path):
+def test_python_pipeline_returns_the_same_latents(latents_of, comfy_server):
     from mochi_core import MochiPipeline, load_text_encoder, load_transformer, load_vae
 
     graph = upto_sampler(seed=79)
@@ -167,9 +168,7 @@ def test_python_pipeline_returns_the_same_latents(latents_of, comfy_server, comf
     pipe = MochiPipeline(
         load_transformer(models / "diffusion_models/mochi_preview_bf16.safetensors", torch.float32),
         load_vae(models / "vae/mochi_vae.safetensors"),
-        load_text_encoder(
-            models / "text_encoders/t5xxl_fp16.safetensors", comfy_path / "comfy/text_encoders/t5_tokenizer"
-        ),
+        load_text_encoder(models / "text_encoders/t5xxl_fp16.safetensors", trained.TOKENIZER),
     )
     words = graph[POSITIVE]["inputs"]["prompt"]
     latents = pipe(words, height=64, width=96, num_frames=13, num_inference_steps=4, seed=79, output_type="latent")

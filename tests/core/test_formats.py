@@ -14,7 +14,7 @@ from mochi_core import load_text_encoder, load_transformer, load_vae
 from mochi_core.__main__ import main
 from mochi_core.checkpoints import describe, from_state_dict, open_tensors, to_diffusers, transformer_rules
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear
-from tests.harness import quantized_files
+from tests.harness import quantized_files, trained
 from tests.harness.formats import FORMATS, T5_FORMS, VAE_FORMS, WIDE, file_name, passes, quantized_layers, shallow_t5
 from tests.harness.numbers import relative_error
 from tests.harness.quantized_files import SAFETENSORS, gguf_file, is_large
@@ -148,7 +148,7 @@ def test_layers_of_a_scaled_file_may_stay_in_high_precision(dit, tmp_path):
     assert "blocks.0.mlp_x.w1" in quantized_layers(loaded)
 
 
-def test_scaled_all_in_one_file(dit, tmp_path, comfy_path):
+def test_scaled_all_in_one_file(dit, tmp_path):
     parts = {"model.diffusion_model.": dit.state_dict(), "text_encoders.t5xxl.transformer.": shallow_t5()}
     tensors, meaning = {}, {}
     for prefix, part in parts.items():
@@ -162,7 +162,7 @@ def test_scaled_all_in_one_file(dit, tmp_path, comfy_path):
         for name in ("all.safetensors", "model.diffusion_model.safetensors")
     )
     assert torch.equal(loaded, expected)
-    tokenizer = comfy_path / "comfy/text_encoders/t5_tokenizer"
+    tokenizer = trained.TOKENIZER
     loaded, expected = (
         load_text_encoder(tmp_path / name, tokenizer).encode("a red kite")[0]
         for name in ("all.safetensors", "text_encoders.t5xxl.transformer.safetensors")
@@ -213,8 +213,8 @@ def t5():
 
 
 @pytest.mark.parametrize("form", T5_FORMS)
-def test_text_encoder(t5, tmp_path, comfy_path, form):
-    tokenizer = comfy_path / "comfy/text_encoders/t5_tokenizer"
+def test_text_encoder(t5, tmp_path, form):
+    tokenizer = trained.TOKENIZER
     path = tmp_path / file_name(form)
     save_file(T5_FORMS[form](t5, path), tmp_path / "meaning.safetensors")
     loaded = load_text_encoder(path, tokenizer)
