@@ -66,7 +66,7 @@ NOTE = (
     "**This is a model of 6 narrow blocks that draws coloured shapes. It shows that the criteria work and what they cost "
     "there; it says little about the released model**, which has 48 blocks, has not been run here, and for which TeaCache's "
     "polynomial was fitted: its authors give 1.5 times the speed at 0.06, and 2.1 at 0.09. Whether the result is good enough "
-    "there has to be looked at. Matrices in fewer bits save memory; so small ones cost time, because they are widened for "
+    "there has to be looked at. Matrices in fewer bits save memory; so small ones cost time, because they are dequantized for "
     "every product. The 8 steps are with the same weights, which were not trained for them as FastMochi's were."
 )
 

@@ -29,9 +29,9 @@ NOTE = (
     "and, all in float32, what the quantisation does alone. Quantised are the matrices of the blocks; everything else is "
     "bf16, and where products are in fp8, mod_x and mod_y, too. Results of such products are bfloat16 in all columns. Seconds "
     "are those of a second forward in bf16. Sizes are those of the released model, computed from its shapes; file and memory "
-    "are the same, because weights are widened only while a layer works. Q6_K and Q4_K are written by a plain quantiser of the "
-    "tests, where llama.cpp searches for better scales; the gguf package cannot write K types, so of the others only the sizes "
-    "are given."
+    "are the same, because weights are dequantized only while a layer works. Q6_K and Q4_K are written by a plain quantiser of "
+    "the tests, where llama.cpp searches for better scales; the gguf package cannot write K types, so of the others only the "
+    "sizes are given."
 )
 
 

@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 if it worked, 2 with one sentence on stderr if the person has to change something."""
+    """Run a command; the exit status is 0, or 2 with one sentence on stderr about what has to change, or 130 for Ctrl-C."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     options = _parser().parse_args(arguments)
     try:
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def generate(options: argparse.Namespace) -> None:
-    choose_attention(options.attention, options.device, DTYPES[options.dtype])  # refused before anything is loaded
+    choose_attention(options.attention, options.device, DTYPES[options.dtype])  # fails before anything is loaded
     home = "cpu" if options.offload else options.device
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
     transformer = load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize)
@@ -101,7 +101,7 @@ def decode(options: argparse.Namespace) -> None:
 
 
 def decode_to_file(vae: AsymmVAE, latents: torch.Tensor, output: Path, options: argparse.Namespace) -> None:
-    """Write the video while it is decoded: a few frames exist at a time, however long it is."""
+    """Decode latents (1, 12, T, H, W) into a video file a few frames at a time, so that memory does not grow with its length."""
     with (
         tqdm(total=vae.decoded_shape(latents.shape)[2], unit="frame") as bar,
         VideoWriter(output, options.fps) as writer,
@@ -208,7 +208,7 @@ def _add_decode(command: argparse.ArgumentParser) -> None:
 
 
 def _add_output(command: argparse.ArgumentParser, what: str) -> None:
-    """What every command has that makes a video."""
+    """Add the options of commands that make a video; `what` describes the output file."""
     device, add = "cuda" if torch.cuda.is_available() else "cpu", command.add_argument
     add("--vae", required=True, type=Path, nargs="+", help="e.g. mochi_vae.safetensors, or decoder.safetensors")
     add("--vae-dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
@@ -218,14 +218,14 @@ def _add_output(command: argparse.ArgumentParser, what: str) -> None:
 
 
 def gibibytes(text: str) -> int | None:
-    """Bytes, or None for 0."""
+    """A number of GiB to bytes; 0 to None, which means all that is free."""
     if float(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative; use 0 for what is free.")
     return round(float(text) * GIB) or None
 
 
 def cache_option(text: str) -> BlockCache:
-    """METHOD:THRESHOLD."""
+    """METHOD:THRESHOLD to a cache."""
     method, _, threshold = text.partition(":")
     try:
         return BlockCache(method, float(threshold))
@@ -234,7 +234,7 @@ def cache_option(text: str) -> BlockCache:
 
 
 def lora_option(text: str) -> tuple[str, float]:
-    """FILE or FILE:STRENGTH; a colon that no number follows belongs to the file, as in C:\\a.safetensors."""
+    """FILE or FILE:STRENGTH to both; a colon without a number after it belongs to the file, as in C:\\a.safetensors."""
     path, _, strength = text.rpartition(":")
     try:
         return (path, float(strength)) if path else (text, 1.0)

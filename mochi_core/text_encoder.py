@@ -7,9 +7,9 @@ seconds, which the rest of the core should not cost.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 MAX_TOKENS = 256
+"""Length of a prompt in T5 tokens, as in Genmo's pipeline: MAX_T5_TOKEN_LENGTH in genmoai/mochi, mochi_preview/pipelines.py."""
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+Token = TypeVar("Token")
+
+
+def cut_tokens(tokens: list[Token], decode: Callable[[list[Token]], str]) -> tuple[list[Token], str | None]:
+    """The first 255 tokens of a prompt of more than 256, and the last one, which is T5's end token.
+
+    A second result is a warning that quotes what was cut off, as `decode` spells it; None if nothing was.
+    """
+    if len(tokens) <= MAX_TOKENS:
+        return tokens, None
+    kept, lost, end = tokens[: MAX_TOKENS - 1], tokens[MAX_TOKENS - 1 : -1], tokens[-1:]
+    warning = f"The prompt has {len(tokens)} tokens and Mochi reads {MAX_TOKENS}; cut off: “{decode(lost)}”"
+    return kept + end, warning
+
+
+def empty_prompts(
+    count: int, width: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Features of empty prompts, (count, 256, width) zeros, and their mask of valid tokens, (count, 256) bool, all False.
+
+    Genmo's pipeline zeroes both, the end token included (genmoai/mochi, mochi_preview/pipelines.py).
+    """
+    embeds = torch.zeros(count, MAX_TOKENS, width, dtype=dtype, device=device)
+    return embeds, torch.zeros(count, MAX_TOKENS, dtype=torch.bool, device=device)
 
 
 class TextEncoder:
@@ -33,18 +58,17 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Features of each prompt as Mochi wants them, on the device of the model.
+        """Features of each prompt as Mochi was trained with them, on the device of the model.
 
-        An empty prompt has no valid token at all (T5's end token included). A prompt of more than 256 tokens is cut, with
-        a warning that quotes what was lost.
+        An empty prompt has no valid token, not even T5's end token. A prompt of more than 256 tokens is cut, with a warning
+        that quotes what was lost.
 
         Returns:
-            (B, 256, width) features, zero where nothing is valid, and the (B, 256) bool mask of valid tokens.
+            (B, 256, width) features, zero where no token is valid, and the (B, 256) bool mask of valid tokens.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         device, width = self.model.device, self.model.config.d_model
-        embeds = torch.zeros(len(prompts), MAX_TOKENS, width, device=device, dtype=self.model.dtype)
-        mask = torch.zeros(len(prompts), MAX_TOKENS, device=device, dtype=torch.bool)
+        embeds, mask = empty_prompts(len(prompts), width, self.model.dtype, device)
         for row, prompt in enumerate(prompts):
             if prompt:
                 ids = torch.tensor([self.tokenize(prompt)], device=device)
@@ -54,16 +78,14 @@ class TextEncoder:
         return embeds, mask
 
     def tokenize(self, prompt: str) -> list[int]:
-        """At most 256 token ids, the end token last."""
-        ids: list[int] = self.tokenizer(prompt).input_ids
-        if len(ids) <= MAX_TOKENS:
-            return ids
-        kept, cut, end = ids[: MAX_TOKENS - 1], ids[MAX_TOKENS - 1 : -1], ids[-1:]
-        lost = self.tokenizer.decode(cut)
-        warnings.warn(f"The prompt has {len(ids)} tokens and Mochi reads {MAX_TOKENS}; cut off: “{lost}”", stacklevel=3)
-        return kept + end
+        """Token ids of a prompt, at most 256, the end token last; a warning quotes what was cut off."""
+        ids, warning = cut_tokens(self.tokenizer(prompt).input_ids, lambda lost: str(self.tokenizer.decode(lost)))
+        if warning:
+            warnings.warn(warning, stacklevel=3)
+        return ids
 
     def to(self, device: torch.device | str) -> TextEncoder:
+        """Move the model; returns self."""
         self.model.to(device)  # pyright: ignore[reportArgumentType]
         return self
 

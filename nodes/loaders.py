@@ -14,8 +14,8 @@ from .bridge.attention import CHOICES as ATTENTIONS
 from .bridge.model import load_model
 from .bridge.text import load_clip
 from .bridge.vae import load_vae
+from .category import CATEGORY
 
-CATEGORY = "Mochi"
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES_WITH_FP8 = {**DTYPES, "fp8_e4m3fn": torch.float8_e4m3fn}
 # Values of weight_dtype that quantise the matrices of the blocks, and what the core calls them.

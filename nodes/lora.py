@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .bridge.lora import add_lora
-from .loaders import CATEGORY, files, full_path
+from .category import CATEGORY
+from .loaders import files, full_path
 
 
 class LoadLoRA(io.ComfyNode):

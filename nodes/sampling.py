@@ -6,8 +6,8 @@ from comfy_api.latest import io, ui
 
 from ..mochi_core.geometry import FPS, TEMPORAL_COMPRESSION, frames_problem, seconds_to_frames, size_problem
 from .bridge.sampling import empty_latent, make_sigmas, sample
+from .category import CATEGORY
 
-CATEGORY = "Mochi"
 DENOISE = io.Float.Input(
     "denoise",
     default=1.0,

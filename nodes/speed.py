@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..mochi_core.sampling.block_cache import METHODS, BlockCache
 from .bridge.cache import add_cache
 from .bridge.guider import make_guider
-from .sampling import CATEGORY
+from .category import CATEGORY
 
 
 def share(name: str, default: float, tooltip: str) -> io.Float.Input:

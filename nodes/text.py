@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .bridge.text import encode_prompt
+from .category import CATEGORY
 
 
 class T5Encode(io.ComfyNode):
@@ -13,7 +14,7 @@ class T5Encode(io.ComfyNode):
         return io.Schema(
             node_id="Mochi1T5Encode",
             display_name="T5 Encode (Mochi)",
-            category="Mochi",
+            category=CATEGORY,
             description="Encodes a prompt exactly as Genmo does: plain text, 256 tokens, nothing at all if it is empty.",
             search_aliases=["mochi prompt", "MochiTextEncode"],
             inputs=[

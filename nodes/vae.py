@@ -9,8 +9,7 @@ from comfy_api.latest import io
 from ..mochi_core.autoencoder.streaming import GIB
 from ..mochi_core.geometry import frames_to_latents, latents_to_frames, size_problem
 from .bridge.vae import decode_video, require_mochi_vae
-
-CATEGORY = "Mochi"
+from .category import CATEGORY
 
 
 class TiledVAEDecode(io.ComfyNode):

@@ -1,7 +1,7 @@
-"""LoRA files: Genmo's, PEFT's and diffusers', kohya's and ComfyUI's kinds, all read as changes to canonical layers.
+"""LoRA files of Genmo's, PEFT's, diffusers', kohya's and ComfyUI's kinds, all read as `LoraDelta`s to canonical layers.
 
-A LoRA changes a weight (rows, columns) to weight + scale * up @ down; a DoRA then gives every row the length that the file
-says.
+A LoRA changes a weight (rows, columns) to weight + scale * up @ down, where scale is alpha / rank. A DoRA then multiplies
+every row so that it has the length in the file.
 """
 
 from __future__ import annotations
@@ -19,21 +19,18 @@ from torch import Tensor
 from ..checkpoints import Checkpoint, LazyTensor
 from ..checkpoints.formats.reader import open_tensors
 from ..checkpoints.loading import is_finite
-from ..checkpoints.names.detect import WRAPPERS, describe
-from ..checkpoints.names.diffusers import swapped_halves, transformer_rules
+from ..checkpoints.names.detect import describe
+from ..checkpoints.names.diffusers import swapped_halves
 from ..config import AsymmDiTConfig
-from ..transformer.model import AsymmDiT
+from .targets import TargetRows, find_target, lora_targets
 
-ROLES = re.compile(
+# Tensor names of LoRAs: the name of a layer, then one of the spellings of the tensor's role.
+LORA_KEY = re.compile(
     r"(?P<layer>.+)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up)|(?P<alpha>alpha)"
     r"|(?P<magnitude>dora_scale|lora_magnitude_vector))(?:\.(?!bias$)\w+){0,2}"
 )
-# What may stand before the name of a layer once its dots are underscores, as kohya's are anyway.
-PREFIXES = (
-    "base_model_model_", "model_", "diffusion_model_", "transformer_", "unet_", "module_", "lora_unet_",
-    "lora_transformer_", "lycoris_",
-)  # fmt: skip
-STRANGERS = (
+# How LoRAs for other models are known: a phrase, and a pattern of one of their tensor names.
+OTHER_LORAS = (
     ("a LoHa, LoKr or OFT adapter", r".*\.(hada_w|lokr_w|oft_).*"),
     ("a LoRA for FLUX or HunyuanVideo", r".*(double_blocks|single_blocks|single_transformer_blocks).*"),
     ("a LoRA for FLUX or SD3", r".*(joint_blocks|transformer_blocks[._]\d+[._]attn[._]).*"),
@@ -43,137 +40,103 @@ STRANGERS = (
     ("a LoRA for a text encoder", r"(lora_te|text_encoder).*"),
 )
 EXAMPLES = 6
+"""Names quoted in a message at most."""
 
 
 @dataclass(frozen=True)
-class LoraUpdate:
-    """One change to some rows of one layer's weight."""
+class LoraDelta:
+    """One low-rank change: weight[rows] of a layer becomes weight[rows] + scale * up @ down."""
 
     layer: str
     """Canonical name, e.g. blocks.3.attn.qkv_x."""
     rows: tuple[int, int]
-    """First row and the one after the last: a fused layer may be changed in parts."""
+    """First row and the one after the last; a part of the layer where the file has q, k and v apart."""
     down: Tensor
     """(rank, columns)."""
     up: Tensor
     """(rows, rank)."""
     scale: float
-    """alpha / rank."""
+    """alpha / rank, or alpha / sqrt(rank) if the file asks for it."""
     magnitude: Tensor | None
-    """(rows,): with DoRA, the length of every row of the changed weight."""
+    """(rows,) lengths that the changed rows get with DoRA, see `dora_scale`; None without DoRA."""
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    updates: tuple[LoraUpdate, ...]
+    """What a LoRA file holds for a denoiser."""
+
+    deltas: tuple[LoraDelta, ...]
     unmatched: str | None
-    """A sentence naming what in the file has no place in Mochi; None if everything has."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a layer of a file lies in Mochi."""
-
-    layer: str
-    first_row: int
-    rows: int
-    columns: int
-    swap_halves: bool
+    """A sentence that names what in the file has no layer in Mochi; None if everything has one."""
 
 
 @dataclass(frozen=True)
 class Alphas:
-    """What a file's notes say about the alphas of layers that have no tensor for it."""
+    """Alphas from a file's metadata, for layers that have no alpha tensor."""
 
     by_ending: dict[str, float]
-    """For layers whose names end so."""
+    """Alpha by the last components of a layer's name."""
     default: float | None = None
-    """For all others; None is the rank."""
+    """Alpha of layers that `by_ending` does not name; None means alpha = rank."""
     rank_stabilised: bool = False
+    """Whether alpha is divided by the square root of the rank (rsLoRA, arXiv:2312.03732)."""
 
     def of(self, layer: str) -> float | None:
+        """Alpha of a layer, by its name in the file; None if it equals the rank."""
         endings = (alpha for ending, alpha in self.by_ending.items() if f".{layer}".endswith(f".{ending}"))
         return next(endings, self.default)
 
     def scale(self, alpha: float | None, rank: int) -> float:
+        """The factor of up @ down."""
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
 def read_lora(path: str | Path, config: AsymmDiTConfig) -> LoraFile:
-    """Read a LoRA for a denoiser of these sizes.
+    """Read a LoRA file for a denoiser of the sizes in `config`.
 
     Raises:
-        ValueError: it is no LoRA, or one for another model, or it does not fit.
+        ValueError: the file is no LoRA, is one for another model, or does not fit.
         FileNotFoundError: there is no such file.
     """
     file = open_tensors(path)
     layers, unmatched = _group(file)
-    places, alphas = _places(config), _alphas(file)
-    updates: dict[tuple[str, int], LoraUpdate] = {}
+    targets, alphas = lora_targets(config), _alphas(file)
+    deltas: dict[tuple[str, int], LoraDelta] = {}
     for layer, tensors in layers.items():
-        place = _find(places, layer)
-        if place is None or not {"down", "up"} & tensors.keys():
+        target = find_target(targets, layer)
+        if target is None or not {"down", "up"} & tensors.keys():
             unmatched.append(layer)
             continue
-        update = _update(file, layer, tensors, place, alphas)
-        if updates.setdefault((update.layer, update.rows[0]), update) is not update:
-            raise ValueError(f"{file.path.name} changes {place.layer} twice; use a file with one LoRA.")
-    if not updates:
+        delta = _read_delta(file, layer, tensors, target, alphas)
+        if deltas.setdefault((delta.layer, delta.rows[0]), delta) is not delta:
+            raise ValueError(f"{file.path.name} changes {target.layer} twice; use a file with one LoRA.")
+    if not deltas:
         raise ValueError(
             f"{file.path.name} holds {_kind(file)}; Mochi has none of its layers, e.g. {_some(unmatched)}. "
             "Choose a LoRA made for Mochi."
         )
     left_out = f"{file.path.name}: Mochi has no place for {len(unmatched)} of its names, left out: {_some(unmatched)}."
-    return LoraFile(tuple(updates.values()), left_out if unmatched else None)
+    return LoraFile(tuple(deltas.values()), left_out if unmatched else None)
 
 
 def _group(file: Checkpoint) -> tuple[dict[str, dict[str, LazyTensor]], list[str]]:
-    """The tensors of each layer by their roles: down, up, alpha, magnitude; and the names of all others."""
+    """The tensors of each layer by role (down, up, alpha, magnitude), and the names of tensors that have no such role."""
     layers: dict[str, dict[str, LazyTensor]] = {}
     others = []
     for name, tensor in file.tensors.items():
-        if match := ROLES.fullmatch(name):
+        if match := LORA_KEY.fullmatch(name):
             layers.setdefault(match["layer"], {})[str(match.lastgroup)] = tensor
         else:
             others.append(name)
     return layers, others
 
 
-def _places(config: AsymmDiTConfig) -> dict[str, Place]:
-    """Every linear layer under its canonical and its diffusers name, dots as underscores."""
-    places = {}
-    parameters = dict(AsymmDiT(config, device="meta").named_parameters())
-    for rule in transformer_rules(config.depth):
-        layer, _, kind = rule.canonical.rpartition(".")
-        if kind != "weight" or rule.canonical not in parameters or parameters[rule.canonical].ndim != 2:
-            continue
-        rows, columns = parameters[rule.canonical].shape
-        places[_flat(layer)] = Place(layer, 0, rows, columns, swap_halves=False)
-        part = rows // len(rule.foreign)
-        for i, name in enumerate(rule.foreign):
-            foreign = _flat(name.removesuffix(".weight"))
-            places[foreign] = Place(layer, i * part, part, columns, rule.swap_halves)
-    return places
-
-
-def _flat(name: str) -> str:
-    return name.replace(".", "_")
-
-
-def _find(places: dict[str, Place], layer: str) -> Place | None:
-    name = _flat(WRAPPERS.sub("", layer))
-    while name not in places:
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-        if prefix is None:
-            return None
-        name = name.removeprefix(prefix)
-    return places[name]
-
-
-def _update(file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], place: Place, alphas: Alphas) -> LoraUpdate:
-    _check(file, layer, tensors, place)
+def _read_delta(
+    file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], target: TargetRows, alphas: Alphas
+) -> LoraDelta:
+    _check(file, layer, tensors, target)
     # Copies, because a trainer may write the file again while the LoRA is in use.
     values = {role: tensor.read().clone() for role, tensor in tensors.items()}
     down, up = values["down"].flatten(1), values["up"].flatten(1)
@@ -181,39 +144,39 @@ def _update(file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], place:
     if not math.isfinite(scale) or not all(map(is_finite, values.values())):
         raise ValueError(f"{file.path.name} has NaN or infinite numbers in {layer}; its training failed, use another.")
     magnitude = values["magnitude"].flatten() if "magnitude" in values else None
-    if place.swap_halves:
+    if target.swap_halves:
         up = swapped_halves(up)
         magnitude = None if magnitude is None else swapped_halves(magnitude)
-    rows = (place.first_row, place.first_row + place.rows)
-    return LoraUpdate(place.layer, rows, down, up, scale, magnitude)
+    rows = (target.first_row, target.first_row + target.rows)
+    return LoraDelta(target.layer, rows, down, up, scale, magnitude)
 
 
-def _check(file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], place: Place) -> None:
+def _check(file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], target: TargetRows) -> None:
     if not {"down", "up"} <= tensors.keys():
         raise ValueError(f"{file.path.name} has one half of {layer} only; download it again.")
-    rank, expected = tensors["down"].shape[:1], (place.rows, place.columns)
+    rank, expected = tensors["down"].shape[:1], (target.rows, target.columns)
     down, up = (_as_matrix(tensors[role].shape) for role in ("down", "up"))
-    if (down, up) != ((*rank, place.columns), (place.rows, *rank)) or rank == (0,):
+    if (down, up) != ((*rank, target.columns), (target.rows, *rank)) or rank == (0,):
         raise ValueError(
             f"{file.path.name} does not fit: {layer} multiplies {up} by {down}, but the layer in Mochi is {expected}; "
             f"it looks like {_kind(file)}."
         )
-    if "magnitude" in tensors and _as_matrix(tensors["magnitude"].shape) not in ((place.rows, 1), (place.rows,)):
+    if "magnitude" in tensors and _as_matrix(tensors["magnitude"].shape) not in ((target.rows, 1), (target.rows,)):
         raise ValueError(
             f"{file.path.name} does not fit: the DoRA scale of {layer} is {tensors['magnitude'].shape}, but must have "
-            f"{place.rows} rows; scales of columns are not supported."
+            f"{target.rows} rows; scales of columns are not supported."
         )
     if "alpha" in tensors and math.prod(tensors["alpha"].shape) != 1:
         raise ValueError(f"{file.path.name} has {tensors['alpha'].shape} alphas for {layer}, but must have one.")
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Factors of linear layers are sometimes kept as 1x1 convolutions."""
+    """A shape without trailing axes: some files keep the factors of linear layers as 1x1 convolutions."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
 
 
 def _alphas(file: Checkpoint) -> Alphas:
-    """Genmo's trainer notes its alphas under `kwargs`, diffusers and PEFT have the adapter's whole configuration."""
+    """Alphas from the metadata: Genmo's trainer has them under `kwargs`, diffusers and PEFT the adapter's configuration."""
     beside = file.path.with_name("adapter_config.json")
     try:
         if "kwargs" in file.metadata:
@@ -241,8 +204,8 @@ def _peft_alphas(notes: dict[str, Any]) -> Alphas:
 
 
 def _kind(file: Checkpoint) -> str:
-    """One phrase for what a file is that does not fit."""
-    for phrase, pattern in STRANGERS:
+    """A phrase for what a file holds that does not fit Mochi."""
+    for phrase, pattern in OTHER_LORAS:
         if any(re.fullmatch(pattern, name) for name in file.tensors):
             return phrase
     described = describe(file.tensors)

@@ -1,6 +1,6 @@
-"""Products in fp8: either matrix has a float32 scale per row, sums are float32, results bfloat16.
+"""Matrix products in fp8: both operands are float8_e4m3fn with one float32 scale per row, sums are float32, results bfloat16.
 
-The rows of the input are quantised when they come, so unlike a quantised weight alone this changes the result on both sides.
+The input is quantised, too, row by row when it arrives; that changes the result further than a quantised weight alone does.
 """
 
 from __future__ import annotations
@@ -13,47 +13,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FP8).max
+FP8_MAX = torch.finfo(FP8).max
 ALIGNMENT = 16
-"""Rows and columns of a weight have to be multiples of this many."""
-ROWS = 2048
-"""Rows that are quantised at a time, so that little is held in float32."""
+"""Rows and columns of a weight must be multiples of this: PyTorch's `scaled_mm` refuses other sizes on CUDA devices."""
+QUANTIZE_ROW_CHUNK = 2048
+"""Matrix rows that `quantize_rows` takes at a time, so that its float32 intermediates stay small."""
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) to float8_e4m3fn values and the float32 scales (N, 1) that bring each row's largest to the end of the range."""
-    if torch.compiler.is_compiling():  # which holds nothing in between, and would compile anew for every other loop
+    """(N, K) to float8_e4m3fn values (N, K) and float32 scales (N, 1) that map each row's largest magnitude to `FP8_MAX`."""
+    if torch.compiler.is_compiling():  # fused code has no intermediates, and each loop length would compile anew
         return _quantize(x)
     values, scale = x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)
-    for start in range(0, len(x), ROWS):
-        some = slice(start, start + ROWS)
-        values[some], scale[some] = _quantize(x[some])
+    for start in range(0, len(x), QUANTIZE_ROW_CHUNK):
+        chunk = slice(start, start + QUANTIZE_ROW_CHUNK)
+        values[chunk], scale[chunk] = _quantize(x[chunk])
     return values, scale
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = nonzero(x.abs().amax(dim=1, keepdim=True).float() / LARGEST)
+    scale = safe_scale(x.abs().amax(dim=1, keepdim=True).float() / FP8_MAX)
     return (x / scale).to(FP8), scale
 
 
-def can_multiply(shape: tuple[int, ...]) -> bool:
-    """Whether there are GPUs that multiply by a weight of this shape."""
+def supports_scaled_mm(shape: tuple[int, ...]) -> bool:
+    """Whether `scaled_mm` can multiply by a weight of this shape on GPUs: a matrix with both sizes multiples of 16."""
     return len(shape) == 2 and not any(size % ALIGNMENT for size in shape)
 
 
-def nonzero(scale: Tensor) -> Tensor:
-    """What is all zero gets the scale 1."""
+def safe_scale(scale: Tensor) -> Tensor:
+    """Scales to divide by: 1 in place of 0, which is the scale of values that are all zero."""
     return torch.where(scale == 0, 1.0, scale)
 
 
 def linear_rowwise(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x` (..., K), `weight` (M, K) float8_e4m3fn, `scale` (M, 1) to (..., M) in the dtype of `x`."""
+    """A linear layer in fp8: `x` (..., K), `weight` (M, K) float8_e4m3fn, `scale` (M, 1) to (..., M) in the dtype of `x`."""
     out = multiply_rowwise(*quantize_rows(x.flatten(0, -2)), weight, scale, bias)
     return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def multiply_rowwise(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(N, K) and (M, K) float8_e4m3fn with their scales (N, 1) and (M, 1) to (N, M) bfloat16, the one dtype of all devices."""
+    """(x * x_scale) @ (weight * scale).T + bias in bfloat16, the one output dtype that all devices have.
+
+    `x` (N, K) and `weight` (M, K) are float8_e4m3fn, their scales (N, 1) and (M, 1) float32; the result is (N, M).
+    """
     if not len(x):  # a prompt without text; GPUs of older PyTorch refuse it
         return scale.new_empty(0, len(weight), dtype=torch.bfloat16)
     bias = None if bias is None else bias.to(torch.bfloat16)
@@ -65,20 +68,23 @@ def multiply_rowwise(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, 
 
 
 @torch.compiler.assume_constant_result
-def refusal(device: torch.device) -> str | None:
-    """Why such products cannot be had on a device, or None; the device itself is asked, once, and a warning says no."""
-    return _refusal(device)
+def unsupported_reason(device: torch.device) -> str | None:
+    """Reason why `scaled_mm` with row-wise scales fails on `device`, or None if it works.
+
+    Each device is probed once, with a 16x16 product; a failure is also reported in a warning.
+    """
+    return _probe(device)
 
 
 @cache
-def _refusal(device: torch.device) -> str | None:
+def _probe(device: torch.device) -> str | None:
     try:
         values, scale = quantize_rows(torch.ones(ALIGNMENT, ALIGNMENT, device=device))
         multiply_rowwise(values, scale, values, scale)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         warn(
-            f"{device} cannot multiply in fp8 with a scale per row, so weights are widened instead: {reason}",
+            f"{device} cannot multiply in fp8 with a scale per row, so weights are dequantized instead: {reason}",
             stacklevel=2,
         )
         return reason

@@ -1,7 +1,9 @@
 """GGML's block formats: rows of weights as bytes, and back to float32.
 
 A row is cut into blocks of 32 or 256 weights; every block is a fixed number of bytes with its own scales and, in some
-formats, minima. Names are those of GGUF files (Q4_0, Q6_K ...). Results equal llama.cpp's to the last bit.
+formats, minima. Names are those of GGUF files (Q4_0, Q6_K ...). The layouts are published in ggml-org/llama.cpp, as the
+structs block_q4_0 ... block_q6_K of ggml/src/ggml-common.h; the arithmetic is that of dequantize_row_* in
+ggml/src/ggml-quants.c and of gguf-py/gguf/quants.py, which a test compares bit for bit.
 """
 
 from __future__ import annotations
@@ -15,34 +17,39 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockType:
+    """The layout of one block format."""
+
     weights: int
-    """Weights in a block."""
+    """Number of weights in a block."""
     bytes: int
-    """Bytes of a block."""
+    """Size of a block in bytes."""
     dequantize: Callable[[Tensor], Tensor]
-    """(N, bytes) uint8 to (N, weights) float32."""
-    halves: tuple[int, ...]
-    """Where its float16 numbers begin: a scale and, in some formats, a minimum."""
+    """Blocks (N, bytes) uint8 to weights (N, weights) float32."""
+    scale_offsets: tuple[int, ...]
+    """Byte offsets in a block of its float16 numbers: a scale and, in some formats, the scale of the minima."""
 
 
 def dequantize(rows: Tensor, name: str) -> Tensor:
-    """(..., bytes of a row) uint8 in the format `name` to (..., weights of a row) float32."""
+    """Rows of blocks (..., bytes of a row) uint8 in the format `name` to (..., weights of a row) float32."""
     block = BLOCK_TYPES[name]
     return block.dequantize(rows.reshape(-1, block.bytes)).reshape(*rows.shape[:-1], -1)
 
 
-def halves(rows: Tensor, name: str) -> Tensor:
-    """(..., bytes of a row) uint8 to the (N, H) float16 numbers of its blocks, all that can be NaN or infinite in them."""
+def float16_scales(rows: Tensor, name: str) -> Tensor:
+    """The float16 numbers of all blocks in `rows` (..., bytes of a row) uint8: (number of blocks, 1 or 2).
+
+    Nothing else in a block can be NaN or infinite.
+    """
     block = BLOCK_TYPES[name]
     blocks = rows.reshape(-1, block.bytes)
-    return torch.cat([blocks[:, start : start + 2] for start in block.halves], dim=1).view(torch.float16)
+    return torch.cat([blocks[:, start : start + 2] for start in block.scale_offsets], dim=1).view(torch.float16)
 
 
 def columns(row_bytes: int, name: str) -> int:
-    """How many weights a row of so many bytes holds.
+    """Number of weights in a row of `row_bytes` bytes.
 
     Raises:
-        ValueError: it is no whole number of blocks.
+        ValueError: the row is no whole number of blocks.
     """
     block = BLOCK_TYPES[name]
     if row_bytes % block.bytes:
@@ -51,10 +58,12 @@ def columns(row_bytes: int, name: str) -> int:
 
 
 def quantize_q4_0(weight: Tensor) -> Tensor:
-    """(rows, columns) to uint8 blocks (rows, bytes); in every block the weight of the largest magnitude becomes -8.
+    """Quantise a matrix (rows, columns) to Q4_0 blocks (rows, bytes of a row) uint8.
+
+    The scale of a block maps its weight of largest magnitude to -8, as llama.cpp's quantize_row_q4_0_ref does.
 
     Raises:
-        ValueError: the rows are no multiple of 32 long.
+        ValueError: the number of columns is no multiple of 32.
     """
     size = BLOCK_TYPES["Q4_0"].weights
     if weight.shape[1] % size:
@@ -66,94 +75,109 @@ def quantize_q4_0(weight: Tensor) -> Tensor:
     scale = extreme / -8
     inverse = torch.where(scale == 0, 0, 1 / scale)
     low, high = (blocks * inverse + 8.5).clamp(0, 15).to(torch.uint8).chunk(2, dim=-1)
-    halves = scale.to(torch.float16).view(torch.uint8)
-    return torch.cat((halves, low | high << 4), dim=-1).reshape(len(weight), -1)
+    scale_bytes = scale.to(torch.float16).view(torch.uint8)
+    return torch.cat((scale_bytes, low | high << 4), dim=-1).reshape(len(weight), -1)
 
 
-def _half(blocks: Tensor, start: int) -> Tensor:
-    """The float16 at byte `start` of every block, as (N, 1) float32."""
+def _float16_at(blocks: Tensor, start: int) -> Tensor:
+    """The float16 number at byte `start` of every block (N, bytes), as (N, 1) float32."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
 
 
 def _bits(data: Tensor, shifts: range, mask: int) -> Tensor:
-    """(N, G, B) bytes to (N, G, len(shifts), B): the masked value at each shift."""
+    """Bit fields of bytes: (N, G, B) uint8 to (N, G, len(shifts), B), each byte shifted right and masked."""
     shift = torch.arange(shifts.start, shifts.stop, shifts.step, dtype=torch.uint8, device=data.device)[:, None]
     return data[:, :, None] >> shift & mask
 
 
 def _nibbles(data: Tensor) -> Tensor:
-    """(N, 16) bytes to (N, 32): all low nibbles, then all high ones."""
+    """4-bit values of bytes: (N, 16) to (N, 32), all low nibbles first, then all high ones."""
     return _bits(data[:, None], range(0, 8, 4), 0x0F).flatten(1)
 
 
 def _fifth_bits(data: Tensor) -> Tensor:
-    """(N, 4) bytes to (N, 32) values 0 or 16: bit j of this little-endian number belongs to weight j."""
+    """(N, 4) bytes to (N, 32) values 0 or 16: bit j of the little-endian 32-bit number is the fifth bit of weight j."""
     return (_bits(data[:, :, None], range(8), 1) << 4).flatten(1)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]).float() - 8)
+    """Bytes 0-1 float16 scale; 2-17 four-bit values, stored with 8 added."""
+    return _float16_at(blocks, 0) * (_nibbles(blocks[:, 2:]).float() - 8)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * _nibbles(blocks[:, 4:]).float() + _half(blocks, 2)
+    """Bytes 0-1 float16 scale; 2-3 float16 minimum; 4-19 four-bit values."""
+    return _float16_at(blocks, 0) * _nibbles(blocks[:, 4:]).float() + _float16_at(blocks, 2)
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * ((_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])).float() - 16)
+    """Bytes 0-1 float16 scale; 2-5 fifth bits; 6-21 lower four bits of values that are stored with 16 added."""
+    return _float16_at(blocks, 0) * ((_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])).float() - 16)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
+    """Bytes 0-1 float16 scale; 2-3 float16 minimum; 4-7 fifth bits; 8-23 lower four bits."""
     levels = (_nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])).float()
-    return _half(blocks, 0) * levels + _half(blocks, 2)
+    return _float16_at(blocks, 0) * levels + _float16_at(blocks, 2)
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    return blocks[:, 2:].view(torch.int8).float() * _half(blocks, 0)
+    """Bytes 0-1 float16 scale; 2-33 int8 values."""
+    return blocks[:, 2:].view(torch.int8).float() * _float16_at(blocks, 0)
 
 
 def _q2_k(blocks: Tensor) -> Tensor:
+    """Bytes 0-15 scale (low nibble) and minimum (high) of each 16 weights; 16-79 two-bit values; 80-83 float16 scales of both."""
     scales, levels = blocks[:, :16], _bits(blocks[:, 16:80].unflatten(1, (2, 32)), range(0, 8, 2), 3)
-    scale = (_half(blocks, 80) * (scales & 0x0F).float())[..., None]
-    minimum = (_half(blocks, 82) * (scales >> 4).float())[..., None]
+    scale = (_float16_at(blocks, 80) * (scales & 0x0F).float())[..., None]
+    minimum = (_float16_at(blocks, 82) * (scales >> 4).float())[..., None]
     return (scale * levels.reshape(-1, 16, 16).float() - minimum).flatten(1)
 
 
 def _q3_k(blocks: Tensor) -> Tensor:
-    """The third bit is stored inverted; scales are six bits: four of them in bytes 96-103, two in bytes 104-107."""
+    """Bytes 0-31 third bits, inverted; 32-95 lower two bits; 96-107 six-bit scale of each 16 weights; 108-109 float16 scale.
+
+    The lower four bits of the six-bit scales are in bytes 96-103, the upper two in bytes 104-107.
+    """
     low = _bits(blocks[:, None, 96:104], range(0, 8, 4), 0x0F).flatten(1)
     high = _bits(blocks[:, None, 104:108], range(0, 8, 2), 3).flatten(1)
-    scale = (_half(blocks, 108) * ((low | high << 4).float() - 32))[..., None]
+    scale = (_float16_at(blocks, 108) * ((low | high << 4).float() - 32))[..., None]
     levels = _bits(blocks[:, 32:96].unflatten(1, (2, 32)), range(0, 8, 2), 3).reshape(-1, 16, 16).float()
     missing = 4 - 4 * _bits(blocks[:, None, :32], range(8), 1).reshape(-1, 16, 16).float()
     return (scale * (levels - missing)).flatten(1)
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
+    """Bytes 0-15 scales and minima, see `_scale_and_shift`; 16-143 four-bit values."""
     levels = _bits(blocks[:, 16:].unflatten(1, (4, 32)), range(0, 8, 4), 0x0F)
     return _scale_and_shift(blocks, levels.reshape(-1, 8, 32))
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
+    """Bytes 0-15 scales and minima, see `_scale_and_shift`; 16-47 fifth bits; 48-175 lower four bits."""
     low = _bits(blocks[:, 48:].unflatten(1, (4, 32)), range(0, 8, 4), 0x0F).reshape(-1, 8, 32)
     high = _bits(blocks[:, None, 16:48], range(8), 1).reshape(-1, 8, 32)
     return _scale_and_shift(blocks, low | high << 4)
 
 
 def _scale_and_shift(blocks: Tensor, levels: Tensor) -> Tensor:
-    """Levels (N, 8, 32) with the six-bit scales and minima that Q4_K and Q5_K keep in bytes 4 to 15."""
+    """Levels (N, 8, 32) of Q4_K or Q5_K to weights (N, 256), scale * level - minimum for each 32 of them.
+
+    Bytes 0-1 and 2-3 are the float16 scales of the scales and of the minima, bytes 4-15 eight six-bit scales and minima.
+    """
     first, second, rest = blocks[:, 4:16].split(4, dim=1)
     scales = torch.cat((first & 0x3F, rest & 0x0F | first >> 2 & 0x30), dim=1)
     minima = torch.cat((second & 0x3F, rest >> 4 | second >> 2 & 0x30), dim=1)
-    scale = (_half(blocks, 0) * scales.float())[..., None]
-    minimum = (_half(blocks, 2) * minima.float())[..., None]
+    scale = (_float16_at(blocks, 0) * scales.float())[..., None]
+    minimum = (_float16_at(blocks, 2) * minima.float())[..., None]
     return (scale * levels.float() - minimum).flatten(1)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
+    """Bytes 0-127 lower four bits; 128-191 upper two bits; 192-207 int8 scale of each 16 weights; 208-209 float16 scale."""
     low = _bits(blocks[:, :128].unflatten(1, (2, 64)), range(0, 8, 4), 0x0F).reshape(-1, 16, 16)
     high = _bits(blocks[:, 128:192].unflatten(1, (2, 32)), range(0, 8, 2), 3).reshape(-1, 16, 16)
-    scale = _half(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
+    scale = _float16_at(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
     return (scale[..., None] * ((low | high << 4).float() - 32)).flatten(1)
 
 
@@ -169,3 +193,4 @@ BLOCK_TYPES = {
     "Q5_K": BlockType(256, 176, _q5_k, (0, 2)),
     "Q6_K": BlockType(256, 210, _q6_k, (208,)),
 }
+"""The block formats that can be read, by their names in GGUF files."""

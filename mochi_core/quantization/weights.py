@@ -1,8 +1,8 @@
-"""Weights of eight bits and fewer, and the layer that uses them.
+"""Weights stored in 8 bits or fewer, the linear layer that computes with them, and the quantisers that make them.
 
-A quantised weight stays in its stored form in memory, on whatever device; the layer widens it for the moment of its
-matrix product, or multiplies in fp8 where that is asked for. Embeddings, convolutions and norms are never kept quantised:
-they are small, and they matter.
+A quantised weight keeps its stored form in memory, on whatever device. `QuantizedLinear` dequantizes it for each matrix
+product, or multiplies in fp8 where that is asked for. Only linear layers keep weights quantised: embeddings, convolutions and
+norms are small, and sensitive to rounding.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fp8 import FP8, LARGEST, can_multiply, linear_rowwise, nonzero, quantize_rows, refusal
-from .ggml import columns, dequantize, halves, quantize_q4_0
+from .fp8 import FP8, FP8_MAX, linear_rowwise, quantize_rows, safe_scale, supports_scaled_mm, unsupported_reason
+from .ggml import columns, dequantize, float16_scales, quantize_q4_0
 
 FP8_ROWWISE = "fp8_rowwise"
 
@@ -24,39 +24,40 @@ FP8_ROWWISE = "fp8_rowwise"
 class QuantizedWeight:
     """A matrix (rows, columns) in its stored form: values * scale, or GGML blocks.
 
-    Kernels of convolutions can be stored so, too; only to be widened when they are loaded.
+    Kernels of convolutions may be held in it while a file is read; they are dequantized when they are loaded.
     """
 
     values: Tensor
     """(rows, columns) float8 or int8; with a `block_type`, (rows, bytes of a row) uint8."""
     scale: Tensor | None = None
-    """float32, one number for the whole matrix, or (rows, 1); None is 1."""
+    """Factor of `values`, float32: one number for the whole matrix, or (rows, 1); None means 1."""
     block_type: str | None = None
-    """A name in `ggml.BLOCK_TYPES`."""
+    """Layout of the blocks, a key of `ggml.BLOCK_TYPES`; None if `values` are plain numbers."""
     input_scale: Tensor | None = None
-    """What the file proposes to divide inputs by, for hosts that multiply in fp8; the layer here multiplies exactly."""
+    """Divisor of the inputs that the file proposes to hosts that multiply in fp8; `QuantizedLinear` does not use it."""
     exact_product: bool = True
-    """Whether even such hosts should widen the weight instead."""
+    """Whether a host that could multiply in fp8 or int8 should dequantize the weight instead."""
     fp8_product: bool = False
-    """Whether the layer quantises its input, too, and multiplies in fp8; for float8_e4m3fn with a scale per row."""
+    """Whether the layer quantises its input, too, and multiplies in fp8; needs float8_e4m3fn with a scale per row."""
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the dequantized matrix; ValueError if GGML blocks do not fill its rows."""
         rows, stored = self.values.shape
         return rows, columns(stored, self.block_type) if self.block_type else stored
 
     def scale_per_row(self) -> Tensor:
-        """(rows, 1)."""
+        """`scale` as (rows, 1)."""
         scale = torch.ones(()) if self.scale is None else self.scale
         return scale.expand(len(self.values), 1)
 
     def floats(self) -> list[Tensor]:
-        """Everything in it that can be NaN or infinite."""
-        values = halves(self.values, self.block_type) if self.block_type else self.values
+        """All tensors of the stored form that can hold NaN or infinity."""
+        values = float16_scales(self.values, self.block_type) if self.block_type else self.values
         return [tensor for tensor in (values, self.scale, self.input_scale) if tensor is not None]
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(rows, columns), computed in float32 and rounded once."""
+        """The matrix (rows, columns) that the stored form stands for, computed in float32 and rounded once to `dtype`."""
         if self.block_type:
             return dequantize(self.values, self.block_type).to(dtype)
         if self.scale is None:
@@ -65,9 +66,9 @@ class QuantizedWeight:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer over a quantised weight, in the dtype of its input.
+    """A linear layer over a quantised weight; it computes in the dtype of its input.
 
-    With `fp8_product`, a device that cannot multiply so gets the exact product with the widened weight.
+    With `fp8_product`, the weight is still dequantized on devices that cannot multiply in fp8 with a scale per row.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> None:
@@ -83,6 +84,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> QuantizedWeight:
+        """The weight in its stored form, of the layer's own buffers."""
         return QuantizedWeight(self.values, self.scale, self.block_type, fp8_product=self.fp8_product)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -90,34 +92,35 @@ class QuantizedLinear(nn.Module):
         return self.weight.dequantized(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fp8_product and self.scale is not None and refusal(x.device) is None:
+        """(..., in_features) to (..., out_features)."""
+        if self.fp8_product and self.scale is not None and unsupported_reason(x.device) is None:
             return linear_rowwise(x, self.values, self.scale, self.bias)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.dequantized(x.dtype), bias)
 
 
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float8_e4m3fn values and the one float32 scale that brings the largest to the end of the range.
+    """Quantise a weight of any shape to float8_e4m3fn values and one float32 scale; values * scale approximates it.
 
-    weight = values * scale, with a relative error of at most 1/16 for all but the tiniest weights.
+    The largest magnitude becomes `FP8_MAX`; the relative error is at most 1/16 for all but the tiniest weights.
     """
-    scale = nonzero(weight.abs().amax().float() / LARGEST)
-    return (weight.float() / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+    scale = safe_scale(weight.abs().amax().float() / FP8_MAX)
+    return (weight.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 values and one float32 scale per row, (rows, 1)."""
-    scale = nonzero(weight.abs().amax(dim=1, keepdim=True).float() / 127)
+    """Quantise a matrix (rows, columns) to int8 values in [-127, 127] and float32 scales (rows, 1)."""
+    scale = safe_scale(weight.abs().amax(dim=1, keepdim=True).float() / 127)
     return (weight.float() / scale).round().to(torch.int8), scale
 
 
 def quantize_fp8_rowwise(weight: Tensor) -> QuantizedWeight:
-    """float8_e4m3fn values and one float32 scale per row, to be multiplied in fp8.
+    """Quantise a matrix (rows, columns) to float8_e4m3fn with a float32 scale per row, for products in fp8.
 
     Raises:
-        ValueError: a size that GPUs cannot multiply so.
+        ValueError: rows or columns are no multiple of 16, which GPUs cannot multiply in fp8.
     """
-    if not can_multiply(weight.shape):
+    if not supports_scaled_mm(weight.shape):
         rows, columns = weight.shape
         raise ValueError(
             f"A weight of {rows} x {columns} cannot be multiplied in fp8, where sizes are multiples of 16; use fp8 or int8."
@@ -131,4 +134,4 @@ QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "int8": lambda weight: QuantizedWeight(*quantize_int8(weight)),
     "q4_0": lambda weight: QuantizedWeight(quantize_q4_0(weight), block_type="Q4_0"),
 }
-"""How a (rows, columns) weight can be quantised while it is loaded."""
+"""Quantisers of a matrix (rows, columns), by the names that `load_transformer(quantize=...)` takes."""

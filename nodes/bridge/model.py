@@ -25,7 +25,7 @@ from .cache import cached_run_block
 from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
 from .prepared import Conditioning, conditioning_of, prepared, with_run
 from .preview import MochiLatents, with_previews
-from .quantized import by_layer, host_weights, is_quantized, products_choice, quantized_operations, read_part
+from .quantized import by_layer, describe_matmul, host_weights, is_quantized, quantized_operations, read_part
 
 COMPUTE_DTYPES = [torch.bfloat16, torch.float32]
 
@@ -165,7 +165,7 @@ def _announce(patcher, stored: str, quantize: str | None, dtype: torch.dtype | N
     kept = quantize or (stored if patcher.model.model_config.quant_config else dtype_name(held))
     weights = weights_choice(stored, kept, bool(quantize or dtype), patcher.load_device)
     compute = arithmetic_choice(patcher.model.manual_cast_dtype or held, patcher.load_device)
-    compute += products_choice(patcher.model.diffusion_model)
+    compute += describe_matmul(patcher.model.diffusion_model)
     announce("transformer", weights, compute, f"attention {attending}")
 
 

@@ -29,7 +29,7 @@ HOST_FORMATS = {dtype: name for name, dtype in STORED_AS.items()}
 
 
 class GGMLLayout(QuantizedLayout):
-    """GGML blocks: (rows, bytes of a row) uint8, widened in float32 and rounded once."""
+    """GGML blocks, (rows, bytes of a row) uint8; dequantized in float32 and rounded once to `orig_dtype`."""
 
     @dataclass(frozen=True)
     class Params:
@@ -64,13 +64,13 @@ class GGMLLayout(QuantizedLayout):
 
 
 class RowwiseLayout(QuantizedLayout):
-    """float8_e4m3fn with a float32 scale per row, for weights and inputs alike."""
+    """A matrix in float8_e4m3fn with a float32 scale per row; the layout of weights and, while they are multiplied, of inputs."""
 
     Params = TensorCoreFP8Layout.Params
 
     @classmethod
     def quantize(cls, tensor, stochastic_rounding=0, **_):
-        """Weights that a patch has changed come with a seed: rounded at random, small changes are not lost."""
+        """`stochastic_rounding` is a seed or 0; patched weights come with a seed, so that small changes survive rounding."""
         qdata, scale = fp8.quantize_rows(tensor)
         if stochastic_rounding:
             qdata = comfy.float.stochastic_rounding(tensor / scale, fp8.FP8, seed=stochastic_rounding)
@@ -171,11 +171,11 @@ def _host_entries(layer: str, weight: QuantizedWeight) -> dict[str, torch.Tensor
 
 
 def quantized_operations(operations: type) -> type:
-    """The host's mixed-precision operations, taught three things.
+    """A subclass of the host's mixed-precision operations whose linear layers know the layouts of this module.
 
-    A weight in GGML blocks has a name for its form, under which it is saved. So has one in fp8 with scales per row, whose inputs
-    the host then quantises by its layout; they are multiplied here. And a layer that is to multiply in full precision never
-    gets the host's int8 product (which rounds the input, too).
+    `quant_format` is set for both layouts, because the host saves weights under it. With `RowwiseLayout` the host also
+    quantises inputs, and the layer multiplies them in fp8. A layer that is to multiply in full precision dequantizes its
+    weight, so that the host's int8 product, which rounds the input, is never used.
     """
 
     class Operations(operations):
@@ -185,14 +185,14 @@ def quantized_operations(operations: type) -> type:
                 given = state_dict.get(name)
                 if _layout(given) not in OWN_LAYOUTS:
                     return super()._load_from_state_dict(state_dict, prefix, *args)
-                # In inference mode, where nodes run, the host's own cast would widen it.
+                # In inference mode, where nodes run, the host's own cast would dequantize it.
                 super()._load_from_state_dict(state_dict | {name: torch.empty(0)}, prefix, *args)
                 self.weight = nn.Parameter(_on(given, **self.factory_kwargs), requires_grad=False)
                 if _layout(given) == GGML_LAYOUT:
                     self.quant_format = GGML_FORMAT + given._params.block_type
                 else:
                     self.quant_format, self.layout_type = ROWWISE_FORMAT, ROWWISE_LAYOUT
-                    self._full_precision_mm = rowwise_refusal() is not None
+                    self._full_precision_mm = rowwise_unsupported_reason() is not None
 
             def _forward(self, input, weight, bias):
                 if _layout(input) == _layout(weight) == ROWWISE_LAYOUT:
@@ -204,23 +204,23 @@ def quantized_operations(operations: type) -> type:
     return Operations
 
 
-def products_choice(network: nn.Module) -> str:
-    """What to say of products in fp8, if the network has any."""
+def describe_matmul(network: nn.Module) -> str:
+    """A clause for the console on how a network multiplies by fp8 weights with scales per row; empty if it has none."""
     if not any(getattr(layer, "layout_type", None) == ROWWISE_LAYOUT for layer in network.modules()):
         return ""
-    refusal = rowwise_refusal()
-    if refusal is None:
+    reason = rowwise_unsupported_reason()
+    if reason is None:
         return ", products in fp8"
-    return f"; weights are widened, because this device cannot multiply in fp8 ({refusal})"
+    return f"; weights are dequantized, because this device cannot multiply in fp8 ({reason})"
 
 
-def rowwise_refusal() -> str | None:
-    """Why the host's device cannot multiply in fp8 with scales per row, if so."""
-    return fp8.refusal(comfy.model_management.get_torch_device())
+def rowwise_unsupported_reason() -> str | None:
+    """Reason why the host's compute device cannot multiply in fp8 with scales per row, or None if it can."""
+    return fp8.unsupported_reason(comfy.model_management.get_torch_device())
 
 
 def _on(weight: QuantizedTensor, device: torch.device | None, dtype: torch.dtype) -> QuantizedTensor:
-    """The same weight on a device, to be widened to `dtype`."""
+    """`weight` on `device` (None: where it is), to be dequantized to `dtype`."""
     device = device or weight._qdata.device
     params = replace(weight._params.to_device(device), orig_dtype=dtype)
     return QuantizedTensor(weight._qdata.to(device), weight._layout_cls, params)

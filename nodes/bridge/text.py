@@ -17,12 +17,11 @@ import torch
 
 from ...mochi_core.checkpoints import LazyStateDict, blaming, check_tensors
 from ...mochi_core.checkpoints.names.t5 import hugging_face_entries, t5_config
-from ...mochi_core.text_encoder import MAX_TOKENS
+from ...mochi_core.text_encoder import cut_tokens, empty_prompts
 from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
 from .quantized import host_weights, is_quantized, quantized_operations, read_part
 
 TOKENS_KEY = "t5xxl"
-END_TOKEN, PAD_TOKEN = 1, 0
 
 
 class MochiTokenizer(comfy.text_encoders.genmo.MochiT5Tokenizer):
@@ -34,19 +33,18 @@ class MochiTokenizer(comfy.text_encoders.genmo.MochiT5Tokenizer):
 
 
 def limit_tokens(batches: list[list[tuple]], tokenizer) -> list[list[tuple]]:
-    """Cut every prompt at 256 tokens, the end token kept, and say what was lost."""
-    return [_limit(tokens, tokenizer) for tokens in batches]
+    """The host's token batches, tuples of an id and a weight each, cut to 256 tokens with a warning in the console."""
 
+    def spell(tokens) -> str:
+        return tokenizer.decode([token for token, *_ in tokens if isinstance(token, int)])  # embeddings are tensors
 
-def _limit(tokens: list[tuple], tokenizer) -> list[tuple]:
-    if len(tokens) <= MAX_TOKENS:
-        return tokens
-    kept, cut = tokens[: MAX_TOKENS - 1], tokens[MAX_TOKENS - 1 :]
-    ids = [token[0] for token in cut if isinstance(token[0], int) and token[0] not in (END_TOKEN, PAD_TOKEN)]
-    logging.warning(
-        "The prompt has %d tokens and Mochi reads %d; cut off: “%s”", len(tokens), MAX_TOKENS, tokenizer.decode(ids)
-    )
-    return [*kept, cut[-1]]
+    limited = []
+    for tokens in batches:
+        kept, warning = cut_tokens(tokens, spell)
+        if warning:
+            logging.warning(warning)
+        limited.append(kept)
+    return limited
 
 
 def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "default") -> comfy.sd.CLIP:
@@ -102,10 +100,8 @@ def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:
     tokens = {TOKENS_KEY: limit_tokens(tokens[TOKENS_KEY], clip.tokenizer)[:1]}
     if not prompt:
         width = clip.cond_stage_model.t5xxl.transformer.get_input_embeddings().embedding_dim
-        mask = torch.zeros(1, MAX_TOKENS, dtype=torch.long, device=mm.intermediate_device())
-        return [
-            [torch.zeros(1, MAX_TOKENS, width, device=mask.device), {"attention_mask": mask, "pooled_output": None}]
-        ]
+        embeds, mask = empty_prompts(1, width, device=mm.intermediate_device())
+        return [[embeds, {"attention_mask": mask.long(), "pooled_output": None}]]
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     if any("attention_mask" not in extra for _, extra in conditioning):
         raise ValueError("This CLIP returns no attention mask; use Load Mochi T5, or Load CLIP with type mochi.")

@@ -74,7 +74,7 @@ again = load("saved.safetensors")
 results["saved"], results["same weights"] = velocity(again), torch.tensor(torch.equal(weights(again), before))
 blocks = load("plain.safetensors", "q4_0").model.diffusion_model.blocks[0].attn.qkv_x
 results["bytes in blocks"] = torch.tensor(blocks.weight.nbytes)
-fp8._refusal = lambda device: f"{device} is too old"
+fp8._probe = lambda device: f"{device} is too old"
 results["refused"] = velocity(load("plain.safetensors", "fp8_rowwise"))
 (folder / "said.txt").write_text("\\n".join(said))
 save_file({name: t.clone().contiguous() for name, t in results.items()}, folder / "results.safetensors")
@@ -142,15 +142,15 @@ def test_blocks_of_4_bits_stay_so_where_nodes_run(results):
     assert results["bytes in blocks"] == 768 * 256 // 32 * 18
 
 
-def test_a_device_that_refuses_widens_the_weights_and_the_console_says_so(folder, results):
-    widened = load_transformer(folder / "plain.safetensors", torch.float32, quantize="fp8_rowwise")
-    for name in quantized_layers(widened):
-        widened.get_submodule(name).fp8_product = False
-    assert relative_error(results["refused"], velocity(widened)) < 1e-5
+def test_a_device_without_fp8_products_dequantizes_the_weights_and_the_console_says_so(folder, results):
+    dequantized = load_transformer(folder / "plain.safetensors", torch.float32, quantize="fp8_rowwise")
+    for name in quantized_layers(dequantized):
+        dequantized.get_submodule(name).fp8_product = False
+    assert relative_error(results["refused"], velocity(dequantized)) < 1e-5
     first, *_, last = (folder / "said.txt").read_text().splitlines()
     assert "weights fp8_rowwise, as asked for; arithmetic fp32 on cpu, products in fp8;" in first
     assert (
-        "arithmetic fp32 on cpu; weights are widened, because this device cannot multiply in fp8 (cpu is too old);"
+        "arithmetic fp32 on cpu; weights are dequantized, because this device cannot multiply in fp8 (cpu is too old);"
         in last
     )
 

@@ -124,8 +124,8 @@ def test_fp8_scaled(sources, tmp_path):
             assert torch.equal(stored[name], tensor), name
     inputs = torch.randn(1, 12, 2, 4, 4), torch.tensor([0.5]), torch.randn(1, 3, DIT.text_width), torch.ones(1, 3) > 0
     convert(path, tmp_path / "wide.safetensors", "--to", "canonical", "--dtype", "fp32")
-    ours, widened = (load_transformer(p, torch.float32)(*inputs) for p in (path, tmp_path / "wide.safetensors"))
-    torch.testing.assert_close(ours, widened, rtol=1e-4, atol=1e-4)
+    ours, upcast = (load_transformer(p, torch.float32)(*inputs) for p in (path, tmp_path / "wide.safetensors"))
+    torch.testing.assert_close(ours, upcast, rtol=1e-4, atol=1e-4)
 
 
 def test_refusals(sources, tmp_path, capsys):

@@ -196,7 +196,7 @@ VAE_ERROR = {"bf16": 0.02, "e5m2": 0.4, "fp8": 0.2, "int8": 0.08, "gguf": 0.05}
 
 @pytest.mark.parametrize("form", VAE_FORMS)
 def test_autoencoder(tmp_path, form):
-    """Linear layers stay quantised where they are; convolutions are widened."""
+    """Linear layers stay quantised where they are; convolutions are dequantized."""
     vae, path = random_vae(), tmp_path / file_name(form)
     save_file(VAE_FORMS[form](vae.state_dict(), path), tmp_path / "meaning.safetensors")
     loaded, meaning = load_vae(path), load_vae(tmp_path / "meaning.safetensors")

@@ -35,7 +35,7 @@ def layer(rows=48, columns=256, bias=True):
     return QuantizedLinear(QUANTIZERS["fp8_rowwise"](gaussian(rows, columns)), bias)
 
 
-def widened(x, linear):
+def float32_product(x, linear):
     """The product of both quantised operands, in float32."""
     values, scale = quantize_rows(x.flatten(0, -2))
     out = F.linear(values.float() * scale, linear.dequantized(), linear.bias)
@@ -61,7 +61,7 @@ def test_layer_equals_the_float32_product_of_what_was_quantised(dtype, bias):
     out = linear(x)
     assert out.dtype == dtype
     # A bias is rounded to bfloat16 before it is added.
-    torch.testing.assert_close(out.float(), widened(x, linear), **{**ROUNDING, "atol": 0.03 if bias else 1e-5})
+    torch.testing.assert_close(out.float(), float32_product(x, linear), **{**ROUNDING, "atol": 0.03 if bias else 1e-5})
     exact = F.linear(x.float(), gaussian(), linear.bias)
     assert 0.01 < relative_error(out.float(), exact) < 0.05
 
@@ -87,18 +87,20 @@ def test_sizes_that_gpus_cannot_multiply_are_refused():
 
 
 def test_a_device_that_cannot_says_so_once_and_others_are_silent():
-    fp8._refusal.cache_clear()
-    with pytest.warns(UserWarning, match="mps cannot multiply in fp8 .* weights are widened instead: Could not run"):
-        assert fp8.refusal(torch.device("mps")) is not None
+    fp8._probe.cache_clear()
+    with pytest.warns(
+        UserWarning, match="mps cannot multiply in fp8 .* weights are dequantized instead: Could not run"
+    ):
+        assert fp8.unsupported_reason(torch.device("mps")) is not None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert fp8.refusal(torch.device("mps")) is not None
-        assert fp8.refusal(torch.device("cpu")) is None
+        assert fp8.unsupported_reason(torch.device("mps")) is not None
+        assert fp8.unsupported_reason(torch.device("cpu")) is None
 
 
-def test_where_it_cannot_be_had_weights_are_widened(monkeypatch):
+def test_where_it_cannot_be_had_weights_are_dequantized(monkeypatch):
     linear, x = layer(), gaussian(7, seed=1)
-    monkeypatch.setattr(quantized, "refusal", lambda device: f"{device} is too old")
+    monkeypatch.setattr(quantized, "unsupported_reason", lambda device: f"{device} is too old")
     assert torch.equal(linear(x), F.linear(x, linear.dequantized(), linear.bias))
 
 
@@ -133,7 +135,7 @@ def test_full_width_stays_near_bf16():
 @pytest.mark.usefixtures("new_compiler")
 def test_compiled_whole_equals_plain():
     plain, compiled = load(random_dit()), load(random_dit())
-    fp8._refusal.cache_clear()
+    fp8._probe.cache_clear()
     for block in compiled.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
     arguments = inputs((16, 5, 0))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mochi_core import AsymmDiT, load_lora, load_transformer
+from mochi_core import AsymmDiT, AsymmDiTConfig, load_lora, load_transformer
 from mochi_core.__main__ import lora_option
+from mochi_core.lora.targets import linear_shapes
 from mochi_core.quantization.weights import QuantizedLinear
 from tests.harness.lora_files import (
     ALPHA,
@@ -44,6 +45,13 @@ def assert_changes_like(dit, lora_path, weights):
     lora = load_lora(dit, lora_path)
     assert relative_error(dit(*INPUTS), expected) <= 1e-5
     return lora
+
+
+@pytest.mark.parametrize("config", [AsymmDiTConfig(), DIT, AsymmDiTConfig(depth=1, patch_size=4, timestep_features=64)])
+def test_shapes_of_linear_layers_are_those_of_the_model(config):
+    layers = AsymmDiT(config, device="meta").named_modules()
+    expected = {name: tuple(layer.weight.shape) for name, layer in layers if isinstance(layer, torch.nn.Linear)}
+    assert linear_shapes(config) == expected
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

@@ -52,7 +52,7 @@ def test_fp8_uses_its_whole_range_and_int8_has_a_scale_per_row():
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "q4_0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layer_equals_a_linear_layer_of_the_widened_weight(kind, dtype):
+def test_layer_equals_a_linear_layer_of_the_dequantized_weight(kind, dtype):
     packed, bias = QUANTIZERS[kind](gaussian()), gaussian(1, 48)[0]
     layer = QuantizedLinear(packed, torch.nn.Parameter(bias, requires_grad=False))
     x = gaussian(7, 256, seed=1).to(dtype)

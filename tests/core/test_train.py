@@ -195,7 +195,7 @@ def test_lora_over_quantised_weights(tmp_path, accelerator, quantize):
 
 
 def test_lora_over_weights_stored_for_products_in_fp8(tmp_path, accelerator):
-    """Such products have no gradient: weights are widened while a LoRA learns."""
+    """Such products have no gradient: weights are dequantized while a LoRA learns."""
     note = torch.tensor(list(b'{"format": "float8_e4m3fn_rowwise"}'), dtype=torch.uint8)
     weights = random_dit().state_dict()
     for name in [name for name, weight in weights.items() if is_large(name, weight) and ".mod_" not in name]:

@@ -1,5 +1,7 @@
 """The whole way from prompt to latents against diffusers' MochiPipeline."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -8,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import T5TokenizerFast
 
 from mochi_core import MochiPipeline, load_text_encoder, normalize_latents
+from mochi_core.text_encoder import MAX_TOKENS
 from tests.harness import trained
 from tests.harness.numbers import relative_error
 from tests.harness.peers import diffusers_dit, diffusers_vae
@@ -47,3 +50,7 @@ def test_latents_agree_with_diffusers(pipelines, negative_prompt):
         **size,
     )[0]
     assert relative_error(normalize_latents(latents), expected) <= 1e-4
+
+
+def test_prompts_are_as_long_as_diffusers():
+    assert inspect.signature(DiffusersPipeline.__call__).parameters["max_sequence_length"].default == MAX_TOKENS

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...quantization.fp8 import FP8, can_multiply
+from ...quantization.fp8 import FP8, supports_scaled_mm
 from ...quantization.ggml import BLOCK_TYPES
 from ...quantization.weights import FP8_ROWWISE, QUANTIZERS, QuantizedWeight
 from ..formats.reader import NOTE
@@ -119,7 +119,9 @@ def _resolve_scaled(tensors: LazyStateDict, layer: str, *, exact_product: bool) 
     for leaf in (*SCALES, *INPUT_SCALES, NOTE):
         tensors.pop(layer + leaf, None)
     exact_product = scale is None or bool(note.get("full_precision_matrix_mult", exact_product))
-    fp8_product = form == ROWWISE_FORMAT and not exact_product and can_multiply(values.shape) and _count(scale) > 1
+    fp8_product = (
+        form == ROWWISE_FORMAT and not exact_product and supports_scaled_mm(values.shape) and _count(scale) > 1
+    )
 
     def read() -> QuantizedWeight:
         return QuantizedWeight(
