@@ -6,7 +6,6 @@ The trained tiny model, 25 frames of 64 x 64, 64 steps, guidance 4.5; the same n
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -34,8 +33,8 @@ from mochi_core import (
 from mochi_core.pipeline import initial_noise
 from mochi_core.quantization.weights import QUANTIZERS
 from mochi_core.sampling.sample import Condition
-from tests.harness import trained
 
+TINY = Path(__file__).parents[1] / "models"
 ROUNDS = 3
 FAST = {"sigmas": linear_quadratic_schedule(8, threshold_noise=0.1, linear_steps=6), "scale": 1.5}
 """What FastMochi was trained for."""
@@ -91,14 +90,15 @@ class Outcome:
 
 
 def prepare() -> Setup:
-    tokenizer = Path(os.environ["COMFYUI_PATH"]) / "comfy" / "text_encoders" / "t5_tokenizer"
-    t5 = load_text_encoder(trained.T5, tokenizer)
+    t5 = load_text_encoder(TINY / "text_encoders" / "t5_tiny.safetensors")
     conditions = [t5.encode(prompt) for prompt in PROMPTS]
     dits = {
-        kind: load_transformer(trained.TRANSFORMER, torch.float32, DEVICE, quantize=kind)
+        kind: load_transformer(
+            TINY / "diffusion_models" / "mochi_tiny.safetensors", torch.float32, DEVICE, quantize=kind
+        )
         for kind in (None, *QUANTIZERS)
     }
-    return Setup(dits, load_vae(trained.VAE, device=DEVICE), conditions, t5.encode(""))
+    return Setup(dits, load_vae(TINY / "vae" / "mochi_tiny_vae.safetensors", device=DEVICE), conditions, t5.encode(""))
 
 
 def run(

@@ -14,12 +14,12 @@ import gguf
 import torch
 from torch import Tensor, nn
 
+from benchmarks.k_types import K_QUANTIZERS
 from benchmarks.measure import environment, write_report
 from benchmarks.peers import DEVICE
 from mochi_core import AsymmDiT, AsymmDiTConfig
 from mochi_core.checkpoints import Checkpoint, LazyTensor, from_state_dict, is_large, load_into
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedWeight
-from tests.harness.k_types import K_QUANTIZERS
 
 Quantize = Callable[[Tensor], QuantizedWeight]
 ROWWISE = "fp8 e4m3fn, scales per row and token, multiplied in fp8"

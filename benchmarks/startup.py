@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.measure import environment, write_report
-from tests.harness.server import PACK, ROOT, link_pack
 
+ROOT, PACK = Path(__file__).resolve().parents[1], "mochi-nodes"
 ROUNDS = 7
 EMPTY_PACK = """from comfy_api.latest import ComfyExtension
 
@@ -39,7 +39,7 @@ def main() -> None:
             (base / "custom_nodes").mkdir(parents=True)
         (bases["an empty pack"] / "custom_nodes" / "empty").mkdir()
         (bases["an empty pack"] / "custom_nodes" / "empty" / "__init__.py").write_text(EMPTY_PACK, encoding="utf-8")
-        link_pack(bases[PACK] / "custom_nodes" / PACK, ROOT)
+        (bases[PACK] / "custom_nodes" / PACK).symlink_to(ROOT, target_is_directory=True)
         runs: dict[str, list[tuple[float, float]]] = {name: [] for name in bases}
         for _ in range(ROUNDS):
             for name, base in bases.items():

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks.measure import MIB, Measurement, compare, environment, write_report
 from benchmarks.peers import DEVICE, comfy_vae, diffusers_vae
+from benchmarks.random_weights import randomize
 from mochi_core import AsymmVAE
 from mochi_core.autoencoder.streaming import CPU, Plan, Runner, stream
-from tests.harness.tiny_models import randomize
 
 # In latents, for both peers: what fits twice into the smaller frame.
 TILE, OVERLAP = 24, 8

@@ -3,9 +3,9 @@
 import pytest
 
 from mochi_core import seconds_to_frames
-from tests.browser.test_templates import read
-from tests.harness.browser import PLAYING
+from tests.harness.browser import PLAYING, label
 from tests.harness.locales import read as texts_of
+from tests.harness.templates import read
 
 NODES = list(texts_of("en"))  # of all nodes, as tests/comfy/test_locales.py sees to
 WATCH_PREVIEWS = """() => {
@@ -29,14 +29,6 @@ def set_widget(editor, node_type, name, value):
         " const widget = node.widgets.find(widget => widget.name === name);"
         " widget.value = value; widget.callback?.(value); }",
         [node_type, name, value],
-    )
-
-
-def label(editor, node_type, name):
-    return editor.page.evaluate(
-        "([type, name]) => app.graph._nodes.find(node => node.type === type)"
-        ".widgets.find(widget => widget.name === name).label",
-        [node_type, name],
     )
 
 

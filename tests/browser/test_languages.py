@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.browser.test_templates import essence, read
 from tests.harness.browser import open_editor
 from tests.harness.client import ComfyClient
 from tests.harness.locales import read as texts_of
+from tests.harness.templates import essence, read
 
 LANGUAGE = "zh"
 SHOWN = """types => Object.fromEntries(types.map(type => {

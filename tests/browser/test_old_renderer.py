@@ -1,8 +1,7 @@
 """The same nodes, drawn on the canvas as ComfyUI did before its "Nodes 2.0"."""
 
-from tests.browser.test_editor import label
-from tests.browser.test_templates import read
-from tests.harness.browser import open_editor
+from tests.harness.browser import label, open_editor
+from tests.harness.templates import read
 
 
 def test_old_renderer_opens_and_names_everything_too(templates_server):

@@ -2,12 +2,11 @@
 
 import pytest
 
-from tests.browser.test_templates import NAMES, read
 from tests.harness.client import ComfyClient
 from tests.harness.frames import read_frames
 from tests.harness.semantics import main_color
 from tests.harness.template_files import shrunk
-from tests.harness.templates import FOLDER, files
+from tests.harness.templates import FOLDER, NAMES, files, read
 
 
 def test_files_are_what_the_source_says(templates_server):

@@ -1,26 +1,9 @@
 """The templates in a real editor."""
 
-import json
-
 import pytest
 
 from tests.harness.pictures import THUMBNAIL
-from tests.harness.templates import FOLDER
-from workflows.source import TEMPLATES
-
-NAMES = [template.name for template in TEMPLATES]
-
-
-def read(*parts):
-    return json.loads(FOLDER.joinpath(*parts).read_text(encoding="utf-8"))
-
-
-def essence(prompt):
-    """Without the titles, and the place where the editor shows a chosen video."""
-    return {
-        key: (node["class_type"], {k: v for k, v in node["inputs"].items() if k != "video-preview"})
-        for key, node in prompt.items()
-    }
+from tests.harness.templates import NAMES, essence, read
 
 
 def test_browser_lists_every_template_with_its_thumbnail(editor):

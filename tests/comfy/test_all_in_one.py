@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.comfy.test_server import DECODE, MODEL, T5, VAE, node, prompt
+from tests.harness.graphs import DECODE, MODEL, T5, VAE, node, prompt
 
 PARTS = {
     "model.diffusion_model.": "diffusion_models/mochi_preview_bf16.safetensors",

@@ -4,9 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.comfy.test_choices import said  # noqa: F401 - a fixture
-from tests.comfy.test_server import MODEL, SAMPLER, latents_of, node, upto_sampler  # noqa: F401 - a fixture
 from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.graphs import MODEL, SAMPLER, node, upto_sampler
 
 FILE = "mochi_preview_bf16.safetensors"
 SCRIPT = """
@@ -77,7 +76,7 @@ def test_who_attends(comfy_path, comfy_server, tmp_path):
         torch.testing.assert_close(velocity, out["host"], rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_the_choice_of_a_loader(said, latents_of):  # noqa: F811
+def test_the_choice_of_a_loader(said, latents_of):
     graph = upto_sampler()
     for name in ("host", "math"):
         graph[name] = node("Mochi1LoadTransformer", model_name=FILE, weight_dtype="auto", attention=name)

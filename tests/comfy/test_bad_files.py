@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.comfy.test_server import MODEL, T5, VAE, assert_healthy, node, prompt
-from tests.core.test_bad_files import BAD, OTHERS
+from tests.harness.bad_files import BAD, OTHERS
+from tests.harness.graphs import MODEL, T5, VAE, assert_healthy, node, prompt
 from tests.harness.tiny_models import random_vae
 
 PLACES = {

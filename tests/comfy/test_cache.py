@@ -4,18 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.comfy.test_server import (  # noqa: F401 - a fixture among them
-    MODEL,
-    PATCHES,
-    SAMPLER,
-    assert_healthy,
-    latents_of,
-    node,
-    upto_sampler,
-    with_defaults,
-)
 from tests.harness import trained
 from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.graphs import MODEL, PATCHES, SAMPLER, node, upto_sampler, with_defaults
 
 STEPS = 24
 LOOSE = {"teacache": 0.09, "first_block": 0.03}
@@ -168,7 +159,7 @@ def sampled(graph, model):
     return node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "model": [model, 0]})
 
 
-def test_in_a_graph(latents_of, comfy_server):  # noqa: F811
+def test_in_a_graph(latents_of, comfy_server):
     graph = upto_sampler(steps=12)
     # The share ends before it begins, so nothing is left out whatever the threshold.
     graph |= {"off": cache(), "on": cache(threshold=1.0), "never": cache(threshold=1.0, start=0.6, end=0.4)}
@@ -187,7 +178,7 @@ def test_in_a_graph(latents_of, comfy_server):  # noqa: F811
 
 
 @pytest.mark.parametrize("patch", PATCHES.keys() - {"LoraLoaderModelOnly"})
-def test_with_the_hosts_own_patches(latents_of, comfy_client, patch):  # noqa: F811
+def test_with_the_hosts_own_patches(latents_of, comfy_client, patch):
     """EasyCache skips whole forwards, skip-layer guidance asks twice in a step, context windows ask for each window."""
     graph = upto_sampler(steps=12)
     graph["patch"] = with_defaults(comfy_client, patch, model=[MODEL, 0], **PATCHES[patch])
@@ -198,7 +189,7 @@ def test_with_the_hosts_own_patches(latents_of, comfy_client, patch):  # noqa: F
     assert 0 < (loose - exact).norm() < 0.7 * exact.norm(), "what belongs to another prompt changes nearly all of it"
 
 
-def test_samplers_that_ask_between_the_steps(latents_of):  # noqa: F811
+def test_samplers_that_ask_between_the_steps(latents_of):
     graph = upto_sampler(steps=12)
     graph |= {"off": cache(), "on": cache(threshold=0.1)}
     graph["empty"] = node("EmptyMochiLatentVideo", width=96, height=64, length=13, batch_size=1)

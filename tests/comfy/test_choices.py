@@ -2,21 +2,8 @@
 
 import pytest
 
-from tests.comfy.test_server import DECODE, MODEL, T5, VAE, node, prompt
 from tests.harness.comfy_process import run_in_comfyui
-
-
-@pytest.fixture
-def said(comfy_client, comfy_server):
-    """The pack's console lines while a graph ran."""
-
-    def run(graph):
-        before = comfy_server.log.stat().st_size
-        assert comfy_client.run(graph).outcome == "execution_success"
-        new = comfy_server.log.read_bytes()[before:].decode(errors="replace")
-        return [line.partition("Mochi ")[2] for line in new.splitlines() if "Mochi " in line]
-
-    return run
+from tests.harness.graphs import DECODE, MODEL, T5, VAE, node, prompt
 
 
 def test_every_loader_and_the_decoder_say_what_they_chose(said):

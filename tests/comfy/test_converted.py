@@ -8,8 +8,8 @@ from mochi_core import AsymmDiT
 from mochi_core.checkpoints.convert import plan_conversion
 from mochi_core.checkpoints.formats.writer import layout
 from mochi_core.checkpoints.names.quantized import NOTE
-from tests.core.test_convert import write_sparse
 from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.memory import write_sparse
 
 SCRIPT = """
 import json

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.comfy.test_server import SAMPLER, VAE, assert_healthy, latents_of, node, upto_sampler  # noqa: F401 - a fixture
+from tests.harness.graphs import SAMPLER, VAE, assert_healthy, node, upto_sampler
 from tests.harness.tiny_models import random_vae
 
 MIB = 2**20
@@ -51,7 +51,7 @@ def test_every_node_decodes_to_the_same_frames(frames_of):
         torch.testing.assert_close(frames, ours, rtol=0, atol=1e-4)
 
 
-def test_frames_are_those_of_the_core(frames_of, latents_of):  # noqa: F811
+def test_frames_are_those_of_the_core(frames_of, latents_of):
     graph = upto_sampler(**SIZE, batch_size=2)
     (latents,) = latents_of(graph, [SAMPLER, 0])
     graph["ours"] = decoder()
@@ -73,7 +73,7 @@ def test_dtypes(frames_of, dtype, error):
     assert torch.equal(chosen, auto) == (dtype == "fp32")  # what auto means on a CPU
 
 
-def test_stock_encode_is_ours_and_takes_frames_as_they_are(latents_of):  # noqa: F811
+def test_stock_encode_is_ours_and_takes_frames_as_they_are(latents_of):
     graph = upto_sampler(**SIZE)
     graph["frames"] = decoder()
     graph["ours"] = node("Mochi1VAEEncode", pixels=["frames", 0], vae=[VAE, 0])

@@ -8,18 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mochi_core import load_text_encoder, load_transformer, load_vae
-from tests.core.test_formats import (
-    FORMATS,
-    T5_FORMS,
-    VAE_FORMS,
-    WIDE,
-    file_name,
-    passes,
-    relative_error,
-    shallow_t5,
-    velocity,
-)
+from tests.harness import trained
 from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.formats import FORMATS, T5_FORMS, VAE_FORMS, WIDE, file_name, passes, shallow_t5
+from tests.harness.numbers import relative_error
+from tests.harness.random_inputs import velocity
 from tests.harness.tiny_models import random_dit, random_vae
 
 SCRIPT = '''
@@ -163,10 +156,8 @@ def test_quantise_while_loading_equals_the_core(folder, results, kind):
 
 
 @pytest.mark.parametrize("form", T5_FORMS)
-def test_text_encoder_computes_what_the_file_means(folder, results, comfy_path, form):
-    meaning = load_text_encoder(
-        folder / "t5 meaning" / f"{form}.safetensors", comfy_path / "comfy/text_encoders/t5_tokenizer"
-    )
+def test_text_encoder_computes_what_the_file_means(folder, results, form):
+    meaning = load_text_encoder(folder / "t5 meaning" / f"{form}.safetensors", trained.TOKENIZER)
     embeds, mask = meaning.encode("a red kite")
     assert relative_error(results[f"{form}/text"][mask], embeds[mask]) < 1e-4
 

@@ -8,9 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mochi_core import MochiPipeline, load_lora, load_text_encoder, load_transformer, load_vae
-from tests.comfy.test_server import MODEL, POSITIVE, SAMPLER, latents_of, upto_sampler  # noqa: F401 - a fixture
-from tests.core.test_formats import WIDE, quantized_layers, relative_error, velocity
+from tests.harness import trained
 from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.formats import WIDE, quantized_layers
+from tests.harness.graphs import MODEL, POSITIVE, SAMPLER, upto_sampler
+from tests.harness.numbers import relative_error
+from tests.harness.random_inputs import velocity
 from tests.harness.tiny_models import random_dit
 
 # A last bit that falls otherwise, as when a file is mapped elsewhere, can become a step of fp8; all of them are 3 to 5 %.
@@ -152,13 +155,13 @@ def test_a_device_without_fp8_products_dequantizes_the_weights_and_the_console_s
     )
 
 
-def test_the_server_samples_what_the_core_does(latents_of, comfy_server, comfy_path):  # noqa: F811
+def test_the_server_samples_what_the_core_does(latents_of, comfy_server):
     """One step without text or guidance: what differs in a last bit grows in steps of fp8, with every step of the sampler."""
     graph = upto_sampler(seed=80, steps=1, cfg=1.0)
     graph[MODEL]["inputs"]["weight_dtype"] = "fp8_rowwise"
     graph[POSITIVE]["inputs"]["prompt"] = ""
     (ours,) = latents_of(graph, [SAMPLER, 0])
-    models, tokenizer = comfy_server.base / "models", comfy_path / "comfy/text_encoders/t5_tokenizer"
+    models, tokenizer = comfy_server.base / "models", trained.TOKENIZER
 
     def latents(quantize):
         file = models / "diffusion_models/mochi_preview_bf16.safetensors"

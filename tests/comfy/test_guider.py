@@ -4,18 +4,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mochi_core import guidance_schedule, linear_quadratic_schedule, sample
-from tests.comfy.test_server import (  # noqa: F401 - a fixture among them
-    MODEL,
-    NEGATIVE,
-    POSITIVE,
-    SAMPLER,
-    latents_of,
-    node,
-    upto_sampler,
-)
 from tests.harness import trained
 from tests.harness.comfy_process import run_in_comfyui
-from tests.peers.builders import relative_error
+from tests.harness.graphs import MODEL, NEGATIVE, POSITIVE, SAMPLER, node, upto_sampler
+from tests.harness.numbers import relative_error
 
 STEPS = 12
 SCRIPT = f"""
@@ -78,7 +70,7 @@ def test_a_part_of_the_steps_equals_the_core_with_the_same_scales(comfy_path, tm
         assert out[name].tolist() == [0, 1, 2, 3], name
 
 
-def test_all_of_the_steps_equal_the_hosts_guider(latents_of):  # noqa: F811
+def test_all_of_the_steps_equal_the_hosts_guider(latents_of):
     graph = upto_sampler(steps=STEPS, cfg=3.0)
     seed = graph[SAMPLER]["inputs"]["seed"]
     prompts = {"model": [MODEL, 0], "positive": [POSITIVE, 0], "negative": [NEGATIVE, 0], "cfg": 3.0}

@@ -7,19 +7,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mochi_core import AsymmDiT
-from tests.comfy.test_server import (  # noqa: F401 - a fixture among them
+from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.graphs import (
     MODEL,
     NEGATIVE,
     POSITIVE,
     SAMPLER,
     assert_healthy,
-    latents_of,
     node,
     prompt,
     upto_sampler,
     with_defaults,
 )
-from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.lora_files import (
     ALPHA,
     ATTENTION,
@@ -30,8 +29,8 @@ from tests.harness.lora_files import (
     with_weights,
     write_adapter,
 )
+from tests.harness.numbers import relative_error
 from tests.harness.tiny_models import random_dit
-from tests.peers.builders import relative_error
 
 GENMO_NOTES = {"kwargs": {"qkv_proj_lora_alpha": ALPHA, "out_proj_lora_alpha": ALPHA}}
 PEFT_NOTES = {"lora_adapter_metadata": {"transformer.r": RANK, "transformer.lora_alpha": ALPHA}}
@@ -98,7 +97,7 @@ def assert_same(result, expected, plain):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_a_checkpoint_merged_by_hand(latents_of, dit, write_lora, with_checkpoint, kind):  # noqa: F811
+def test_equals_a_checkpoint_merged_by_hand(latents_of, dit, write_lora, with_checkpoint, kind):
     graph = with_checkpoint(f"merged {kind}.safetensors", write_lora(kind, dit, 0.8))
     graph["lora"] = ours(MODEL, kind, 0.8)
     graph["result"] = sampled(graph, "lora")
@@ -106,7 +105,7 @@ def test_equals_a_checkpoint_merged_by_hand(latents_of, dit, write_lora, with_ch
     assert_same(result, expected, plain)
 
 
-def test_strength_0_and_removal_leave_no_trace(comfy_client, latents_of, dit, write_lora):  # noqa: F811
+def test_strength_0_and_removal_leave_no_trace(comfy_client, latents_of, dit, write_lora):
     write_lora("peft", dit)
     graph = upto_sampler()
     (before,) = latents_of(graph, [SAMPLER, 0])
@@ -122,7 +121,7 @@ def test_strength_0_and_removal_leave_no_trace(comfy_client, latents_of, dit, wr
 
 
 @pytest.mark.parametrize("second", [ours, stock])
-def test_loras_follow_each_other(latents_of, dit, write_lora, with_checkpoint, second):  # noqa: F811
+def test_loras_follow_each_other(latents_of, dit, write_lora, with_checkpoint, second):
     both = write_lora("kohya", write_lora("diffusers", dit))
     graph = with_checkpoint("both.safetensors", both)
     graph |= {"first": ours(MODEL, "diffusers"), "second": second("first", "kohya")}
@@ -131,7 +130,7 @@ def test_loras_follow_each_other(latents_of, dit, write_lora, with_checkpoint, s
     assert_same(result, expected, plain)
 
 
-def test_hooks_come_on_top(latents_of, dit, write_lora, with_checkpoint):  # noqa: F811
+def test_hooks_come_on_top(latents_of, dit, write_lora, with_checkpoint):
     both = write_lora("kohya", write_lora("peft", dit))
     graph = with_checkpoint("hooked.safetensors", both)
     graph["lora"] = ours(MODEL, "peft")
@@ -146,7 +145,7 @@ def test_hooks_come_on_top(latents_of, dit, write_lora, with_checkpoint):  # noq
 
 
 @pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_rowwise", "int8", "q4_0"])
-def test_on_quantised_weights(latents_of, dit, write_lora, with_checkpoint, dtype):  # noqa: F811
+def test_on_quantised_weights(latents_of, dit, write_lora, with_checkpoint, dtype):
     """The host rounds the changed weights of 8 bits again; the file has them rounded once."""
     graph = with_checkpoint("to be quantised.safetensors", write_lora("peft", dit), dtype)
     graph["lora"] = ours(MODEL, "peft")

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.comfy.test_server import assert_healthy, node
-from tests.core.test_convert import needs_proc
-from tests.core.test_memory import SLACK, write_large
 from tests.harness.client import ComfyClient
+from tests.harness.graphs import assert_healthy, node
+from tests.harness.memory import SLACK, needs_proc, write_large
 from tests.harness.server import PROBE, ComfyServer
 from tests.harness.tiny_models import write_models
 

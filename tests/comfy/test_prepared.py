@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.comfy.test_server import MODEL, SAMPLER, latents_of, node, upto_sampler  # noqa: F401 - a fixture
 from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.graphs import MODEL, SAMPLER, node, upto_sampler
 from tests.harness.tiny_models import random_dit
 
 SCRIPT = """
@@ -216,7 +216,7 @@ def test_prompts_of_unequal_lengths_share_a_batch_and_do_not_notice(ran):
     assert (together - apart).norm() < 1e-5 * apart.norm()
 
 
-def test_same_latents_in_a_server(latents_of):  # noqa: F811
+def test_same_latents_in_a_server(latents_of):
     graph = upto_sampler()
     graph["plain"] = node("ProbeUnprepared", model=[MODEL, 0])
     graph["sampled"] = node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "model": ["plain", 0]})

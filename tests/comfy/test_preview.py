@@ -6,9 +6,9 @@ import struct
 import pytest
 from PIL import Image
 
-from tests.comfy.test_server import SAMPLER, node, upto_sampler
 from tests.harness.client import ComfyClient
 from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.graphs import SAMPLER, node, upto_sampler
 
 FRAMES = 25
 LATENTS = 5

@@ -4,7 +4,6 @@ import io
 import shutil
 import threading
 import time
-from itertools import count
 from pathlib import Path
 
 import av
@@ -12,53 +11,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.core.test_formats import sharded
+from tests.harness import trained
 from tests.harness.client import PromptRefused
-from tests.harness.demo import small_prompt
+from tests.harness.formats import sharded
+from tests.harness.graphs import (
+    FRESH_SEEDS,
+    MODEL,
+    NEGATIVE,
+    PATCHES,
+    POSITIVE,
+    SAMPLER,
+    T5,
+    assert_healthy,
+    node,
+    prompt,
+    upto_sampler,
+    with_defaults,
+)
 from tests.harness.quantized_files import GGUF, SAFETENSORS
 from tests.harness.tiny_models import DIT, random_dit, random_t5
-
-MODEL, T5, VAE, POSITIVE, NEGATIVE, SAMPLER, DECODE = "1234567"
-SIZE = {"width": 96, "height": 64, "num_frames": 13, "steps": 4}
-FRESH_SEEDS = count(1000)
-
-
-def prompt(**inputs):
-    """The shipped workflow, small, with a seed that no result is cached for."""
-    return small_prompt(**{**SIZE, "seed": next(FRESH_SEEDS), **inputs})
-
-
-def upto_sampler(**inputs):
-    graph = prompt(**inputs)
-    for node in ("7", "8", "9"):
-        del graph[node]
-    return graph
-
-
-def node(class_type, **inputs):
-    return {"class_type": class_type, "inputs": inputs}
-
-
-@pytest.fixture
-def latents_of(comfy_client, comfy_server):
-    """Run graphs that end in LATENTs, and read what SaveLatent wrote for each."""
-
-    def run(graph, *sources):
-        saves = {
-            f"save{i}": node("SaveLatent", samples=source, filename_prefix="t") for i, source in enumerate(sources)
-        }
-        done = comfy_client.run({**graph, **saves})
-        assert done.outcome == "execution_success", done.error
-        files = [done.outputs[name]["latents"][0] for name in saves]
-        return [
-            load_file(comfy_server.base / "output" / f["subfolder"] / f["filename"])["latent_tensor"] for f in files
-        ]
-
-    return run
-
-
-def assert_healthy(client):
-    assert client.run(prompt()).outcome == "execution_success"
 
 
 def test_workflow_makes_an_mp4_of_the_right_size_length_and_rate(comfy_client):
@@ -188,7 +159,7 @@ def test_sampler_custom_advanced_with_our_sigmas_returns_the_same_latents(latent
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_python_pipeline_returns_the_same_latents(latents_of, comfy_server, comfy_path):
+def test_python_pipeline_returns_the_same_latents(latents_of, comfy_server):
     from mochi_core import MochiPipeline, load_text_encoder, load_transformer, load_vae
 
     graph = upto_sampler(seed=79)
@@ -197,9 +168,7 @@ def test_python_pipeline_returns_the_same_latents(latents_of, comfy_server, comf
     pipe = MochiPipeline(
         load_transformer(models / "diffusion_models/mochi_preview_bf16.safetensors", torch.float32),
         load_vae(models / "vae/mochi_vae.safetensors"),
-        load_text_encoder(
-            models / "text_encoders/t5xxl_fp16.safetensors", comfy_path / "comfy/text_encoders/t5_tokenizer"
-        ),
+        load_text_encoder(models / "text_encoders/t5xxl_fp16.safetensors", trained.TOKENIZER),
     )
     words = graph[POSITIVE]["inputs"]["prompt"]
     latents = pipe(words, height=64, width=96, num_frames=13, num_inference_steps=4, seed=79, output_type="latent")
@@ -216,25 +185,6 @@ def test_video_to_video_and_batches(latents_of):
     graph["other"] = node("Mochi1Sampler", **{**again, "denoise": 0.5})
     first, near, far = latents_of(graph, [SAMPLER, 0], ["again", 0], ["other", 0])
     assert 0 < (near - first).norm() < (far - first).norm()
-
-
-PATCHES = {
-    "EasyCache": {"reuse_threshold": 3.0},
-    "SkipLayerGuidanceDiT": {"double_layers": "1", "single_layers": "", "start_percent": 0.0, "end_percent": 1.0},
-    "ContextWindowsManual": {"context_length": 2, "context_overlap": 1, "dim": 2},
-    "LoraLoaderModelOnly": {"lora_name": "genmo.safetensors"},
-}
-
-
-def with_defaults(client, class_type, **inputs):
-    """A stock node with what its own schema proposes for all other inputs."""
-    required = client.get(f"/object_info/{class_type}")[class_type]["input"]["required"]
-    defaults = {}
-    for name, (kind, *options) in required.items():
-        choices = options[0].get("options", []) if options else []
-        choices = kind if isinstance(kind, list) else choices
-        defaults[name] = options[0]["default"] if options and "default" in options[0] else next(iter(choices), None)
-    return node(class_type, **{**defaults, **inputs})
 
 
 @pytest.mark.parametrize("patch", PATCHES)

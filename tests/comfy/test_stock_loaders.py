@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.comfy.test_server import SAMPLER, VAE, latents_of, node, upto_sampler  # noqa: F401 - a fixture among them
+from tests.harness.graphs import SAMPLER, VAE, node, upto_sampler
 from tests.harness.tiny_models import AsymmVAEConfig, cast, random_vae
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from mochi_core import AsymmDiTConfig
 from mochi_core.__main__ import main
 from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.numbers import relative_error
 from tests.harness.quantized_files import legacy_scaled_fp8
 from tests.harness.tiny_models import cast, random_dit
-from tests.peers.builders import relative_error
 
 CONFIG = AsymmDiTConfig(depth=1)
 SCRIPT = """

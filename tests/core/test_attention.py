@@ -18,7 +18,7 @@ from mochi_core.transformer.attention import (
     refusal,
     sdpa,
 )
-from tests.core.test_sample import NOISE, prompt
+from tests.harness.random_inputs import NOISE, prompt
 from tests.harness.tiny_models import random_dit, random_vae
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]

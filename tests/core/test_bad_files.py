@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import pickle
-import struct
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save, save_file
 
-from mochi_core import AsymmDiTConfig, load_text_encoder, load_transformer, load_vae
+from mochi_core import load_text_encoder, load_transformer, load_vae
 from mochi_core.checkpoints import (
     Checkpoint,
     from_state_dict,
@@ -23,68 +22,10 @@ from mochi_core.checkpoints import (
     to_diffusers,
     transformer_rules,
 )
-from tests.harness.tiny_models import random_dit, random_t5, random_vae
+from tests.harness.bad_files import BAD, DIT, HEADER, HEADER_END, NAME, OTHERS, SMALL, VALID, with_header
+from tests.harness.tiny_models import random_t5, random_vae
 
-SMALL = AsymmDiTConfig(
-    depth=1,
-    hidden_size_x=8,
-    hidden_size_y=8,
-    num_heads=2,
-    text_width=8,
-    mlp_size_x=8,
-    mlp_size_y=8,
-    timestep_features=4,
-)
-DIT = random_dit(SMALL).state_dict()
-VALID = save(DIT, {"format": "pt"})
-HEADER_END = 8 + struct.unpack("<Q", VALID[:8])[0]
-HEADER = json.loads(VALID[8:HEADER_END])
-NAME = "blocks.0.attn.proj_x.bias"
 CASES = settings(max_examples=1500, deadline=None, derandomize=True, database=None)
-
-
-def with_header(header, data=VALID[HEADER_END:]):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def edited(name=NAME, **changes):
-    return with_header({**HEADER, name: {**HEADER[name], **changes}})
-
-
-def shifted(by):
-    start, end = HEADER[NAME]["data_offsets"]
-    return edited(data_offsets=[start + by, end + by])
-
-
-BAD = {
-    "empty": (b"", "an empty file"),
-    "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
-    "web page": (b"\n<!DOCTYPE html><html><body>404</body></html>", "a web page"),
-    "torch file": (b"PK\x03\x04" + bytes(60), "whose name should end in .pt"),
-    "noise": (bytes(range(255, 0, -1)), "something else"),
-    "7 bytes": (VALID[:7], "incomplete"),
-    "cut in the header": (VALID[:100], "incomplete"),
-    "cut in the data": (VALID[:-1], "incomplete"),
-    "one byte more": (VALID + b"x", "1 bytes too many"),
-    "header of 2**63 bytes": (struct.pack("<Q", 2**63) + VALID[8:], "something else"),
-    "header longer than the file": (struct.pack("<Q", 10**7) + VALID[8:], "incomplete"),
-    "header in no JSON": (with_header(b"{" + b"]" * 50), "wrong header"),
-    "no tensors": (with_header({}, b""), "holds no tensors"),
-    "header nested deeply": (with_header(b'{"a":' + b"[" * 10**5), "wrong header"),
-    "header in no UTF-8": (with_header(b'{"\xff\xff": 1}'), "wrong header"),
-    "duplicate name": (with_header(VALID[8:HEADER_END].rstrip()[:-1] + b"," + VALID[9:HEADER_END]), "there twice"),
-    "number for a tensor": (with_header({**HEADER, NAME: 3}), "wrong header"),
-    "negative size": (edited(shape=[-8]), "wrong header"),
-    "wrong size": (edited(shape=[9]), "wrong header"),
-    "wrong dtype": (edited(dtype="F16"), "wrong header"),
-    "unknown dtype": (edited(dtype="F3"), "wrong header"),
-    "dtype of no model": (edited(dtype="U32"), "stored as U32, which cannot be read"),
-    "overlap": (shifted(-4), "wrong header"),
-    "hole": (shifted(4), "wrong header"),
-    "metadata that are no text": (with_header({**HEADER, "__metadata__": {"a": 1}}), "wrong header"),
-    "missing axis": (edited("x_embedder.proj.weight", shape=[8, 48]), "needs 4 axes"),
-}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -325,17 +266,6 @@ def test_broken_diffusers_files(tmp_path, change, phrase):
         load_transformer(tmp_path / "odd.safetensors")
 
 
-# A few names of each kind, as its released files have them.
-OTHERS = {
-    "a FLUX transformer": ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight"],
-    "an SD3 transformer": ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"],
-    "a Wan transformer": ["blocks.0.cross_attn.k.weight", "blocks.0.self_attn.k.weight", "patch_embedding.weight"],
-    "an LTX transformer": ["transformer_blocks.0.scale_shift_table", "caption_projection.linear_1.weight"],
-    "a Stable Diffusion UNet": ["model.diffusion_model.input_blocks.0.0.weight"],
-    "a CLIP text encoder": ["text_model.encoder.layers.0.self_attn.q_proj.weight"],
-    "an image autoencoder": ["encoder.mid.block_1.conv1.weight", "decoder.mid.block_1.conv1.weight"],
-    "a LoRA": ["blocks.0.attn.qkv_x.lora_A"],
-}
 OWN = {
     "a Mochi transformer": lambda: DIT,
     "a T5 text encoder": random_t5,

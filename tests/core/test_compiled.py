@@ -7,9 +7,8 @@ from safetensors.torch import save_file
 from mochi_core import load_lora, load_transformer, sample
 from mochi_core.sampling.block_cache import BlockCache
 from mochi_core.transformer.offload import resident, streamed
-from tests.core.test_dit import inputs
-from tests.core.test_sample import NOISE, SIGMAS, prompt
 from tests.harness.lora_files import random_adapter, write_adapter
+from tests.harness.random_inputs import NOISE, SIGMAS, inputs, prompt
 from tests.harness.tiny_models import random_dit
 
 pytestmark = pytest.mark.usefixtures("new_compiler")

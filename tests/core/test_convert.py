@@ -1,9 +1,6 @@
 """convert and inspect, as a person calls them; what convert writes loads in diffusers and in ComfyUI's own class."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,8 @@ from mochi_core import AsymmDiT, AsymmDiTConfig, AsymmVAE, load_transformer, loa
 from mochi_core.__main__ import main
 from mochi_core.checkpoints import from_state_dict, to_diffusers, transformer_rules
 from mochi_core.quantization.weights import quantize_fp8
+from tests.harness.command_line import convert, refused
+from tests.harness.memory import in_a_process, needs_proc, write_sparse
 from tests.harness.tiny_models import DIT, cast, random_dit, random_t5, random_vae
 
 ROOT = Path(__file__).parents[2]
@@ -35,15 +34,6 @@ def sources(tmp_path_factory):
     everything = {f"model.diffusion_model.{n}": t for n, t in dit.items()} | {f"vae.{n}": t for n, t in vae.items()}
     save_file(everything | random_t5(), folder / "all.safetensors")
     return folder
-
-
-def convert(*arguments):
-    assert main(["convert", *map(str, arguments)]) == 0
-
-
-def refused(capsys, *arguments):
-    assert main([*map(str, arguments)]) == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae"])
@@ -229,62 +219,6 @@ def test_inspect_released_sizes(tmp_path, capsys):
         text = capsys.readouterr().out
         assert "sizes of the released model" in text
         assert "complete" in text
-
-
-def write_sparse(path, tensors):
-    """All names, shapes and bytes of a model of any size; zeros that take no disk."""
-    entries, position = {}, 0
-    for name, tensor in tensors.items():
-        end = position + tensor.numel() * 2
-        entries[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [position, end]}
-        position = end
-    header = json.dumps(entries).encode()
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + position)
-    return path
-
-
-MEMORY = """
-import json, re, sys, threading, time
-import torch
-from pathlib import Path
-from mochi_core.checkpoints import check_fit, empty_transformer, load_transformer, open_part
-from mochi_core.checkpoints.convert import plan_conversion, write_conversion
-
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-def peak_of(action):
-    before, peak, done = anonymous(), 0, threading.Event()
-    def watch():
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, anonymous())
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    start = time.monotonic()
-    result = action()
-    seconds = time.monotonic() - start
-    done.set()
-    watcher.join()
-    return result, max(peak, anonymous()) - before, seconds
-
-def open_whole(path):
-    checkpoint = open_part(path, "transformer")
-    check_fit(dict(empty_transformer(checkpoint).named_parameters()), checkpoint)
-    return checkpoint.tensors
-"""
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-
-
-def in_a_process(code, *arguments):
-    command = [sys.executable, "-c", MEMORY + code, *map(str, arguments)]
-    # Without this, glibc keeps freed tensors, and later ones hide in them.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @needs_proc

@@ -12,8 +12,10 @@ from mochi_core.checkpoints import is_large
 from mochi_core.checkpoints.names.t5 import t5_shapes
 from mochi_core.config import T5EncoderConfig
 from mochi_core.quantization.weights import quantize_fp8
-from tests.core.test_convert import convert, refused, write_sparse
-from tests.core.test_formats import T5_FORMS, file_name, shallow_t5
+from tests.harness import trained
+from tests.harness.command_line import convert, refused
+from tests.harness.formats import T5_FORMS, file_name, shallow_t5
+from tests.harness.memory import write_sparse
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,14 +54,14 @@ def test_dtypes_and_both_layouts(t5, tmp_path, dtype):
     assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
 
 
-def test_transformers_loads_the_folder(t5, tmp_path, comfy_path):
+def test_transformers_loads_the_folder(t5, tmp_path):
     from transformers import T5EncoderModel
 
     T5_FORMS["sharded"](t5, tmp_path / "sharded")
     convert(tmp_path / "sharded", tmp_path / "text_encoder", "--to", "diffusers")
     loaded, info = T5EncoderModel.from_pretrained(tmp_path / "text_encoder", output_loading_info=True)
     assert not any(info.values()), info
-    ours = load_text_encoder(tmp_path / "text_encoder", comfy_path / "comfy/text_encoders/t5_tokenizer")
+    ours = load_text_encoder(tmp_path / "text_encoder", trained.TOKENIZER)
     ids = torch.tensor([ours.tokenize("a red kite")])
     expected = loaded.eval()(input_ids=ids).last_hidden_state
     torch.testing.assert_close(ours.encode("a red kite")[0][:, : ids.shape[1]], expected)

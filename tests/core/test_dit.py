@@ -7,6 +7,7 @@ from mochi_core import AsymmDiT, sdpa
 from mochi_core.transformer.layers import by_rows
 from mochi_core.transformer.model import crop_to_valid
 from mochi_core.transformer.rope import Rope
+from tests.harness.random_inputs import inputs
 from tests.harness.tiny_models import DIT, random_dit
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -15,15 +16,6 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 @pytest.fixture(scope="module")
 def dit():
     return random_dit()
-
-
-def inputs(lengths, size=(2, 6, 8), seed=0, tokens=16):
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(len(lengths), 12, *size, generator=generator)
-    embeds = torch.randn(len(lengths), tokens, DIT.text_width, generator=generator)
-    mask = torch.arange(tokens) < torch.tensor(lengths)[:, None]
-    sigma = torch.linspace(0.9, 0.3, len(lengths))
-    return latents, sigma, embeds, mask
 
 
 def test_default_configuration_is_released_mochi():

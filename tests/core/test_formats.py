@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,20 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.k_types import K_QUANTIZERS
 from mochi_core import load_text_encoder, load_transformer, load_vae
 from mochi_core.__main__ import main
 from mochi_core.checkpoints import describe, from_state_dict, open_checkpoint, to_diffusers, transformer_rules
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear
-from tests.harness import quantized_files
-from tests.harness.k_types import K_QUANTIZERS
-from tests.harness.quantized_files import GGUF, SAFETENSORS, gguf_file, is_large, llama_cpp_name
-from tests.harness.tiny_models import DIT, random_dit, random_t5, random_vae
+from tests.harness import quantized_files, trained
+from tests.harness.formats import FORMATS, T5_FORMS, VAE_FORMS, WIDE, file_name, passes, quantized_layers, shallow_t5
+from tests.harness.numbers import relative_error
+from tests.harness.quantized_files import SAFETENSORS, gguf_file, is_large
+from tests.harness.random_inputs import velocity
+from tests.harness.tiny_models import DIT, random_dit, random_vae
 
-# Rows of 256 weights, which the K types need.
-WIDE = replace(
-    DIT, depth=2, hidden_size_x=256, hidden_size_y=256, num_heads=4, text_width=256, mlp_size_x=256, mlp_size_y=256
-)
-FORMATS = {**SAFETENSORS, **GGUF}
 # Relative error of one forward of the wide model; most K types hold random weights.
 LARGEST_ERROR = {
     "fp8_e5m2": 0.08,
@@ -36,25 +33,6 @@ LARGEST_ERROR = {
     "F": 0.01,
     "BF16": 0.01,
 }
-
-
-def file_name(form):
-    return f"{form}.{'gguf' if 'gguf' in form else 'safetensors'}"
-
-
-def velocity(dit):
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(1, 12, 2, 8, 8, generator=generator)
-    embeds = torch.randn(1, 16, dit.config.text_width, generator=generator)
-    return dit(latents, torch.tensor([0.6]), embeds, torch.arange(16)[None] < 9)
-
-
-def relative_error(result, expected):
-    return ((result - expected).norm() / expected.norm()).item()
-
-
-def quantized_layers(module):
-    return {name for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +148,7 @@ def test_layers_of_a_scaled_file_may_stay_in_high_precision(dit, tmp_path):
     assert "blocks.0.mlp_x.w1" in quantized_layers(loaded)
 
 
-def test_scaled_all_in_one_file(dit, tmp_path, comfy_path):
+def test_scaled_all_in_one_file(dit, tmp_path):
     parts = {"model.diffusion_model.": dit.state_dict(), "text_encoders.t5xxl.transformer.": shallow_t5()}
     tensors, meaning = {}, {}
     for prefix, part in parts.items():
@@ -184,7 +162,7 @@ def test_scaled_all_in_one_file(dit, tmp_path, comfy_path):
         for name in ("all.safetensors", "model.diffusion_model.safetensors")
     )
     assert torch.equal(loaded, expected)
-    tokenizer = comfy_path / "comfy/text_encoders/t5_tokenizer"
+    tokenizer = trained.TOKENIZER
     loaded, expected = (
         load_text_encoder(tmp_path / name, tokenizer).encode("a red kite")[0]
         for name in ("all.safetensors", "text_encoders.t5xxl.transformer.safetensors")
@@ -212,42 +190,6 @@ def test_changing_the_dtype_of_a_model_keeps_its_meaning(dit, tmp_path):
     assert torch.equal(velocity(loaded), before)
 
 
-def flattened_gguf(tensors, path):
-    """Containers have four dimensions, so that converters flatten the kernels and note their shape."""
-    import gguf
-
-    writer, expected = gguf.GGUFWriter(path, "pig"), {}
-    for name, tensor in tensors.items():
-        kind = "Q8_0" if tensor.ndim == 5 and tensor.numel() % 32 == 0 else "F32"
-        flat = tensor.reshape(-1, 32) if kind == "Q8_0" else tensor
-        data, meaning = quantized_files.to_blocks(flat, kind)
-        expected[name] = meaning.reshape(tensor.shape)
-        writer.add_tensor(name, data.reshape(data.shape[0], -1), raw_dtype=gguf.GGMLQuantizationType[kind])
-        writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return expected
-
-
-def everything_in(dtype):
-    """Norms and biases excepted."""
-
-    def write(tensors, path):
-        stored = {name: t.to(dtype) if t.ndim > 1 else t for name, t in tensors.items()}
-        save_file(stored, path)
-        return {name: t.float() for name, t in stored.items()}
-
-    return write
-
-
-VAE_FORMS = {
-    "bf16": everything_in(torch.bfloat16),
-    "fp8 throughout": everything_in(torch.float8_e4m3fn),
-    "gguf": flattened_gguf,
-    **{form: write for form, write in SAFETENSORS.items() if "Q" not in form},
-}
 # Relative error of both halves, which are many layers deep.
 VAE_ERROR = {"bf16": 0.02, "e5m2": 0.4, "fp8": 0.2, "int8": 0.08, "gguf": 0.05}
 
@@ -265,79 +207,14 @@ def test_autoencoder(tmp_path, form):
         assert 0 < relative_error(result, exact) < bound
 
 
-def passes(vae):
-    """A decoded video, and the latents of another one."""
-    generator = torch.Generator().manual_seed(0)
-    latents, video = (torch.randn(shape, generator=generator) for shape in ((1, 12, 2, 2, 4), (1, 3, 7, 16, 16)))
-    return vae.decode(latents), vae.encode(video / 2).mean
-
-
-def with_duplicate(tensors, path):
-    stored = {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}
-    save_file({name: t.clone() for name, t in stored.items()}, path)
-    return tensors
-
-
-def embed_tokens_only(tensors, path):
-    stored = {"encoder.embed_tokens.weight" if name == "shared.weight" else name: t for name, t in tensors.items()}
-    save_file(stored, path)
-    return tensors
-
-
-def in_dtype(dtype):
-    def write(tensors, path):
-        save_file({name: t.to(dtype) for name, t in tensors.items()}, path)
-        return {name: t.to(dtype).float() for name, t in tensors.items()}
-
-    return write
-
-
-def all_fp8(tensors, path):
-    """Embedding and norms too, as in t5xxl_fp8_e4m3fn."""
-    return in_dtype(torch.float8_e4m3fn)(tensors, path)
-
-
-def sharded(suffix, save):
-    def write(tensors, path):
-        path.mkdir()
-        names = list(tensors)
-        shards = {f"model-0000{i + 1}-of-00002.{suffix}": names[i::2] for i in range(2)}
-        for shard, part in shards.items():
-            save({name: tensors[name].clone() for name in part}, path / shard)
-        index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
-        (path / f"model.{suffix}.index.json").write_text(json.dumps(index))
-        return tensors
-
-    return write
-
-
-T5_FORMS = {
-    **SAFETENSORS,
-    **{str(dtype): in_dtype(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)},
-    "all fp8": all_fp8,
-    "duplicate embedding": with_duplicate,
-    "embedding under its other name": embed_tokens_only,
-    "sharded": sharded("safetensors", save_file),
-    "sharded, by torch.save": sharded("bin", torch.save),
-    "Q4_0 gguf": gguf_file("Q4_0", "t5"),
-    "Q8_0 gguf, names of llama.cpp": gguf_file("Q8_0", "t5encoder", llama_cpp_name, small="Q8_0"),
-    "BF16 gguf, names of llama.cpp": gguf_file("BF16", "t5", llama_cpp_name, small="F16"),
-}
-
-
-def shallow_t5():
-    """Two blocks."""
-    return {name: tensor for name, tensor in random_t5().items() if not re.match(r"encoder\.block\.([2-9]|\d\d)", name)}
-
-
 @pytest.fixture(scope="module")
 def t5():
     return shallow_t5()
 
 
 @pytest.mark.parametrize("form", T5_FORMS)
-def test_text_encoder(t5, tmp_path, comfy_path, form):
-    tokenizer = comfy_path / "comfy/text_encoders/t5_tokenizer"
+def test_text_encoder(t5, tmp_path, form):
+    tokenizer = trained.TOKENIZER
     path = tmp_path / file_name(form)
     save_file(T5_FORMS[form](t5, path), tmp_path / "meaning.safetensors")
     loaded = load_text_encoder(path, tokenizer)

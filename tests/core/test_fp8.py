@@ -14,10 +14,9 @@ from mochi_core.quantization import weights as quantized
 from mochi_core.quantization.fp8 import linear_rowwise, multiply_rowwise, quantize_rows
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear
 from mochi_core.transformer.layers import FeedForward
-from tests.core.test_dit import inputs
-from tests.core.test_formats import relative_error
-from tests.core.test_quantized import gaussian
 from tests.harness.lora_files import random_adapter, write_adapter
+from tests.harness.numbers import relative_error
+from tests.harness.random_inputs import gaussian, inputs
 from tests.harness.tiny_models import random_dit
 
 # The last bit of bfloat16.

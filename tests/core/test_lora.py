@@ -11,7 +11,6 @@ from mochi_core import AsymmDiT, AsymmDiTConfig, load_lora, load_transformer
 from mochi_core.__main__ import lora_option
 from mochi_core.lora.targets import linear_shapes
 from mochi_core.quantization.weights import QuantizedLinear
-from tests.core.test_dit import inputs
 from tests.harness.lora_files import (
     ALPHA,
     ATTENTION,
@@ -23,8 +22,9 @@ from tests.harness.lora_files import (
     with_weights,
     write_adapter,
 )
+from tests.harness.numbers import relative_error
+from tests.harness.random_inputs import inputs
 from tests.harness.tiny_models import DIT, random_dit
-from tests.peers.builders import relative_error
 
 INPUTS = inputs([5, 9])
 

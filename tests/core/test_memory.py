@@ -1,29 +1,8 @@
 """Casting and moving weights while they are loaded takes the memory of the model and of one tensor."""
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from mochi_core import AsymmDiT, AsymmDiTConfig
-from tests.core.test_convert import convert, in_a_process, needs_proc
-
-# Few large tensors: the largest has 50 MB in bf16.
-LARGE = AsymmDiTConfig(
-    depth=2, hidden_size_x=1536, hidden_size_y=512, num_heads=12, text_width=256, mlp_size_x=8192, mlp_size_y=1024
-)
-LAYOUTS = {"canonical": (), "diffusers": ("--to", "diffusers")}
-SLACK = 10e6
-
-
-def write_large(folder, layout):
-    """A file in bf16; the bytes of the model in float32, and of the largest tensor as it is stored."""
-    dit = AsymmDiT(LARGE, dtype=torch.bfloat16).requires_grad_(False)
-    dit.pos_frequencies.zero_()
-    save_file(dit.state_dict(), folder / "canonical.safetensors")
-    if LAYOUTS[layout]:
-        convert(folder / "canonical.safetensors", folder / f"{layout}.safetensors", *LAYOUTS[layout])
-    sizes = [parameter.nbytes for parameter in dit.parameters()]
-    return folder / f"{layout}.safetensors", 4 * sum(p.numel() for p in dit.parameters()), max(sizes)
+from tests.harness.memory import SLACK, in_a_process, needs_proc, write_large
 
 
 @needs_proc

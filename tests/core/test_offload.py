@@ -8,9 +8,9 @@ from mochi_core import AsymmDiT, load_lora, load_transformer, sample
 from mochi_core.transformer.block import BlockContext
 from mochi_core.transformer.offload import resident, streamed
 from mochi_core.transformer.rope import Rope
-from tests.core.test_convert import in_a_process, needs_proc
-from tests.core.test_sample import NOISE, SIGMAS, prompt
 from tests.harness.lora_files import random_adapter, write_adapter
+from tests.harness.memory import in_a_process, needs_proc
+from tests.harness.random_inputs import NOISE, SIGMAS, prompt
 from tests.harness.tiny_models import random_dit
 
 CONDITIONS = prompt(6), prompt(2, seed=1)

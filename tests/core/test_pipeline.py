@@ -11,6 +11,7 @@ from mochi_core import MochiPipeline, denormalize_latents, load_text_encoder, sa
 from mochi_core.__main__ import main
 from mochi_core.io.latent_files import load_latents, save_latents
 from mochi_core.io.video import VideoWriter
+from tests.harness import trained
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit, random_t5, random_vae, write_models
 
@@ -18,8 +19,8 @@ SIZE = {"height": 32, "width": 48, "num_frames": 7, "num_inference_steps": 3}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(comfy_path):
-    return comfy_path / "comfy" / "text_encoders" / "t5_tokenizer"
+def tokenizer():
+    return trained.TOKENIZER
 
 
 @pytest.fixture(scope="module")

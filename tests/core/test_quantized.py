@@ -8,13 +8,10 @@ from gguf import GGMLQuantizationType, dequantize, quantize
 from mochi_core.quantization import ggml
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear, QuantizedWeight, quantize_fp8, quantize_int8
 from tests.harness.quantized_files import random_blocks
+from tests.harness.random_inputs import gaussian
 
 # Half a step of each format over its range, relative to the largest weight of a row.
 LARGEST_ERROR = {"fp8": 1 / 28, "fp8_rowwise": 1 / 28, "int8": 1 / 254, "q4_0": 1 / 7}
-
-
-def gaussian(rows=48, columns=256, seed=0):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("name", ggml.BLOCK_TYPES)

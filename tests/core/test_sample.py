@@ -3,23 +3,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mochi_core import euler, guided, linear_quadratic_schedule, sample
+from mochi_core import euler, guided, sample
 from mochi_core.sampling.sample import prepared_velocities, prepared_velocity
-from tests.harness.tiny_models import DIT, random_dit
+from tests.harness.random_inputs import NOISE, SIGMAS, prompt
+from tests.harness.tiny_models import random_dit
 
 
 @pytest.fixture(scope="module")
 def dit():
     return random_dit()
-
-
-def prompt(length, seed=0, batch=1):
-    embeds = torch.randn(batch, 16, DIT.text_width, generator=torch.Generator().manual_seed(seed))
-    return embeds, (torch.arange(16) < length).expand(batch, -1)
-
-
-NOISE = torch.randn(1, 12, 2, 4, 4, generator=torch.Generator().manual_seed(7))
-SIGMAS = linear_quadratic_schedule(5)
 
 
 def test_euler_recovers_data_from_the_true_velocity():

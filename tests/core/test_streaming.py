@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.random_weights import randomize
 from mochi_core import AsymmVAE, AsymmVAEConfig
 from mochi_core.autoencoder.layers import frame_norm, frame_statistics, pad_causal
 from mochi_core.autoencoder.streaming import (
@@ -22,7 +23,7 @@ from mochi_core.autoencoder.streaming import (
     is_out_of_memory,
     stream,
 )
-from tests.harness.tiny_models import VAE, random_vae, randomize
+from tests.harness.tiny_models import VAE, random_vae
 
 EVERYTHING = Plan(CPU, CPU, 2**60)
 REAL_WIDTHS = AsymmVAEConfig(decoder_blocks=(1, 1, 1, 1, 1), encoder_blocks=(1, 1, 1, 1, 1))

@@ -24,11 +24,11 @@ from mochi_core.train.dataset import batch_at, example, open_dataset
 from mochi_core.train.loop import LOG, STATE, TrainingRun, add_gradients, learning_rate, new_accelerator, train
 from mochi_core.train.objective import velocity_loss
 from mochi_core.train.weights import full_model, lora_model
-from tests.core.test_dit import inputs
+from tests.harness.numbers import relative_error
 from tests.harness.quantized_files import scaled_fp8
+from tests.harness.random_inputs import inputs
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit
 from tests.harness.training import SHAPES, config, fixed_loss, write_dataset
-from tests.peers.builders import relative_error
 
 INPUTS = inputs([5, 9])
 ROOT = Path(__file__).parents[2]

@@ -4,14 +4,8 @@ import pytest
 import torch
 
 from mochi_core.train.objective import velocity_loss
-from tests.core.test_dit import inputs
+from tests.harness.random_inputs import batch
 from tests.harness.tiny_models import random_dit
-
-
-def batch():
-    latents, sigma, embeds, mask = inputs([5, 0])  # the second caption is dropped
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
-    return latents, embeds, mask, sigma, noise
 
 
 def test_is_the_error_of_data_minus_noise():

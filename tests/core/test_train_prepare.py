@@ -18,6 +18,7 @@ from mochi_core import VideoSize, load_lora, load_text_encoder, load_transformer
 from mochi_core.checkpoints import open_checkpoint
 from mochi_core.train.__main__ import main
 from mochi_core.train.prepare import read_video, to_model_range
+from tests.harness import trained
 from tests.harness.tiny_models import write_models
 
 ROOT = Path(__file__).parents[2]
@@ -50,14 +51,14 @@ def corners(frame):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, comfy_path):
+def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     write_models(folder, torch.float32)
     paths = {
         "transformer": folder / "diffusion_models" / "mochi_preview_bf16.safetensors",
         "vae": folder / "vae" / "mochi_vae.safetensors",
         "t5": folder / "text_encoders" / "t5xxl_fp16.safetensors",
-        "tokenizer": comfy_path / "comfy" / "text_encoders" / "t5_tokenizer",
+        "tokenizer": trained.TOKENIZER,
     }
     return {name: str(path) for name, path in paths.items()}
 

@@ -99,3 +99,11 @@ def open_editor(url: str, width: int = 1600, height: int = 1000, **settings: Any
             yield editor
         finally:
             browser.close()
+
+
+def label(editor, node_type, name):
+    return editor.page.evaluate(
+        "([type, name]) => app.graph._nodes.find(node => node.type === type)"
+        ".widgets.find(widget => widget.name === name).label",
+        [node_type, name],
+    )

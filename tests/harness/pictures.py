@@ -52,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         write_files(base)
-        _, lora = train_purple(base / "purple", comfyui / "comfy" / "text_encoders" / "t5_tokenizer")
+        _, lora = train_purple(base / "purple")
         (base / "models" / "loras" / "mochi_lora.safetensors").write_bytes(lora.read_bytes())
         with ComfyServer(comfyui, base, threads=1) as server:
             client = ComfyClient(server.url)

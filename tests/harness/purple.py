@@ -13,10 +13,10 @@ from mochi_core.train.tiny.shapes import NEW_COLORS, described_clip, draw
 from tests.harness import trained
 
 
-def train_purple(folder: Path, tokenizer: Path) -> list[Path]:
+def train_purple(folder: Path) -> list[Path]:
     """diffusers' file and Genmo's."""
     write_clips(folder / "videos")
-    models = ["--vae", str(trained.VAE), "--t5", str(trained.T5), "--tokenizer", str(tokenizer)]
+    models = ["--vae", str(trained.VAE), "--t5", str(trained.T5)]
     sizes = ["--size", "64x64", "--frames", "13"]
     assert train(["prepare", str(folder / "videos"), *models, *sizes, "-o", str(folder / "dataset")]) == 0
     settings = {
@@ -24,7 +24,7 @@ def train_purple(folder: Path, tokenizer: Path) -> list[Path]:
         "steps": 200, "batch_size": 16, "learning_rate": 0.002, "warmup_steps": 20, "dtype": "fp32",
         "sample": {
             "prompts": ["a purple square rising"], "every": 200, "steps": 24, "frames": 13, "size": "64x64",
-            "vae": str(trained.VAE), "t5": str(trained.T5), "tokenizer": str(tokenizer),
+            "vae": str(trained.VAE), "t5": str(trained.T5),
         },
     }  # fmt: skip
     (folder / "purple.yaml").write_text(yaml.safe_dump(settings))

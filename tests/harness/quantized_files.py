@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.harness.k_types import K_QUANTIZERS
+from benchmarks.k_types import K_QUANTIZERS
 
 Tensors = dict[str, Tensor]
 LARGE = re.compile(r"(blocks|transformer_blocks|encoder\.block)\..*\.weight")

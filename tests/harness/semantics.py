@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mochi_core.train.tiny.shapes import BACKGROUNDS, COLORS, NEW_COLORS, OUTLINES
+from mochi_core.train.tiny.shapes import BACKGROUNDS, COLORS, MOTIONS, NEW_COLORS, OUTLINES
 
 PALETTE = {**COLORS, **NEW_COLORS}
 MIN_PIXELS = 12  # of a colour, in a frame of 64 x 64, to count as a shape
@@ -83,3 +83,36 @@ def _overlap(mask: np.ndarray, shape: str) -> float:
 
 def _center(mask: np.ndarray) -> np.ndarray:
     return np.argwhere(mask).mean(axis=0)
+
+
+DIRECTIONS = ("left", "right", "up", "down")
+SENTENCES = (
+    "a {} {} {}",
+    "A {} {} {} over a gray background.",
+    "a video of a {} {} {}",
+    "black background, a {} {} {}",
+)
+CASES = [
+    (color, way, SENTENCES[(i + j) % 4].format(color, list(OUTLINES)[(i + j) % 4], MOTIONS[way][(i + j) % 3]))
+    for i, color in enumerate(COLORS)
+    for j, way in enumerate(DIRECTIONS)
+]
+STEPS, SIZE = 24, {"height": 64, "width": 64, "num_frames": 13}
+CLEAN = 0.06  # what `stray` gives at most for a clean picture
+
+
+def videos(pipe, prompts, seed=0, **arguments):
+    """(B, F, H, W, 3) in [0, 1]."""
+    return pipe(prompts, num_inference_steps=STEPS, seed=seed, **{**SIZE, **arguments})
+
+
+def scores(pipe, cases=CASES, seeds=(0, 1), **arguments):
+    """Shares of videos with the right colour and with the right direction of that colour, and how far they are from clean."""
+    colors, ways, dirt = [], [], []
+    for seed in seeds:
+        made = videos(pipe, [prompt for _, _, prompt in cases], seed, **arguments)
+        for frames, (color, way, _) in zip(made, cases, strict=True):
+            colors.append(main_color(frames) == color)
+            ways.append(direction(frames, color) == way)
+            dirt.append(stray(frames))
+    return np.mean(colors), np.mean(ways), np.mean(dirt)

@@ -29,6 +29,21 @@ def written(graph: dict[str, Any]) -> str:
     return json.dumps(graph, indent=2, ensure_ascii=False) + "\n"
 
 
+NAMES = [template.name for template in TEMPLATES]
+
+
+def read(*parts):
+    return json.loads(FOLDER.joinpath(*parts).read_text(encoding="utf-8"))
+
+
+def essence(prompt):
+    """Without the titles, and the place where the editor shows a chosen video."""
+    return {
+        key: (node["class_type"], {k: v for k, v in node["inputs"].items() if k != "video-preview"})
+        for key, node in prompt.items()
+    }
+
+
 def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,

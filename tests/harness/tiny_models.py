@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.random_weights import randomize
 from mochi_core import AsymmDiT, AsymmDiTConfig, AsymmVAE, AsymmVAEConfig
 
 TEXT_WIDTH = 64
@@ -56,19 +57,6 @@ def random_vae(config: AsymmVAEConfig = VAE, seed: int = 1, dtype: torch.dtype =
     vae = AsymmVAE(config, dtype=dtype)
     randomize(vae, seed)
     return vae.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def randomize(module: nn.Module, seed: int) -> None:
-    """Norm weights around 1, small biases, everything else scaled to keep the variance."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(noise * (parameter[0].numel() ** -0.5) if parameter.ndim > 1 else 0.1 * noise)
-    for layer in module.modules():
-        if isinstance(layer, nn.GroupNorm | nn.RMSNorm):
-            assert layer.weight is not None
-            layer.weight.add_(1)
 
 
 def random_t5(width: int = TEXT_WIDTH, seed: int = 2) -> dict[str, Tensor]:

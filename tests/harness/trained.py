@@ -14,6 +14,8 @@ FOLDER = ROOT / "models"
 TRANSFORMER = FOLDER / "diffusion_models" / "mochi_tiny.safetensors"
 VAE = FOLDER / "vae" / "mochi_tiny_vae.safetensors"
 T5 = FOLDER / "text_encoders" / "t5_tiny.safetensors"
+# T5's own, as every T5 has it; the file lies beside the weights.
+TOKENIZER = T5.parent
 
 
 def install(models_dir: Path) -> None:
@@ -25,5 +27,5 @@ def denoiser() -> AsymmDiT:
     return load_transformer(TRANSFORMER, torch.float32)
 
 
-def pipeline(tokenizer: Path) -> MochiPipeline:
-    return MochiPipeline(denoiser(), load_vae(VAE), load_text_encoder(T5, tokenizer))
+def pipeline() -> MochiPipeline:
+    return MochiPipeline(denoiser(), load_vae(VAE), load_text_encoder(T5))

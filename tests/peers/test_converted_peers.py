@@ -5,9 +5,9 @@ from safetensors.torch import load_file, save_file
 
 from mochi_core import AsymmDiTConfig, load_transformer
 from mochi_core.__main__ import main
+from tests.harness.numbers import relative_error
+from tests.harness.peers import comfy_class, from_comfyui, inputs, prefix_mask
 from tests.harness.tiny_models import cast, random_dit
-from tests.peers.builders import comfy_class, relative_error
-from tests.peers.test_dit_peers import from_comfyui, inputs, prefix_mask
 
 CONFIG = AsymmDiTConfig(depth=1)
 

@@ -5,34 +5,13 @@ import torch
 from safetensors.torch import load_file
 
 from mochi_core import AsymmDiT, AsymmDiTConfig, load_transformer
+from tests.harness.numbers import relative_error
+from tests.harness.peers import comfy_class, comfy_dit, diffusers_dit, from_comfyui, from_diffusers, inputs, prefix_mask
 from tests.harness.quantized_files import legacy_scaled_fp8
 from tests.harness.tiny_models import DIT, random_dit
-from tests.peers.builders import comfy_class, comfy_dit, diffusers_dit, relative_error
 
 FULL_WIDTH = AsymmDiTConfig(depth=2)
 REAL_GRID = (1, 60, 106)
-
-
-def inputs(width, latent=(2, 16, 20), batch=1):
-    generator = torch.Generator().manual_seed(3)
-    latents = torch.randn(batch, 12, *latent, generator=generator)
-    embeds = torch.randn(batch, 256, width, generator=generator)
-    return latents, torch.full((batch,), 0.7375), embeds
-
-
-def prefix_mask(*lengths):
-    return torch.arange(256) < torch.tensor(lengths)[:, None]
-
-
-def from_diffusers(peer, latents, sigma, embeds, mask):
-    dtype = next(peer.parameters()).dtype
-    timestep = (1 - sigma) * 1000
-    return peer(latents.to(dtype), embeds.to(dtype), timestep, mask, return_dict=False)[0]
-
-
-def from_comfyui(peer, latents, sigma, embeds, mask):
-    dtype = next(peer.parameters()).dtype
-    return -peer(latents.to(dtype), sigma, embeds.to(dtype), mask, max(1, int(mask.sum())))
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers import MochiPipeline as DiffusersPipeline
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from mochi_core import load_lora
 from tests.harness.lora_files import diffusers_weights, random_adapter, write_adapter
+from tests.harness.peers import (
+    assert_agree,
+    assert_differ,
+    diffusers_dit,
+    pipeline,
+)
 from tests.harness.tiny_models import random_dit
-from tests.peers.builders import diffusers_dit, relative_error
-from tests.peers.test_dit_peers import from_diffusers, inputs, prefix_mask
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 CONFIGS = {
@@ -25,24 +28,6 @@ CONFIGS = {
 @pytest.fixture
 def dit():
     return random_dit()
-
-
-def pipeline(transformer):
-    """diffusers' pipeline with nothing in it but what LoRAs go into."""
-    parts = {"vae": None, "text_encoder": None, "tokenizer": None}
-    return DiffusersPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer, **parts)
-
-
-def assert_agree(dit, peer):
-    latents, sigma, embeds = inputs(dit.config.text_width)
-    mask = prefix_mask(20)
-    expected = from_diffusers(peer, latents, sigma, embeds, mask)
-    assert relative_error(dit(latents, sigma, embeds, mask), expected) <= 1e-5
-
-
-def assert_differ(dit, peer):
-    with pytest.raises(AssertionError):
-        assert_agree(dit, peer)
 
 
 def randomise(model):

@@ -11,23 +11,24 @@ from transformers import T5TokenizerFast
 
 from mochi_core import MochiPipeline, load_text_encoder, normalize_latents
 from mochi_core.text_encoder import MAX_TOKENS
+from tests.harness import trained
+from tests.harness.numbers import relative_error
+from tests.harness.peers import diffusers_dit, diffusers_vae
 from tests.harness.tiny_models import random_dit, random_t5, random_vae
-from tests.peers.builders import diffusers_dit, diffusers_vae, relative_error
 
 PROMPT = "a red kite over the sea"
 
 
 @pytest.fixture(scope="module")
-def pipelines(tmp_path_factory, comfy_path):
+def pipelines(tmp_path_factory):
     weights = tmp_path_factory.mktemp("t5") / "t5.safetensors"
     save_file(random_t5(), weights)
-    tokenizer = comfy_path / "comfy" / "text_encoders" / "t5_tokenizer"
-    dit, vae, t5 = random_dit(), random_vae(), load_text_encoder(weights, tokenizer)
+    dit, vae, t5 = random_dit(), random_vae(), load_text_encoder(weights, trained.TOKENIZER)
     theirs = DiffusersPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
         vae=diffusers_vae(vae),
         text_encoder=t5.model,
-        tokenizer=T5TokenizerFast.from_pretrained(tokenizer),
+        tokenizer=T5TokenizerFast.from_pretrained(trained.TOKENIZER),
         transformer=diffusers_dit(dit),
         force_zeros_for_empty_prompt=True,
     )

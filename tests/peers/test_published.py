@@ -14,8 +14,9 @@ from mochi_core.quantization.ggml import BLOCK_TYPES
 from mochi_core.text_encoder import MAX_TOKENS
 from mochi_core.transformer.layers import TimestepEmbedder
 from mochi_core.transformer.rope import axis_positions
+from tests.harness.numbers import relative_error
+from tests.harness.peers import diffusers_dit, diffusers_vae
 from tests.harness.tiny_models import DIT, random_dit, random_vae
-from tests.peers.builders import diffusers_dit, diffusers_vae, relative_error
 
 
 def test_mean_and_std_of_the_latents_are_comfyuis(comfyui):  # noqa: ARG001

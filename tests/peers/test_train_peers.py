@@ -7,10 +7,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from mochi_core.train.config import LoraKeys
 from mochi_core.train.lora import add_lora, write_lora
 from mochi_core.train.objective import velocity_loss
-from tests.core.test_train_objective import batch
+from tests.harness.peers import assert_agree, assert_differ, diffusers_dit, pipeline
+from tests.harness.random_inputs import batch
 from tests.harness.tiny_models import random_dit
-from tests.peers.builders import diffusers_dit
-from tests.peers.test_lora_peers import assert_agree, assert_differ, pipeline
 
 KEYS = LoraKeys(qkv_proj_lora_rank=8, qkv_proj_lora_alpha=4.0, out_proj_lora_rank=4, out_proj_lora_alpha=6.0)
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from tests.harness.numbers import relative_error
+from tests.harness.peers import comfy_vae, diffusers_vae
 from tests.harness.tiny_models import AsymmVAEConfig, random_vae
-from tests.peers.builders import comfy_vae, diffusers_vae, relative_error
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,14 @@ from tests.harness.server import PROBE, ComfyServer
 
 
 @pytest.fixture(scope="session")
-def tokenizer(comfy_path):
-    return comfy_path / "comfy" / "text_encoders" / "t5_tokenizer"
+def pipe():
+    return trained.pipeline()
 
 
 @pytest.fixture(scope="session")
-def pipe(tokenizer):
-    return trained.pipeline(tokenizer)
-
-
-@pytest.fixture(scope="session")
-def purple_loras(tmp_path_factory, tokenizer):
+def purple_loras(tmp_path_factory):
     """A LoRA for a colour that the model has never seen, trained from videos: diffusers' file and Genmo's."""
-    return train_purple(tmp_path_factory.mktemp("purple"), tokenizer)
+    return train_purple(tmp_path_factory.mktemp("purple"))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from mochi_core.pipeline import initial_noise
 from mochi_core.train.tiny import vae as tiny_vae
 from mochi_core.train.tiny.shapes import COLORS, Scene, Sprite, draw
 from tests.harness import quantized_files, trained
-from tests.harness.semantics import direction, main_color
-from tests.semantics.test_prompts import CLEAN, SIZE, scores, videos
+from tests.harness.semantics import CLEAN, SIZE, direction, main_color, scores, videos
 
 START = {"left": (0.0, 0.2), "right": (0.0, -0.2)}
 

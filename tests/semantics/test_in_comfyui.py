@@ -7,9 +7,9 @@ import pytest
 
 from mochi_core import save_video
 from mochi_core.train.tiny.shapes import COLORS, Scene, Sprite, draw
-from tests.comfy.test_server import MODEL, SAMPLER, VAE, node
 from tests.harness.demo import PROMPTS, tiny_prompt
 from tests.harness.frames import read_frames
+from tests.harness.graphs import MODEL, SAMPLER, VAE, node
 from tests.harness.semantics import direction, main_color
 
 PURPLE = ("a purple circle moving left", "a purple square moving left", "a purple triangle moving left")

@@ -6,8 +6,7 @@ from mochi_core import MochiPipeline, VideoSize, load_lora, load_transformer
 from mochi_core.train.prepare import read_video
 from mochi_core.train.tiny.shapes import OUTLINES
 from tests.harness import trained
-from tests.harness.semantics import main_color
-from tests.semantics.test_prompts import videos
+from tests.harness.semantics import main_color, videos
 
 PROMPTS = [f"a purple {shape} {motion}" for shape in OUTLINES for motion in ("moving left", "rising")]
 

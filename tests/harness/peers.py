@@ -1,9 +1,13 @@
-"""Peers built from our weights."""
+"""Independent implementations of the model with our weights, and the same inputs for them and for ours."""
 
+import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import MochiPipeline as DiffusersPipeline
 
 from mochi_core import AsymmDiT, AsymmDiTConfig, AsymmVAE
 from mochi_core.checkpoints import autoencoder_rules, from_state_dict, to_diffusers, transformer_rules
+from tests.harness.numbers import relative_error
 
 
 def diffusers_dit(dit: AsymmDiT):
@@ -71,5 +75,41 @@ def comfy_vae(vae: AsymmVAE):
     return peer.eval()
 
 
-def relative_error(result, expected) -> float:
-    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+def inputs(width, latent=(2, 16, 20), batch=1):
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(batch, 12, *latent, generator=generator)
+    embeds = torch.randn(batch, 256, width, generator=generator)
+    return latents, torch.full((batch,), 0.7375), embeds
+
+
+def prefix_mask(*lengths):
+    return torch.arange(256) < torch.tensor(lengths)[:, None]
+
+
+def from_diffusers(peer, latents, sigma, embeds, mask):
+    dtype = next(peer.parameters()).dtype
+    timestep = (1 - sigma) * 1000
+    return peer(latents.to(dtype), embeds.to(dtype), timestep, mask, return_dict=False)[0]
+
+
+def from_comfyui(peer, latents, sigma, embeds, mask):
+    dtype = next(peer.parameters()).dtype
+    return -peer(latents.to(dtype), sigma, embeds.to(dtype), mask, max(1, int(mask.sum())))
+
+
+def pipeline(transformer):
+    """diffusers' pipeline with nothing in it but what LoRAs go into."""
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None}
+    return DiffusersPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer, **parts)
+
+
+def assert_agree(dit, peer):
+    latents, sigma, embeds = inputs(dit.config.text_width)
+    mask = prefix_mask(20)
+    expected = from_diffusers(peer, latents, sigma, embeds, mask)
+    assert relative_error(dit(latents, sigma, embeds, mask), expected) <= 1e-5
+
+
+def assert_differ(dit, peer):
+    with pytest.raises(AssertionError):
+        assert_agree(dit, peer)

@@ -1,0 +1,129 @@
+"""Every form in which files hold the parts of a model, as functions that write it."""
+
+import json
+import re
+from dataclasses import replace
+
+import gguf
+import torch
+from safetensors.torch import save_file
+
+from mochi_core.quantization.weights import QuantizedLinear
+from tests.harness import quantized_files
+from tests.harness.quantized_files import GGUF, SAFETENSORS, gguf_file, llama_cpp_name
+from tests.harness.tiny_models import DIT, random_t5
+
+# Rows of 256 weights, which the K types need.
+WIDE = replace(
+    DIT, depth=2, hidden_size_x=256, hidden_size_y=256, num_heads=4, text_width=256, mlp_size_x=256, mlp_size_y=256
+)
+FORMATS = {**SAFETENSORS, **GGUF}
+
+
+def file_name(form):
+    return f"{form}.{'gguf' if 'gguf' in form else 'safetensors'}"
+
+
+def quantized_layers(module):
+    return {name for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
+
+
+def flattened_gguf(tensors, path):
+    """Containers have four dimensions, so that converters flatten the kernels and note their shape."""
+    writer, expected = gguf.GGUFWriter(path, "pig"), {}
+    for name, tensor in tensors.items():
+        kind = "Q8_0" if tensor.ndim == 5 and tensor.numel() % 32 == 0 else "F32"
+        flat = tensor.reshape(-1, 32) if kind == "Q8_0" else tensor
+        data, meaning = quantized_files.to_blocks(flat, kind)
+        expected[name] = meaning.reshape(tensor.shape)
+        writer.add_tensor(name, data.reshape(data.shape[0], -1), raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def everything_in(dtype):
+    """Norms and biases excepted."""
+
+    def write(tensors, path):
+        stored = {name: t.to(dtype) if t.ndim > 1 else t for name, t in tensors.items()}
+        save_file(stored, path)
+        return {name: t.float() for name, t in stored.items()}
+
+    return write
+
+
+VAE_FORMS = {
+    "bf16": everything_in(torch.bfloat16),
+    "fp8 throughout": everything_in(torch.float8_e4m3fn),
+    "gguf": flattened_gguf,
+    **{form: write for form, write in SAFETENSORS.items() if "Q" not in form},
+}
+
+
+def passes(vae):
+    """A decoded video, and the latents of another one."""
+    generator = torch.Generator().manual_seed(0)
+    latents, video = (torch.randn(shape, generator=generator) for shape in ((1, 12, 2, 2, 4), (1, 3, 7, 16, 16)))
+    return vae.decode(latents), vae.encode(video / 2).mean
+
+
+def with_duplicate(tensors, path):
+    stored = {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}
+    save_file({name: t.clone() for name, t in stored.items()}, path)
+    return tensors
+
+
+def embed_tokens_only(tensors, path):
+    stored = {"encoder.embed_tokens.weight" if name == "shared.weight" else name: t for name, t in tensors.items()}
+    save_file(stored, path)
+    return tensors
+
+
+def in_dtype(dtype):
+    def write(tensors, path):
+        save_file({name: t.to(dtype) for name, t in tensors.items()}, path)
+        return {name: t.to(dtype).float() for name, t in tensors.items()}
+
+    return write
+
+
+def all_fp8(tensors, path):
+    """Embedding and norms too, as in t5xxl_fp8_e4m3fn."""
+    return in_dtype(torch.float8_e4m3fn)(tensors, path)
+
+
+def sharded(suffix, save):
+    def write(tensors, path):
+        path.mkdir()
+        names = list(tensors)
+        shards = {f"model-0000{i + 1}-of-00002.{suffix}": names[i::2] for i in range(2)}
+        for shard, part in shards.items():
+            save({name: tensors[name].clone() for name in part}, path / shard)
+        index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
+        (path / f"model.{suffix}.index.json").write_text(json.dumps(index))
+        return tensors
+
+    return write
+
+
+T5_FORMS = {
+    **SAFETENSORS,
+    **{str(dtype): in_dtype(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)},
+    "all fp8": all_fp8,
+    "duplicate embedding": with_duplicate,
+    "embedding under its other name": embed_tokens_only,
+    "sharded": sharded("safetensors", save_file),
+    "sharded, by torch.save": sharded("bin", torch.save),
+    "Q4_0 gguf": gguf_file("Q4_0", "t5"),
+    "Q8_0 gguf, names of llama.cpp": gguf_file("Q8_0", "t5encoder", llama_cpp_name, small="Q8_0"),
+    "BF16 gguf, names of llama.cpp": gguf_file("BF16", "t5", llama_cpp_name, small="F16"),
+}
+
+
+def shallow_t5():
+    """Two blocks."""
+    return {name: tensor for name, tensor in random_t5().items() if not re.match(r"encoder\.block\.([2-9]|\d\d)", name)}
