@@ -74,8 +74,8 @@ def empty_transformer(tensors: LazyStateDict, dtype: torch.dtype | None = None) 
 
 def empty_vae(tensors: LazyStateDict, dtype: torch.dtype | None = None) -> AsymmVAE:
     """The same of an autoencoder, with the halves that are there."""
-    halves = {"encoder": has_encoder(tensors), "decoder": has_decoder(tensors)}
-    return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves)
+    encoder, decoder = has_encoder(tensors), has_decoder(tensors)
+    return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, encoder=encoder, decoder=decoder)
 
 
 EMPTY: dict[str, Callable[..., AsymmDiT | AsymmVAE]] = {"transformer": empty_transformer, "vae": empty_vae}
