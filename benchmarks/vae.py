@@ -19,7 +19,8 @@ from benchmarks.measure import MIB, Measurement, compare, environment, write_rep
 from benchmarks.peers import DEVICE, comfy_vae, diffusers_vae
 from benchmarks.random_weights import randomize
 from mochi_core import AsymmVAE
-from mochi_core.autoencoder.streaming import CPU, Plan, Runner, stream
+from mochi_core.autoencoder.steps import decoder_steps
+from mochi_core.autoencoder.streaming import CPU, OomRetry, Plan, stream
 
 # In latents, for both peers: what fits twice into the smaller frame.
 TILE, OVERLAP = 24, 8
@@ -74,7 +75,7 @@ def ours(case: dict):
 def one_piece(case: dict):
     vae, z = our_vae(case), latents(case)
     everything = Plan(z.device, CPU, 2**60)
-    decode = lambda: torch.cat(list(stream(vae.decoder.flattened(), [z], Runner(everything))), dim=2)  # noqa: E731
+    decode = lambda: torch.cat(list(stream(decoder_steps(vae.decoder), [z], OomRetry(everything))), dim=2)  # noqa: E731
     return kept(case, ONE_PIECE, decode)
 
 

@@ -28,7 +28,7 @@ class AsymmDiTConfig:
 
 @dataclass(frozen=True)
 class AsymmVAEConfig:
-    """Shape of the autoencoder.
+    """Shape of the autoencoder; the defaults are the release's (genmoai/mochi, src/genmo/mochi_preview/vae/models.py).
 
     Decoder entries go from the latents to the pixels, encoder entries from the pixels to the latents. `*_blocks` counts
     residual blocks: before, inside and after the resampling stages. `encoder_attention` says for the same five places

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import AsymmVAEConfig
-from .layers import NORM_GROUPS, ResBlock, block_footprint, frame_norm, strided_conv
-from .streaming import Cache, ClipLayer, Footprint, Layer, Plan, by_strips
+from ..ops import Ops
+from .layers import NORM_GROUPS, RGB, ResBlock, frame_norm, pointwise
 
-RGB = 3
+# Source: genmoai/mochi, src/genmo/mochi_preview/vae/models.py (add_fourier_features, start 6, stop 8).
 FOURIER_EXPONENTS = (6, 7)
 FOURIER_CHANNELS = RGB * (1 + 2 * len(FOURIER_EXPONENTS))
 
@@ -25,22 +25,9 @@ def fourier_features(video: Tensor) -> Tensor:
     The frequencies 2^6 and 2^7 turns per unit leave nothing of a pixel that was rounded to 16 bits.
     """
     video = video.to(torch.promote_types(video.dtype, torch.float32))
-    turns = video.new_tensor([2.0**exponent for exponent in FOURIER_EXPONENTS]) * (2 * math.pi)
-    angles = rearrange(video[..., None] * turns, "b c f h w k -> b (c k) f h w")
+    frequencies = video.new_tensor([2.0**exponent for exponent in FOURIER_EXPONENTS]) * (2 * math.pi)
+    angles = rearrange(video[..., None] * frequencies, "b c f h w k -> b (c k) f h w")
     return torch.cat((video, angles.sin(), angles.cos()), dim=1)
-
-
-class Place(NamedTuple):
-    """Residual blocks of one width, and what they work on."""
-
-    channels: int
-    blocks: int
-    attends: bool
-    reduction: int
-    """Frames that become one after these blocks."""
-    cells: int
-    """Values of one channel of one frame."""
-    frames: int
 
 
 class EncoderStage(nn.Module):
@@ -48,7 +35,7 @@ class EncoderStage(nn.Module):
 
     def __init__(
         self, channels: tuple[int, int], reduction: tuple[int, int], num_blocks: int, head_dim: int | None, *,
-        ops: Any, **factory: Any,
+        ops: Ops, **factory: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         kernel = (reduction[0], reduction[1], reduction[1])
@@ -56,21 +43,28 @@ class EncoderStage(nn.Module):
         blocks = (ResBlock(channels[1], head_dim, ops=ops, **factory) for _ in range(num_blocks))
         self.layers = nn.ModuleList([down, *blocks])
 
-    def flattened(self) -> list[Layer | ClipLayer]:
-        _, *blocks = self.layers
-        return [Layer(self.reduce), *(layer for block in blocks for layer in block.flattened())]  # pyright: ignore[reportCallIssue]
+    @property
+    def down(self) -> nn.Conv3d:
+        """The strided convolution; its kernel and its stride are (t, s, s)."""
+        return cast("nn.Conv3d", self.layers[0])
 
-    def reduce(self, x: Tensor, cache: Cache, plan: Plan) -> tuple[Tensor, Cache]:
-        down = self.layers[0]
-        x, past = strided_conv(down, x, cache[0] if cache else None, plan)  # pyright: ignore[reportArgumentType]
-        return x, (past,)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, t(T - 1) + 1, sH, sW) to (B, C', T, H, W), t and s being the reductions in time and space."""
+        _, *blocks = self.layers
+        before = self.down.kernel_size[0] - 1
+        x = F.pad(x, (0, 0, 0, 0, before, 0), mode="replicate")  # (B, C, tT, sH, sW)
+        x = self.down(x)  # (B, C', T, H, W)
+        for block in blocks:
+            x = block(x)  # (B, C', T, H, W)
+        return x
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: AsymmVAEConfig, *, ops: Any, dtype: torch.dtype, **factory: Any) -> None:
+    """Video to the moments of its latents, plain and differentiable; `AsymmVAE.encode` gives the same in bounded memory."""
+
+    def __init__(self, config: AsymmVAEConfig, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
-        self.config, self.dtype = config, dtype
-        factory["dtype"] = dtype
+        self.config = config
         widths, counts = config.encoder_channels, config.encoder_blocks
         head_dims = [config.attention_head_dim if has else None for has in config.encoder_attention]
         reductions = zip(config.temporal_reductions, config.spatial_reductions, strict=True)
@@ -82,55 +76,20 @@ class Encoder(nn.Module):
             EncoderStage((widths[i], widths[i + 1]), reduction, counts[i + 1], head_dims[i + 1], ops=ops, **factory)
             for i, reduction in enumerate(reductions)
         ]
-        first = ops.Linear(FOURIER_CHANNELS, widths[0], **factory)
-        self.layers = nn.ModuleList([first, *blocks(widths[0], 0), *stages, *blocks(widths[-1], -1)])
+        proj_in = ops.Linear(FOURIER_CHANNELS, widths[0], **factory)
+        self.layers = nn.ModuleList([proj_in, *blocks(widths[0], 0), *stages, *blocks(widths[-1], -1)])
         self.output_norm = ops.GroupNorm(NORM_GROUPS, widths[-1], **factory)
         self.output_proj = ops.Linear(widths[-1], 2 * config.latent_channels, bias=False, **factory)
 
-    def flattened(self) -> list[Layer | ClipLayer]:
-        """Video (B, 3, F, 8H, 8W), at least in float32, to mean and log-variance, (B, 2 * 12, T, H, W)."""
-        _, *layers = self.layers
-        inner = [flat for layer in layers for flat in layer.flattened()]  # pyright: ignore[reportCallIssue]
-        return [Layer(self._enter, self.config.encoder_channels[0] / RGB), *inner, Layer(self._leave)]
+    def forward(self, video: Tensor) -> Tensor:
+        """Video (B, 3, 6(T - 1) + 1, 8H, 8W) in [-1, 1] to moments (B, 2 * 12, T, H, W): means, then log-variances.
 
-    def _enter(self, x: Tensor, _: Cache, plan: Plan) -> tuple[Tensor, Cache]:
-        def embedded(rows: slice) -> Tensor:
-            features = fourier_features(x[..., rows, :]).to(self.dtype)
-            return self.layers[0](features.movedim(1, -1)).movedim(-1, 1)
-
-        return by_strips(plan.strips(x, self.config.encoder_channels[0] / RGB), embedded), ()
-
-    def _leave(self, x: Tensor, _: Cache, plan: Plan) -> tuple[Tensor, Cache]:
-        strips = plan.strips(x)
-        normed = frame_norm(self.output_norm, x, strips)
-
-        def moments(rows: slice) -> Tensor:
-            return self.output_proj(F.silu(normed(rows)).movedim(1, -1)).movedim(-1, 1)
-
-        return by_strips(strips, moments), ()
-
-    def footprint(self, frames: int, height: int, width: int, itemsize: int) -> Footprint:
-        """Of a video; a clip that gathers for temporal attention grows with its length."""
-        cached = widest = waiting = gathered = 0
-        for place in self._places(frames, height, width):
-            frame = place.channels * place.cells
-            # Where a clip gathers behind every block, the caches of the block before are gone.
-            cached, widest = cached + (1 if place.attends else place.blocks) * frame, max(widest, frame)
-            waiting, gathered = waiting + place.reduction * frame, max(gathered, place.attends * frame * place.frames)
-        convolutions = block_footprint(cached, widest, waiting, itemsize)
-        return convolutions._replace(caches=convolutions.caches + gathered * itemsize)
-
-    def work(self, frames: int) -> int:
-        """Frames in front of all layers that see the whole clip, and latent frames at the end."""
-        places = self._places(frames, 1, 1)
-        return sum(place.blocks * place.attends * place.frames for place in places) + places[-1].frames
-
-    def _places(self, frames: int, height: int, width: int) -> list[Place]:
-        config, places, cells = self.config, [], height * width
-        widths = (*config.encoder_channels, config.encoder_channels[-1])
-        reductions = (*config.temporal_reductions, 1, 1), (*config.spatial_reductions, 1, 1)
-        rows = zip(widths, config.encoder_blocks, config.encoder_attention, *reductions, strict=True)
-        for channels, blocks, attends, time, space in rows:
-            places.append(Place(channels, blocks, attends, time, cells, frames))
-            cells, frames = cells // space**2, (frames - 1) // time + 1
-        return places
+        Video is best given in float32, whatever the dtype of the weights, see `fourier_features`.
+        """
+        proj_in, *blocks_and_stages = self.layers
+        features = fourier_features(video).to(self.output_proj.weight.dtype)  # (B, 15, 6T - 5, 8H, 8W)
+        x = pointwise(proj_in, features)  # (B, 64, 6T - 5, 8H, 8W)
+        for layer in blocks_and_stages:
+            x = layer(x)  # stages: (B, 128, 6T - 5, 4H, 4W), (B, 256, 3T - 2, 2H, 2W), (B, 384, T, H, W)
+        x = F.silu(frame_norm(self.output_norm, x))  # (B, 384, T, H, W)
+        return pointwise(self.output_proj, x)  # (B, 24, T, H, W)

@@ -1,13 +1,14 @@
 """The two scales of the latents.
 
-The autoencoder speaks VAE space, the denoiser DiT space: VAE space = DiT space * std + mean, per channel. The statistics
-are the ones published with Mochi 1.
+The autoencoder works in VAE space, the denoiser in DiT space: VAE space = DiT space * std + mean, per channel.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+# Source: genmoai/mochi, src/genmo/mochi_preview/vae/vae_stats.py; equal in the config.json of diffusers' AutoencoderKLMochi and
+# in ComfyUI's latent_formats.Mochi.
 LATENTS_MEAN = (
     -0.06730895953510081, -0.038011381506090416, -0.07477820912866141, -0.05565264470995561,
     0.012767231469026969, -0.04703542746246419, 0.043896967884726704, -0.09346305707025976,

@@ -11,28 +11,37 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import AsymmVAEConfig
+from ..ops import Ops
 from .decoder import Decoder
-from .encoder import RGB, Encoder
-from .streaming import CPU, GIB, ClipLayer, Footprint, Layer, Layers, OutOfMemory, Plan, Runner, free_memory, stream
+from .encoder import Encoder
+from .layers import RGB
+from .memory import decoder_memory_estimate, encoder_memory_estimate, encoder_progress_units
+from .steps import decoder_steps, encoder_steps
+from .streaming import CPU, GIB, MemoryEstimate, OomRetry, OutOfMemory, Plan, Step, free_memory, stream
 
+# Source: diffusers, models/autoencoders/vae.py (DiagonalGaussianDistribution).
 LOGVAR_RANGE = (-30.0, 20.0)
 
 OnProgress = Callable[[int, int], object]
-"""Called with the work done and the whole of it, in frames, before every layer; what it raises ends the work."""
+"""Called with the work done and the whole of it, in frames, before every step; what it raises ends the work."""
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """What the encoder knows of the latents, in VAE space: a Gaussian per value."""
+    """What the encoder knows of the latents, in VAE space: a Gaussian per value, both tensors (B, 12, T, H, W)."""
 
     mean: Tensor
     logvar: Tensor
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> Posterior:
+        """Split what an `Encoder` returns, (B, 2 * 12, T, H, W)."""
+        return cls(*moments.chunk(2, dim=1))
 
     def mode(self) -> Tensor:
         return self.mean
@@ -44,13 +53,17 @@ class Posterior:
 
 
 class AsymmVAE(nn.Module):
-    """Encoder and decoder; a file may bring only one of them."""
+    """Encoder and decoder; a file may bring only one of them.
+
+    `encode` and `decode` stream without gradients; `forward`, `encoder(video)` and `decoder(latents)` are the plain network,
+    with gradients and all frames of a layer at once.
+    """
 
     def __init__(
         self,
         config: AsymmVAEConfig = AsymmVAEConfig(),  # noqa: B008 - frozen
         *,
-        ops: Any = nn,
+        ops: Ops = nn,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         encoder: bool = True,
@@ -58,10 +71,18 @@ class AsymmVAE(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.dtype = dtype or torch.get_default_dtype()
-        factory = {"ops": ops, "device": device, "dtype": dtype}
-        self.encoder = Encoder(config, **factory) if encoder else None
-        self.decoder = Decoder(config, **factory) if decoder else None
+        self.encoder = Encoder(config, ops=ops, device=device, dtype=dtype) if encoder else None
+        self.decoder = Decoder(config, ops=ops, device=device, dtype=dtype) if decoder else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are and `encode` and `decode` compute in; a subclass whose layers cast weights gives another."""
+        return next(self.parameters()).dtype
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Reconstruct video (B, 3, 6k + 1, 8H, 8W) in [-1, 1] from the means of its latents; plain, with gradients."""
+        means = Posterior.from_moments(self.check_encoder(video)(video)).mean
+        return self.check_decoder(means.shape)(means)
 
     def decode(
         self,
@@ -105,10 +126,10 @@ class AsymmVAE(nn.Module):
         """As `decode`, but yields (B, 3, f, 8H, 8W) pieces as they are finished, on the device where it works."""
         decoder = self.check_decoder(latents.shape)
         height, width = latents.shape[3:]
-        footprint = decoder.footprint(height, width, len(latents) * self.dtype.itemsize)
-        work = self.decoded_shape(latents.shape)[2]
-        job = Job(latents.to(self.dtype), footprint, work, memory_limit, device or self._home())
-        return job.run(decoder.flattened(), on_progress)
+        estimate = decoder_memory_estimate(self.config, height, width, len(latents) * self.dtype.itemsize)
+        on_step = _on_step(on_progress, self.decoded_shape(latents.shape)[2])
+        device = device or self._home()
+        return _stream_clip(latents.to(self.dtype), decoder_steps(decoder), estimate, memory_limit, on_step, device)
 
     def encode(
         self,
@@ -131,23 +152,23 @@ class AsymmVAE(nn.Module):
         for i, one in enumerate(video.split(1)):
             pieces = self._encode_stream(one, memory_limit, _part(on_progress, i, len(video)), device or self._home())
             parts.append(torch.cat([piece.to(video.device) for piece in pieces], dim=2))
-        return Posterior(*torch.cat(parts).chunk(2, dim=1))
+        return Posterior.from_moments(torch.cat(parts))
 
     def _encode_stream(
         self, video: Tensor, memory_limit: int | None, on_progress: OnProgress | None, device: torch.device
     ) -> Iterator[Tensor]:
         encoder = self.check_encoder(video)
         frames, height, width = video.shape[2:]
-        footprint = encoder.footprint(frames, height, width, self.dtype.itemsize)
-        job = Job(video, footprint, encoder.work(frames), memory_limit, device)
-        return job.run(self.encoder_layers(encoder), on_progress)
+        estimate = encoder_memory_estimate(self.config, frames, height, width, self.dtype.itemsize)
+        on_step = _on_step(on_progress, encoder_progress_units(self.config, frames))
+        return _stream_clip(video, self.encoder_steps(encoder), estimate, memory_limit, on_step, device)
 
     def _home(self) -> torch.device:
         return next(self.parameters()).device
 
-    def encoder_layers(self, encoder: Encoder) -> list[Layer | ClipLayer]:
-        """What `encode` sends a video through."""
-        return encoder.flattened()
+    def encoder_steps(self, encoder: Encoder) -> list[Step]:
+        """The steps that `encode` sends a video through."""
+        return encoder_steps(encoder, self.dtype)
 
     def decoded_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int, int]:
         """(B, 3, F, 8H, 8W) of the video of latents (B, 12, T, H, W)."""
@@ -186,38 +207,40 @@ class AsymmVAE(nn.Module):
         return self.encoder
 
 
-@dataclass(frozen=True)
-class Job:
-    """A clip on its way through one half of the autoencoder."""
+def _stream_clip(
+    x: Tensor,
+    steps: Sequence[Step],
+    estimate: MemoryEstimate,
+    memory_limit: int | None,
+    on_step: Callable[[int], object],
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """Pieces of what the steps make of a clip, in order."""
+    limit = free_memory(device) if memory_limit is None else memory_limit
+    retry = OomRetry(estimate.choose_plan(limit, device), on_step)
+    try:
+        yield from stream(steps, [x], retry)
+    except OutOfMemory as error:
+        needed = estimate.peak_bytes(Plan(device, CPU, 1))
+        raise OutOfMemory(_shortage(x.shape, needed, limit, str(error))) from error
+    on_step(retry.finished)
 
-    x: Tensor
-    footprint: Footprint
-    work: int
-    """In frames."""
-    memory_limit: int | None
-    device: torch.device
 
-    def run(self, layers: Layers, on_progress: OnProgress | None) -> Iterator[Tensor]:
-        """Pieces of what the layers make of the clip, in order."""
-        limit = free_memory(self.device) if self.memory_limit is None else self.memory_limit
-        report = on_progress or (lambda *_: None)
-        runner = Runner(self.footprint.plan(limit, self.device), lambda finished: report(finished, self.work))
-        try:
-            yield from stream(layers, [self.x], runner)
-        except OutOfMemory as error:
-            raise OutOfMemory(self._shortage(limit, str(error))) from error
-        report(self.work, self.work)
+def _shortage(shape: Sequence[int], needed: int, available: int, reason: str) -> str:
+    """The sentence for a clip of that shape that did not fit; `needed` and `available` are bytes."""
+    request = re.search(r"allocate (\d[\d.]* \w+)", reason)
+    asked = f", and {request[1]} could not be had" if request else ""
+    missing = f", {(needed - available) / GIB:.2f} GiB more than there is" if needed > available else ""
+    unit = "pixels" if shape[1] == RGB else "latents"
+    return (
+        f"Out of memory: frames of {shape[3]} x {shape[4]} {unit} need {needed / GIB:.2f} GiB besides the weights even one row "
+        f"at a time{missing}{asked}; make the video smaller or close what else uses the device."
+    )
 
-    def _shortage(self, available: int, reason: str) -> str:
-        request = re.search(r"allocate (\d[\d.]* \w+)", reason)
-        asked = f", and {request[1]} could not be had" if request else ""
-        needed, (height, width) = self.footprint.needs(Plan(self.device, CPU, 1)), self.x.shape[3:]
-        missing = f", {(needed - available) / GIB:.2f} GiB more than there is" if needed > available else ""
-        unit = "pixels" if self.x.shape[1] == RGB else "latents"
-        return (
-            f"Out of memory: frames of {height} x {width} {unit} need {needed / GIB:.2f} GiB besides the weights even one row "
-            f"at a time{missing}{asked}; make the video smaller or close what else uses the device."
-        )
+
+def _on_step(on_progress: OnProgress | None, units: int) -> Callable[[int], object]:
+    """What `OomRetry` calls with the frames finished, for what a caller wants to hear."""
+    return (lambda finished: on_progress(finished, units)) if on_progress else (lambda _: None)
 
 
 def _part(on_progress: OnProgress | None, index: int, count: int) -> OnProgress | None:

@@ -1,8 +1,8 @@
-"""Frames through a stack of layers, depth first, in a bounded working set.
+"""Frames through a stack of steps, depth first, in a bounded working set.
 
-A layer takes as many whole frames as the working set holds; of frames that do not fit, it makes one strip of rows after the
-other. What it needs from earlier frames comes in as a cache and goes out as the next one. The frames that a layer has made
-go on to the next layer before it takes more, so that wide activations exist for few frames at a time. Only a layer that
+A step takes as many whole frames as the working set holds; of frames that do not fit, it makes one strip of rows after the
+other. What it needs from earlier frames comes in as a cache and goes out as the next one. The frames that a step has made
+go on to the next step before it takes more, so that wide activations exist for few frames at a time. Only a step that
 relates all frames to each other lets the whole clip gather in front of it.
 
 The result does not depend on the plan, beyond the order in which sums are rounded.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,32 +33,33 @@ CPU = torch.device("cpu")
 ALLOCATION_FAILED = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
 
 Cache = tuple[Tensor, ...] | None
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many bytes a layer on `device` takes at once, and where caches wait."""
+    """How many bytes a step on `device` takes at once, and where caches wait."""
 
     device: torch.device
     cache_device: torch.device
     working_set: int
 
-    def items(self, one: Tensor, growth: float = 1) -> int:
-        """How many things like `one` to take at once; `growth` is values at work per value of it."""
-        return max(1, int(self.working_set // (one.numel() * one.element_size() * growth)))
+    def items(self, one: Tensor, expansion: float = 1) -> int:
+        """How many tensors like `one` to take at once; `expansion` is values at work per value of it."""
+        return max(1, int(self.working_set // (one.numel() * one.element_size() * expansion)))
 
-    def frames(self, x: Tensor, growth: float = 1) -> int:
+    def frames(self, x: Tensor, expansion: float = 1) -> int:
         """How many frames of x (B, C, T, H, W) to take at once."""
-        return self.items(x[:, :, :1], growth)
+        return self.items(x[:, :, :1], expansion)
 
-    def rows(self, x: Tensor, growth: float = 1) -> int:
+    def rows(self, x: Tensor, expansion: float = 1) -> int:
         """How many rows of x (B, C, T, H, W) to take at once."""
-        return self.items(x[:, :, :, :1], growth)
+        return self.items(x[:, :, :, :1], expansion)
 
-    def strips(self, x: Tensor, growth: float = 1) -> list[slice]:
+    def strips(self, x: Tensor, expansion: float = 1) -> list[slice]:
         """The rows of x (B, C, T, H, W) in strips of nearly equal height."""
         height = x.shape[3]
-        rows = -(-height // -(-height // self.rows(x, growth)))
+        rows = -(-height // -(-height // self.rows(x, expansion)))
         return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
 
     def smaller(self) -> Plan | None:
@@ -69,15 +70,15 @@ class Plan:
         return replace(self, working_set=self.working_set // 2) if self.working_set > 1 else None
 
 
-class Footprint(NamedTuple):
-    """What a stack of layers holds under every plan, in bytes."""
+class MemoryEstimate(NamedTuple):
+    """Bytes that a stack of steps holds under every plan; a plan's working sets come on top."""
 
     caches: int
-    """What layers remember, and the clip where it gathers; it may wait in main memory."""
+    """Frames that steps remember, and the clip where it gathers; they may wait in main memory."""
     frames: int
-    """Whole frames that a layer works on, and those that wait between layers."""
+    """Whole frames that a step works on, and those that wait between steps."""
 
-    def plan(self, limit: int, device: torch.device) -> Plan:
+    def choose_plan(self, limit: int, device: torch.device) -> Plan:
         """The fastest plan that stays within `limit` bytes on `device`; one that needs little more if none does."""
         most, sets = _of(MAX_WORKING_SET, device), _of(WORKING_SETS, device)
         room = (limit - self.frames - self.caches) // sets
@@ -86,8 +87,8 @@ class Footprint(NamedTuple):
         room = (limit - self.frames - (self.caches if device == CPU else 0)) // sets
         return Plan(device, CPU, min(max(room, LEAST_WORKING_SET), most))
 
-    def needs(self, plan: Plan) -> int:
-        """Bytes on the plan's device, weights and output apart."""
+    def peak_bytes(self, plan: Plan) -> int:
+        """Most bytes at once on the plan's device, weights and output apart."""
         caches = self.caches if plan.cache_device == plan.device else 0
         return self.frames + caches + _of(WORKING_SETS, plan.device) * plan.working_set
 
@@ -100,7 +101,7 @@ class OutOfMemory(RuntimeError):  # noqa: N818 - as torch's own
     """The smallest plan did not fit."""
 
 
-class Runner:
+class OomRetry:
     """Runs steps under a plan, and shrinks the plan for all that follows when a step runs out of memory.
 
     `on_step` is called before every step with the number of frames finished so far; what it raises ends the work.
@@ -112,7 +113,7 @@ class Runner:
         self.clips: list[list[Tensor]] = []
         """Pieces that have gathered or are still to be read; they move when the plan says so."""
 
-    def attempt(self, step: Callable[..., Any], *arguments: Any) -> Any:
+    def run(self, step: Callable[..., Result], *arguments: object) -> Result | None:
         """What `step(*arguments, plan)` returns, or None if it ran out of memory and is to be tried again.
 
         Raises:
@@ -134,60 +135,61 @@ class Runner:
         return None
 
 
-class Layer(NamedTuple):
-    """One step of a stack: `run(x, cache, plan)` takes some frames and returns the new ones and the next cache."""
+class StreamStep(NamedTuple):
+    """`run(x, cache, plan)` takes some frames and returns what it makes of them and the next cache; the first is None."""
 
     run: Callable[[Tensor, Cache, Plan], tuple[Tensor, Cache]]
-    growth: float = 1
+    expansion: float = 1
     """Values out per value in, if more than 1."""
 
 
-class ClipLayer(NamedTuple):
-    """A step that relates all frames to each other: `run(pieces, runner)` changes the pieces of the whole clip in place."""
+class ClipStep(NamedTuple):
+    """A step that relates all frames to each other: `run(pieces, retry)` changes the pieces of the whole clip in place."""
 
-    run: Callable[[list[Tensor], Runner], None]
+    run: Callable[[list[Tensor], OomRetry], None]
 
 
-Layers = Sequence[Layer | ClipLayer]
+Step = StreamStep | ClipStep
 
 
 @torch.no_grad()
-def stream(layers: Layers, pieces: Iterable[Tensor], runner: Runner) -> Iterator[Tensor]:
-    """Send a clip, in `pieces` (B, C, f, H, W) on any device, through `layers` and yield pieces of the result in order.
+def stream(steps: Sequence[Step], pieces: Iterable[Tensor], retry: OomRetry) -> Iterator[Tensor]:
+    """Send a clip, in `pieces` (B, C, f, H, W) on any device, through `steps` and yield pieces of the result in order.
 
     Raises:
-        OutOfMemory: a layer ran out of memory under the smallest plan.
+        OutOfMemory: a step ran out of memory under the smallest plan.
     """
-    barrier = next((i for i, layer in enumerate(layers) if isinstance(layer, ClipLayer)), len(layers))
-    made = _depth_first(layers[:barrier], pieces, runner)  # pyright: ignore[reportArgumentType]
-    if barrier == len(layers):
-        yield from made
-        return
-    gathered: list[Tensor] = []
-    runner.clips.append(gathered)
-    for piece in made:
-        gathered.append(piece.to(runner.plan.cache_device))
-    layers[barrier].run(gathered, runner)  # pyright: ignore[reportCallIssue]
-    yield from stream(layers[barrier + 1 :], _taken_from(gathered), runner)
+    streamed: list[StreamStep] = []
+    for step in steps:
+        if isinstance(step, StreamStep):
+            streamed.append(step)
+            continue
+        gathered: list[Tensor] = []
+        retry.clips.append(gathered)
+        for piece in _depth_first(streamed, pieces, retry):
+            gathered.append(piece.to(retry.plan.cache_device))
+        step.run(gathered, retry)
+        streamed, pieces = [], _taken_from(gathered)
+    yield from _depth_first(streamed, pieces, retry)
 
 
-def _depth_first(layers: Sequence[Layer], pieces: Iterable[Tensor], runner: Runner) -> Iterator[Tensor]:
-    caches: list[Cache] = [None] * len(layers)
+def _depth_first(steps: Sequence[StreamStep], pieces: Iterable[Tensor], retry: OomRetry) -> Iterator[Tensor]:
+    caches: list[Cache] = [None] * len(steps)
     for piece in pieces:
         waiting = [(0, piece)]
         while waiting:
             index, x = waiting.pop()
-            if index == len(layers):
-                runner.finished += x.shape[2]
+            if index == len(steps):
+                retry.finished += x.shape[2]
                 yield x
                 continue
-            layer, count = layers[index], runner.plan.frames(x, layers[index].growth)
+            step, count = steps[index], retry.plan.frames(x, steps[index].expansion)
             if count < x.shape[2]:
                 waiting.append((index, x[:, :, count:]))
             x = x[:, :, :count]
-            made = runner.attempt(_run, layer, x, caches[index])
+            made = retry.run(_run, step, x, caches[index])
             if made is None:
-                caches = [_moved(cache, runner.plan.cache_device) for cache in caches]
+                caches = [_moved(cache, retry.plan.cache_device) for cache in caches]
                 waiting.append((index, x))
                 continue
             x, caches[index] = made
@@ -195,8 +197,8 @@ def _depth_first(layers: Sequence[Layer], pieces: Iterable[Tensor], runner: Runn
                 waiting.append((index + 1, x))
 
 
-def _run(layer: Layer, x: Tensor, cache: Cache, plan: Plan) -> tuple[Tensor, Cache]:
-    return layer.run(x.to(plan.device), cache, plan)
+def _run(step: StreamStep, x: Tensor, cache: Cache, plan: Plan) -> tuple[Tensor, Cache]:
+    return step.run(x.to(plan.device), cache, plan)
 
 
 def _taken_from(pieces: list[Tensor]) -> Iterator[Tensor]:

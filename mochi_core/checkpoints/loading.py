@@ -91,8 +91,10 @@ def empty_vae(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Asymm
         ValueError: the tensors do not tell its sizes.
     """
     tensors = checkpoint.tensors
+    there = halves(tensors)
     with checkpoint.named_errors():
-        return AsymmVAE(vae_config(tensors), device="meta", dtype=dtype, **halves(tensors))
+        config = vae_config(tensors)
+        return AsymmVAE(config, device="meta", dtype=dtype, encoder=there["encoder"], decoder=there["decoder"])
 
 
 @dataclass(frozen=True)

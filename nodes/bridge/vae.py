@@ -14,7 +14,8 @@ import comfy.utils
 import torch
 
 from ...mochi_core import AsymmVAE
-from ...mochi_core.autoencoder.streaming import GIB, Layer
+from ...mochi_core.autoencoder.memory import decoder_memory_estimate, encoder_memory_estimate
+from ...mochi_core.autoencoder.streaming import GIB, MemoryEstimate, StreamStep
 from ...mochi_core.checkpoints import check_fit, empty_vae, merge
 from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
@@ -31,6 +32,15 @@ class HostAsymmVAE(AsymmVAE):
 
     comfy_has_chunked_io = True
 
+    def __init__(self, config, *, dtype: torch.dtype, **options) -> None:
+        super().__init__(config, dtype=dtype, **options)
+        self.compute_dtype = dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic: the host may keep weights as their file has them and cast them for every product."""
+        return self.compute_dtype
+
     def decode_output_shape(self, shape):
         self.check_decoder(shape)
         return self.decoded_shape(shape)
@@ -44,19 +54,20 @@ class HostAsymmVAE(AsymmVAE):
         return super().decode(latents, limit, host_progress(), out=output_buffer, device=latents.device)
 
     def _log_plan(self, latents, limit, reason) -> None:
-        footprint = self.check_decoder(latents.shape).footprint(*latents.shape[-2:], self.dtype.itemsize)
-        plan = footprint.plan(limit, latents.device)
+        self.check_decoder(latents.shape)
+        estimate = decoder_memory_estimate(self.config, *latents.shape[-2:], self.dtype.itemsize)
+        plan = estimate.choose_plan(limit, latents.device)
         apart = "" if plan.cache_device == plan.device else ", and caches in main memory"
-        needs = f"{footprint.needs(plan) / GIB:.2f} GiB on {plan.device}{apart}"
+        needs = f"{estimate.peak_bytes(plan) / GIB:.2f} GiB on {plan.device}{apart}"
         log_choice("decode", needs, f"{limit / GIB:.2f} GiB {reason}")
 
     def encode(self, pixels, device=None):
         """Float32 pixels in [0, 1], (B, 3, F, H, W) on any device, to the mean of their latents."""
         return super().encode(pixels, free_memory(device), host_progress(), device).mean
 
-    def encoder_layers(self, encoder):
-        """The host's pixels are scaled as they are taken: a clip need not exist a second time for that."""
-        return [Layer(lambda pixels, _, plan: (pixels * 2 - 1, ())), *super().encoder_layers(encoder)]  # noqa: ARG005
+    def encoder_steps(self, encoder):
+        """The core's steps behind one that scales the host's pixels: a scaled copy of the whole clip need not exist."""
+        return [StreamStep(lambda pixels, _, plan: (pixels * 2 - 1, ())), *super().encoder_steps(encoder)]  # noqa: ARG005
 
     # What the host calls when memory runs out before we have the say.
 
@@ -103,7 +114,7 @@ class HostVAE(comfy.sd.VAE):
         self.upscale_ratio = (lambda t: max(0, latents_to_frames(t)), space, space)
         self.downscale_ratio = (lambda f: max(0, (f + time - 1) // time), space, space)
         self.upscale_index_formula = self.downscale_index_formula = (time, space, space)
-        self.process_input = lambda image: image  # the module scales it, see encoder_layers
+        self.process_input = lambda image: image  # the module scales it, see encoder_steps
         self.process_output = lambda image: image.mul_(0.5).add_(0.5).clamp_(0, 1)
         self.memory_used_decode, self.memory_used_encode = self._decode_bytes, self._encode_bytes
         self.handles_tiling = self.crop_input = True
@@ -122,18 +133,19 @@ class HostVAE(comfy.sd.VAE):
         return self.encode(pixel_samples)
 
     def _decode_bytes(self, shape, _dtype) -> int:
-        """What the fastest plan for latents (B, 12, T, H, W) uses; videos of a batch are decoded one after the other."""
-        return self._fastest(self.first_stage_model.decoder, *shape[-2:])
+        """Bytes that the fastest plan for latents (B, 12, T, H, W) uses; videos of a batch are decoded one after the other."""
+        module = self.first_stage_model
+        return self._fastest(module.decoder, decoder_memory_estimate(module.config, *shape[-2:], module.dtype.itemsize))
 
     def _encode_bytes(self, shape, _dtype) -> int:
-        """The same for pixels (B, 3, F, H, W)."""
-        return self._fastest(self.first_stage_model.encoder, *shape[-3:])
+        """Bytes that the fastest plan for pixels (B, 3, F, H, W) uses; videos of a batch are encoded one after the other."""
+        module = self.first_stage_model
+        return self._fastest(module.encoder, encoder_memory_estimate(module.config, *shape[-3:], module.dtype.itemsize))
 
-    def _fastest(self, half, *size) -> int:
+    def _fastest(self, half: torch.nn.Module | None, estimate: MemoryEstimate) -> int:
         if half is None:
             return 1  # the host asks before the module can say what is missing
-        footprint = half.footprint(*size, self.first_stage_model.dtype.itemsize)
-        return footprint.needs(footprint.plan(sys.maxsize, self.device))
+        return estimate.peak_bytes(estimate.choose_plan(sys.maxsize, self.device))
 
 
 def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:

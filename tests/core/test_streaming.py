@@ -1,4 +1,4 @@
-"""Streaming in time and strips of rows: every plan gives what one pass over the whole clip gives."""
+"""Streaming in time and strips of rows: every plan gives what the plain forward gives."""
 
 import subprocess
 import sys
@@ -11,15 +11,18 @@ from torch import nn
 
 from benchmarks.random_weights import randomize
 from mochi_core import AsymmVAE, AsymmVAEConfig
-from mochi_core.autoencoder.layers import frame_norm, frame_statistics, pad_causal
+from mochi_core.autoencoder.decoder import Decoder
+from mochi_core.autoencoder.layers import frame_norm
+from mochi_core.autoencoder.memory import decoder_memory_estimate
+from mochi_core.autoencoder.steps import decoder_steps, encoder_steps, frame_statistics, pad_causal, strip_norm
 from mochi_core.autoencoder.streaming import (
     CPU,
     MIB,
-    ClipLayer,
-    Layer,
+    ClipStep,
+    OomRetry,
     OutOfMemory,
     Plan,
-    Runner,
+    StreamStep,
     is_out_of_memory,
     stream,
 )
@@ -47,6 +50,12 @@ def pixels(frames, height, width):
     return torch.rand(1, 3, frames, height, width, generator=generator, dtype=torch.float64) * 2 - 1
 
 
+def steps_of(half):
+    if isinstance(half, Decoder):
+        return decoder_steps(half)
+    return encoder_steps(half, half.output_proj.weight.dtype)
+
+
 def run(half, x, plan):
     """What `half` of an autoencoder makes of x, and the heights and numbers of frames that its convolutions took."""
     seen = set()
@@ -55,7 +64,7 @@ def run(half, x, plan):
         for layer in half.modules()
         if isinstance(layer, nn.Conv3d) and layer.kernel_size == (3, 3, 3)
     ]
-    result = torch.cat(list(stream(half.flattened(), [x], Runner(plan))), dim=2)
+    result = torch.cat(list(stream(steps_of(half), [x], OomRetry(plan))), dim=2)
     for hook in hooks:
         hook.remove()
     return result, seen
@@ -69,20 +78,20 @@ def relative(result, expected):
 WORKING_SETS = [30_000, 80_000, 300_000, 2_000_000]
 
 
-@pytest.mark.parametrize("working_set", WORKING_SETS)
+@pytest.mark.parametrize("working_set", [*WORKING_SETS, EVERYTHING.working_set])
 @pytest.mark.parametrize("half", ["decoder", "encoder"])
-def test_every_plan_equals_one_pass(vae, half, working_set):
+def test_every_plan_equals_the_plain_forward(vae, half, working_set):
     x = latents(*LATENT) if half == "decoder" else pixels(*PIXELS)
-    expected, _ = run(getattr(vae, half), x, EVERYTHING)
+    expected = getattr(vae, half)(x)
     result, _ = run(getattr(vae, half), x, Plan(CPU, CPU, working_set))
     assert result.shape == expected.shape
     assert relative(result, expected) <= 1e-12
 
 
 @pytest.mark.parametrize("half", ["decoder", "encoder"])
-def test_single_rows_equal_one_pass(vae, half):
+def test_single_rows_equal_the_plain_forward(vae, half):
     x = latents(2, 2, 3) if half == "decoder" else pixels(7, 16, 8)
-    expected, _ = run(getattr(vae, half), x, EVERYTHING)
+    expected = getattr(vae, half)(x)
     result, seen = run(getattr(vae, half), x, Plan(CPU, CPU, 1))
     assert relative(result, expected) <= 1e-12
     assert seen == {(1 + 2, 1 + 2)}  # of frames and rows, with the two frames before and the rows around
@@ -104,8 +113,8 @@ def test_plans_really_differ(vae):
 def test_real_channel_counts(half):
     vae = random_vae(REAL_WIDTHS, dtype=torch.float64)
     x = latents(2, 3, 2) if half == "decoder" else pixels(7, 24, 16)
-    expected, _ = run(getattr(vae, half), x, EVERYTHING)
-    for working_set in (150_000, 600_000):
+    expected = getattr(vae, half)(x)
+    for working_set in (150_000, 600_000, EVERYTHING.working_set):
         assert relative(run(getattr(vae, half), x, Plan(CPU, CPU, working_set))[0], expected) <= 1e-12
 
 
@@ -131,8 +140,8 @@ def test_float32_and_bfloat16(half):
 @pytest.mark.parametrize("frames", [(1, 2), (2, 1), (1, 1, 1)])
 def test_a_clip_may_arrive_in_pieces(vae, frames):
     z = latents(*LATENT)
-    expected, _ = run(vae.decoder, z, EVERYTHING)
-    result = torch.cat(list(stream(vae.decoder.flattened(), z.split(frames, dim=2), Runner(EVERYTHING))), dim=2)
+    expected = vae.decoder(z)
+    result = torch.cat(list(stream(decoder_steps(vae.decoder), z.split(frames, dim=2), OomRetry(EVERYTHING))), dim=2)
     assert relative(result, expected) <= 1e-12
 
 
@@ -154,8 +163,8 @@ def test_statistics_of_strips_are_those_of_the_frame():
     norm = nn.GroupNorm(32, 64, dtype=torch.float64)
     randomize(norm, seed=1)
     strips = [slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 9)]
-    parts = frame_norm(norm, x, strips)
-    expected = frame_norm(norm, x, [slice(0, 9)])(slice(0, 9))
+    parts = strip_norm(norm, x, strips)
+    expected = frame_norm(norm, x)
     torch.testing.assert_close(torch.cat([parts(rows) for rows in strips], dim=3), expected, rtol=1e-12, atol=1e-12)
     _, variance = frame_statistics(x, 32, strips)
     averaged = torch.stack([frame_statistics(x[..., rows, :], 32, [slice(None)])[1] for rows in strips]).mean(0)
@@ -193,10 +202,10 @@ def test_goes_on_with_a_smaller_plan_when_memory_runs_out(vae, half, failing):
     expected, _ = run(getattr(vae, half), x, EVERYTHING)
     scarce = AsymmVAE(VAE, ops=Failing(*failing).ops, dtype=torch.float64)
     scarce.load_state_dict(vae.state_dict())
-    runner = Runner(Plan(CPU, CPU, MIB))
-    result = torch.cat(list(stream(getattr(scarce, half).flattened(), [x], runner)), dim=2)
+    retry = OomRetry(Plan(CPU, CPU, MIB))
+    result = torch.cat(list(stream(steps_of(getattr(scarce, half)), [x], retry)), dim=2)
     assert relative(result, expected) <= 1e-12
-    assert runner.plan.working_set == MIB // 2 ** len(failing)
+    assert retry.plan.working_set == MIB // 2 ** len(failing)
 
 
 def test_attention_goes_on_where_memory_ran_out(vae):
@@ -268,15 +277,15 @@ def test_real_lack_of_memory():
 
 def test_plan_follows_the_memory_there_is():
     gpu = torch.device("cuda")
-    footprint = AsymmVAE(encoder=False, device="meta").decoder.footprint(60, 106, 2)
-    plenty, some, little = (footprint.plan(int(gib * 2**30), gpu) for gib in (80, 4, 2))
+    estimate = decoder_memory_estimate(AsymmVAEConfig(), 60, 106, 2)
+    plenty, some, little = (estimate.choose_plan(int(gib * 2**30), gpu) for gib in (80, 4, 2))
     assert plenty.working_set == 128 * MIB
     assert (plenty.cache_device, some.cache_device, little.cache_device) == (gpu, gpu, CPU)
     assert some.working_set < plenty.working_set
     for limit, plan in ((80, plenty), (4, some), (2, little)):
-        assert footprint.needs(plan) <= limit * 2**30
-    assert footprint.plan(1, gpu) == Plan(gpu, CPU, MIB)
-    assert footprint.plan(1, CPU) == Plan(CPU, CPU, MIB)
+        assert estimate.peak_bytes(plan) <= limit * 2**30
+    assert estimate.choose_plan(1, gpu) == Plan(gpu, CPU, MIB)
+    assert estimate.choose_plan(1, CPU) == Plan(CPU, CPU, MIB)
 
 
 def test_smaller_plans_end_at_one_row_with_caches_in_main_memory():
@@ -330,22 +339,22 @@ def test_a_gathered_clip_leaves_the_device_when_memory_runs_out():
         raise torch.OutOfMemoryError
 
     moved, gpu = [], torch.device("cuda")
-    runner = Runner(Plan(gpu, gpu, 8 * MIB))
-    runner.clips.append([Piece(), Piece()])
-    assert runner.attempt(fail) is None
-    assert runner.plan == Plan(gpu, CPU, 8 * MIB)
+    retry = OomRetry(Plan(gpu, gpu, 8 * MIB))
+    retry.clips.append([Piece(), Piece()])
+    assert retry.run(fail) is None
+    assert retry.plan == Plan(gpu, CPU, 8 * MIB)
     assert moved == [CPU, CPU]
 
 
-def test_clip_layers_get_the_whole_clip():
+def test_clip_steps_get_the_whole_clip():
     got = []
-    layers = [
-        Layer(lambda x, cache, plan: (x + 1, cache)),  # noqa: ARG005
-        ClipLayer(lambda pieces, _: got.extend(piece.clone() for piece in pieces)),
-        Layer(lambda x, cache, plan: (2 * x, cache)),  # noqa: ARG005
+    steps = [
+        StreamStep(lambda x, cache, plan: (x + 1, cache)),  # noqa: ARG005
+        ClipStep(lambda pieces, _: got.extend(piece.clone() for piece in pieces)),
+        StreamStep(lambda x, cache, plan: (2 * x, cache)),  # noqa: ARG005
     ]
     x = torch.arange(6.0).view(1, 1, 6, 1, 1)
-    result = torch.cat(list(stream(layers, [x], Runner(Plan(CPU, CPU, 8)))), dim=2)
+    result = torch.cat(list(stream(steps, [x], OomRetry(Plan(CPU, CPU, 8)))), dim=2)
     assert [piece.shape[2] for piece in got] == [2, 2, 2]
     assert torch.equal(torch.cat(got, dim=2), x + 1)
     assert torch.equal(result, 2 * (x + 1))

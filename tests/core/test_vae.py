@@ -7,6 +7,7 @@ import torch
 
 from mochi_core import AsymmVAE, AsymmVAEConfig
 from mochi_core.autoencoder.encoder import fourier_features
+from mochi_core.autoencoder.model import Posterior
 from tests.harness.tiny_models import VAE, random_vae
 
 
@@ -18,6 +19,11 @@ def vae():
 def latents(num_latents, height=4, width=6, batch=1):
     generator = torch.Generator().manual_seed(num_latents)
     return torch.randn(batch, 12, num_latents, height, width, generator=generator, dtype=torch.float64)
+
+
+def pixels(frames=13, height=16, width=24):
+    generator = torch.Generator().manual_seed(frames)
+    return torch.rand(1, 3, frames, height, width, generator=generator, dtype=torch.float64) * 2 - 1
 
 
 def test_default_configuration_is_released_mochi():
@@ -52,6 +58,40 @@ def test_latent_does_not_know_later_frames(vae):
         torch.testing.assert_close(alone, whole[:, :, :num_latents], rtol=1e-12, atol=1e-12)
 
 
+def test_plain_forward_has_the_gradients_of_its_parameters():
+    """Against the change of the result along random directions, one for each parameter."""
+    vae, video = random_vae(dtype=torch.float64).requires_grad_(True), pixels()
+    (vae(video) * torch.cos(video)).sum().backward()
+    generator = torch.Generator().manual_seed(2)
+    parameters = list(vae.parameters())
+    directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    step, slopes = 1e-6, []
+    with torch.no_grad():
+        for sign in (1, -2, 1):  # forth, back beyond the start, and to the start again
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(sign * step * direction)
+            slopes.append((vae(video) * torch.cos(video)).sum())
+    expected = sum((p.grad * d).sum() for p, d in zip(parameters, directions, strict=True))
+    torch.testing.assert_close((slopes[0] - slopes[1]) / (2 * step), expected, rtol=1e-5, atol=0)
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_converted_model_works_as_one_made_in_that_dtype(dtype):
+    converted, made = random_vae().to(dtype), AsymmVAE(VAE, dtype=dtype)
+    made.load_state_dict(converted.state_dict())
+    assert converted.dtype == dtype
+    z, video = latents(2, 2, 2).float(), pixels(7, 16, 16).float()
+    decoded = converted.decode(z)
+    assert decoded.dtype == dtype
+    torch.testing.assert_close(decoded, made.decode(z))
+    torch.testing.assert_close(converted.encode(video).mean, made.encode(video).mean)
+    assert converted(video).dtype == dtype
+    again = converted.float().decode(z)
+    assert again.dtype == torch.float32
+    torch.testing.assert_close(again, decoded.float(), rtol=0.05, atol=0.05)
+
+
 def test_fourier_features_of_a_bf16_model_are_computed_in_float32():
     video = torch.rand(1, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     features = fourier_features(video)
@@ -82,6 +122,8 @@ def test_posterior(vae):
     assert torch.equal(torch.get_rng_state(), state)
     spread = ((a - posterior.mean) / (0.5 * posterior.logvar).exp()).std()
     assert spread == pytest.approx(1, abs=0.3)
+    wide = Posterior(torch.zeros(10_000), torch.full((10_000,), math.log(9)))
+    assert wide.sample(torch.Generator().manual_seed(0)).std() == pytest.approx(3, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def random_clips(
 def _encoded(vae: AsymmVAE, pixels: list[Any]) -> Tensor:
     device = next(vae.parameters()).device
     with torch.autocast(device.type, torch.bfloat16):
-        return normalize_latents(tiny_vae.encode(vae, tiny_vae.to_video(pixels).to(device)).mean)
+        return normalize_latents(tiny_vae.posterior_of(vae, tiny_vae.to_video(pixels).to(device)).mean)
 
 
 def loss(tiny: TinyMochi, tokenizer: Tokenizer, clips: Clips, rng: np.random.Generator) -> Tensor:

@@ -1,7 +1,4 @@
-"""Train a small autoencoder on procedural clips.
-
-`encode` and `decode` are the same functions as those of `AsymmVAE`, in one pass: streaming overwrites what a gradient needs.
-"""
+"""Train a small autoencoder on procedural clips."""
 
 from __future__ import annotations
 
@@ -10,12 +7,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from ...autoencoder.encoder import RGB, EncoderStage, fourier_features
+from ...autoencoder.encoder import EncoderStage
 from ...autoencoder.latents import LATENTS_MEAN, LATENTS_STD, normalize_latents
-from ...autoencoder.layers import CONV_SIZE, ResBlock, TemporalAttentionBlock
+from ...autoencoder.layers import RGB, ResBlock
 from ...autoencoder.model import LOGVAR_RANGE, AsymmVAE, Posterior
 from ...config import AsymmVAEConfig
 from ..prepare import to_model_range
@@ -34,8 +30,9 @@ KL_WEIGHT = 5e-5
 STATISTICS_WEIGHT = 0.01
 FIRST_LOGVAR = -6.0
 MEAN_SILU = 0.2066
-"""Of a standard normal variable."""
+"""Mean of silu(x) for a standard normal x."""
 ONE_BEFORE_SILU = 1.2784645
+"""The x where silu(x) is 1."""
 CROP = 32
 
 
@@ -71,40 +68,21 @@ def new_vae() -> AsymmVAE:
     return vae
 
 
-def encode(vae: AsymmVAE, video: Tensor) -> Posterior:
-    """(B, 3, 6k + 1, 8H, 8W) in [-1, 1] to (B, 12, k + 1, H, W), VAE space, with gradients."""
-    encoder: Any = vae.encoder
-    first, *layers = encoder.layers
-    x = _pointwise(first, fourier_features(video))
-    for layer in layers:
-        x = _reduced(layer, x) if isinstance(layer, EncoderStage) else _residual(layer, x)
-    x = _pointwise(encoder.output_proj, F.silu(_norm(encoder.output_norm, x)))
-    return Posterior(*x.float().chunk(2, dim=1))
+def posterior_of(vae: AsymmVAE, video: Tensor) -> Posterior:
+    """The posterior of video (B, 3, 6k + 1, 8H, 8W) in [-1, 1], with gradients and in float32."""
+    return Posterior.from_moments(vae.check_encoder(video)(video).float())
 
 
-def decode(vae: AsymmVAE, latents: Tensor) -> Tensor:
-    """(B, 12, T, H, W), VAE space, to (B, 3, 6(T - 1) + 1, 8H, 8W), with gradients."""
-    decoder: Any = vae.decoder
-    (first, *head), *stages, tail = decoder.blocks
-    x = first(latents)
-    for block in head:
-        x = _residual(block, x)
-    for stage in stages:
-        for block in stage.blocks:
-            x = _residual(block, x)
-        time, space = stage.temporal_expansion, stage.spatial_expansion
-        pattern = "b (c st sh sw) t h w -> b c (t st) (h sh) (w sw)"
-        x = rearrange(_pointwise(stage.proj, x), pattern, st=time, sh=space, sw=space)[:, :, time - 1 :]
-    for block in tail:
-        x = _residual(block, x)
-    return _pointwise(decoder.output_proj, F.silu(x)).float()
+def decoded(vae: AsymmVAE, latents: Tensor) -> Tensor:
+    """Video (B, 3, 6(T - 1) + 1, 8H, 8W) from latents (B, 12, T, H, W) in VAE space, with gradients and in float32."""
+    return vae.check_decoder(latents.shape)(latents).float()
 
 
 def loss(vae: AsymmVAE, video: Tensor, generator: torch.Generator) -> Tensor:
     """Squared error, divergence from the prior and from the statistics of Mochi's latents, as one number."""
-    posterior = encode(vae, video)
+    posterior = posterior_of(vae, video)
     logvar = posterior.logvar.clamp(*LOGVAR_RANGE)
-    error = F.mse_loss(decode(vae, posterior.sample(generator)), video)
+    error = F.mse_loss(decoded(vae, posterior.sample(generator)), video)
     divergence = 0.5 * (posterior.mean.square() + logvar.exp() - 1 - logvar).mean()
     latents = normalize_latents(posterior.mean)
     off = channel_means(latents).square().mean() + channel_deviations(latents).log().square().mean()
@@ -123,7 +101,7 @@ def standardize(vae: AsymmVAE, video: Tensor) -> None:
     norm, last, first = encoder.output_norm, encoder.output_proj.weight, decoder.blocks[0][0]
     least = int((last[: CONFIG.latent_channels].norm(dim=0) * norm.weight.abs()).argmin())
     norm.weight[least], norm.bias[least] = 0, ONE_BEFORE_SILU
-    means, deviations = (f(encode(vae, video).mean) for f in (channel_means, channel_deviations))
+    means, deviations = (f(posterior_of(vae, video).mean) for f in (channel_means, channel_deviations))
     wanted_means, wanted_deviations = (means.new_tensor(values) for values in (LATENTS_MEAN, LATENTS_STD))
     scale = wanted_deviations / deviations
     shift = wanted_means - scale * means
@@ -149,8 +127,8 @@ def channel_deviations(latents: Tensor) -> Tensor:
 def decoder_loss(vae: AsymmVAE, video: Tensor) -> Tensor:
     """Squared error of the decoder alone."""
     with torch.no_grad():
-        latents = encode(vae, video).mean
-    return F.mse_loss(decode(vae, latents), video)
+        latents = posterior_of(vae, video).mean
+    return F.mse_loss(decoded(vae, latents), video)
 
 
 def captioned_batch(rng: np.random.Generator, count: int, width: int = 64) -> Tensor:
@@ -175,35 +153,3 @@ def _crop(rng: np.random.Generator) -> np.ndarray:
     window = slice(top, top + CROP), slice(left, left + CROP)
     # The first frames of a clip of 13, so that things move as fast as they do there.
     return draw(random_colors(rng), 13, 64, 64, window)[:7]
-
-
-def _reduced(stage: Any, x: Tensor) -> Tensor:
-    down, *blocks = stage.layers
-    x = down(F.pad(x, (0, 0, 0, 0, down.kernel_size[0] - 1, 0), mode="replicate"))
-    for block in blocks:
-        x = _residual(block, x)
-    return x
-
-
-def _residual(block: Any, x: Tensor) -> Tensor:
-    norm_1, _, conv_1, norm_2, _, conv_2 = block.stack
-    x = x + _convolved(conv_2, _norm(norm_2, _convolved(conv_1, _norm(norm_1, x))))
-    return x if block.attn_block is None else _attended(block.attn_block, x)
-
-
-def _convolved(conv: Any, x: Tensor) -> Tensor:
-    return conv(F.pad(F.silu(x), (1, 1, 1, 1, CONV_SIZE - 1, 0), mode="replicate"))
-
-
-def _attended(block: TemporalAttentionBlock, x: Tensor) -> Tensor:
-    pixels = block.attn(rearrange(_norm(block.norm, x), "b c t h w -> (b h w) t c"))
-    return x + rearrange(pixels, "(b h w) t c -> b c t h w", b=x.shape[0], h=x.shape[3])
-
-
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    """Every frame by its own statistics."""
-    return norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
-
-
-def _pointwise(linear: Any, x: Tensor) -> Tensor:
-    return linear(x.movedim(1, -1)).movedim(-1, 1)

@@ -1,0 +1,237 @@
+"""How the modules of the autoencoder take a clip in pieces: some frames at a time, in strips of rows.
+
+The second way through the modules of layers.py, encoder.py and decoder.py: it gives what their forwards give, without
+gradients and in a bounded working set (see streaming.py). Statistics of a norm are those of the whole frame, and a
+convolution sees the rows beside its strip, so that strips leave no trace. Clips are (B, C, T, H, W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .decoder import Decoder, DecoderStage
+from .encoder import Encoder, EncoderStage, fourier_features
+from .layers import CONV_SIZE, RGB, ResBlock, TemporalAttentionBlock, frame_norm, pointwise
+from .streaming import Cache, ClipStep, OomRetry, Plan, Step, StreamStep, by_strips
+
+# CUDA refuses attention over more batch entries than fit a 16-bit grid, and every pixel is one; Genmo's code splits at the
+# same number (genmoai/mochi, src/genmo/mochi_preview/vae/models.py).
+MAX_ATTENTION_BATCH = 2**15
+# Values that temporal attention holds per value that it takes: itself, normed and attended; then q, k, v and copies of them.
+STRIP_EXPANSION, ATTENTION_EXPANSION = 3, 8
+
+
+def decoder_steps(decoder: Decoder) -> list[Step]:
+    """Steps from latents (B, 12, T, H, W) to video (B, 3, F, 8H, 8W)."""
+    head, *stages, tail = decoder.blocks
+    conv_in, *blocks = head.children()
+    expansion = decoder.config.decoder_channels[0] / decoder.config.latent_channels
+    return [
+        StreamStep(partial(_decoder_conv_in, conv_in, expansion), expansion),
+        *stream_steps(*blocks, *stages, *tail.children()),
+        StreamStep(partial(_decoder_conv_out, decoder.output_proj)),
+    ]
+
+
+def encoder_steps(encoder: Encoder, dtype: torch.dtype) -> list[Step]:
+    """Steps from video (B, 3, F, 8H, 8W), at least in float32, to moments (B, 2 * 12, T, H, W), computed in `dtype`."""
+    proj_in, *blocks_and_stages = encoder.layers
+    expansion = encoder.config.encoder_channels[0] / RGB
+    return [
+        StreamStep(partial(_encoder_conv_in, proj_in, dtype, expansion), expansion),
+        *stream_steps(*blocks_and_stages),
+        StreamStep(partial(_encoder_conv_out, encoder.output_norm, encoder.output_proj)),
+    ]
+
+
+def stream_steps(*modules: nn.Module) -> list[Step]:
+    """The steps of blocks and stages, one after the other."""
+    steps: list[Step] = []
+    for module in modules:
+        if isinstance(module, ResBlock):
+            steps.append(StreamStep(partial(res_block, module)))
+            if module.attn_block:
+                steps.append(ClipStep(partial(attend, module.attn_block)))
+        elif isinstance(module, EncoderStage):
+            _, *blocks = module.layers
+            steps += [StreamStep(partial(downsample, module.down)), *stream_steps(*blocks)]
+        elif isinstance(module, DecoderStage):
+            steps += [*stream_steps(*module.blocks), StreamStep(partial(upsample, module), module.expansion)]
+        else:
+            raise TypeError(f"{type(module).__name__} does not stream")
+    return steps
+
+
+def _decoder_conv_in(conv: nn.Module, expansion: float, x: Tensor, _: Cache, plan: Plan) -> tuple[Tensor, Cache]:
+    return by_strips(plan.strips(x, expansion), lambda rows: conv(x[..., rows, :])), ()
+
+
+def _decoder_conv_out(linear: nn.Linear, x: Tensor, _: Cache, plan: Plan) -> tuple[Tensor, Cache]:
+    return by_strips(plan.strips(x), lambda rows: pointwise(linear, F.silu(x[..., rows, :]))), ()
+
+
+def _encoder_conv_in(
+    linear: nn.Module, dtype: torch.dtype, expansion: float, x: Tensor, _: Cache, plan: Plan
+) -> tuple[Tensor, Cache]:
+    def embedded(rows: slice) -> Tensor:
+        return pointwise(linear, fourier_features(x[..., rows, :]).to(dtype))
+
+    return by_strips(plan.strips(x, expansion), embedded), ()
+
+
+def _encoder_conv_out(norm: nn.GroupNorm, linear: nn.Linear, x: Tensor, _: Cache, plan: Plan) -> tuple[Tensor, Cache]:
+    strips = plan.strips(x)
+    normed = strip_norm(norm, x, strips)
+    return by_strips(strips, lambda rows: pointwise(linear, F.silu(normed(rows)))), ()
+
+
+def res_block(block: ResBlock, x: Tensor, cache: Cache, plan: Plan) -> tuple[Tensor, Cache]:
+    """The convolutions of a `ResBlock` and its skip; the cache holds the last two frames that went into each."""
+    norm_1, conv_1, norm_2, conv_2 = block.norms_and_convs()
+    past_1, past_2 = cache or (None, None)
+    h, past_1 = norm_silu_conv(norm_1, conv_1, x, past_1, plan)
+    h, past_2 = norm_silu_conv(norm_2, conv_2, h, past_2, plan)
+    h += x
+    return h, (past_1, past_2)
+
+
+def norm_silu_conv(
+    norm: nn.GroupNorm, conv: nn.Conv3d, x: Tensor, past: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """Causal convolution of silu(norm(x)), and what the next call needs as `past`: the last two frames that went into it."""
+    strips, height = plan.strips(x), x.shape[3]
+    normed = strip_norm(norm, x, strips)
+    kept = torch.empty((*x.shape[:2], CONV_SIZE - 1, *x.shape[3:]), dtype=x.dtype, device=plan.cache_device)
+
+    def convolved(rows: slice) -> Tensor:
+        top, bottom = max(rows.start - 1, 0), min(rows.stop + 1, height)
+        frames = F.silu(normed(slice(top, bottom)), inplace=True)  # (B, C, f, r + 2, W)
+        before = frames[:, :, :1] if past is None else past[..., top:bottom, :]
+        padded = pad_causal(before, frames, above=rows.start == top, below=rows.stop == bottom)
+        kept[..., rows, :] = padded[:, :, 1 - CONV_SIZE :, 1:-1, 1:-1]
+        return conv(padded)  # (B, C, f, r, W)
+
+    return by_strips(strips, convolved), kept
+
+
+def pad_causal(before: Tensor, frames: Tensor, *, above: bool, below: bool) -> Tensor:
+    """Two frames in front, and a replicated pixel left, right and where there is no row above or below.
+
+    `before` (B, C, 2 or 1, r, W) on any device and `frames` (B, C, f, r, W), to (B, C, 2 + f, r + above + below, W + 2);
+    written once, where padding and joining would each copy everything.
+    """
+    batch, channels, count, rows, width = frames.shape
+    padded = frames.new_empty(batch, channels, CONV_SIZE - 1 + count, above + rows + below, width + 2)
+    inner = padded[..., above : above + rows, 1:-1]
+    inner[:, :, : CONV_SIZE - 1], inner[:, :, CONV_SIZE - 1 :] = before, frames
+    if above:
+        padded[..., 0, :] = padded[..., 1, :]
+    if below:
+        padded[..., -1, :] = padded[..., -2, :]
+    padded[..., 0], padded[..., -1] = padded[..., 1], padded[..., -2]
+    return padded
+
+
+def downsample(conv: nn.Conv3d, x: Tensor, cache: Cache, plan: Plan) -> tuple[Tensor, Cache]:
+    """Convolve blocks of frames and pixels that do not overlap; the first frame is repeated to fill the first block.
+
+    The cache holds the frames that did not fill a block; it and the output may have no frame.
+    """
+    time, space, _ = conv.kernel_size
+    before = cache[0].to(x.device) if cache else x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
+    x = torch.cat((before, x), dim=2)
+    whole = x.shape[2] // time * time
+    kept = x[:, :, whole:].to(plan.cache_device, copy=True)
+    if whole == 0:
+        return x.new_empty(x.shape[0], conv.out_channels, 0, x.shape[3] // space, x.shape[4] // space), (kept,)
+    blocks = x[:, :, :whole]
+    strips = plan.strips(blocks[..., ::space, :], expansion=space)
+    return by_strips(strips, lambda rows: conv(blocks[..., rows.start * space : rows.stop * space, :])), (kept,)
+
+
+def upsample(stage: DecoderStage, x: Tensor, cache: Cache, plan: Plan) -> tuple[Tensor, Cache]:
+    """`DecoderStage.unfold`; the surplus frames go at the start of a clip alone, which is when there is no cache yet."""
+    strips = plan.strips(x, stage.expansion)
+    x = by_strips(strips, lambda rows: stage.unfold(x[..., rows, :]), scale=stage.spatial_expansion)
+    return (x[:, :, stage.surplus :] if cache is None else x), ()
+
+
+def attend(block: TemporalAttentionBlock, pieces: list[Tensor], retry: OomRetry) -> None:
+    """Add attention over all frames to the pieces (B, C, f, H, W) of one clip, in place, in strips of rows."""
+    statistics = [_piece_statistics(block.norm, piece, retry) for piece in pieces]
+    mean, variance = (torch.cat(parts, dim=2) for parts in zip(*statistics, strict=True))
+    row, height = 0, pieces[0].shape[3]
+    while row < height:
+        row = retry.run(_attend_rows, block, pieces, row, mean, variance) or row
+
+
+def _piece_statistics(norm: nn.GroupNorm, piece: Tensor, retry: OomRetry) -> tuple[Tensor, Tensor]:
+    def statistics(plan: Plan) -> tuple[Tensor, Tensor]:
+        return frame_statistics(piece, norm.num_groups, plan.strips(piece), plan.device)
+
+    while (found := retry.run(statistics)) is None:
+        pass
+    return found
+
+
+def _attend_rows(
+    block: TemporalAttentionBlock, pieces: list[Tensor], top: int, mean: Tensor, variance: Tensor, plan: Plan
+) -> int:
+    """Attend in as many rows from `top` as the plan allows; returns the first row that is left."""
+    frames = [piece.shape[2] for piece in pieces]
+    rows = slice(top, top + plan.rows(pieces[0][:, :, :1], STRIP_EXPANSION * sum(frames)))
+    strip = torch.cat([piece[..., rows, :].to(plan.device) for piece in pieces], dim=2)  # (B, C, T, r, W)
+    pixels = rearrange(norm_with(block.norm, strip, mean, variance), "b c t h w -> (b h w) t c")
+    batch = min(plan.items(pixels[0], ATTENTION_EXPANSION), MAX_ATTENTION_BATCH)
+    attended = torch.cat([block.attn(some) for some in pixels.split(batch)])  # (B * r * W, T, C)
+    strip += rearrange(attended, "(b h w) t c -> b c t h w", b=strip.shape[0], w=strip.shape[4])
+    # All is made before anything is overwritten: running out of memory halfway would leave rows done twice.
+    done = [part.to(piece.device) for part, piece in zip(strip.split(frames, dim=2), pieces, strict=True)]
+    for piece, part in zip(pieces, done, strict=True):
+        piece[..., rows, :] = part
+    return top + strip.shape[3]
+
+
+def strip_norm(norm: nn.GroupNorm, x: Tensor, strips: list[slice]) -> Callable[[slice], Tensor]:
+    """`frame_norm(norm, x)` as a function that makes some rows of it."""
+    if len(strips) == 1:
+        return lambda _: frame_norm(norm, x)
+    statistics = frame_statistics(x, norm.num_groups, strips)
+    return lambda rows: norm_with(norm, x[..., rows, :], *statistics)
+
+
+def norm_with(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Group norm of x (B, C, T, r, W) with given statistics (B, groups, T), in the dtype of x."""
+    batch, channels, frames = x.shape[:3]
+    mean, variance = (s.repeat_interleave(channels // norm.num_groups, dim=1).flatten() for s in (mean, variance))
+    weight, bias = (p.to(mean)[None, :, None].expand(batch, -1, frames).flatten() for p in (norm.weight, norm.bias))
+    # Given statistics are what a batch norm takes: every channel of every frame is one of its channels.
+    return F.batch_norm(x.flatten(0, 2)[None], mean, variance, weight, bias, eps=norm.eps).view(x.shape)
+
+
+def frame_statistics(
+    x: Tensor, groups: int, strips: list[slice], device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B, groups, T) of the channel groups of each frame, at least in float32, on `device` or that of x.
+
+    Strips are merged by count, mean and sum of squared deviations (Chan, Golub & LeVeque, 1979): an average of variances
+    would leave out how the means of the strips differ.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean = deviations = x.new_zeros(x.shape[0], groups, x.shape[2], dtype=dtype, device=device)
+    count = 0
+    for rows in strips:
+        strip = x[..., rows, :].to(mean).unflatten(1, (groups, -1))  # (B, G, C/G, T, r, W)
+        added = strip[0, 0, :, 0].numel()
+        strip_variance, strip_mean = torch.var_mean(strip, dim=(2, 4, 5), correction=0)
+        difference, total = strip_mean - mean, count + added
+        mean = mean + difference * (added / total)
+        deviations = deviations + strip_variance * added + difference.square() * (count * added / total)
+        count = total
+    return mean, deviations / count
