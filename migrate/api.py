@@ -1,26 +1,29 @@
-"""The API form: {id: {"class_type", "inputs"}}, where a link is [id, output] among the inputs."""
+"""Workflows in API form: {id: {"class_type", "inputs"}}, where a link is [id, output] among the inputs."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from .graph import Link, Node, Nodes
-from .tables import AFTER_SEED
+from .our_nodes import AFTER_SEED
 
-Prompt = dict[str, dict[str, Any]]
-
-
-def is_prompt(workflow: Any) -> bool:
-    return isinstance(workflow, dict) and any(map(_is_node, workflow.values()))
+Prompt = dict[str, Any]
+"""{id: node}; among the nodes of a file there may be anything, see `is_node`."""
 
 
-def _is_node(raw: Any) -> bool:
+def is_prompt(workflow: object) -> TypeGuard[Prompt]:
+    """Whether it is a workflow in API form: at least one of its values is a node."""
+    return isinstance(workflow, dict) and any(map(is_node, workflow.values()))
+
+
+def is_node(raw: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a value of a prompt has what every node has."""
     return isinstance(raw, dict) and isinstance(raw.get("class_type"), str) and isinstance(raw.get("inputs"), dict)
 
 
 def read(prompt: Prompt) -> Nodes:
-    """The nodes by id, without those that are none."""
-    return {name: _node(name, raw) for name, raw in prompt.items() if _is_node(raw)}
+    """The nodes by id; values of the prompt that are no nodes are left out."""
+    return {name: _node(name, raw) for name, raw in prompt.items() if is_node(raw)}
 
 
 def _node(name: str, raw: dict[str, Any]) -> Node:
@@ -30,14 +33,15 @@ def _node(name: str, raw: dict[str, Any]) -> Node:
     return Node(name, raw["class_type"], dict(raw["inputs"]), links, raw, f"{title} (node {name})")
 
 
-def is_link(value: Any) -> bool:
+def is_link(value: object) -> TypeGuard[list[Any]]:
+    """Whether an input's value is a link, [id, output]."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
 
 
 def write(prompt: Prompt, nodes: Nodes) -> Prompt:
-    """The prompt with its nodes as they are now; what is no node stays."""
-    kept = {name: raw for name, raw in prompt.items() if name in nodes or not _is_node(raw)}
-    return kept | {name: _written(node) for name, node in nodes.items()}
+    """The prompt with `nodes` in the place of those that it had; what is no node stays, and so does the order."""
+    kept = {name: raw for name, raw in prompt.items() if name in nodes or not is_node(raw)}
+    return kept | {str(name): _written(node) for name, node in nodes.items()}
 
 
 def _written(node: Node) -> dict[str, Any]:
@@ -45,10 +49,11 @@ def _written(node: Node) -> dict[str, Any]:
     return {**node.raw, "class_type": kind, "inputs": _inputs(node)}
 
 
-def _inputs(node: Node) -> dict[str, Any]:
+def _inputs(node: Node) -> dict[str, object]:
+    """Values and links in the order that the node had."""
     links = {name: [link.origin, link.slot] for name, link in node.links.items()}
-    values = {name: value for name, value in dict(node.values).items() if not is_link(value)}
+    values = {name: value for name, value in node.by_name().items() if not is_link(value)}
     if node.was is not None:
         values.pop(AFTER_SEED, None)
-    kept = {name: (values | links)[name] for name in dict(node.values) if name in values or name in links}
+    kept = {name: (values | links)[name] for name in node.by_name() if name in values or name in links}
     return kept | links

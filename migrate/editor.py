@@ -1,17 +1,22 @@
-"""The editor's form: a graph, or a subgraph, of nodes with values by position, and a list of links with numbers."""
+"""Workflows in the editor's form: graphs of nodes with values by position, and a list of links with ids.
+
+A workflow is a graph and holds others, its subgraphs. Files are checked first (`is_workflow`): code below that relies on it.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from types import NoneType
-from typing import Any
+from typing import Any, TypeGuard
 
-from .graph import Link, Node, Nodes
-from .tables import MODEL_TYPES, NEW_NODES
+from .graph import Link, Node, NodeId, Nodes
+from .our_nodes import NEW_NODES
+from .tables import MODEL_TYPES
 
-Graph = dict[str, Any]
+Json = dict[str, Any]
+"""An object of a file."""
 LINK_FIELDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-# What has to be of which type.
+# Fields that have to be of these types, for a file to be read.
 LIST, ID = (list, NoneType), (int, str)
 GRAPH = {"nodes": list, "links": LIST, "inputs": LIST, "outputs": LIST, "state": (dict, NoneType)}
 NODE = {
@@ -24,20 +29,24 @@ NODE = {
 }
 SLOT = {"name": str, "link": (*ID, NoneType), "links": LIST, "linkIds": LIST}
 LINK = {"id": ID, "origin_id": ID, "origin_slot": ID, "target_id": ID, "target_slot": ID, "type": object}
-INSIDE, OUTSIDE = -10, -20  # where links start and end that come from a subgraph's inputs, or go to its outputs
+INSIDE, OUTSIDE = -10, -20
+"""Ids of the nodes where a subgraph's inputs come in and its outputs go out."""
 PACK = "mochi-nodes"
 FOREIGN_PROPERTIES = ("aux_id", "ver")
+"""Of the pack that an old node came from."""
 SLOT_LOOKS = ("label", "shape", "dir")
 OPTIONAL_SHAPE = 7
-GAP = 60  # pixels between a node and the one that was made of it
+"""How the editor draws an input that may stay empty."""
+GAP = 60
+"""Pixels between the two nodes that one old node becomes."""
 
 
-def graphs(workflow: Graph) -> list[Graph]:
+def graphs(workflow: Json) -> list[Json]:
     """The workflow and its subgraphs."""
     return [workflow, *((workflow.get("definitions") or {}).get("subgraphs") or [])]
 
 
-def group_nodes(workflow: Graph) -> dict[str, set[str]]:
+def group_nodes(workflow: Json) -> dict[str, set[str]]:
     """The group nodes in use, an older kind of subgraph: the types of the nodes in each."""
     extra = workflow.get("extra")
     groups = extra.get("groupNodes") if isinstance(extra, dict) else None
@@ -49,14 +58,15 @@ def group_nodes(workflow: Graph) -> dict[str, set[str]]:
     }
 
 
-def is_workflow(workflow: Any) -> bool:
+def is_workflow(workflow: object) -> TypeGuard[Json]:
+    """Whether a file can be read as a workflow in the editor's form, its subgraphs included."""
     if not _has(workflow, {"definitions": (dict, NoneType)}):
         return False
     subgraphs = (workflow.get("definitions") or {}).get("subgraphs")
     return isinstance(subgraphs, list | NoneType) and all(map(_is_graph, graphs(workflow)))
 
 
-def _is_graph(graph: Any) -> bool:
+def _is_graph(graph: object) -> bool:
     if not _has(graph, GRAPH) or not all(isinstance(link, list | dict) for link in _links(graph)):
         return False
     slots = [slot for key in ("inputs", "outputs") for slot in graph.get(key) or []]
@@ -67,26 +77,27 @@ def _is_graph(graph: Any) -> bool:
     )
 
 
-def _is_node(raw: Any) -> bool:
+def _is_node(raw: object) -> bool:
     return _has(raw, NODE) and all(_has(slot, SLOT) for key in ("inputs", "outputs") for slot in raw.get(key) or [])
 
 
-def _has(value: Any, fields: dict[str, Any]) -> bool:
+def _has(value: object, fields: Json) -> TypeGuard[Json]:
+    """Whether `value` is an object whose fields are of these types."""
     return isinstance(value, dict) and all(isinstance(value.get(name), kinds) for name, kinds in fields.items())
 
 
-def _links(graph: Graph) -> list[Any]:
-    """Old files have gaps among them."""
+def _links(graph: Json) -> list[Any]:
+    """The links of a graph; in old files there are nulls among them."""
     return [link for link in graph.get("links") or [] if link is not None]
 
 
-def _record(link: Any) -> dict[str, Any]:
-    """A link by field: in old files it is a list."""
+def _record(link: Any) -> Json:
+    """A link as an object; in old files it is a list of the fields."""
     return link if isinstance(link, dict) else dict(zip(LINK_FIELDS, link, strict=False))
 
 
-def read(graph: Graph) -> Nodes:
-    """The nodes by id, and what a subgraph's outputs are linked to."""
+def read(graph: Json) -> Nodes:
+    """The nodes by id; what a subgraph's outputs are linked to is a node OUTSIDE."""
     records = {record["id"]: record for record in map(_record, _links(graph))}
     where = f" in {graph['name']}" if "name" in graph else ""
     nodes = {raw["id"]: _node(raw, records, where) for raw in graph["nodes"]}
@@ -97,7 +108,7 @@ def read(graph: Graph) -> Nodes:
     return nodes
 
 
-def _node(raw: dict[str, Any], records: dict[Any, dict[str, Any]], where: str) -> Node:
+def _node(raw: Json, records: dict[Any, Json], where: str) -> Node:
     links: dict[str, Link] = {}
     for i, slot in enumerate(raw.get("inputs") or [], 1):
         if slot.get("link") in records:
@@ -107,12 +118,12 @@ def _node(raw: dict[str, Any], records: dict[Any, dict[str, Any]], where: str) -
     return Node(raw["id"], raw["type"], raw.get("widgets_values") or [], links, raw, label)
 
 
-def _link(record: dict[str, Any]) -> Link:
+def _link(record: Json) -> Link:
     return Link(record["origin_id"], record["origin_slot"], record["id"])
 
 
-def write(graph: Graph, nodes: Nodes) -> None:
-    """Bring the graph, in place, into agreement with its nodes."""
+def write(graph: Json, nodes: Nodes) -> None:
+    """Change the graph so that its nodes are `nodes`, with links that agree at both ends."""
     made = {key: _written(node) for key, node in nodes.items() if node.was is not None}
     kept = [made.pop(raw["id"], raw) for raw in graph["nodes"] if raw["id"] in nodes]
     graph["nodes"] = kept + list(made.values())
@@ -124,8 +135,8 @@ def write(graph: Graph, nodes: Nodes) -> None:
         _count_nodes(graph)
 
 
-def _written(node: Node) -> dict[str, Any]:
-    """The node as the editor saves it: where the old one was, with its title and colours."""
+def _written(node: Node) -> Json:
+    """A new node as the editor saves it: where the old one was, with its title and colours."""
     raw, output = node.raw, NEW_NODES[node.type].output
     properties = {key: value for key, value in (raw.get("properties") or {}).items() if key not in FOREIGN_PROPERTIES}
     if raw["id"] != node.id:
@@ -137,24 +148,25 @@ def _written(node: Node) -> dict[str, Any]:
         "inputs": _inputs(node),
         "outputs": [{"name": output, "type": output, "links": []}],
         "properties": {**properties, "cnr_id": PACK, "Node name for S&R": node.type},
-        "widgets_values": list(dict(node.values).values()),
+        "widgets_values": list(node.by_name().values()),
     }
 
 
-def _below(raw: dict[str, Any]) -> list[float]:
+def _below(raw: Json) -> list[float]:
+    """The position right below a node."""
     (x, y), (_, height) = _pair(raw.get("pos")), _pair(raw.get("size"))
     return [x, y + height + GAP]
 
 
-def _pair(value: Any) -> tuple[float, float]:
-    """Positions and sizes are lists, or objects with the keys 0 and 1."""
+def _pair(value: object) -> tuple[float, float]:
+    """A position or size, which is a list or an object with the keys 0 and 1; 0 for what is not there."""
     values = list(value.values()) if isinstance(value, dict) else value
     first, second, *_ = [*(values if isinstance(values, list) else []), 0, 0]
     return first if isinstance(first, int | float) else 0, second if isinstance(second, int | float) else 0
 
 
-def _inputs(node: Node) -> list[dict[str, Any]]:
-    """All inputs that take a link, and those widgets that have one."""
+def _inputs(node: Node) -> list[Json]:
+    """The inputs of a new node as the editor saves them: all that take a link only, and the widgets that have one."""
     new, was = NEW_NODES[node.type], node.was or {}
     old = {slot["name"]: slot for slot in node.raw.get("inputs") or []}
     inputs = []
@@ -170,6 +182,7 @@ def _inputs(node: Node) -> list[dict[str, Any]]:
 
 
 def _relinked(link: Any, node: Node, name: str) -> Any:
+    """A link of the graph, list or object as it was, that goes from its source to the input `name` of `node`."""
     record, source = _record(link), node.links[name]
     record |= {"origin_id": source.origin, "origin_slot": source.slot}
     if node.was is not None:
@@ -178,14 +191,15 @@ def _relinked(link: Any, node: Node, name: str) -> Any:
     return record if isinstance(link, dict) else list(record.values())
 
 
-def _use_todays_type(link_or_slot: dict[str, Any]) -> None:
+def _use_todays_type(link_or_slot: Json) -> None:
+    """Replace the wrapper's types of links by ComfyUI's."""
     kind = link_or_slot.get("type")
     if isinstance(kind, str) and kind in MODEL_TYPES:
         link_or_slot["type"] = MODEL_TYPES[kind]
 
 
-def _agree(graph: Graph) -> None:
-    """Inputs and outputs name the links that there are, and today's types."""
+def _agree(graph: Json) -> None:
+    """Have inputs and outputs name exactly the links that there are, with ComfyUI's types."""
     numbers, starts, ends = set(), defaultdict(list), defaultdict(list)
     for record in map(_record, graph["links"]):
         numbers.add(record["id"])
@@ -201,7 +215,8 @@ def _agree(graph: Graph) -> None:
     _list_links(graph.get("outputs"), "linkIds", ends, OUTSIDE)
 
 
-def _list_links(slots: Any, key: str, by_slot: dict[tuple[Any, Any], list[Any]], node_id: Any) -> None:
+def _list_links(slots: Any, key: str, by_slot: dict[tuple[NodeId, int], list[NodeId]], node_id: NodeId) -> None:
+    """Set `key` of each slot to the ids of its links, in the order that they had."""
     for i, slot in enumerate(slots or []):
         _use_todays_type(slot)
         numbers = dict.fromkeys(by_slot.get((node_id, i), ()))
@@ -212,7 +227,8 @@ def _list_links(slots: Any, key: str, by_slot: dict[tuple[Any, Any], list[Any]],
             slot[key] = today
 
 
-def _count_nodes(graph: Graph) -> None:
+def _count_nodes(graph: Json) -> None:
+    """Raise the graph's counters of ids, where it has them, to the highest id of a node."""
     last = max((node["id"] for node in graph["nodes"] if isinstance(node["id"], int)), default=0)
     for counters, name in ((graph, "last_node_id"), (graph.get("state") or {}, "lastNodeId")):
         if isinstance(counters.get(name), int):

@@ -1,43 +1,57 @@
-"""A workflow without its form: nodes with values and links. What is converted, is converted here."""
+"""Workflows as nodes with values and links, whatever form they come in; here the old nodes are replaced."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from .tables import AFTER_SEED, CLIP_LOADERS, DROPPED, LEFT, NEW_NODES, PASSES_ON, REMOVED, Part, ReplacementRule
+from .our_nodes import AFTER_SEED, NEW_NODES
+from .tables import CLIP_LOADERS, DROPPED, LEFT, PASSES_ON, REMOVED, Part, ReplacementRule
 
-Nodes = dict[Any, "Node"]
+NodeId: TypeAlias = int | str
+Nodes: TypeAlias = dict[NodeId, "Node"]
+Rules: TypeAlias = dict[NodeId, ReplacementRule]
+"""The rule for each node that is to be replaced."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Where an input's value comes from; the editor's form has numbers for links."""
+    """Where an input's value comes from."""
 
-    origin: Any
-    slot: int
-    number: Any = None
+    origin: NodeId
+    slot: NodeId
+    """Output of that node, counted from 0; what a file says, checked to be a number or a name."""
+    number: NodeId | None = None
+    """Its own id in the editor's form."""
 
 
 @dataclass
 class Node:
-    """`values` is by name, or the editor's list; `raw` is the node in the workflow, or the one whose place this one takes.
+    """A node of a workflow, or a new one that takes an old one's place."""
 
-    `was` is set for a node that takes an old one's place: the old input that each of its inputs was.
-    """
-
-    id: Any
+    id: NodeId
     type: str
-    values: list[Any] | dict[str, Any]
+    """What it is; "" is no type that a rule is for."""
+    values: list[object] | dict[str, object]
+    """By name, or in the editor's order."""
     links: dict[str, Link]
+    """By the name of the input."""
     raw: dict[str, Any]
+    """The node as the file has it; for a new one, the node whose place it takes."""
     label: str
+    """How notes name it."""
     was: dict[str, str] | None = None
+    """For a new node: {its input: the old node's input}."""
+
+    def by_name(self) -> dict[str, object]:
+        """The values of a node in API form, or of a new one."""
+        assert isinstance(self.values, dict)
+        return self.values
 
 
-def named_values(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
-    """The values by name. Nodes of other ages have fewer, or further ones behind."""
+def named_values(node: Node, names: tuple[str, ...]) -> dict[str, object]:
+    """The node's values by name, where `names` is the editor's order; a node saved by another version may have more or fewer."""
     if isinstance(node.values, dict):
         return {name: value for name, value in node.values.items() if name not in node.links}
     values = dict(zip(names, node.values, strict=False))
@@ -47,7 +61,7 @@ def named_values(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def source(nodes: Nodes, link: Link | None) -> Link | None:
-    """Where a link comes from in the end, through nodes that only pass it on."""
+    """Where a link comes from in the end, through reroutes and outputs that only pass an input on; None if it is a circle."""
     for _ in nodes:
         if link is None or link.origin not in nodes:
             return link
@@ -58,14 +72,17 @@ def source(nodes: Nodes, link: Link | None) -> Link | None:
             link = node.links.get(name)
         else:
             return link
-    return None  # in a circle
+    return None
 
 
-def convert(nodes: Nodes, rules: dict[Any, ReplacementRule], new_id: Callable[[], Any]) -> list[str]:
-    """Put ours in the place of the nodes that have a rule, in place; returns what is to be said about it."""
+def convert(nodes: Nodes, rules: Rules, new_id: Callable[[], NodeId]) -> list[str]:
+    """Replace the nodes that have a rule, changing `nodes`; returns notes, one sentence for each thing that is not as it was.
+
+    `new_id` gives the id of a node that an old one becomes besides the first.
+    """
     notes = _use_mochi_clip(nodes, rules)
     notes += _shorten_clip_links(nodes)
-    moved: dict[tuple[Any, int], Link] = {}
+    moved: dict[tuple[NodeId, NodeId], Link] = {}  # from an old node's output to a new one's
     for key, rule in rules.items():
         notes += _replace(nodes, nodes[key], rule, moved, new_id)
     removed = {key: nodes.pop(key) for key in list(nodes) if nodes[key].type in REMOVED}
@@ -81,6 +98,7 @@ def convert(nodes: Nodes, rules: dict[Any, ReplacementRule], new_id: Callable[[]
 
 
 def _cut(nodes: Nodes, node: Node, name: str, removed: Node) -> str:
+    """Remove the link of the input `name`, or the whole node if it showed nothing but the removed node's output."""
     if node.type == "PreviewImage":
         nodes.pop(node.id, None)
         return f"{node.label} is removed with it; it showed nothing else."
@@ -88,9 +106,10 @@ def _cut(nodes: Nodes, node: Node, name: str, removed: Node) -> str:
     return f"{node.label} has lost the link to {name}, which came from {removed.label}."
 
 
-def _use_mochi_clip(nodes: Nodes, rules: dict[Any, ReplacementRule]) -> list[str]:
-    """The wrapper took T5 out of any CLIP, and its graphs say sd3."""
-    notes, loaders = [], {}
+def _use_mochi_clip(nodes: Nodes, rules: Rules) -> list[str]:
+    """Have CLIP loaders in front of MochiTextEncode load for Mochi: the wrapper took T5 out of any CLIP, mostly one for sd3."""
+    notes: list[str] = []
+    loaders: Nodes = {}
     for encoder in [nodes[key] for key in rules if nodes[key].type == "MochiTextEncode"]:
         link = source(nodes, encoder.links.get("clip"))
         loader = nodes.get(link.origin) if link else None
@@ -102,9 +121,9 @@ def _use_mochi_clip(nodes: Nodes, rules: dict[Any, ReplacementRule]) -> list[str
     return notes + [note for key, loader in loaders.items() for note in _set_clip_type(loader, others.get(key))]
 
 
-def _other_users(nodes: Nodes, rules: dict[Any, ReplacementRule]) -> dict[Any, str]:
-    """For nodes that are linked to others than ours in the end: one of those, by its label."""
-    users = {}
+def _other_users(nodes: Nodes, rules: Rules) -> dict[NodeId, str]:
+    """{node: the label of a node that uses it}, where the user is neither replaced nor a node of this pack."""
+    users: dict[NodeId, str] = {}
     for node in nodes.values():
         if node.id not in rules and node.type not in NEW_NODES and node.type != "Reroute":
             found = [source(nodes, link) for link in node.links.values()]
@@ -113,6 +132,7 @@ def _other_users(nodes: Nodes, rules: dict[Any, ReplacementRule]) -> dict[Any, s
 
 
 def _set_clip_type(loader: Node, other_user: str | None) -> list[str]:
+    """Set a CLIP loader's type to mochi, unless another node uses it, too; returns notes."""
     names = CLIP_LOADERS[loader.type]
     old = named_values(loader, names).get("type")
     if old == "mochi" or (isinstance(loader.values, list) and len(loader.values) < len(names)):
@@ -128,7 +148,7 @@ def _set_clip_type(loader: Node, other_user: str | None) -> list[str]:
 
 
 def passes_on(nodes: Nodes) -> list[tuple[Node, str]]:
-    """The inputs that are linked to an output which only passes an input on."""
+    """(node, input) for inputs that are linked to an output which only passes an input on, see `PASSES_ON`."""
     return [
         (node, name)
         for node in nodes.values()
@@ -138,8 +158,8 @@ def passes_on(nodes: Nodes) -> list[tuple[Node, str]]:
 
 
 def _shorten_clip_links(nodes: Nodes) -> list[str]:
-    """T5 Encode has no output for its CLIP: what was linked to it gets the CLIP's source."""
-    notes = []
+    """Link what used MochiTextEncode's second output, its CLIP, to the CLIP's source: T5 Encode has no such output."""
+    notes: list[str] = []
     for node, name in passes_on(nodes):
         link = node.links[name]
         if found := source(nodes, link):
@@ -150,7 +170,14 @@ def _shorten_clip_links(nodes: Nodes) -> list[str]:
     return notes
 
 
-def _replace(nodes: Nodes, node: Node, rule: ReplacementRule, moved: dict, new_id: Callable[[], Any]) -> list[str]:
+def _replace(
+    nodes: Nodes,
+    node: Node,
+    rule: ReplacementRule,
+    moved: dict[tuple[NodeId, NodeId], Link],
+    new_id: Callable[[], NodeId],
+) -> list[str]:
+    """Replace one node by the parts of its rule; adds to `moved` and returns notes."""
     values, links = {**rule.widgets, **named_values(node, tuple(rule.widgets))}, node.links
     notes = [f"{node.label} {rule.remark}."] if rule.remark else []
     notes += [f"{node.label}: {note}." for note in _dropped(rule, values, links)]
@@ -165,9 +192,9 @@ def _replace(nodes: Nodes, node: Node, rule: ReplacementRule, moved: dict, new_i
     return notes
 
 
-def _values(part: Part, values: dict[str, Any], links: dict[str, Link]) -> tuple[dict[str, Any], list[str]]:
+def _values(part: Part, values: dict[str, object], links: dict[str, Link]) -> tuple[dict[str, object], list[str]]:
     """All values of a new node by name, and remarks on those that change."""
-    new, remarks = dict(NEW_NODES[part.node].widgets), []
+    new, remarks = dict(NEW_NODES[part.node].widgets), list[str]()
     for name, old in part.carry.items():
         if name in new and old in values:
             adapt = part.adapt.get(name)
@@ -178,8 +205,8 @@ def _values(part: Part, values: dict[str, Any], links: dict[str, Link]) -> tuple
     return new, remarks
 
 
-def _dropped(rule: ReplacementRule, values: dict[str, Any], links: dict[str, Link]) -> list[str]:
-    """What has no counterpart and was not as it always was."""
+def _dropped(rule: ReplacementRule, values: dict[str, object], links: dict[str, Link]) -> list[str]:
+    """Remarks on links without a counterpart, and on values without one that differ from the old node's defaults."""
     carried = {old for part in rule.parts for old in part.carry.values()}
     notes = [
         f"the link to {name} is dropped; {DROPPED.get(name, 'it has no counterpart')}"

@@ -1,4 +1,4 @@
-"""Old workflows with our nodes in their place: those of the wrapper pack and, if asked for, of ComfyUI's built-in Mochi."""
+"""Convert a workflow: nodes of MochiWrapper and, if asked for, of ComfyUI's built-in Mochi become nodes of this pack."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ from itertools import chain, count
 from typing import Any
 
 from . import api, editor
-from .graph import Nodes, convert, passes_on
+from .graph import NodeId, Nodes, Rules, convert, passes_on
 from .stock import LATENT, has_mochi, stock_rules
-from .tables import LEFT, REMOVED, WRAPPER, ReplacementRule
+from .tables import LEFT, REMOVED, WRAPPER
 
 STOCK_HINT = "The nodes for ComfyUI's built-in Mochi stay as they are, and work; --stock puts ours in their place."
 
 
 @dataclass(frozen=True)
 class Migration:
-    """A workflow in the form it had, and one sentence for each thing that is not as it was."""
+    """What a conversion gives."""
 
     workflow: dict[str, Any]
+    """In the form that it had."""
     notes: list[str]
+    """One sentence for each thing that is not as it was."""
 
 
-def migrate(workflow: Any, *, stock: bool = False) -> Migration:
+def migrate(workflow: object, *, stock: bool = False) -> Migration:
     """Convert a workflow in the editor's or the API form; the one that is given stays as it is.
+
+    Args:
+        workflow: as `json.loads` gives it.
+        stock: also replace ComfyUI's own nodes in graphs for its built-in Mochi.
 
     Raises:
         ValueError: it is no workflow, or has nothing to convert.
@@ -47,7 +53,10 @@ def migrate(workflow: Any, *, stock: bool = False) -> Migration:
 
 
 def migrate_prompt(prompt: api.Prompt, *, stock: bool = False, runs: Collection[str] = ()) -> Migration:
-    """Convert a workflow in API form, but no old nodes of the types that the server `runs`; values that stay are shared.
+    """Convert a workflow in API form, without a copy of what stays.
+
+    Args:
+        runs: types of nodes that the server has: old nodes among them stay as they are.
 
     Raises:
         ValueError: there is nothing to convert.
@@ -60,18 +69,21 @@ def migrate_prompt(prompt: api.Prompt, *, stock: bool = False, runs: Collection[
     return Migration(api.write(prompt, nodes), notes)
 
 
-def _group_hint(workflow: editor.Graph, stock: bool) -> list[str]:
+def _group_hint(workflow: editor.Json, stock: bool) -> list[str]:
+    """A sentence on group nodes with old nodes inside, if there are any."""
     old = {*WRAPPER, LATENT} if stock else WRAPPER.keys()
     names = [name for name, types in editor.group_nodes(workflow).items() if types & old]
     hint = f"Group nodes are not looked into; ungroup those with old nodes first: {', '.join(names)}."
     return [hint] if names else []
 
 
-def _ids_above(ids: Iterable[Any]) -> Iterator[int]:
+def _ids_above(ids: Iterable[NodeId]) -> Iterator[int]:
+    """Ids for new nodes, above all that are numbers."""
     return count(1 + max((int(key) for key in ids if str(key).isdecimal()), default=0))
 
 
-def _convert(graphs: list[Nodes], ids: Iterator[Any], stock: bool, hints: list[str]) -> list[str]:
+def _convert(graphs: list[Nodes], ids: Iterator[NodeId], stock: bool, hints: list[str]) -> list[str]:
+    """Convert all graphs of a workflow; returns notes. `hints` are said in any case, in the error too."""
     rules = [_wrapper_rules(nodes) for nodes in graphs]
     if any(map(has_mochi, graphs)):
         if stock:
@@ -87,5 +99,5 @@ def _convert(graphs: list[Nodes], ids: Iterator[Any], stock: bool, hints: list[s
     return [*chain(*notes), *hints]
 
 
-def _wrapper_rules(nodes: Nodes) -> dict[Any, ReplacementRule]:
+def _wrapper_rules(nodes: Nodes) -> Rules:
     return {key: WRAPPER[node.type] for key, node in nodes.items() if node.type in WRAPPER}

@@ -1,12 +1,11 @@
-"""Which nodes of ComfyUI's own are Mochi's, in a graph that may be for other models, too."""
+"""Which of ComfyUI's own nodes work for its built-in Mochi, in a graph that may hold other models, too."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
-from .graph import Node, Nodes, named_values, source
-from .tables import STOCK, ReplacementRule
+from .graph import Node, NodeId, Nodes, Rules, named_values, source
+from .tables import STOCK
 
 LATENT = "EmptyMochiLatentVideo"
 LOADER_FILES = {"UNETLoader": "unet_name", "VAELoader": "vae_name"}
@@ -15,6 +14,7 @@ DECODES = ("VAEDecode", "VAEDecodeTiled")
 
 
 def has_mochi(nodes: Nodes) -> bool:
+    """Whether a graph holds Mochi's latent, or a loader whose file is named after it."""
     return any(node.type == LATENT or (node.type == "UNETLoader" and _names_mochi(node)) for node in nodes.values())
 
 
@@ -23,8 +23,8 @@ def _names_mochi(node: Node) -> bool:
     return "mochi" in str(file).lower()
 
 
-def stock_rules(nodes: Nodes) -> tuple[dict[Any, ReplacementRule], list[str]]:
-    """Mochi's loaders and what is linked to them; and a sentence for each loader that is left."""
+def stock_rules(nodes: Nodes) -> tuple[Rules, list[str]]:
+    """The rules for Mochi's loaders and what is linked to them, and a note for each loader that stays as it is."""
     loaders = _mochi_loaders(nodes)
     links = {key: _loaded_from(nodes, node) for key, node in nodes.items() if node.type in LOADED_INPUTS}
     chosen = loaders | {key for key, origin in links.items() if origin in loaders}
@@ -33,8 +33,9 @@ def stock_rules(nodes: Nodes) -> tuple[dict[Any, ReplacementRule], list[str]]:
     return {key: STOCK[node.type] for key, node in nodes.items() if key in chosen}, notes
 
 
-def _mochi_loaders(nodes: Nodes) -> set[Any]:
-    """By the names of their files; a transformer by Mochi's latent, too, and a VAE by the samples that it decodes."""
+def _mochi_loaders(nodes: Nodes) -> set[NodeId]:
+    """Loaders of Mochi's models: by the name of the file, for a transformer also by Mochi's latent behind it, for a VAE by the
+    samples that it decodes."""
     named = {key for key, node in nodes.items() if node.type in LOADER_FILES and _names_mochi(node)}
     unets = {key for key, node in nodes.items() if node.type == "UNETLoader"}
     latents = _reached(nodes, {key for key, node in nodes.items() if node.type == LATENT})
@@ -50,14 +51,14 @@ def _is_for_mochi(loader: Node) -> bool:
     return "mochi" in named_values(loader, tuple(STOCK["CLIPLoader"].widgets)).values()
 
 
-def _loaded_from(nodes: Nodes, node: Node) -> Any:
+def _loaded_from(nodes: Nodes, node: Node) -> NodeId | None:
     link = source(nodes, node.links.get(LOADED_INPUTS[node.type]))
     return link.origin if link else None
 
 
-def _reached(nodes: Nodes, start: set[Any]) -> set[Any]:
-    """What gets something from these nodes, through whatever; behind a decode there are frames for any model."""
-    targets = defaultdict(set)
+def _reached(nodes: Nodes, start: set[NodeId]) -> set[NodeId]:
+    """`start` and all nodes behind them, but for those behind a decode: its frames may go to any model."""
+    targets = defaultdict[NodeId, set[NodeId]](set)
     for node in nodes.values():
         for link in node.links.values():
             targets[link.origin].add(node.id)

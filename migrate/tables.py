@@ -1,126 +1,39 @@
-"""What old nodes become: the names, orders and defaults of their inputs, and of ours."""
+"""What old nodes become: rules for the nodes of MochiWrapper and for ComfyUI's own, as data."""
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-# What an old value becomes, and a sentence's end if that is not the same.
-Adapted = tuple[Any, str]
-AFTER_SEED = "control_after_generate"  # in the editor's form, a value without an input
+from .our_nodes import AFTER_SEED
+from .values import Adapted, empty_is_nothing, in_mochi_folder, local_file, plain_text, vae_dtype, weight_dtype
+
 MODEL_TYPES = {"MOCHIMODEL": "MODEL", "MOCHIVAE": "VAE"}
-
-
-@dataclass(frozen=True)
-class NewNode:
-    """A node of ours: inputs that take a link, widgets in the editor's order with their defaults, the output's type."""
-
-    slots: dict[str, str]
-    widgets: dict[str, Any]
-    output: str
-    optional: tuple[str, ...] = ()
-
-
-NEW_NODES = {
-    "Mochi1LoadTransformer": NewNode({}, {"model_name": "", "weight_dtype": "auto"}, "MODEL"),
-    "Mochi1LoadVAE": NewNode({}, {"vae_name": "", "dtype": "auto", "second_file": "none"}, "VAE"),
-    "Mochi1LoadT5": NewNode({}, {"t5_name": "", "dtype": "auto", "device": "default"}, "CLIP"),
-    "Mochi1T5Encode": NewNode({"clip": "CLIP"}, {"prompt": ""}, "CONDITIONING"),
-    "Mochi1Sigmas": NewNode({}, {"steps": 64, "threshold_noise": 0.025, "linear_steps": 0, "denoise": 1.0}, "SIGMAS"),
-    "Mochi1Sampler": NewNode(
-        {
-            "model": "MODEL",
-            "positive": "CONDITIONING",
-            "negative": "CONDITIONING",
-            "latent": "LATENT",
-            "sigmas": "SIGMAS",
-        },
-        {
-            "width": 848,
-            "height": 480,
-            "num_frames": 163,
-            "steps": 64,
-            "cfg": 4.5,
-            "seed": 0,
-            AFTER_SEED: "fixed",
-            "batch_size": 1,
-            "denoise": 1.0,
-        },
-        "LATENT",
-        ("latent", "sigmas"),
-    ),
-    "Mochi1TiledVAEDecode": NewNode({"samples": "LATENT", "vae": "VAE"}, {"memory": 0.0}, "IMAGE"),
-    "Mochi1VAEEncode": NewNode({"pixels": "IMAGE", "vae": "VAE"}, {}, "LATENT"),
-}
+"""The wrapper's types of links, and ComfyUI's that take their place."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One node of ours: the old input that each of its inputs comes from, and what changes its value on the way."""
+    """One of the nodes that an old node becomes."""
 
     node: str
+    """Its type, one of `NEW_NODES`."""
     carry: dict[str, str]
-    adapt: dict[str, Callable[[Any, dict[str, Any]], Adapted]] = field(default_factory=dict)
+    """{its input: the old node's input that the value or link comes from}"""
+    adapt: dict[str, Callable[[object, dict[str, object]], Adapted]] = field(default_factory=dict)
+    """{its input: what changes the value on the way}, see values.py"""
 
 
 @dataclass(frozen=True)
 class ReplacementRule:
-    """An old node: its widgets in the editor's order with their defaults; output i is the output of part i."""
+    """What one type of old node becomes."""
 
-    widgets: dict[str, Any]
+    widgets: dict[str, object]
+    """The old node's widgets in the editor's order, with their defaults."""
     parts: tuple[Part, ...]
+    """The new nodes; output i of the old node is the output of part i."""
     remark: str = ""
-
-
-WEIGHT_DTYPES = {
-    "default": "auto",
-    **{name: name for name in ("fp32", "bf16", "fp16", "fp8_e4m3fn")},
-    "fp8_e4m3fn_fast": "fp8_e4m3fn",
-    "fp8_e5m2": "fp8_e4m3fn",
-}
-WEIGHT_DTYPE_REASONS = {
-    "fp8_e4m3fn_fast": "products are computed in 16 bits",
-    "fp8_e5m2": "it is as small, and rounds less",
-}
-NO_SUCH_PRECISION = "the loader has no such precision"
-
-
-def weight_dtype(old: Any, values: dict[str, Any]) -> Adapted:
-    """GGUF files stay as they are, whatever the node said, as they did."""
-    if any("gguf" in str(value).lower() for value in values.values()):
-        return "auto", ""
-    if str(old) not in WEIGHT_DTYPES:
-        return "auto", NO_SUCH_PRECISION
-    return WEIGHT_DTYPES[str(old)], WEIGHT_DTYPE_REASONS.get(str(old), "")
-
-
-def vae_dtype(old: Any, _: dict[str, Any]) -> Adapted:
-    return (old, "") if old in ("fp32", "bf16", "fp16") else ("auto", NO_SUCH_PRECISION)
-
-
-def local_file(old: Any, _: dict[str, Any]) -> Adapted:
-    """Saved on another system, a name may have the other separator."""
-    return re.sub(r"[\\/]", re.escape(os.sep), str(old)), ""
-
-
-def in_mochi_folder(old: Any, _: dict[str, Any]) -> Adapted:
-    """Where the downloading loader put its files, inside the model folder."""
-    return f"mochi{os.sep}{old}", ""
-
-
-def empty_is_nothing(old: Any, _: dict[str, Any]) -> Adapted:
-    """Genmo's code gives no token for it, others the end token."""
-    return old, "" if old else "an empty prompt is no text at all now, as in Genmo's code; it was one end token"
-
-
-def plain_text(old: Any, values: dict[str, Any]) -> Adapted:
-    if not old:
-        return empty_is_nothing(old, values)
-    weighted = re.search(r"\(.+:\s*[\d.]+\)", str(old), re.DOTALL)
-    return old, "brackets are text for T5 Encode, no weights" if weighted else ""
+    """The end of a sentence that begins with the node's name, said whenever the rule is used."""
 
 
 LOADER_OPTIONS = {"attention_mode": "sdpa", "cublas_ops": False, "rms_norm_func": "default"}
@@ -245,7 +158,6 @@ STOCK = {
     "VAEDecodeTiled": ReplacementRule({}, (DECODE,), "needs no tiles any more: frames stream through the decoder"),
 }
 
-# Values and links without a counterpart, and why they are not missed. Of others, values are dropped without a word.
 DROPPED = {
     "attention_mode": "attention is chosen on Load Mochi Transformer, such as sage",
     "cublas_ops": "matrix products are ComfyUI's",
@@ -261,14 +173,18 @@ DROPPED = {
     "unnormalize": "LATENTs are always in the autoencoder's space",
     "normalize": "LATENTs are always in the autoencoder's space",
 }
-# Nodes that only held settings, or showed latents.
+"""Old inputs without a counterpart, and why they are not missed. Values of inputs that are neither carried nor listed here are
+dropped without a word."""
 REMOVED = {
     "MochiTorchCompileSettings": DROPPED["compile_args"],
     "MochiFasterCache": DROPPED["fastercache"],
     "MochiLatentPreview": "Mochi Sampler shows previews while it works",
 }
-# Nodes of a pack for editing videos, which work on the wrapper's own objects.
+"""Old nodes that only held settings, or showed latents, and why they are not missed."""
 LEFT = ("MochiWrapperSamplerCustom", "MochiUnsampler", "MochiResampler", "MochiPrepareSigmas")
-# An output that only passes an input on. T5 Encode has one when the editor put it in MochiTextEncode's place.
-PASSES_ON = {("MochiTextEncode", 1): "clip", ("Mochi1T5Encode", 1): "clip"}
+"""Nodes of a pack for editing videos, which work on the wrapper's own objects and have no counterpart."""
+PASSES_ON: dict[tuple[str, int | str], str] = {("MochiTextEncode", 1): "clip", ("Mochi1T5Encode", 1): "clip"}
+"""{(type, output): the input that this output only passes on}. T5 Encode has none, but for links that stay behind when the editor
+puts it in MochiTextEncode's place."""
 CLIP_LOADERS = {"CLIPLoader": ("clip_name", "type"), "CLIPLoaderGGUF": ("clip_name", "type")}
+"""Widgets of ComfyUI's loaders of text encoders, in the editor's order, up to the one that says for which model."""

@@ -13,7 +13,8 @@ import pytest
 from migrate import migrate, migrate_prompt
 from migrate.__main__ import main
 from migrate.editor import LINK_FIELDS
-from migrate.tables import NEW_NODES, WRAPPER
+from migrate.our_nodes import NEW_NODES
+from migrate.tables import WRAPPER
 
 OLD = Path(__file__).parents[1] / "data" / "old_workflows"
 MOCHI = f"mochi{os.sep}"

@@ -1,0 +1,59 @@
+"""The nodes of this pack that old ones become: names, orders and defaults of their inputs.
+
+A file in the editor's form has values by position, so the order belongs to it. A test compares this table with what a server
+says of the nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AFTER_SEED = "control_after_generate"
+"""The widget that the editor puts behind every seed: a value in the editor's form, no input of the node."""
+
+
+@dataclass(frozen=True)
+class NewNode:
+    """A node of Mochi Nodes, as far as a workflow file says what it is."""
+
+    slots: dict[str, str]
+    """Inputs that take a link only, with their types, in the editor's order."""
+    widgets: dict[str, object]
+    """Inputs with a value, in the editor's order, with their defaults ("" for the name of a file)."""
+    output: str
+    """Type of the only output."""
+    optional: tuple[str, ...] = ()
+    """Those of `slots` that may stay empty."""
+
+
+NEW_NODES = {
+    "Mochi1LoadTransformer": NewNode({}, {"model_name": "", "weight_dtype": "auto"}, "MODEL"),
+    "Mochi1LoadVAE": NewNode({}, {"vae_name": "", "dtype": "auto", "second_file": "none"}, "VAE"),
+    "Mochi1LoadT5": NewNode({}, {"t5_name": "", "dtype": "auto", "device": "default"}, "CLIP"),
+    "Mochi1T5Encode": NewNode({"clip": "CLIP"}, {"prompt": ""}, "CONDITIONING"),
+    "Mochi1Sigmas": NewNode({}, {"steps": 64, "threshold_noise": 0.025, "linear_steps": 0, "denoise": 1.0}, "SIGMAS"),
+    "Mochi1Sampler": NewNode(
+        {
+            "model": "MODEL",
+            "positive": "CONDITIONING",
+            "negative": "CONDITIONING",
+            "latent": "LATENT",
+            "sigmas": "SIGMAS",
+        },
+        {
+            "width": 848,
+            "height": 480,
+            "num_frames": 163,
+            "steps": 64,
+            "cfg": 4.5,
+            "seed": 0,
+            AFTER_SEED: "fixed",
+            "batch_size": 1,
+            "denoise": 1.0,
+        },
+        "LATENT",
+        ("latent", "sigmas"),
+    ),
+    "Mochi1TiledVAEDecode": NewNode({"samples": "LATENT", "vae": "VAE"}, {"memory": 0.0}, "IMAGE"),
+    "Mochi1VAEEncode": NewNode({"pixels": "IMAGE", "vae": "VAE"}, {}, "LATENT"),
+}

@@ -1,0 +1,61 @@
+"""What the value of an old node's widget becomes: a new value, and the end of a sentence about it if it changes meaning.
+
+Every function takes the old value and all old values of the node by name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+Adapted = tuple[object, str]
+"""The new value, and the remark; "" where there is nothing to say."""
+
+WEIGHT_DTYPES = {
+    "default": "auto",
+    **{name: name for name in ("fp32", "bf16", "fp16", "fp8_e4m3fn")},
+    "fp8_e4m3fn_fast": "fp8_e4m3fn",
+    "fp8_e5m2": "fp8_e4m3fn",
+}
+WEIGHT_DTYPE_REASONS = {
+    "fp8_e4m3fn_fast": "products are computed in 16 bits",
+    "fp8_e5m2": "it is as small, and rounds less",
+}
+NO_SUCH_PRECISION = "the loader has no such precision"
+
+
+def weight_dtype(old: object, values: dict[str, object]) -> Adapted:
+    """Precision of the transformer's weights. GGUF files are loaded as they are, whatever the old node said."""
+    if any("gguf" in str(value).lower() for value in values.values()):
+        return "auto", ""
+    if str(old) not in WEIGHT_DTYPES:
+        return "auto", NO_SUCH_PRECISION
+    return WEIGHT_DTYPES[str(old)], WEIGHT_DTYPE_REASONS.get(str(old), "")
+
+
+def vae_dtype(old: object, _: dict[str, object]) -> Adapted:
+    """Precision of the autoencoder."""
+    return (old, "") if old in ("fp32", "bf16", "fp16") else ("auto", NO_SUCH_PRECISION)
+
+
+def local_file(old: object, _: dict[str, object]) -> Adapted:
+    """A file's name with this system's separator: the workflow may have been saved on another one."""
+    return re.sub(r"[\\/]", re.escape(os.sep), str(old)), ""
+
+
+def in_mochi_folder(old: object, _: dict[str, object]) -> Adapted:
+    """A file's name in the folder `mochi` of the model folder, where the wrapper's downloading loader put files."""
+    return f"mochi{os.sep}{old}", ""
+
+
+def empty_is_nothing(old: object, _: dict[str, object]) -> Adapted:
+    """A prompt, and a remark if it is empty: Genmo's code gives no token for that, other encoders the end token."""
+    return old, "" if old else "an empty prompt is no text at all now, as in Genmo's code; it was one end token"
+
+
+def plain_text(old: object, values: dict[str, object]) -> Adapted:
+    """A prompt of ComfyUI's encoder, and a remark if it weights words by brackets, such as (red:1.2)."""
+    if not old:
+        return empty_is_nothing(old, values)
+    weighted = re.search(r"\(.+:\s*[\d.]+\)", str(old), re.DOTALL)
+    return old, "brackets are text for T5 Encode, no weights" if weighted else ""
