@@ -13,7 +13,8 @@ from ...mochi_core.checkpoints import LazyStateDict
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def announce(model: str, *choices: str) -> None:
+def log_choice(model: str, *choices: str) -> None:
+    """Log what was chosen for a model, or for a decode, in one line."""
     logging.info("Mochi %s: %s.", model, "; ".join(choices))
 
 

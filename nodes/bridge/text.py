@@ -18,7 +18,7 @@ import torch
 from ...mochi_core.checkpoints import LazyStateDict, blaming, check_tensors
 from ...mochi_core.checkpoints.names.t5 import hugging_face_entries, t5_config
 from ...mochi_core.text_encoder import MAX_TOKENS
-from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
+from .choices import arithmetic_choice, dtype_name, log_choice, stored_form, weights_choice
 from .quantized import host_weights, is_quantized, quantized_operations, read_part
 
 TOKENS_KEY = "t5xxl"
@@ -75,7 +75,7 @@ def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "defaul
     )
     stored, where = stored_form(tensors), clip.patcher.load_device
     held = stored if is_quantized(tensors) else dtype_name(options["dtype"])
-    announce("T5", weights_choice(stored, held, dtype is not None, where), arithmetic_choice(torch.float32, where))
+    log_choice("T5", weights_choice(stored, held, dtype is not None, where), arithmetic_choice(torch.float32, where))
     return clip
 
 

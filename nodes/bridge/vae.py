@@ -18,7 +18,7 @@ from ...mochi_core import AsymmVAE
 from ...mochi_core.autoencoder.streaming import GIB, Layer
 from ...mochi_core.checkpoints import blaming, check_tensors, empty_vae, joined
 from ...mochi_core.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
-from .choices import announce, arithmetic_choice, dtype_name, stored_form, weights_choice
+from .choices import arithmetic_choice, dtype_name, log_choice, stored_form, weights_choice
 from .quantized import by_layer, read_part
 
 WORKING_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -48,7 +48,7 @@ class HostAsymmVAE(AsymmVAE):
         plan = footprint.plan(limit, latents.device)
         apart = "" if plan.cache_device == plan.device else ", and caches in main memory"
         needs = f"{footprint.needs(plan) / GIB:.2f} GiB on {plan.device}{apart}"
-        announce("decode", needs, f"{limit / GIB:.2f} GiB {reason}")
+        log_choice("decode", needs, f"{limit / GIB:.2f} GiB {reason}")
 
     def encode(self, pixels, device=None):
         """Float32 pixels in [0, 1], (B, 3, F, H, W) on any device, to the mean of their latents."""
@@ -163,7 +163,7 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
         state = {key.removeprefix(layer + "."): tensor.read() for key, tensor in part.items()}
         module.get_submodule(layer).load_state_dict(state, assign=vae.patcher.is_dynamic())
     weights = weights_choice(stored_form(tensors), dtype_name(chosen), dtype is not None, device)
-    announce("VAE", weights, arithmetic_choice(chosen, device))
+    log_choice("VAE", weights, arithmetic_choice(chosen, device))
     return vae
 
 
