@@ -48,7 +48,7 @@ def host_attention():
     return comfy.ldm.modules.attention.optimized_attention
 
 
-NAMES = [name for name, one in BACKENDS.items() if DEVICE == "cuda" or DEVICE in one.takes]
+NAMES = [name for name, one in BACKENDS.items() if DEVICE == "cuda" or DEVICE in one.supported_dtypes]
 CONTENDERS = {
     "ours, auto": partial(backend, name="auto"),
     "ComfyUI": comfyui,

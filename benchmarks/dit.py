@@ -19,7 +19,7 @@ from mochi_core import AsymmDiTConfig, linear_quadratic_schedule, sample
 from mochi_core.quantization.weights import QUANTIZERS
 from mochi_core.sampling.sample import Condition, prepared_velocities
 from mochi_core.transformer.attention import Attention, choose_attention
-from mochi_core.transformer.offload import streamed
+from mochi_core.transformer.offload import stream_blocks
 
 GPU = DEVICE == "cuda"
 TEXT_TOKENS, STEPS, STEP, GUIDANCE = 77, 64, 20, 4.5
@@ -84,7 +84,7 @@ def ours(
         dit.compile_blocks()
     latents, conditions = inputs(case)
     if stream:
-        OPEN.enter_context(streamed(dit, DEVICE))
+        OPEN.enter_context(stream_blocks(dit, DEVICE))
     if case.get("whole"):
         return Timed(dit, lambda: sample(dit, latents, SIGMAS, *conditions, GUIDANCE))
     attention = choose_attention("auto", DEVICE, dtype, dit.config.head_dim).run

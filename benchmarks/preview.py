@@ -70,10 +70,10 @@ def cost(count: int, content: str) -> tuple[float, float, int]:
 
 
 def row(count: int, content: str, step: float) -> tuple[str, ...]:
-    from pack.nodes.bridge.preview import MAX_SHARE
+    from pack.nodes.bridge.preview import MAX_TIME_FRACTION
 
     colours, file, size = cost(count, content)
-    every = max(1, math.ceil(file / step / MAX_SHARE))
+    every = max(1, math.ceil(file / step / MAX_TIME_FRACTION))
     cells = f"{colours * 1e3:.1f}", f"{file * 1e3:.1f}", f"{size / 1e3:.0f}", f"{step:,.1f}"
     return f"{6 * count - 5} frames, {content}", *cells, f"{(colours + file) / step:.4%}", str(every)
 

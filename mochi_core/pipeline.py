@@ -18,7 +18,7 @@ from .sampling.sample import OnStep, sample
 from .sampling.schedule import linear_quadratic_schedule
 from .text_encoder import TextEncoder
 from .transformer.model import AsymmDiT
-from .transformer.offload import resident, streamed
+from .transformer.offload import offload_modulation, stream_blocks
 
 OUTPUT_TYPES = ("np", "pt", "latent")
 OFFLOADS = (False, True, "stream")
@@ -27,9 +27,9 @@ OFFLOADS = (False, True, "stream")
 class MochiPipeline:
     """The three models of Mochi, run one after the other.
 
-    With `offload`, the models wait on the CPU and only the one at work is on `device`, the denoiser without its modulators, see
-    `offload.resident`; otherwise each works where it is. With "stream", of the denoiser only the blocks at work are there, see
-    `offload.streamed`, and the text encoder works on the CPU.
+    Without `offload`, each model works where it is. With it, the models stay on the CPU and only the one at work is on
+    `device`, the denoiser by `offload.offload_modulation`. With "stream", the denoiser has only two of its blocks on `device`,
+    by `offload.stream_blocks`, and the text encoder works on the CPU.
 
     Raises:
         ValueError: `offload` without `device`, or another way to offload.
@@ -45,16 +45,16 @@ class MochiPipeline:
         device: torch.device | str | None = None,
         attention: str = "auto",
     ) -> None:
-        """`attention`: see `sample.sample`."""
+        """`attention` is one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device."""
         if offload not in OFFLOADS:
             raise ValueError(f"offload is {offload!r}; use one of {', '.join(map(repr, OFFLOADS))}.")
         if offload and device is None:
             raise ValueError(f"offload={offload!r} needs device=..., the device on which the models take turns.")
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
-        # On the CPU, whole models need not travel: a copy of the denoiser's weights would only take memory.
-        travels = offload == "stream" or (offload and torch.device(device or "cpu").type != "cpu")
-        self.work_device = device if travels else None
-        self.denoiser_visits = streamed if offload == "stream" else resident
+        # Where `device` is the CPU, whole models are there already: a copy of the denoiser's weights would only take memory.
+        moves = offload == "stream" or (offload and torch.device(device or "cpu").type != "cpu")
+        self.work_device = device if moves else None
+        self.offload_context = stream_blocks if offload == "stream" else offload_modulation
         self.attention = attention
 
     @torch.no_grad()
@@ -86,7 +86,11 @@ class MochiPipeline:
             output_type: "np" for float32 (B, F, H, W, 3) in [0, 1], "pt" for a (B, F, 3, H, W) tensor in [0, 1], "latent"
                 for VAE-space latents (B, 12, T, H, W).
             sigmas: noise levels, instead of the linear-quadratic schedule of `num_inference_steps`.
-            on_step, cache: see `sample.sample`.
+            on_step: called as on_step(step, latents) after each step; returning True stops the run.
+            cache: skips blocks where little changes, see `block_cache`.
+
+        Returns:
+            The videos, as `output_type` says.
 
         Raises:
             ValueError: a size that Mochi cannot make, or arguments that do not fit together.
@@ -120,16 +124,16 @@ class MochiPipeline:
 
     @contextmanager
     def _working(self, model: AsymmDiT | AsymmVAE | TextEncoder) -> Iterator[None]:
-        """Have `model` on the working device for the duration, if models take turns there."""
+        """Have `model` on the working device for the duration, if the pipeline offloads."""
         if self.work_device is None:
             yield
             return
-        model.to("cpu")  # where it waits, also before its first turn
+        model.to("cpu")  # it may have been given on another device
         try:
             if isinstance(model, AsymmDiT):
-                with self.denoiser_visits(model, self.work_device):
+                with self.offload_context(model, self.work_device):
                     yield
-            elif isinstance(model, TextEncoder) and self.denoiser_visits is streamed:
+            elif isinstance(model, TextEncoder) and self.offload_context is stream_blocks:
                 yield  # a device that needs streaming has no room for it
             else:
                 model.to(self.work_device)

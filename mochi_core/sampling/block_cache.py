@@ -1,13 +1,14 @@
-"""Leaving out the blocks where little has changed since the last step: faster, and the result changes.
+"""Skipping blocks where little has changed since the last step: faster, and the result changes.
 
-What a run of the blocks adds to the visual tokens is kept, and added again in a later step that resembles it. Every video of
-a batch, in each branch of guidance, decides for itself: it gets the result that it would have had alone.
+What the blocks added to the visual tokens when they last ran, their residual, is kept and added again in a later step that
+resembles that one. Every video of a batch, under each condition, is decided on by itself: its result is what it would have
+been alone.
 
 Two measures of change, both relative, the mean absolute difference over the mean absolute value:
-- `teacache` (TeaCache, arXiv 2411.19108): of the modulated input of the first block, translated by a polynomial into the
-  change of the output, and summed up until blocks run again. Its authors give thresholds for Mochi with 64 steps: 0.06
-  for 1.5 times the speed, 0.09 for 2.1.
-- `first_block`: of what the first block adds, against the last step in which all blocks ran. The first block always runs.
+- `teacache` (TeaCache, arXiv 2411.19108): change of the modulated input of the first block since the last step, translated by
+  a polynomial into the change of the output, and summed up until blocks run again. TeaCache4Mochi/README.md in its repository,
+  ali-vilab/TeaCache, gives thresholds for 64 steps: 0.06 for 1.5 times the speed, 0.09 for 2.1.
+- `first_block`: change of what the first block adds since the last step in which all blocks ran. The first block always runs.
 """
 
 from __future__ import annotations
@@ -18,33 +19,36 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..transformer.block import AsymmetricJointBlock, BlockContext, RunBlock, run_block
+from ..transformer.block import BlockCall, BlockContext, RunBlock, run_block
 from ..transformer.layers import modulated_norm
-from .schedule import in_share
+from .schedule import in_step_range
 
 METHODS = ("teacache", "first_block")
-# TeaCache's fit for Mochi, highest power first, to small changes: beyond LARGEST_FITTED it falls, and soon is negative.
 COEFFICIENTS = (-3.51241319e3, 8.11675948e2, -6.09400215e1, 2.42429681, 3.05291719e-3)
+"""TeaCache's polynomial for Mochi, highest power first: `coefficients` in TeaCache4Mochi/teacache_mochi.py."""
 LARGEST_FITTED = 0.108
+"""Change of the input up to which the polynomial rises; beyond it falls, and soon is negative."""
 
 BlocksAt = Callable[[int], RunBlock]
-"""How blocks are called in a step of a schedule."""
+"""step -> how blocks are called in that step."""
 
 
 @dataclass
 class BlockCache:
-    """When blocks are left out, and how often they were in the runs that it was given to."""
+    """When blocks are skipped, and how often they were in the runs that it was given to."""
 
     method: str
+    """One of `METHODS`."""
     threshold: float
-    """The smallest change with which all blocks run; 0 leaves out none."""
+    """The smallest change with which all blocks run; 0 skips none."""
     start: float = 0.0
+    """Fraction of the steps from which on blocks may be skipped; in the first step they always run."""
     end: float = 1.0
-    """Share of the steps, between which blocks may be left out; in the first and the last step they always run."""
+    """Fraction of the steps up to which blocks may be skipped; in the last step they always run."""
     forwards: int = field(default=0, init=False)
-    """Forwards of one video in one branch of guidance so far."""
+    """Forwards so far, of one video under one condition each."""
     hits: int = field(default=0, init=False)
-    """Those of them in which blocks were left out."""
+    """Forwards in which blocks were skipped."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -62,104 +66,104 @@ class BlockCache:
             f"({self.hit_rate:.0%})"
         )
 
-    def may_reuse(self, step: int, num_steps: int) -> bool:
-        return 0 < step < num_steps - 1 and in_share(step, num_steps, self.start, self.end)
+    def can_skip(self, step: int, num_steps: int) -> bool:
+        """Whether blocks may be skipped in a step of a schedule."""
+        return 0 < step < num_steps - 1 and in_step_range(step, num_steps, self.start, self.end)
 
-    def branch(self, batch: int, num_steps: int, depth: int) -> BlocksAt:
-        """The blocks of one branch of guidance, for the `batch` videos of one run."""
-        memories = [Memory() for _ in range(batch)]
-        return lambda step: CachedBlocks(self, memories, self.may_reuse(step, num_steps), depth)
+    def for_condition(self, batch: int, num_steps: int, depth: int) -> BlocksAt:
+        """How to call the `depth` blocks under one condition, for the `batch` videos of one run."""
+        states = [CacheState() for _ in range(batch)]
+        return lambda step: CachedBlocks(self, states, self.can_skip(step, num_steps), depth)
 
 
 @dataclass
-class Memory:
-    """What is kept of one video in one branch of guidance; of released Mochi, twice 274 MB for 163 frames in 16 bits."""
+class CacheState:
+    """What is kept of one video under one condition: in 16 bits, 2 x 274 MB for 163 frames of 848x480."""
 
     reference: Tensor | None = None
     """(N, Dx), what the next step is compared with."""
     residual: Tensor | None = None
     """(N, Dx), what the blocks added when they last ran."""
     change: float = 0.0
-    """Since then."""
+    """Change since then, as the method measures it."""
 
 
 class CachedBlocks:
-    """`RunBlock` of one forward: `run`, for those samples of the batch that need it.
+    """The `RunBlock` of one forward, which calls `run` for those samples of the batch that need it.
 
-    Between the blocks there are only those samples; the last block gives back the whole batch, of x.
+    Between the blocks there are only those samples; the last block gives back the whole batch of x.
     """
 
     def __init__(
-        self, cache: BlockCache, memories: Sequence[Memory], may_reuse: bool, depth: int, run: RunBlock = run_block
+        self, cache: BlockCache, states: Sequence[CacheState], can_skip: bool, depth: int, run: RunBlock = run_block
     ) -> None:
-        """`memories` has one entry per sample; `depth` is the number of blocks."""
-        self.cache, self.memories, self.may_reuse, self.run = cache, memories, may_reuse, run
+        """`states` has one entry per sample; `depth` is the number of blocks."""
+        self.cache, self.states, self.can_skip, self.run = cache, states, can_skip, run
         self.last = depth - 1
-        self.rows = list(range(len(memories)))
-        """The samples for which blocks run."""
+        self.samples = list(range(len(states)))
+        """Indices of the samples for which blocks run."""
 
-    def __call__(
-        self,
-        block: AsymmetricJointBlock,
-        index: int,
-        x: Tensor,
-        y: Tensor,
-        modulation: tuple[Tensor, Tensor],
-        context: BlockContext,
-    ) -> tuple[Tensor, Tensor]:
-        if index == 0 and self.cache.method == "teacache":
-            self._decide(modulated_norm(x, modulation[0].chunk(4, dim=-1)[0]), x)
-            x, y = self._chosen(x), self._chosen_text(y, context)
+    def __call__(self, call: BlockCall) -> tuple[Tensor, Tensor]:
+        x, y, context = call.x, call.y, call.context
+        if call.index == 0 and self.cache.method == "teacache":
+            scale_attn_x = call.modulation[0].chunk(4, dim=-1)[0]
+            self._decide(modulated_norm(x, scale_attn_x), x)
+            x, y = self._select(x), self._select_text(y, context)
         before = x
-        if self.rows:
-            chosen = self._chosen(modulation[0]), self._chosen(modulation[1])
-            x, y = self.run(block, index, x, y, chosen, replace(context, lengths=self._lengths(context)))
-        if index == 0 and self.cache.method == "first_block":
+        if self.samples:
+            modulation = self._select(call.modulation[0]), self._select(call.modulation[1])
+            selected = replace(context, lengths=self._lengths(context))
+            x, y = self.run(replace(call, x=x, y=y, modulation=modulation, context=selected))
+        if call.index == 0 and self.cache.method == "first_block":
             self._decide(x - before, x)
-            x, y = self._chosen(x), self._chosen_text(y, context)
-        return (self._joined(x) if index == self.last else x), y
+            x, y = self._select(x), self._select_text(y, context)
+        return (self._merge(x) if call.index == self.last else x), y
 
     def _decide(self, signals: Tensor, x: Tensor) -> None:
-        """For which samples the following blocks run; `signals` and `x` (B, N, Dx), residuals are added to `x`."""
+        """Find the samples for which the following blocks run.
+
+        `signals` (B, N, Dx) is what is compared with the references, `x` (B, N, Dx) what residuals are added to.
+        """
         self.entering = x
-        self.rows = [row for row, memory in enumerate(self.memories) if not self._reuses(memory, signals[row])]
-        self.cache.forwards += len(self.memories)
-        self.cache.hits += len(self.memories) - len(self.rows)
+        self.samples = [i for i, state in enumerate(self.states) if not self._skips(state, signals[i])]
+        self.cache.forwards += len(self.states)
+        self.cache.hits += len(self.states) - len(self.samples)
 
-    def _reuses(self, memory: Memory, signal: Tensor) -> bool:
-        teacache, reuses = self.cache.method == "teacache", False
-        if self.may_reuse and memory.residual is not None and memory.reference is not None:
-            change = relative_change(signal, memory.reference)
-            memory.change = memory.change + output_change(change) if teacache else change
-            reuses = memory.change < self.cache.threshold
-        if not reuses:
-            memory.change = 0.0
-        if teacache or not reuses:
-            memory.reference = signal
-        return reuses
+    def _skips(self, state: CacheState, signal: Tensor) -> bool:
+        """Whether the blocks are skipped for one sample with this `signal` (N, Dx); notes the change in `state`."""
+        teacache, skips = self.cache.method == "teacache", False
+        if self.can_skip and state.residual is not None and state.reference is not None:
+            change = relative_change(signal, state.reference)
+            state.change = state.change + output_change(change) if teacache else change
+            skips = state.change < self.cache.threshold
+        if not skips:
+            state.change = 0.0
+        if teacache or not skips:
+            state.reference = signal
+        return skips
 
-    def _chosen(self, batch: Tensor) -> Tensor:
-        """The rows of a tensor (B or 1, ...) that blocks run for."""
-        return batch if len(batch) in (1, len(self.rows)) and self.rows else batch[self.rows]
+    def _select(self, batch: Tensor) -> Tensor:
+        """The samples that blocks run for, of a tensor (B or 1, ...)."""
+        return batch if len(batch) in (1, len(self.samples)) and self.samples else batch[self.samples]
 
-    def _chosen_text(self, y: Tensor, context: BlockContext) -> Tensor:
-        """The rows of y (B, L, Dy), as long as the longest prompt among them."""
-        return self._chosen(y)[:, : max(self._lengths(context), default=0)]
+    def _select_text(self, y: Tensor, context: BlockContext) -> Tensor:
+        """The samples that blocks run for, of y (B, L, Dy), as long as the longest prompt among them."""
+        return self._select(y)[:, : max(self._lengths(context), default=0)]
 
     def _lengths(self, context: BlockContext) -> tuple[int, ...]:
-        return tuple(context.lengths[row] for row in self.rows)
+        return tuple(context.lengths[i] for i in self.samples)
 
-    def _joined(self, x: Tensor) -> Tensor:
-        """What the blocks made of some samples, with what they did earlier to the others."""
-        for result, row in zip(x, self.rows, strict=True):
-            self.memories[row].residual = result - self.entering[row]
-        if len(self.rows) == len(self.memories):
+    def _merge(self, x: Tensor) -> Tensor:
+        """The whole batch (B, N, Dx): results `x` of the samples that blocks ran for, kept residuals for the others."""
+        for result, i in zip(x, self.samples, strict=True):
+            self.states[i].residual = result - self.entering[i]
+        if len(self.samples) == len(self.states):
             return x
-        joined = self.entering.clone()
-        joined[self.rows] = x
-        for row in set(range(len(joined))) - set(self.rows):
-            joined[row] += self.memories[row].residual  # pyright: ignore[reportOperatorIssue] - reused ones have one
-        return joined
+        merged = self.entering.clone()
+        merged[self.samples] = x
+        for i in set(range(len(merged))) - set(self.samples):
+            merged[i] += self.states[i].residual  # pyright: ignore[reportOperatorIssue] - skipped samples have one
+        return merged
 
 
 def relative_change(signal: Tensor, reference: Tensor) -> float:

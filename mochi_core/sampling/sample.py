@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from ..transformer.attention import Attention, choose_attention, sdpa
-from ..transformer.model import AsymmDiT, Modulation, Text
+from ..transformer.model import AsymmDiT, Modulation, TextConditioning
 from .block_cache import BlockCache
 
 Velocity = Callable[[Tensor, int], Tensor]
 """(latents, step) -> velocity at the noise level of that step."""
 Velocities = Callable[[Tensor, int, int], list[Tensor]]
-"""(latents, step, count) -> velocities there under the first `count` conditions."""
+"""(latents, step, count) -> velocities at the noise level of that step under the first `count` conditions."""
 OnStep = Callable[[int, Tensor], bool | None]
-"""(step, latents after it) -> True to stop there."""
+"""(step, latents after that step) -> True to stop the run."""
 Condition = tuple[Tensor, Tensor]
 """text_embeds (B or 1, L, text_width) and text_mask (B or 1, L) bool."""
 
 
 def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
-    """Walk from sigmas[0] to sigmas[-1]; one call of `velocity` per step. Returns float32."""
+    """Latents (B, C, T, H, W) moved from sigmas[0] to sigmas[-1], in float32, with one call of `velocity` per step."""
     levels = sigmas.tolist()
     latents = latents.float()
     for step in range(len(levels) - 1):
@@ -37,9 +37,9 @@ def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep |
 
 
 def guided(velocities: Velocities, scales: Sequence[float]) -> Velocity:
-    """Classifier-free guidance, uncond + scale * (cond - uncond) with one scale per step.
+    """Classifier-free guidance: uncond + scale * (cond - uncond), with one scale per step.
 
-    `velocities` knows the conditional one first, then the unconditional one; scale 1 asks for the first only.
+    The conditions of `velocities` are the positive prompt and then the negative one; scale 1 asks for the first only.
     """
 
     def velocity(latents: Tensor, step: int) -> Tensor:
@@ -75,7 +75,7 @@ def prepared_velocity(
     attention: Attention = sdpa,
     cache: BlockCache | None = None,
 ) -> Velocity:
-    """`prepared_velocities` under a single condition."""
+    """The network's velocity under a single condition, see `prepared_velocities`."""
     velocities = prepared_velocities(dit, noise, sigmas, [condition], attention, cache)
     return lambda latents, step: velocities(latents, step, 1)[0]
 
@@ -88,26 +88,28 @@ def prepared_velocities(
     attention: Attention = sdpa,
     cache: BlockCache | None = None,
 ) -> Velocities:
-    """The network's velocities with everything that does not depend on the latents computed once for all steps.
+    """The network's velocities, with everything that does not depend on the latents computed once for all steps.
 
-    Conditions share a pass over the weights, see `AsymmDiT.denoise_each`.
+    `noise` (B, C, T, H, W) gives the shape and device of the latents, `sigmas` (steps + 1,) the schedule. Conditions share a
+    pass over the weights, see `AsymmDiT.denoise_each`.
     """
     prepared = [prepare_condition(dit, noise, sigmas, condition) for condition in conditions]
     rope = dit.rope(noise.shape, noise.device)
-    branches = (
-        [] if cache is None else [cache.branch(len(noise), len(sigmas) - 1, dit.config.depth) for _ in conditions]
-    )
+    num_steps, depth = len(sigmas) - 1, dit.config.depth
+    cached = [] if cache is None else [cache.for_condition(len(noise), num_steps, depth) for _ in conditions]
 
     def velocities(latents: Tensor, step: int, count: int) -> list[Tensor]:
-        here = [(text, schedule.at(step)) for text, schedule in prepared[:count]]
-        runs = [blocks(step) for blocks in branches[:count]] or None
-        return dit.denoise_each(latents.to(dit.dtype), here, rope, attention=attention, run_blocks=runs)
+        at_step = [(text, schedule.at(step)) for text, schedule in prepared[:count]]
+        run_blocks = [blocks_at(step) for blocks_at in cached[:count]] or None
+        return dit.denoise_each(latents.to(dit.dtype), at_step, rope, attention=attention, run_blocks=run_blocks)
 
     return velocities
 
 
-def prepare_condition(dit: AsymmDiT, noise: Tensor, sigmas: Tensor, condition: Condition) -> tuple[Text, Modulation]:
-    """Text for the batch of `noise`, and the modulation of all steps, of (steps, B or 1) rows."""
+def prepare_condition(
+    dit: AsymmDiT, noise: Tensor, sigmas: Tensor, condition: Condition
+) -> tuple[TextConditioning, Modulation]:
+    """Text for the batch of `noise` (B, C, T, H, W), and the modulation of all steps with leading axes (steps, B or 1)."""
     embeds, mask = condition
     batch = noise.shape[0]
     if len(embeds) not in (1, batch):
@@ -117,7 +119,7 @@ def prepare_condition(dit: AsymmDiT, noise: Tensor, sigmas: Tensor, condition: C
     text = dit.prepare_text(embeds.to(noise.device, dit.dtype), mask.to(noise.device))
     schedule = dit.modulation(sigmas[:-1, None].to(noise.device), text.pooled)
     if len(embeds) < batch:
-        text = Text(text.tokens.expand(batch, -1, -1), text.lengths * batch, text.pooled)
+        text = TextConditioning(text.tokens.expand(batch, -1, -1), text.lengths * batch, text.pooled)
     return text, schedule
 
 
@@ -142,7 +144,7 @@ def sample(
         guidance_scale: one number, or one per step. Steps with 1 cost a single forward.
         on_step: called as on_step(step, latents) after each step; returning True stops the run.
         attention: one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device.
-        cache: leave out blocks where little changes; what it keeps is gone after the run, but for its counters.
+        cache: skips blocks where little changes; after the run it keeps nothing but its counters.
 
     Returns:
         DiT-space latents, float32, on the device of `noise`.

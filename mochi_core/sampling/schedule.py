@@ -9,7 +9,7 @@ from torch import Tensor
 def linear_quadratic_schedule(
     num_steps: int, threshold_noise: float = 0.025, linear_steps: int | None = None
 ) -> Tensor:
-    """Genmo's schedule: sigma falls slowly and linearly, then quadratically.
+    """Genmo's schedule, `linear_quadratic_schedule` of its pipelines.py: sigma falls slowly and linearly, then quadratically.
 
     The first `linear_steps` steps (half of them by default) remove `threshold_noise` of the noise at constant speed; a
     parabola that continues with the same slope removes the rest.
@@ -56,15 +56,15 @@ def linear_quadratic_schedule(
 def guidance_schedule(
     num_steps: int, scale: float, end_scale: float | None = None, start: float = 0.0, end: float = 1.0
 ) -> list[float]:
-    """One guidance scale per step: 1, which is none, outside of the share of the steps from `start` to `end`.
+    """One guidance scale per step: `scale` in the steps from the fraction `start` to the fraction `end`, else 1, which is none.
 
-    Within, `scale`; or from `scale` in its first step to `end_scale` in its last, by equal differences.
+    With `end_scale`, the scale moves by equal differences from `scale` in the first of those steps to `end_scale` in the last.
     """
-    within = [step for step in range(num_steps) if in_share(step, num_steps, start, end)]
+    within = [step for step in range(num_steps) if in_step_range(step, num_steps, start, end)]
     difference = 0.0 if end_scale is None else (end_scale - scale) / max(1, len(within) - 1)
     return [scale + difference * (step - within[0]) if step in within else 1.0 for step in range(num_steps)]
 
 
-def in_share(step: int, num_steps: int, start: float, end: float) -> bool:
-    """Whether a step lies in the share of the steps from `start` to `end`, 0 to 1 being all of them."""
+def in_step_range(step: int, num_steps: int, start: float, end: float) -> bool:
+    """Whether a step lies in the range from `start` to `end`, fractions of the number of steps; 0 to 1 is all of them."""
     return start <= step / num_steps < end

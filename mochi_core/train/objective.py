@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..transformer.block import AsymmetricJointBlock, BlockContext, run_block
+from ..transformer.block import BlockCall, run_block
 from ..transformer.model import AsymmDiT
 
 
@@ -40,16 +40,9 @@ def velocity_loss(
     return F.mse_loss(velocity.float(), (latents - noise).float())
 
 
-def run_checkpointed(
-    count: int,
-    block: AsymmetricJointBlock,
-    index: int,
-    x: Tensor,
-    y: Tensor,
-    modulation: tuple[Tensor, Tensor],
-    context: BlockContext,
-) -> tuple[Tensor, Tensor]:
+def run_checkpointed(count: int, call: BlockCall) -> tuple[Tensor, Tensor]:
     """Call one block; the first `count` are computed again in the backward pass instead of keeping their activations."""
-    if index >= count:
-        return run_block(block, index, x, y, modulation, context)
-    return checkpoint(block, x, y, modulation, context, use_reentrant=False)  # pyright: ignore[reportReturnType]
+    if call.index >= count:
+        return run_block(call)
+    arguments = call.x, call.y, call.modulation, call.context
+    return checkpoint(call.block, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]

@@ -1,4 +1,4 @@
-"""One block of the denoiser: joint attention, feed-forwards, and how `denoise` calls it. For the shapes see `dit`."""
+"""One block of the denoiser: joint attention, feed-forwards, and how `denoise` calls it. For letters of shapes see `model`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import AsymmDiTConfig
+from ..ops import Ops
 from .attention import Attention
-from .layers import FeedForward, gated_residual, modulated_norm, rows_at_a_time
+from .layers import FeedForward, gated_residual, modulated_norm, token_chunk
 from .rope import Rope, rotate
 
 QK_NORM_EPS = 1e-5
+"""Added to the mean square in the norms of q and k: the default of `RMSNorm` in Genmo's joint_model/layers.py."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class BlockContext:
     """What all blocks of one forward share."""
 
     lengths: tuple[int, ...]
+    """Valid text tokens of each sample."""
     rope: Rope
     attention: Attention
 
@@ -30,7 +33,7 @@ class BlockContext:
 class AsymmetricAttention(nn.Module):
     """Joint attention over the visual tokens and the valid text tokens, with separate projections."""
 
-    def __init__(self, config: AsymmDiTConfig, *, update_y: bool, ops: Any, **factory: Any) -> None:
+    def __init__(self, config: AsymmDiTConfig, *, update_y: bool, ops: Ops, **factory: Any) -> None:
         super().__init__()
         dx, dy, self.num_heads = config.hidden_size_x, config.hidden_size_y, config.num_heads
         # Tiny, and decisive for sharp attention: the norm weights stay float32 in a bf16 model.
@@ -47,27 +50,37 @@ class AsymmetricAttention(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, scale_x: Tensor, scale_y: Tensor, context: BlockContext
     ) -> tuple[Tensor, Tensor | None]:
-        """`x` (B, N, Dx) and `y` (B, L, Dy), not yet normed, and the scales of their norms, to the attention branches."""
-        qkv = self._joint_heads(
+        """What attention adds to either stream, before the gates.
+
+        Args:
+            x, y: (B, N, Dx) and (B, L, Dy), not yet normed.
+            scale_x, scale_y: (B, Dx) and (B, Dy), of their norms.
+
+        Returns:
+            (B, N, Dx), and (B, L, Dy) or in the last block None.
+        """
+        q, k, v = self._joint_heads(
             self.qkv_x(modulated_norm(x, scale_x)),  # (B, N, 3 * K * D)
             self.qkv_y(modulated_norm(y, scale_y)),  # (B, L, 3 * K * D)
             context.rope,
-        )
-        out = joint_attention(*qkv, context)  # (B, N + L, K * D)
-        del qkv
-        num_tokens = x.shape[1]
-        out_x, out_y = out[:, :num_tokens], out[:, num_tokens:]
+        )  # (B, N + L, K, D)
+        out = joint_attention(q, k, v, context)  # (B, N + L, K * D)
+        del q, k, v
+        out_x, out_y = out.tensor_split([x.shape[1]], dim=1)  # (B, N, K * D), (B, L, K * D)
         return self.proj_x(out_x), None if self.proj_y is None else self.proj_y(out_y)
 
     def _joint_heads(self, visual: Tensor, text: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed q, k and v of either stream to those of both, (B, N + L, K, D) each, normed and the visual ones rotated."""
+        """q, k and v of both streams, (B, N + L, K, D) each, with q and k normed and the visual ones rotated.
+
+        `visual` (B, N, 3 * K * D) and `text` (B, L, 3 * K * D) hold the q, k and v of one stream.
+        """
         visual, text = (packed.unflatten(-1, (3, self.num_heads, -1)) for packed in (visual, text))
         batch, num_tokens = visual.shape[:2]
-        joint = visual.new_empty(3, batch, num_tokens + text.shape[1], *visual.shape[3:])
+        joint = visual.new_empty(3, batch, num_tokens + text.shape[1], *visual.shape[3:])  # (3, B, N + L, K, D)
         norms = (self.q_norm_x, self.q_norm_y), (self.k_norm_x, self.k_norm_y)
-        for tokens, turns in rope.pieces(rows_at_a_time(visual)):
+        for tokens, freqs in rope.chunks(token_chunk(visual)):
             for i, (norm_x, _) in enumerate(norms):
-                joint[i, :, tokens] = rotate(norm_x(visual[:, tokens, i].float()), turns)
+                joint[i, :, tokens] = rotate(norm_x(visual[:, tokens, i].float()), freqs)
         for i, (_, norm_y) in enumerate(norms):
             joint[i, :, num_tokens:] = norm_y(text[:, :, i].float())
         joint[2, :, :num_tokens], joint[2, :, num_tokens:] = visual[:, :, 2], text[:, :, 2]
@@ -78,7 +91,7 @@ class AsymmetricAttention(nn.Module):
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
     """Attend over visual and valid text tokens; (B, N + L, K, D) each to (B, N + L, K * D).
 
-    Prompts of different lengths are attended to one sample at a time, so that no padding takes part.
+    Samples with prompts of different lengths are attended to one at a time, so that no padding takes part.
     """
     padding = [max(context.lengths) - length for length in context.lengths]
     if not any(padding):
@@ -98,7 +111,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
 class AsymmetricJointBlock(nn.Module):
     """Attention and feed-forward for both streams; the last block leaves the text as it is."""
 
-    def __init__(self, config: AsymmDiTConfig, *, update_y: bool, ops: Any, **factory: Any) -> None:
+    def __init__(self, config: AsymmDiTConfig, *, update_y: bool, ops: Ops, **factory: Any) -> None:
         super().__init__()
         dx, dy = config.hidden_size_x, config.hidden_size_y
         self.mod_x = ops.Linear(dx, 4 * dx, **factory)
@@ -110,35 +123,41 @@ class AsymmetricJointBlock(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, modulation: tuple[Tensor, Tensor], context: BlockContext
     ) -> tuple[Tensor, Tensor]:
-        """`x` (B, N, Dx), `y` (B, L, Dy), `modulation` the outputs of mod_x and mod_y, to the new x and y."""
+        """`x` (B, N, Dx), `y` (B, L, Dy) and `modulation`, the outputs of mod_x and mod_y, to the new x and y."""
         mod_x, mod_y = modulation
-        scale_attn_x, gate_attn_x, scale_mlp_x, gate_mlp_x = mod_x.chunk(4, dim=-1)
+        scale_attn_x, gate_attn_x, scale_mlp_x, gate_mlp_x = mod_x.chunk(4, dim=-1)  # (B, Dx) each
         if self.mlp_y is None:
-            attn_x, _ = self.attn(x, y, scale_attn_x, mod_y, context)
+            attn_x, _ = self.attn(x, y, scale_attn_x, mod_y, context)  # (B, N, Dx)
         else:
-            scale_attn_y, gate_attn_y, scale_mlp_y, gate_mlp_y = mod_y.chunk(4, dim=-1)
-            attn_x, attn_y = self.attn(x, y, scale_attn_x, scale_attn_y, context)
+            scale_attn_y, gate_attn_y, scale_mlp_y, gate_mlp_y = mod_y.chunk(4, dim=-1)  # (B, Dy) each
+            attn_x, attn_y = self.attn(x, y, scale_attn_x, scale_attn_y, context)  # (B, N, Dx), (B, L, Dy)
             y = gated_residual(y, attn_y, gate_attn_y)
-            y = gated_residual(y, self.mlp_y(modulated_norm(y, scale_mlp_y)), gate_mlp_y)
+            y = gated_residual(y, self.mlp_y(modulated_norm(y, scale_mlp_y)), gate_mlp_y)  # (B, L, Dy)
         x = gated_residual(x, attn_x, gate_attn_x)
         del attn_x  # as large as x
-        x = gated_residual(x, self.mlp_x(modulated_norm(x, scale_mlp_x)), gate_mlp_x)
+        x = gated_residual(x, self.mlp_x(modulated_norm(x, scale_mlp_x)), gate_mlp_x)  # (B, N, Dx)
         return x, y
 
 
-RunBlock = Callable[
-    [AsymmetricJointBlock, int, Tensor, Tensor, tuple[Tensor, Tensor], BlockContext], tuple[Tensor, Tensor]
-]
-"""(block, index, x, y, modulation, context) -> (x, y): how `denoise` calls each block, for hosts that wrap blocks."""
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of one block in a forward: the block, its index from 0, and the arguments that it is called with."""
+
+    block: AsymmetricJointBlock
+    index: int
+    x: Tensor
+    """(B, N, Dx), the visual stream."""
+    y: Tensor
+    """(B, L, Dy), the text stream."""
+    modulation: tuple[Tensor, Tensor]
+    """Outputs of the block's mod_x and mod_y, of B samples or of 1 for all."""
+    context: BlockContext
 
 
-def run_block(
-    block: AsymmetricJointBlock,
-    index: int,  # noqa: ARG001 - part of the contract, for hosts that treat blocks differently
-    x: Tensor,
-    y: Tensor,
-    modulation: tuple[Tensor, Tensor],
-    context: BlockContext,
-) -> tuple[Tensor, Tensor]:
-    """Just call the block."""
-    return block(x, y, modulation, context)
+RunBlock = Callable[[BlockCall], tuple[Tensor, Tensor]]
+"""The new x and y of a block: how `denoise` calls each one, so that hosts and caches can wrap, replace or skip blocks."""
+
+
+def run_block(call: BlockCall) -> tuple[Tensor, Tensor]:
+    """Call the block as it is."""
+    return call.block(call.x, call.y, call.modulation, call.context)

@@ -1,7 +1,6 @@
 """Small parts of the denoiser: norms and gates in float32, embedders, feed-forward, output layer.
 
-Modules build their layers from an `ops` namespace (torch.nn by default), so that a host can bring its own casting,
-offloading or quantised layers.
+Modules build their layers from an `Ops` namespace, torch.nn by default, so that a host can bring its own.
 """
 
 from __future__ import annotations
@@ -15,88 +14,103 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..ops import Ops
+
 NORM_EPS = 1e-6
+"""In norms without a weight: the default of `modulated_rmsnorm` and `residual_tanh_gated_rmsnorm`, and the LayerNorm before the
+output, in Genmo's joint_model/."""
 TIMESTEP_SCALE = 1000.0
-ROWS = {"cpu": 256}
-"""Tokens at a time in norms, gates and rotations, so that little is held in float32: on a CPU, what its caches hold."""
-MANY_ROWS = 2048
-"""Elsewhere, where every call of a kernel costs."""
-FEED_FORWARD_ROWS = 16384
-"""Tokens at a time in a feed-forward. Many, because a layer may have to fetch or widen its weight for each call."""
+"""Timestep at the end of the way from noise to data: `timestep_scale` in Genmo's configuration of the denoiser, pipelines.py."""
+TIMESTEP_PERIOD = 10000.0
+"""Longest period of the timestep's sinusoids, over 2 pi: `max_period` of `timestep_embedding`, Genmo's joint_model/layers.py."""
+TOKEN_CHUNK = {"cpu": 256}
+"""Tokens at a time in norms, gates and rotations, by kind of device: as many as a CPU's caches hold in float32."""
+DEFAULT_TOKEN_CHUNK = 2048
+"""Tokens at a time on other devices, where every call of a kernel costs."""
+FEED_FORWARD_TOKEN_CHUNK = 16384
+"""Tokens at a time in a feed-forward: many, because a layer may have to fetch or dequantize its weight for each call."""
 
 
-def rows_at_a_time(x: Tensor) -> int:
-    """Of each sample of a batch (B, L, ...); all, if a compiler fuses the operations and so holds nothing in between."""
+def token_chunk(x: Tensor) -> int:
+    """How many tokens of each sample of `x` (B, L, ...) to work on at a time, so that little is held in float32.
+
+    All of them while compiling, because a compiler fuses the operations and so holds nothing in between.
+    """
     if torch.compiler.is_compiling():
         return x.shape[1]
-    return max(1, ROWS.get(x.device.type, MANY_ROWS) // x.shape[0])
+    return max(1, TOKEN_CHUNK.get(x.device.type, DEFAULT_TOKEN_CHUNK) // x.shape[0])
 
 
-def by_rows(function: Callable[..., Tensor], *tensors: Tensor, rows: int | None = None) -> Tensor:
-    """function(*tensors) in the shape and dtype of the first, (B, L, D), for a function that treats all rows alike.
+def apply_chunked(function: Callable[..., Tensor], *tensors: Tensor, tokens: int | None = None) -> Tensor:
+    """function(*tensors) in the shape and dtype of the first, (B, L, D), for a function that treats all tokens alike.
 
-    At most `rows` rows of the batch are given to it at a time, so that what it holds in between stays small.
+    At most `tokens` tokens of the whole batch, by default `token_chunk` of each sample, are given to it at a time, so that
+    what it holds in between stays small.
     """
     batch, length = tensors[0].shape[:2]
-    rows = rows_at_a_time(tensors[0]) if rows is None else max(1, rows // batch)
-    if length <= rows:
+    chunk = token_chunk(tensors[0]) if tokens is None else max(1, tokens // batch)
+    if length <= chunk:
         return function(*tensors)
     out = torch.empty_like(tensors[0])
-    for start in range(0, length, rows):
-        some = slice(start, start + rows)
+    for start in range(0, length, chunk):
+        some = slice(start, start + chunk)
         out[:, some] = function(*(tensor[:, some] for tensor in tensors))
     return out
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """RMS norm without weight over the last axis, in and out of float32."""
+    """RMS norm without weight over the last axis, computed and returned in float32."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
 
 
 def modulated_norm(x: Tensor, scale: Tensor) -> Tensor:
     """rms_norm(x) * (1 + scale) in the dtype of `x` (B, L, D); `scale` (B, D)."""
     factor = 1 + scale.float()[:, None]
-    return by_rows(lambda x: (rms_norm(x) * factor).to(x.dtype), x)
+    return apply_chunked(lambda x: (rms_norm(x) * factor).to(x.dtype), x)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x + rms_norm(branch) * tanh(gate), rounded once; `x` and `branch` (B, L, D), `gate` (B, D)."""
     gate = gate.float().tanh()[:, None]
-    return by_rows(lambda x, branch: torch.addcmul(x.float(), rms_norm(branch), gate).to(x.dtype), x, branch)
+    return apply_chunked(lambda x, branch: torch.addcmul(x.float(), rms_norm(branch), gate).to(x.dtype), x, branch)
 
 
 class PatchEmbed(nn.Module):
-    """Each patch of each latent frame becomes one token; tokens run over frames, rows, columns."""
+    """One token for each patch of each latent frame; tokens run over frames, rows, columns."""
 
-    def __init__(self, channels: int, patch_size: int, width: int, *, ops: Any, **factory: Any) -> None:
+    def __init__(self, channels: int, patch_size: int, width: int, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
         self.proj = ops.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size, **factory)
 
     def forward(self, latents: Tensor) -> Tensor:
+        """`latents` (B, C, T, H, W) to (B, N, width)."""
         num_latents = latents.shape[2]
         frames = rearrange(latents, "b c t h w -> (b t) c h w")
-        return rearrange(self.proj(frames), "(b t) d h w -> b (t h w) d", t=num_latents)
+        patches = self.proj(frames)  # (B * T, width, H / patch, W / patch)
+        return rearrange(patches, "(b t) d h w -> b (t h w) d", t=num_latents)
 
 
 class TimestepEmbedder(nn.Module):
-    def __init__(self, features: int, width: int, *, ops: Any, **factory: Any) -> None:
+    """Sinusoids of the timestep, cosines first, through a two-layer MLP."""
+
+    def __init__(self, features: int, width: int, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
         self.features = features
         self.mlp = nn.Sequential(ops.Linear(features, width, **factory), nn.SiLU(), ops.Linear(width, width, **factory))
 
     def forward(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
-        """(...) noise levels in [0, 1] to (..., width); the sinusoids are float32 whatever `dtype` is."""
+        """`sigma` (...), noise levels in [0, 1], to (..., width) in `dtype`; the sinusoids are float32 whatever it is."""
         timestep = (1 - sigma.float()) * TIMESTEP_SCALE
         half = self.features // 2
         exponents = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
-        angles = timestep[..., None] * torch.exp(-math.log(10000.0) * exponents)
+        angles = timestep[..., None] * torch.exp(-math.log(TIMESTEP_PERIOD) * exponents)  # (..., features / 2)
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))
 
 
 class AttentionPool(nn.Module):
-    """One vector per prompt: the mean token attends to itself and to all tokens."""
+    """One vector per prompt, by attention with a single query: the mean token attends to itself and to all tokens."""
 
-    def __init__(self, text_width: int, num_heads: int, width: int, *, ops: Any, **factory: Any) -> None:
+    def __init__(self, text_width: int, num_heads: int, width: int, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.to_kv = ops.Linear(text_width, 2 * text_width, **factory)
@@ -110,38 +124,42 @@ class AttentionPool(nn.Module):
         keys = torch.cat((mean, tokens), dim=1)  # (B, 1 + L, text_width)
         valid = F.pad(mask, (1, 0), value=True)[:, None, None]  # (B, 1, 1, 1 + L)
         k, v = rearrange(self.to_kv(keys), "b l (kv h d) -> kv b h l d", kv=2, h=self.num_heads)
-        q = rearrange(self.to_q(mean), "b l (h d) -> b h l d", h=self.num_heads)
+        q = rearrange(self.to_q(mean), "b l (h d) -> b h l d", h=self.num_heads)  # (B, heads, 1, head_dim)
         pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=valid)  # (B, heads, 1, head_dim)
         return self.to_out(pooled.flatten(1))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU."""
+    """SwiGLU: w2(silu(gate) * value), where w1 gives gate and value."""
 
-    def __init__(self, width: int, hidden: int, *, ops: Any, **factory: Any) -> None:
+    def __init__(self, width: int, hidden: int, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
         self.w1 = ops.Linear(width, 2 * hidden, bias=False, **factory)
         self.w2 = ops.Linear(hidden, width, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_rows(self._swiglu, x, rows=FEED_FORWARD_ROWS)
+        """`x` (B, L, width) to the same shape."""
+        return apply_chunked(self._swiglu, x, tokens=FEED_FORWARD_TOKEN_CHUNK)
 
     def _swiglu(self, x: Tensor) -> Tensor:
-        return self.w2(by_rows(lambda gate, value: F.silu(gate) * value, *self.w1(x).chunk(2, dim=-1)))
+        # No name for what w1 gives: it would be held until w2 is done.
+        return self.w2(apply_chunked(lambda gate, value: F.silu(gate) * value, *self.w1(x).chunk(2, dim=-1)))
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width: int, patch_features: int, *, ops: Any, **factory: Any) -> None:
+    """Modulated LayerNorm without weight, and the projection of each token to the values of its patch."""
+
+    def __init__(self, width: int, patch_features: int, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
         self.mod = ops.Linear(width, 2 * width, **factory)
         self.linear = ops.Linear(width, patch_features, **factory)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """`x` (B, N, width), `modulation` (B, 2 * width) to (B, N, patch_features)."""
-        shift, scale = modulation.float()[:, None].chunk(2, dim=-1)
+        shift, scale = modulation.float()[:, None].chunk(2, dim=-1)  # (B, 1, width) each
         factor = 1 + scale
 
         def modulated(x: Tensor) -> Tensor:
             return (F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * factor + shift).to(x.dtype)
 
-        return self.linear(by_rows(modulated, x))
+        return self.linear(apply_chunked(modulated, x))

@@ -4,15 +4,15 @@ Module and parameter names are those of Genmo's checkpoint. Suffix _x is the vis
 Shapes: B batch, C 12 latent channels, T latent frames, H W latent rows and columns, N = T * H/2 * W/2 visual tokens,
 L text tokens, Dx 3072, Dy 1536, K 24 heads of D 128.
 
-Whatever does not depend on the noisy latents comes in as an argument: `prepare_text`, `modulation` and `rope` compute it,
-`denoise` uses it. `forward` does all four; a sampler prepares once for a whole schedule.
+What does not depend on the noisy latents is computed by `prepare_text`, `modulation` and `rope`, once for a whole schedule,
+and used by `denoise`; `forward` calls all four.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +20,24 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import AsymmDiTConfig
+from ..ops import Ops
+from ..quantization.weights import QuantizedLinear
 from .attention import Attention, sdpa
-from .block import AsymmetricJointBlock, BlockContext, RunBlock, run_block
+from .block import AsymmetricJointBlock, BlockCall, BlockContext, RunBlock, run_block
 from .layers import AttentionPool, FinalLayer, PatchEmbed, TimestepEmbedder
 from .rope import Rope, rope_table
 
 
 @dataclass(frozen=True)
-class Text:
+class TextConditioning:
     """Prompts, cropped to their valid tokens and projected."""
 
     tokens: Tensor
-    """(B, L, Dy), L the longest prompt of the batch; rows past a prompt's own length are never attended to."""
+    """(B, L, Dy), L the longest prompt of the batch; tokens past a prompt's own length are never attended to."""
     lengths: tuple[int, ...]
     """Valid tokens of each prompt."""
     pooled: Tensor
-    """(B, Dx)."""
+    """(B, Dx), one vector per prompt."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,12 @@ class Modulation:
     """Scales and gates of every block and of the final layer; leading axes (B,) or (steps, B)."""
 
     blocks: tuple[tuple[Tensor, Tensor], ...]
+    """Outputs of each block's mod_x, (..., 4 * Dx), and mod_y, (..., 4 * Dy) or in the last block (..., Dy)."""
     final: Tensor
+    """(..., 2 * Dx), shift and scale of the final layer."""
 
     def at(self, step: int) -> Modulation:
-        """The modulation of one step of a schedule."""
+        """Modulation of one step of a schedule, leading axis (B,)."""
         return Modulation(tuple((x[step], y[step]) for x, y in self.blocks), self.final[step])
 
 
@@ -57,14 +61,13 @@ class AsymmDiT(nn.Module):
         self,
         config: AsymmDiTConfig = AsymmDiTConfig(),  # noqa: B008 - frozen
         *,
-        ops: Any = nn,
+        ops: Ops = nn,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.dtype = dtype or torch.get_default_dtype()
-        factory = {"ops": ops, "device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"ops": ops, "device": device, "dtype": dtype}
         dx, dy, patch = config.hidden_size_x, config.hidden_size_y, config.patch_size
         self.x_embedder = PatchEmbed(config.in_channels, patch, dx, **factory)
         self.t_embedder = TimestepEmbedder(config.timestep_features, dx, **factory)
@@ -78,6 +81,31 @@ class AsymmDiT(nn.Module):
         )
         self.final_layer = FinalLayer(dx, patch * patch * config.in_channels, **factory)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are in and the network computes in, read from one that is never quantised or kept in float32."""
+        return self.x_embedder.proj.weight.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AsymmDiT:
+        """How `to`, `half`, `cuda` and the like change tensors: those that keep their dtype are only moved."""
+        kept = {id(tensor) for tensor in self._tensors_of_fixed_dtype()}
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            changed = id(tensor) in kept and converted.dtype != tensor.dtype
+            return tensor.to(converted.device) if changed else converted
+
+        return super()._apply(convert, recurse)
+
+    def _tensors_of_fixed_dtype(self) -> Iterator[Tensor]:
+        """Positions and q/k norms, float32 in a model of any dtype, and weights in their quantised form."""
+        yield self.pos_frequencies
+        for module in self.modules():
+            if isinstance(module, nn.RMSNorm):
+                yield from module.parameters(recurse=False)
+            elif isinstance(module, QuantizedLinear):
+                yield from module.buffers(recurse=False)
+
     def forward(
         self, latents: Tensor, sigma: Tensor, text_embeds: Tensor, text_mask: Tensor, *, attention: Attention = sdpa
     ) -> Tensor:
@@ -88,21 +116,21 @@ class AsymmDiT(nn.Module):
             sigma: (B,) noise level in [0, 1].
             text_embeds: (B, L, text_width) T5 output.
             text_mask: (B, L) bool, True for valid tokens; may be all False (an empty prompt).
-            attention: see `attention.Attention`.
+            attention: (q, k, v) -> output, see `attention.Attention`.
         """
         text = self.prepare_text(text_embeds.to(self.dtype), text_mask)
         modulation = self.modulation(sigma, text.pooled)
         rope = self.rope(latents.shape, latents.device)
         return self.denoise(latents.to(self.dtype), text, modulation, rope, attention=attention).to(latents.dtype)
 
-    def prepare_text(self, text_embeds: Tensor, text_mask: Tensor) -> Text:
-        """Drop padding, pool and project: (B, L, text_width) and (B, L) bool to `Text`."""
+    def prepare_text(self, text_embeds: Tensor, text_mask: Tensor) -> TextConditioning:
+        """Drop padding, pool and project text features (B, L, text_width) with their mask (B, L) bool."""
         tokens, mask = crop_to_valid(text_embeds, text_mask)
         lengths = tuple(mask.sum(dim=1).tolist())
-        return Text(self.t5_yproj(tokens), lengths, self.t5_y_embedder(tokens, mask))
+        return TextConditioning(self.t5_yproj(tokens), lengths, self.t5_y_embedder(tokens, mask))
 
     def modulation(self, sigma: Tensor, pooled: Tensor) -> Modulation:
-        """`sigma` (B,) and `pooled` (B, Dx) to `Modulation`; with `sigma` (steps, 1), that of a whole schedule."""
+        """Scales and gates for noise levels `sigma` (B,), or a whole schedule (steps, 1), and prompts `pooled` (B, Dx)."""
         conditioning = F.silu(self.t_embedder(sigma, pooled.dtype) + pooled)  # (..., B, Dx)
         blocks = tuple((block.mod_x(conditioning), block.mod_y(conditioning)) for block in self.joint_blocks())
         return Modulation(blocks, self.final_layer.mod(conditioning))
@@ -116,14 +144,14 @@ class AsymmDiT(nn.Module):
     def denoise(
         self,
         latents: Tensor,
-        text: Text,
+        text: TextConditioning,
         modulation: Modulation,
         rope: Rope,
         *,
         attention: Attention = sdpa,
         run_block: RunBlock = run_block,
     ) -> Tensor:
-        """Velocity from prepared conditioning, in the dtype of `latents` (B, C, T, H, W)."""
+        """Velocity from prepared conditioning, in the shape and dtype of `latents` (B, C, T, H, W)."""
         (velocity,) = self.denoise_each(
             latents, [(text, modulation)], rope, attention=attention, run_blocks=[run_block]
         )
@@ -132,21 +160,21 @@ class AsymmDiT(nn.Module):
     def denoise_each(
         self,
         latents: Tensor,
-        conditions: Sequence[tuple[Text, Modulation]],
+        conditions: Sequence[tuple[TextConditioning, Modulation]],
         rope: Rope,
         *,
         attention: Attention = sdpa,
         run_blocks: Sequence[RunBlock] | None = None,
     ) -> list[Tensor]:
-        """The velocity under each condition, in one pass over the blocks.
+        """Velocities (B, C, T, H, W) under each condition, in one pass over the blocks.
 
         A block takes one condition after the other: its weights are needed once, and no prompt is padded to another's
-        length. The residual streams are all that is held for every condition. `run_blocks` has one entry for each.
+        length. The residual streams are all that is held for every condition. `run_blocks` has one entry per condition.
         """
         _, _, num_latents, height, width = latents.shape
         latents = pad_to_patches(latents, self.config.patch_size)
         rows = latents.shape[-2] // self.config.patch_size
-        embedded = self.x_embedder(latents)
+        embedded = self.x_embedder(latents)  # (B, N, Dx)
         streams: list[tuple[Tensor, Tensor]] = []  # (B, N, Dx), (B, L, Dy)
         for text, _ in conditions:
             streams.append((embedded, text.tokens))  # no comprehension: what it uses, Dynamo cannot delete
@@ -155,7 +183,7 @@ class AsymmDiT(nn.Module):
         del embedded
         for i, block in enumerate(self.joint_blocks()):
             for c, (_, modulation) in enumerate(conditions):
-                streams[c] = runs[c](block, i, *streams[c], modulation.blocks[i], contexts[c])
+                streams[c] = runs[c](BlockCall(block, i, *streams[c], modulation.blocks[i], contexts[c]))
         velocities = []  # (B, C, T, H, W), padded
         for (x, _), (_, modulation) in zip(streams, conditions, strict=True):
             x = self.final_layer(x, modulation.final)  # (B, N, patch * patch * C)
@@ -163,7 +191,7 @@ class AsymmDiT(nn.Module):
         return velocities
 
     def compile_blocks(self, **options: Any) -> None:
-        """Have each block's operations on rows fused by `torch.compile`, which takes `options`, when it is first called.
+        """Have `torch.compile`, which takes `options`, fuse the operations of each block when it is first called.
 
         Blocks that are alike share the compiled code. LoRAs may come, go and change their strength, at the price of compiling
         once more; hooks on a block, such as those of `offload`, stay outside.
@@ -171,15 +199,17 @@ class AsymmDiT(nn.Module):
         import torch._dynamo  # large
 
         # By default hooks that come later would be ignored, and the ninth shape of the inputs or of a block is an error.
-        watchful = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=64)
+        settings = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=64)
         for block in self.joint_blocks():
-            block.forward = watchful(torch.compile(block.forward, fullgraph=True, **options))
+            block.forward = settings(torch.compile(block.forward, fullgraph=True, **options))
 
     def joint_blocks(self) -> list[AsymmetricJointBlock]:
-        return list(self.blocks)  # pyright: ignore[reportReturnType] - ModuleList forgets its element type
+        """The blocks in order, with their type, which `nn.ModuleList` forgets."""
+        return cast(list[AsymmetricJointBlock], list(self.blocks))
 
     def _unpatchify(self, tokens: Tensor, num_latents: int, rows: int) -> Tensor:
         patch = self.config.patch_size
+        """`tokens` (B, N, patch * patch * C) to (B, C, T, H, W); a token's values are patch row, patch column, channel."""
         pattern = "b (t h w) (p q c) -> b c t (h p) (w q)"
         return rearrange(tokens, pattern, t=num_latents, h=rows, p=patch, q=patch)
 
@@ -187,7 +217,7 @@ class AsymmDiT(nn.Module):
 def crop_to_valid(text_embeds: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Move each prompt's valid tokens to the front, cut to the longest prompt and zero what is left of padding.
 
-    (B, L, W) and (B, L) bool to (B, longest, W) and (B, longest) bool; longest may be 0.
+    `text_embeds` (B, L, W) and `text_mask` (B, L) bool to (B, longest, W) and (B, longest) bool; longest may be 0.
     """
     valid = [embeds[mask] for embeds, mask in zip(text_embeds, text_mask.bool(), strict=True)]
     lengths = torch.tensor([len(tokens) for tokens in valid])
@@ -196,7 +226,7 @@ def crop_to_valid(text_embeds: Tensor, text_mask: Tensor) -> tuple[Tensor, Tenso
 
 
 def pad_to_patches(latents: Tensor, patch_size: int) -> Tensor:
-    """Repeat the last row and column where H or W is no multiple of the patch size."""
+    """Repeat the last row and column of `latents` (B, C, T, H, W) where H or W is no multiple of the patch size."""
     height, width = latents.shape[-2:]
     bottom, right = -height % patch_size, -width % patch_size
     return F.pad(latents, (0, right, 0, bottom, 0, 0), mode="replicate") if bottom or right else latents

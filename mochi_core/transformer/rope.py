@@ -1,6 +1,6 @@
-"""Rotary positions with learned frequencies.
+"""Rotary position embedding with learned frequencies.
 
-A visual token at frame t, row h and column w turns feature pair f of head k by the angle
+A visual token at latent frame t, row h and column w has feature pair f of head k rotated by the angle
 t * pos_frequencies[0, k, f] + h * pos_frequencies[1, k, f] + w * pos_frequencies[2, k, f].
 """
 
@@ -14,35 +14,39 @@ import torch
 from torch import Tensor
 
 REFERENCE_AREA = 192 * 192
-"""The area, in position units, that every frame is scaled to, whatever its size."""
+"""Area of every frame in position units: `target_area` = 36864 of `create_position_matrix`, Genmo's rope_mixed.py."""
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Turns as pairs (cos, sin): a token's is that of its frame, turned by that of its place there.
+    """Rotary table in factored form, as (cos, sin) pairs.
 
-    The table of all tokens would be large.
+    The rotation of the token at latent frame t and patch p is the complex product frames[t] * spatial[p]. The full table of
+    163 frames of 848x480 would take 547 MB.
     """
 
     frames: Tensor
     """(T, heads, head_dim / 2, 2) float32."""
-    places: Tensor
+    spatial: Tensor
     """(rows * columns, heads, head_dim / 2, 2) float32."""
 
-    def pieces(self, tokens: int) -> Iterator[tuple[slice, Tensor]]:
-        """Turns of whole frames, at most `tokens` tokens at a time but at least one frame, and which tokens they are."""
-        step = max(1, tokens // len(self.places))
+    def chunks(self, tokens: int) -> Iterator[tuple[slice, Tensor]]:
+        """Which tokens, and their rotations (n, heads, head_dim / 2, 2), in chunks of whole frames.
+
+        A chunk has at most `tokens` tokens, but at least one frame.
+        """
+        step = max(1, tokens // len(self.spatial))
         for first in range(0, len(self.frames), step):
-            turns = turned(self.frames[first : first + step, None], self.places).flatten(0, 1)
-            start = first * len(self.places)
-            yield slice(start, start + len(turns)), turns
+            freqs = complex_mul(self.frames[first : first + step, None], self.spatial).flatten(0, 1)
+            start = first * len(self.spatial)
+            yield slice(start, start + len(freqs)), freqs
 
 
 def axis_positions(num_latents: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions along time, height and width, float64; rows and columns are counted in patches.
+    """Positions (T,), (rows,) and (columns,) along time, height and width, float64; rows and columns are counted in patches.
 
-    Frames count 0, 1, 2 ...; rows and columns are the centres of equal bins around zero, so scaled that every frame has
-    the same area.
+    Frames count 0, 1, 2 ...; rows and columns are the centres of equal bins around zero, scaled so that every frame has
+    the area `REFERENCE_AREA`.
     """
     scale = math.sqrt(REFERENCE_AREA / (rows * columns))
 
@@ -53,10 +57,10 @@ def axis_positions(num_latents: int, rows: int, columns: int) -> tuple[Tensor, T
 
 
 def rope_table(pos_frequencies: Tensor, num_latents: int, rows: int, columns: int) -> Rope:
-    """For tokens ordered frame, row, column, on the device of `pos_frequencies` (3, heads, head_dim / 2).
+    """Rotary table for tokens ordered frame, row, column, on the device of `pos_frequencies` (3, heads, head_dim / 2).
 
-    The turns of the three axes are made in float64 on the CPU and then multiplied as unit complex numbers: the result is
-    exact to float32 however large the angles are.
+    The rotations of the three axes are made in float64 on the CPU and then multiplied as unit complex numbers: the result
+    is exact to float32 however large the angles are.
     """
     frequencies = pos_frequencies.to("cpu", torch.float64)
     t, h, w = (
@@ -67,17 +71,17 @@ def rope_table(pos_frequencies: Tensor, num_latents: int, rows: int, columns: in
     return Rope(torch.view_as_real(t), torch.view_as_real(h[:, None] * w).flatten(0, 1))
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn neighbouring pairs of the last axis of `x` (B, N, heads, head_dim) by `turns` (N, heads, head_dim / 2, 2)."""
-    return turned(x.unflatten(-1, (-1, 2)), turns).flatten(-2)
+def rotate(x: Tensor, freqs: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the last axis of `x` (B, N, heads, head_dim) by `freqs` (N, heads, head_dim / 2, 2)."""
+    return complex_mul(x.unflatten(-1, (-1, 2)), freqs).flatten(-2)
 
 
-def turned(pairs: Tensor, turns: Tensor) -> Tensor:
-    """The product of `pairs` and `turns`, (..., 2) float32 each, as complex numbers.
+def complex_mul(a: Tensor, b: Tensor) -> Tensor:
+    """Product of `a` and `b`, (..., 2) float32 each, as complex numbers (real, imaginary) or (cos, sin).
 
     One complex product is several times as fast as its four real ones; but only those can be fused by a compiler.
     """
     if not torch.compiler.is_compiling():
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
-    (real, imaginary), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        return torch.view_as_real(torch.view_as_complex(a) * torch.view_as_complex(b))
+    (real, imaginary), (cos, sin) = a.unbind(-1), b.unbind(-1)
     return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)

@@ -1,6 +1,6 @@
-"""What the denoiser attends with: the host's attention, or one of the core's in the host's override.
+"""The attention function of the denoiser: the host's, or one of the core's set as the host's override.
 
-The override travels with the MODEL, call by call, so one that another node sets later takes its place.
+The override is one of the MODEL's options, which the host passes to every call; one that another node sets later replaces it.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ FLAGS = (
     "flash_attention",
 )
 """The server's options for attention, each after `use_`."""
-LEAN_ON = ("cpu", "cuda")
-"""Devices for which PyTorch has attention without that matrix."""
+MEMORY_EFFICIENT_ON = ("cpu", "cuda")
+"""Devices for which PyTorch has attention that never holds the whole matrix of tokens by tokens."""
 OVERRIDE = "optimized_attention_override"
+"""Key of the host's options for an attention function that replaces its own."""
 CALL_KEYS = {"skip_reshape", "skip_output_reshape", "transformer_options", "_inside_attn_wrapper"}
+"""Named arguments with which the host's attention is called for the denoiser, one of them added by the host."""
 
 
 def set_attention(model, name: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Have a MODEL attend by `name`, one of `CHOICES`; returns what was chosen and why, in words.
+    """Set the attention of a MODEL by `name`, one of `CHOICES`; returns what was chosen and why, for the log.
 
-    "auto" is the fastest exact one, unless the server was started with a choice of its own, or PyTorch has none here that
-    never holds the whole matrix of tokens by tokens.
+    "auto" is the fastest exact attention of the core. It is the host's if the server was started with an option for attention,
+    or if PyTorch's attention would hold the whole matrix of tokens by tokens on this device.
 
     Raises:
-        ValueError: it cannot be used here.
+        ValueError: that attention cannot be used here.
     """
     server = host.optimized_attention.__name__.removeprefix("attention_")
     if name == HOST or (name == "auto" and _server_was_asked()):
         return f"{server} (the server's)"
     choice = choose_attention(name, model.load_device, dtype, head_dim)
-    if name == "auto" and (model.load_device.type not in LEAN_ON or choice.name == "math"):
+    if name == "auto" and (model.load_device.type not in MEMORY_EFFICIENT_ON or choice.name == "math"):
         return f"{server} (the server's, because PyTorch's needs too much memory on {model.load_device})"
     model.model_options["transformer_options"][OVERRIDE] = _override(choice.run)
     return f"{choice.name} ({choice.reason}; the server's is {server})"
@@ -66,7 +68,7 @@ def _override(attention: Attention):
 
 
 def host_attention(transformer_options: dict) -> Attention:
-    """The host's attention, or what overrides it."""
+    """The host's attention, or what overrides it in these options, as the core's `Attention`."""
 
     def attention(q, k, v):
         return host.optimized_attention(

@@ -11,8 +11,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...mochi_core import AsymmDiT, BlockCache
-from ...mochi_core.sampling.block_cache import CachedBlocks, Memory
-from ...mochi_core.transformer.model import RunBlock
+from ...mochi_core.sampling.block_cache import CachedBlocks, CacheState
+from ...mochi_core.transformer.block import RunBlock
 from .sampling import step_at
 
 KEY = "mochi_cache"
@@ -20,28 +20,29 @@ KEY = "mochi_cache"
 
 @dataclass
 class RunCache:
-    """Lives as long as one run of a sampler, in the options that the host passes to every forward of it."""
+    """The cache of one run of a sampler, in the options that the host passes to every forward of that run."""
 
     cache: BlockCache
     num_videos: int
-    used: dict[tuple[Any, ...], int] = field(default_factory=dict)
-    """The last step in which each of `memories` was asked for."""
-    memories: dict[tuple[Any, ...], Memory] = field(default_factory=dict)
-    cannot_tell: bool = False
+    last_used: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    """The last step in which each of `states` was asked for."""
+    states: dict[tuple[Any, ...], CacheState] = field(default_factory=dict)
+    batch_was_split: bool = False
     """Whether another node has split a batch, so that nothing says which prompt a forward is for."""
 
-    def memory(self, key: tuple[Any, ...], step: int) -> Memory:
-        self.used[key] = step
-        return self.memories.setdefault(key, Memory())
+    def state(self, key: tuple[Any, ...], step: int) -> CacheState:
+        """The state of one video under one prompt in one context window, for use in `step`."""
+        self.last_used[key] = step
+        return self.states.setdefault(key, CacheState())
 
-    def forget_before(self, step: int) -> None:
-        """Context windows may lie elsewhere in every step: what nobody came back to is not kept."""
-        self.used = {key: used for key, used in self.used.items() if used >= step}
-        self.memories = {key: self.memories[key] for key in self.used}
+    def drop_unused_since(self, step: int) -> None:
+        """Forget states last used before `step`: context windows may lie elsewhere in every step, and never come back."""
+        self.last_used = {key: used for key, used in self.last_used.items() if used >= step}
+        self.states = {key: self.states[key] for key in self.last_used}
 
 
 def add_cache(model, cache: BlockCache):
-    """A copy of a MODEL that leaves out blocks, as `cache` says; of several caches, the last counts.
+    """A copy of a MODEL that skips blocks, as `cache` says; it replaces a cache that the MODEL has already.
 
     Raises:
         ValueError: the MODEL is not from our loader.
@@ -58,7 +59,7 @@ def add_cache(model, cache: BlockCache):
 
 
 def _with_cache(settings: BlockCache, executor, noise, *arguments, **named):
-    """Wraps the host's sampling. The options are of this run alone: the host has copied them."""
+    """Wraps the host's sampling, whose options belong to this run alone: the host has copied them."""
     run = RunCache(replace(settings), len(noise))
     options = executor.class_obj.model_options.setdefault("transformer_options", {})
     options[KEY] = run
@@ -66,25 +67,25 @@ def _with_cache(settings: BlockCache, executor, noise, *arguments, **named):
         return executor(noise, *arguments, **named)
     finally:
         options.pop(KEY)
-        if run.cannot_tell:
+        if run.batch_was_split:
             logging.warning("Mochi cache: off where another node runs the prompts of a batch one by one.")
         logging.info("Mochi cache: %s.", run.cache.report())
 
 
 def cached_run_block(run_block: RunBlock, x: torch.Tensor, options: dict, depth: int) -> RunBlock:
-    """`run_block`, or what leaves out blocks in this forward of latents `x` (B, 12, T, H, W), if the run has a cache."""
+    """How to call blocks in a forward of latents `x` (B, 12, T, H, W): by the run's cache, or if it has none by `run_block`."""
     run: RunCache | None = options.get(KEY)
     if run is None:
         return run_block
     sigmas, prompts = options["sample_sigmas"], options["uuids"]
     if len(x) != run.num_videos * len(prompts):
-        run.cannot_tell = True
+        run.batch_was_split = True
         return run_block
-    # Whatever makes a forward another one than that of the same prompt in the step before.
+    # A forward may differ from that of the same prompt in the step before in its window, patches, size or device.
     window = getattr(options.get("context_window"), "index_list", ())
     replaced = options.get("patches_replace", {}).get("dit", {})
     kind = (tuple(window), frozenset(replaced), x.shape[1:], x.device)
     step = step_at(sigmas, options["sigmas"])
-    run.forget_before(step - 1)
-    memories = [run.memory((prompt, video, *kind), step) for prompt in prompts for video in range(run.num_videos)]
-    return CachedBlocks(run.cache, memories, run.cache.may_reuse(step, len(sigmas) - 1), depth, run_block)
+    run.drop_unused_since(step - 1)
+    states = [run.state((prompt, video, *kind), step) for prompt in prompts for video in range(run.num_videos)]
+    return CachedBlocks(run.cache, states, run.cache.can_skip(step, len(sigmas) - 1), depth, run_block)

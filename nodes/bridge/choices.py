@@ -11,7 +11,7 @@ from ...mochi_core.dtypes import dtype_name
 
 
 def log_choice(model: str, *choices: str) -> None:
-    """Log one line with what was chosen for a model."""
+    """Log what was chosen for a model, or for a decode, in one line."""
     logging.info("Mochi %s: %s.", model, "; ".join(choices))
 
 

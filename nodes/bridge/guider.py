@@ -9,10 +9,10 @@ from .sampling import step_at
 
 
 class ScheduledGuider(comfy.samplers.CFGGuider):
-    """The host's guider, with a scale for every step; a step with scale 1 costs one forward."""
+    """The host's guider with one guidance scale per step; a step with scale 1 costs one forward instead of two."""
 
     def set_schedule(self, scale: float, end_scale: float | None, start: float, end: float) -> None:
-        """See `guidance_schedule`."""
+        """Set the arguments of `guidance_schedule`."""
         self.set_cfg(scale)
         self.schedule = scale, end_scale, start, end
 
@@ -26,7 +26,7 @@ class ScheduledGuider(comfy.samplers.CFGGuider):
 
 
 def make_guider(model, positive, negative, cfg: float, cfg_end: float, start: float, end: float) -> ScheduledGuider:
-    """`cfg_end` 0 means `cfg`."""
+    """A GUIDER whose scale is `cfg` from fraction `start` to `end` of the steps; or moves to `cfg_end`, unless that is 0."""
     guider = ScheduledGuider(model)
     guider.set_conds(positive, negative)
     guider.set_schedule(cfg, cfg_end or None, start, end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import comfy.conds
@@ -17,7 +18,7 @@ import torch
 from ...mochi_core import AsymmDiT, AsymmDiTConfig
 from ...mochi_core.checkpoints import Checkpoint, LazyStateDict, check_fit, empty_transformer, is_large, quantize_large
 from ...mochi_core.dtypes import dtype_name
-from ...mochi_core.transformer.model import run_block
+from ...mochi_core.transformer.block import BlockCall, RunBlock, run_block
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
 from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
@@ -33,11 +34,17 @@ class HostAsymmDiT(AsymmDiT):
 
     def __init__(self, config: AsymmDiTConfig, dtype=None, device=None, operations=None, **_: Any) -> None:
         super().__init__(config, ops=operations, device=device, dtype=dtype)
-        if dtype is not None and dtype.itemsize == 1:
+        self._host_dtype = dtype or torch.get_default_dtype()
+        if self._host_dtype.itemsize == 1:
             self._keep_small_parts_exact()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the host keeps weights in; single ones may be in another, and are cast when they are used."""
+        return self._host_dtype
+
     def _keep_small_parts_exact(self) -> None:
-        """8 bits are for the large matrices of the blocks only."""
+        """Have only the large matrices of the blocks in 8 bits."""
         for name, parameter in self.named_parameters():
             if parameter.dtype.itemsize == 1 and not is_large(name, parameter):
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -45,14 +52,14 @@ class HostAsymmDiT(AsymmDiT):
     def forward(self, x, timestep, context, attention_mask=None, transformer_options=None, conditioning=None, **_: Any):
         """`x` (B, 12, T, H, W), `timestep` = sigma (B,), `context` (B, L, width); returns noise - data.
 
-        `conditioning` is what a run has prepared for these. The host also passes what other models need (ControlNets and
-        the like).
+        `conditioning` is what a run has prepared for these inputs, or None. The host also passes what other models need
+        (ControlNets and the like).
         """
         options = transformer_options if transformer_options is not None else {}
         given = (x, timestep, context, attention_mask)
 
         def run(x, timestep, context, attention_mask=None, transformer_options=None):
-            """What is left after the wrappers of other nodes, which may have changed what the preparation was made from."""
+            """The forward itself, inside the wrappers of other nodes, which may have changed what was prepared for."""
             inputs = x, timestep, context, attention_mask
             unchanged = conditioning is not None and all(map(operator.is_, inputs, given))
             ready = conditioning if unchanged else conditioning_of(self, *inputs)
@@ -75,21 +82,21 @@ class HostAsymmDiT(AsymmDiT):
         return -velocity  # the host's flow models return noise - data
 
 
-def host_run_block(transformer_options: dict, depth: int):
+def host_run_block(transformer_options: dict, depth: int) -> RunBlock:
     """Tell the host which block runs, and let its patches replace a block (skip-layer guidance and others)."""
     replacements = transformer_options.get("patches_replace", {}).get("dit", {})
 
-    def run(block, index, x, y, modulation, context):
-        transformer_options.update(block_index=index, total_blocks=depth, block_type="double")
-        replacement = replacements.get(("double_block", index))
+    def run(call: BlockCall) -> tuple[torch.Tensor, torch.Tensor]:
+        transformer_options.update(block_index=call.index, total_blocks=depth, block_type="double")
+        replacement = replacements.get(("double_block", call.index))
         if replacement is None:
-            return run_block(block, index, x, y, modulation, context)
+            return run_block(call)
 
         def original(args):
-            img, txt = run_block(block, index, args["img"], args["txt"], args["vec"], context)
+            img, txt = run_block(replace(call, x=args["img"], y=args["txt"], modulation=args["vec"]))
             return {"img": img, "txt": txt}
 
-        args = {"img": x, "txt": y, "vec": modulation, "transformer_options": transformer_options}
+        args = {"img": call.x, "txt": call.y, "vec": call.modulation, "transformer_options": transformer_options}
         out = replacement(args, {"original_block": original})
         return out["img"], out["txt"]
 
@@ -105,7 +112,7 @@ class HostMochi(comfy.model_base.GenmoMochi):
         )
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
-        """Here, the last of the host's steps before the denoiser, because wrappers of other nodes may change prompts."""
+        """Add what the run has prepared, in the last step before the denoiser: wrappers of other nodes may change prompts."""
         options = transformer_options if transformer_options is not None else {}
         conds["conditioning"] = prepared(self, x, t, c_crossattn, conds.get("attention_mask"), options)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **conds)

@@ -1,4 +1,4 @@
-"""The video so far, moving, while it is sampled."""
+"""Animated previews of the video while it is sampled."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from PIL import Image
 
 from ...mochi_core.geometry import FPS, TEMPORAL_COMPRESSION
 
-MAX_SHARE = 0.01
-"""Of the sampling time, for making previews."""
-QUALITY = 70
-CALLBACK = 5
+MAX_TIME_FRACTION = 0.01
+"""Fraction of the sampling time that making previews may take."""
+WEBP_QUALITY = 70
+CALLBACK_ARGUMENT = 5
 """Position of the callback among the arguments of the host's `outer_sample`."""
 
 
 class MochiLatents(comfy.latent_formats.Mochi):
-    """The host's latent format, without what makes the host show the first frame only."""
+    """The host's latent format, without `latent_rgb_factors`, with which the host shows the first frame only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class MochiLatents(comfy.latent_formats.Mochi):
 
 
 class AnimatedPreview:
-    """Looks to the host like an image that it has only to save."""
+    """An animated WebP that has the `save` of an image, which is all that the host calls."""
 
     def __init__(self, frames: torch.Tensor) -> None:
         """`frames` (T, H, W, 3) uint8 on the CPU, one for every latent frame."""
@@ -37,17 +37,17 @@ class AnimatedPreview:
         file = BytesIO()
         first.save(
             file, "WEBP", save_all=True, append_images=others, duration=_durations(len(frames)), loop=0,
-            quality=QUALITY, method=0,
+            quality=WEBP_QUALITY, method=0,
         )  # fmt: skip
         self.content = file.getvalue()
 
     def save(self, file, **_) -> None:
-        """Browsers go by the content, not by the format that the host asks for."""
+        """Write the WebP, whatever format the host asks for: browsers go by the content."""
         file.write(self.content)
 
 
 def _durations(count: int) -> list[int]:
-    """Milliseconds; the first latent frame stands for one frame, every other for six."""
+    """Milliseconds for each of `count` latent frames: the first stands for one frame of the video, every other for six."""
     return [1000 // FPS, *[1000 * TEMPORAL_COMPRESSION // FPS] * (count - 1)]
 
 
@@ -60,18 +60,18 @@ def latents_to_rgb(latents: torch.Tensor, latent_format: MochiLatents) -> torch.
 
 
 class Previewer:
-    """Sends a preview after a step, as long as all of them together stay a hundredth of the time."""
+    """Sends a preview after a step, as long as all previews together take at most a hundredth of the time."""
 
     def __init__(self, latent_format: MochiLatents) -> None:
         self.latent_format = latent_format
         self.started, self.spent = time.perf_counter(), 0.0
 
     def show(self, step: int, denoised: torch.Tensor, total: int) -> None:
-        """`denoised` (B, 12, T, H, W) in the denoiser's space."""
-        if self.spent > MAX_SHARE * (time.perf_counter() - self.started):
+        """Send a preview of `denoised` (B, 12, T, H, W), latents in DiT space, after `step` of `total` steps."""
+        if self.spent > MAX_TIME_FRACTION * (time.perf_counter() - self.started):
             return
         frames = latents_to_rgb(denoised, self.latent_format)
-        # Copying waits for the device's step; only what comes after it is a cost.
+        # The copy before this waits for the device's step, which is no cost of the preview.
         start = time.perf_counter()
         preview = AnimatedPreview(frames)
         self.spent += time.perf_counter() - start
@@ -82,7 +82,7 @@ def with_previews(executor, *arguments, **named):
     """Wraps the host's sampling: the caller's callback is called as before, and the preview is sent after it."""
     if args.preview_method == LatentPreviewMethod.NoPreviews:
         return executor(*arguments, **named)
-    callback = arguments[CALLBACK]
+    callback = arguments[CALLBACK_ARGUMENT]
     previewer = Previewer(executor.class_obj.model_patcher.model.latent_format)
 
     def show(step, denoised, x, total):
@@ -90,4 +90,4 @@ def with_previews(executor, *arguments, **named):
             callback(step, denoised, x, total)
         previewer.show(step, denoised, total)
 
-    return executor(*arguments[:CALLBACK], show, *arguments[CALLBACK + 1 :], **named)
+    return executor(*arguments[:CALLBACK_ARGUMENT], show, *arguments[CALLBACK_ARGUMENT + 1 :], **named)

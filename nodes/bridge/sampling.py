@@ -11,12 +11,12 @@ import torch
 
 from ...mochi_core import VideoSize, linear_quadratic_schedule
 
-SAME_LEVEL = 1e-6
-"""Relative difference of noise levels that is nothing but rounding."""
+SIGMA_TOLERANCE = 1e-6
+"""Largest relative difference of noise levels that counts as rounding."""
 
 
 def make_sigmas(steps: int, denoise: float, threshold_noise: float = 0.025, linear_steps: int = 0) -> torch.Tensor:
-    """The linear-quadratic schedule; with `denoise` < 1, the last `steps` steps of a proportionally longer one.
+    """Linear-quadratic noise levels (steps + 1,); with `denoise` < 1, the last `steps` steps of a proportionally longer schedule.
 
     `linear_steps` 0 means half of the steps.
     """
@@ -27,13 +27,15 @@ def make_sigmas(steps: int, denoise: float, threshold_noise: float = 0.025, line
 
 
 def step_at(sigmas: torch.Tensor, sigma: torch.Tensor) -> int:
-    """The step of a schedule to which a noise level `sigma` (B,) belongs; samplers also ask for some in between.
+    """The step of the schedule `sigmas` (steps + 1,) to which the noise level `sigma` (B,) belongs.
 
-    Schedules fall, but for those that lead from a video back to noise.
+    Samplers also ask for noise levels between those of the schedule. Schedules that lead from a video back to noise rise.
     """
     starts, level = sigmas[:-1], sigma[0]
     rising = sigmas[0] < sigmas[-1]
-    reached = (starts <= level * (1 + SAME_LEVEL) if rising else starts >= level * (1 - SAME_LEVEL)).sum().item()
+    reached = (
+        (starts <= level * (1 + SIGMA_TOLERANCE) if rising else starts >= level * (1 - SIGMA_TOLERANCE)).sum().item()
+    )
     return max(0, int(reached) - 1)
 
 

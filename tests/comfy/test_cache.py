@@ -15,7 +15,7 @@ PREAMBLE = f"""
 import gc, logging
 import comfy.sample, comfy.samplers, comfy.model_management
 from pack.mochi_core import BlockCache, linear_quadratic_schedule
-from pack.mochi_core.sampling.block_cache import Memory
+from pack.mochi_core.sampling.block_cache import CacheState
 from pack.nodes.bridge.cache import add_cache
 from pack.nodes.bridge.model import load_model
 
@@ -41,13 +41,13 @@ def sample(model, callback=None):
     )
     return latents, torch.tensor(sum(calls)), torch.tensor(max(calls))
 
-def memories():
+def states():
     gc.collect()
-    return torch.tensor(sum(type(found) is Memory for found in gc.get_objects()))
+    return torch.tensor(sum(type(found) is CacheState for found in gc.get_objects()))
 
 def out(**runs):
     found = {{f"{{name}}{{part}}": value for name, run in runs.items() for part, value in zip(("", " calls", " batch"), run)}}
-    save_file(found | {{"memories": memories()}}, result)
+    save_file(found | {{"states": states()}}, result)
 
 cached = add_cache(model, BlockCache(method, float(threshold)))
 """
@@ -74,7 +74,7 @@ from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
 noise, held = torch.randn((1, 12, 25, 4, 4), generator=generator), []
 windows = lambda model: ContextWindowsManualNode.execute(model, 4, 1, "standard_uniform", 1, False, "pyramid", 2, False)[0]
-exact, cached = sample(windows(model)), sample(windows(cached), lambda step, *_: step % 6 or held.append(memories()))
+exact, cached = sample(windows(model)), sample(windows(cached), lambda step, *_: step % 6 or held.append(states()))
 held = torch.stack(held), torch.tensor(0), torch.tensor(0)
 out(exact=exact, cached=cached, held=held)
 """
@@ -122,7 +122,7 @@ def test_a_loose_threshold_leaves_out_blocks_of_each_video_and_prompt_for_itself
     assert out["apart calls"] == out["first calls"]
     torch.testing.assert_close(out["apart"], out["first"], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(out["after"], out["plain"], rtol=1e-4, atol=1e-4)
-    assert out["memories"] == 0
+    assert out["states"] == 0
 
 
 def test_a_node_that_splits_batches_turns_it_off(runs_of):
@@ -137,14 +137,14 @@ def test_windows_that_move_are_not_kept(runs_of):
     out, _ = runs_of(WINDOWS, "teacache", 0.06)
     assert out["held"].max() <= 2 * 8 * 2  # those of two steps
     assert (out["cached"] - out["exact"]).norm() < 0.1 * out["exact"].norm()
-    assert out["memories"] == 0
+    assert out["states"] == 0
 
 
 def test_cancel_leaves_nothing(runs_of):
     out, log = runs_of(CANCEL, "teacache", 0.09)
     assert torch.equal(out["after"], out["before"])
     assert out["plain calls"] == 4 * STEPS * 6
-    assert out["memories"] == 0
+    assert out["states"] == 0
     assert log.count("Mochi cache: ") == 3
 
 

@@ -57,7 +57,7 @@ def sample(model, sampler="euler", steps=5, positive=positive, noise=noise, call
     )
 
 def held():
-    kinds = (prepared.Run, prepared.Prompts, prepared.Conditioning)
+    kinds = (prepared.SamplingRun, prepared.PreparedPrompts, prepared.Conditioning)
     return sum(type(thing) in kinds for thing in gc.get_objects())
 
 def compare(name, model, **how):
@@ -131,15 +131,15 @@ def velocity(resident=None):
     patched.detach()
     patched.patch_model(patched.load_device, lowvram_model_memory=resident or 0)
     assert patched.model.model_lowvram == bool(resident)
-    options = {"mochi_run": prepared.Run([0.9, 0.6])}
+    options = {"mochi_run": prepared.SamplingRun([0.9, 0.6])}
     mask = positive[0][1]["attention_mask"]
     return model.model.apply_model(
         noise, torch.tensor([0.6]), c_crossattn=positive[0][0], attention_mask=mask, transformer_options=options
     )
 
-known = prepared.Prompts(network, positive[0][0], positive[0][1]["attention_mask"], torch.device("cpu"), torch.float32)
-assert known.are(known.context.clone(), known.mask)
-assert not known.are(known.context.to("meta"), known.mask), "prompts on two devices are not compared"
+known = prepared.PreparedPrompts(network, positive[0][0], positive[0][1]["attention_mask"], torch.device("cpu"), torch.float32)
+assert known.matches(known.context.clone(), known.mask)
+assert not known.matches(known.context.to("meta"), known.mask), "prompts on two devices are not compared"
 
 latents["offloaded/plain"], latents["offloaded/prepared"] = velocity(), velocity(resident=1)
 patched.detach()

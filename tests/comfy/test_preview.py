@@ -59,7 +59,7 @@ def test_every_way_of_previewing_shows_it(comfy_server, setting):
 
 BUDGET = """
 import time
-from pack.nodes.bridge.preview import MAX_SHARE, MochiLatents, Previewer
+from pack.nodes.bridge.preview import MAX_TIME_FRACTION, MochiLatents, Previewer
 
 sent = []
 comfy.utils.set_progress_bar_global_hook(lambda *args, **_: sent.append(args))
@@ -70,7 +70,7 @@ cost = previewer.spent
 print(len(sent), cost > 0)
 for elapsed in (0.9, 1.1):
     previewer.spent = cost
-    previewer.started = time.perf_counter() - elapsed * cost / MAX_SHARE
+    previewer.started = time.perf_counter() - elapsed * cost / MAX_TIME_FRACTION
     previewer.show(1, latents, 64)
     print(len(sent))
 """

@@ -1,6 +1,7 @@
 """Every backend that runs here equals plain SDPA; every other one says why it does not."""
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,15 +9,17 @@ from torch.nn.attention import current_flash_attention_impl
 
 from mochi_core import MochiPipeline, linear_quadratic_schedule, sample
 from mochi_core.__main__ import main
+from mochi_core.transformer import attention
 from mochi_core.transformer.attention import (
     ATTENTIONS,
     BACKENDS,
     HALF,
     KERNELS,
-    _failure,
+    _error_of,
+    _fastest,
     choose_attention,
-    refusal,
     sdpa,
+    unsupported_reason,
 )
 from tests.harness.random_inputs import NOISE, prompt
 from tests.harness.tiny_models import random_dit, random_vae
@@ -51,10 +54,33 @@ def test_equals_plain_sdpa_or_is_refused(name, dtype, device):
 
 
 def test_what_runs_on_a_cpu():
-    like = torch.zeros(1, 1, 8, 32)
-    assert [name for name in BACKENDS if refusal(name, like) is None] == ["flash", "math"]
+    probe = torch.zeros(1, 1, 8, 32)
+    assert [name for name in BACKENDS if unsupported_reason(name, probe) is None] == ["flash", "math"]
     automatic = choose_attention("auto", "cpu", torch.float32)
     assert (automatic.run, automatic.name, automatic.reason) == (sdpa, "sdpa", "PyTorch's own on cpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "order"),
+    [
+        ((8, 0), ["flash", "cudnn", "efficient", "math"]),
+        ((8, 9), ["flash", "cudnn", "efficient", "math"]),
+        ((9, 0), ["cudnn", "flash", "efficient", "math"]),
+        ((10, 0), ["cudnn", "flash", "efficient", "math"]),
+        ((12, 0), ["flash", "cudnn", "efficient", "math"]),
+    ],
+)
+def test_preferences_on_nvidia_gpus(monkeypatch, capability, order):
+    """The first that can be used, in PyTorch's own order of preference."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "a GPU")
+    probe = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    for unusable in range(len(order)):
+        reasons = dict.fromkeys(order[:unusable], "cannot be used")
+        monkeypatch.setattr(attention, "unsupported_reason", lambda name, _, reasons=reasons: reasons.get(name))
+        assert _fastest(probe).name == order[unusable]
+    assert attention.CUDNN_FIRST == ("cudnn", "flash", "efficient", "math")
+    assert attention.FLASH_FIRST == ("flash", "cudnn", "efficient", "math")
 
 
 def test_a_refusal_says_why_and_what_else_there_is():
@@ -64,18 +90,18 @@ def test_a_refusal_says_why_and_what_else_there_is():
         assert text in str(error.value)
     with pytest.raises(ValueError, match="attention is 'xformers'; use one of auto, cudnn, flash,"):
         choose_attention("xformers", "cpu", torch.float32)
-    assert refusal("flash", torch.zeros(1, 1, 8, 32, dtype=torch.int8)).startswith(
+    assert unsupported_reason("flash", torch.zeros(1, 1, 8, 32, dtype=torch.int8)).startswith(
         "it takes torch.float16 and torch.bf"
     )
 
 
 def test_what_an_attempt_raises_is_the_reason_and_leaves_no_trace():
-    like = torch.zeros(1, 1, 8, 32)
-    assert _failure(BACKENDS["efficient"].run, like).startswith("RuntimeError: No viable backend")
-    assert _failure(BACKENDS["fa3"].run, like) == "ModuleNotFoundError: No module named 'flash_attn_interface'"
+    probe = torch.zeros(1, 1, 8, 32)
+    assert _error_of(BACKENDS["efficient"].run, probe).startswith("RuntimeError: No viable backend")
+    assert _error_of(BACKENDS["fa3"].run, probe) == "ModuleNotFoundError: No module named 'flash_attn_interface'"
     assert current_flash_attention_impl() is None
     assert choose_attention("auto", "cpu", torch.float32).run is sdpa
-    torch.testing.assert_close(sdpa(like, like, like), like)
+    torch.testing.assert_close(sdpa(probe, probe, probe), probe)
 
 
 @pytest.mark.parametrize("name", ["flash", "math"])

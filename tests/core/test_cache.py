@@ -1,4 +1,4 @@
-"""Leaving out blocks: exact when nothing may change, less work when something may, and every video for itself."""
+"""Skipping blocks: exact when nothing may change, less work when something may, and every video for itself."""
 
 import gc
 
@@ -8,9 +8,9 @@ import torch
 from mochi_core import BlockCache, VideoSize, euler, guidance_schedule, linear_quadratic_schedule, sample
 from mochi_core.__main__ import main
 from mochi_core.pipeline import initial_noise
-from mochi_core.sampling.block_cache import LARGEST_FITTED, METHODS, Memory, output_change
+from mochi_core.sampling.block_cache import LARGEST_FITTED, METHODS, CacheState, output_change
 from mochi_core.sampling.sample import prepared_velocity
-from mochi_core.transformer.offload import streamed
+from mochi_core.transformer.offload import stream_blocks
 from tests.harness import trained
 
 LOOSE = {"teacache": 0.09, "first_block": 0.05}
@@ -56,7 +56,7 @@ def test_threshold_0_changes_nothing(dit, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_loose_threshold_leaves_out_the_blocks_that_it_reports(dit, block_calls, method):
+def test_a_loose_threshold_skips_the_blocks_that_it_reports(dit, block_calls, method):
     cond, uncond = prompts(dit, 6, 3), prompts(dit, 0)
     exact = sample(dit, NOISE, SIGMAS, cond, uncond)
     assert block_calls == [4 * STEPS] * dit.config.depth
@@ -94,11 +94,11 @@ def test_one_prompt_serves_a_batch(dit, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_first_and_last_step_and_those_outside_of_the_share_are_computed(dit, method):
+def test_first_and_last_step_and_those_outside_of_the_range_are_computed(dit, method):
     computed = []
 
-    def recorded(**share):
-        cache = BlockCache(method, 1e6, **share)
+    def recorded(**step_range):
+        cache = BlockCache(method, 1e6, **step_range)
         velocity = prepared_velocity(dit, NOISE[:1], SIGMAS, prompts(dit, 6), cache=cache)
 
         def record(latents, step):
@@ -124,10 +124,10 @@ def test_a_run_leaves_nothing_behind(dit):
     hits = cache.hits
     assert torch.equal(sample(dit, NOISE[:1], SIGMAS, cond, uncond, cache=cache), first)
     assert cache.hits == 2 * hits
-    assert not [found for found in gc.get_objects() if type(found) is Memory]
+    assert not [found for found in gc.get_objects() if type(found) is CacheState]
 
 
-def test_a_branch_that_was_not_asked_for_compares_with_its_own_last_step(dit):
+def test_a_condition_that_was_not_asked_for_compares_with_its_own_last_step(dit):
     cond, uncond = prompts(dit, 6), prompts(dit, 0)
     scales = guidance_schedule(STEPS, 4.5, start=0.25, end=0.75)
     cache = BlockCache("teacache", 0)
@@ -136,10 +136,10 @@ def test_a_branch_that_was_not_asked_for_compares_with_its_own_last_step(dit):
     assert cache.forwards == STEPS + 12
 
 
-def test_blocks_that_stay_away_need_not_visit_in_turn(dit):
+def test_streamed_blocks_may_be_skipped(dit):
     arguments = dit, NOISE[:1], SIGMAS, prompts(dit, 6), prompts(dit, 0)
     here = sample(*arguments, cache=BlockCache("first_block", 0.03))
-    with streamed(dit, "cpu"):
+    with stream_blocks(dit, "cpu"):
         assert torch.equal(sample(*arguments, cache=BlockCache("first_block", 0.03)), here)
 
 

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from mochi_core import load_lora, load_transformer, sample
 from mochi_core.sampling.block_cache import BlockCache
-from mochi_core.transformer.offload import resident, streamed
+from mochi_core.transformer.offload import offload_modulation, stream_blocks
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.random_inputs import NOISE, SIGMAS, inputs, prompt
 from tests.harness.tiny_models import random_dit
@@ -90,8 +90,8 @@ def test_loras_come_and_go_and_change_their_strength(lora):
     assert torch.allclose(run(dit), bare)
 
 
-@pytest.mark.parametrize("visit", [resident, streamed])
-def test_weights_may_visit_the_device(visit):
+@pytest.mark.parametrize("offload", [offload_modulation, stream_blocks])
+def test_weights_may_be_offloaded(offload):
     backend = Recorder()
     dit = compiled(random_dit(), backend)
     home, seen = {id(p): p.data_ptr() for p in dit.parameters()}, []
@@ -101,7 +101,7 @@ def test_weights_may_visit_the_device(visit):
 
     expected = run(dit)
     graphs = backend.graphs
-    with visit(dit, "cpu"):
+    with offload(dit, "cpu"):
         dit.blocks[1].register_forward_pre_hook(count)
         torch.testing.assert_close(run(dit), expected)
     assert backend.graphs == graphs

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from mochi_core import AsymmDiT, sdpa
-from mochi_core.transformer.layers import by_rows
+from mochi_core import AsymmDiT, load_lora, load_transformer, sdpa
+from mochi_core.transformer.layers import apply_chunked
 from mochi_core.transformer.model import crop_to_valid
 from mochi_core.transformer.rope import Rope
+from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.random_inputs import inputs
 from tests.harness.tiny_models import DIT, random_dit
 
@@ -99,28 +101,28 @@ def test_attention_is_passed_down_the_call(dit):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_rows_at_a_time_change_nothing(batch, dtype):
+def test_tokens_in_chunks_change_nothing(batch, dtype):
     feed_forward, x = random_dit(dtype=dtype).blocks[0].mlp_x, torch.randn(batch, 20, DIT.hidden_size_x, dtype=dtype)
     lengths = []
 
-    def recording(rows):
-        lengths.append(rows.shape[1])
-        return feed_forward(rows)
+    def recording(tokens):
+        lengths.append(tokens.shape[1])
+        return feed_forward(tokens)
 
-    torch.testing.assert_close(by_rows(recording, x, rows=7), feed_forward(x), **TOLERANCE)
+    torch.testing.assert_close(apply_chunked(recording, x, tokens=7), feed_forward(x), **TOLERANCE)
     assert lengths == {1: [7, 7, 6], 3: [2] * 10}[batch]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_row_of_a_large_latent_is_what_it_is_in_a_small_one(dtype):
-    """Without attention tokens do not meet, so every frame is what it would be alone, however the rows are cut."""
+def test_a_token_of_a_large_latent_is_what_it_is_in_a_small_one(dtype):
+    """Without attention tokens do not meet, so every frame is what it would be alone, however the tokens are cut."""
     dit, (latents, sigma, embeds, mask) = random_dit(dtype=dtype), inputs([4], (3, 60, 106))
     text, latents = dit.prepare_text(embeds.to(dtype), mask), latents.to(dtype)
     modulation, rope = dit.modulation(sigma, text.pooled), dit.rope(latents.shape, latents.device)
 
     def velocity(frames):
-        turns = Rope(rope.frames[frames], rope.places)
-        return dit.denoise(latents[:, :, frames], text, modulation, turns, attention=lambda q, k, v: q + k + v)
+        part = Rope(rope.frames[frames], rope.spatial)
+        return dit.denoise(latents[:, :, frames], text, modulation, part, attention=lambda q, k, v: q + k + v)
 
     together = velocity(slice(3))
     for i in range(3):
@@ -154,6 +156,44 @@ def test_bf16_model_keeps_positions_and_qk_norms_in_float32():
     dit = AsymmDiT(DIT, dtype=torch.bfloat16, device="meta")
     kept = {name.split(".")[-2:][0] for name, p in dit.named_parameters() if p.dtype == torch.float32}
     assert kept == {"pos_frequencies", "q_norm_x", "k_norm_x", "q_norm_y", "k_norm_y"}
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8", "fp8_rowwise", "int8", "q4_0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_converted_model_is_one_loaded_in_that_dtype(tmp_path, dtype, quantize):
+    path, arguments = tmp_path / "dit.safetensors", inputs([6, 2])
+    save_file(random_dit().state_dict(), path)
+    loaded = load_transformer(path, dtype, quantize=quantize)
+    converted = load_transformer(path, torch.float64, quantize=quantize).to(dtype)
+    assert loaded.dtype == converted.dtype == dtype
+    expected = loaded.state_dict()
+    for name, tensor in converted.state_dict().items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor.float(), expected[name].float()), name
+    assert torch.equal(converted(*arguments), loaded(*arguments))
+
+
+def test_half_and_float_convert_loras_too(tmp_path):
+    dit, exact = random_dit(), random_dit()
+    adapter = write_adapter(tmp_path / "a.safetensors", random_adapter(dit.state_dict(), dora=True), "comfyui")
+    for model in (dit, exact):
+        load_lora(model, adapter)
+    expected = exact(*inputs([6]))
+    assert dit.half().dtype == torch.float16
+    assert (dit(*inputs([6])) - expected).norm() < 0.01 * expected.norm()
+    assert dit.float().dtype == torch.float32
+    assert {p.dtype for p in dit.parameters()} == {torch.float32}
+    assert (dit(*inputs([6])) - expected).norm() < 0.01 * expected.norm()
+
+
+def test_positions_and_norms_are_not_rounded_but_move():
+    dit = random_dit()
+    exact = {name: p.clone() for name, p in dit.named_parameters() if "norm" in name or name == "pos_frequencies"}
+    dit.to(torch.bfloat16)
+    assert len(exact) == 1 + 4 * DIT.depth
+    for name, tensor in exact.items():
+        assert torch.equal(dit.get_parameter(name), tensor), name
+    assert {p.device.type for p in dit.to("meta", torch.float16).parameters()} == {"meta"}
 
 
 def test_crop_to_valid():

@@ -112,7 +112,7 @@ def test_feed_forward_in_chunks_equals_one_piece(monkeypatch):
         setattr(feed_forward, name, QuantizedLinear(QUANTIZERS["fp8_rowwise"](weight / 8)))
     x = gaussian(50, 64, seed=1)[None]
     whole = feed_forward(x)
-    monkeypatch.setattr("mochi_core.transformer.layers.FEED_FORWARD_ROWS", 16)
+    monkeypatch.setattr("mochi_core.transformer.layers.FEED_FORWARD_TOKEN_CHUNK", 16)
     torch.testing.assert_close(feed_forward(x), whole, **ROUNDING)
 
 

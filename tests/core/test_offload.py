@@ -1,4 +1,4 @@
-"""A denoiser whose weights visit the device, all together or block by block, computes the same, and is left as it was."""
+"""An offloaded denoiser, with its weights on the device together or block by block, computes the same and is left as it was."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from mochi_core import AsymmDiT, load_lora, load_transformer, sample
 from mochi_core.transformer.block import BlockContext
-from mochi_core.transformer.offload import resident, streamed
+from mochi_core.transformer.offload import offload_modulation, stream_blocks
 from mochi_core.transformer.rope import Rope
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.memory import in_a_process, needs_proc
@@ -14,7 +14,7 @@ from tests.harness.random_inputs import NOISE, SIGMAS, prompt
 from tests.harness.tiny_models import random_dit
 
 CONDITIONS = prompt(6), prompt(2, seed=1)
-visits = pytest.mark.parametrize("visit", [resident, streamed])
+ways = pytest.mark.parametrize("offload", [offload_modulation, stream_blocks])
 
 
 @pytest.fixture
@@ -31,10 +31,10 @@ def hooks(dit):
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in dit.modules())
 
 
-@visits
+@ways
 @pytest.mark.parametrize("quantize", [None, "fp8", "fp8_rowwise", "int8", "q4_0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_result_with_loras_and_quantised_weights(dit, tmp_path, dtype, quantize, visit):
+def test_same_result_with_loras_and_quantised_weights(dit, tmp_path, dtype, quantize, offload):
     save_file(dit.state_dict(), tmp_path / "dit.safetensors")
     dit = load_transformer(tmp_path / "dit.safetensors", dtype, quantize=quantize)
     for i, dora in enumerate((False, True)):
@@ -42,7 +42,7 @@ def test_same_result_with_loras_and_quantised_weights(dit, tmp_path, dtype, quan
         load_lora(dit, write_adapter(tmp_path / f"{i}.safetensors", adapter, "comfyui"), 0.5)
     before, hooked = addresses(dit), hooks(dit)
     expected = sample(dit, NOISE, SIGMAS, *CONDITIONS)
-    with visit(dit, "cpu"):
+    with offload(dit, "cpu"):
         assert torch.equal(sample(dit, NOISE, SIGMAS, *CONDITIONS), expected)
     assert addresses(dit) == before
     assert hooks(dit) == hooked
@@ -58,7 +58,7 @@ def test_only_the_block_at_work_is_away_from_home(dit):
         assert {name for name in home if not name.startswith("blocks.")} < names
 
     watched = [dit.blocks[i].attn.qkv_x.register_forward_hook(away) for i in range(3)]
-    with streamed(dit, "cpu"):
+    with stream_blocks(dit, "cpu"):
         sample(dit, NOISE, SIGMAS, *CONDITIONS)
     parts = [{f"blocks.{i}.{part}" for part in ("attn", "mlp_x", "mlp_y")} for i in range(3)]
     parts[2].remove("blocks.2.mlp_y")
@@ -80,7 +80,7 @@ def test_only_a_modulator_at_work_is_away_from_home_and_all_else_always(dit, tmp
         seen.append({".".join(name.split(".")[:3]) for name in names & modulators})
 
     layers = [f"blocks.{i}.{layer}" for i in range(3) for layer in ("mod_x", "mod_y", "mlp_x")]
-    with resident(dit, "cpu"):
+    with offload_modulation(dit, "cpu"):
         for name in layers:
             dit.get_submodule(name).register_forward_pre_hook(away)
         sample(dit, NOISE, SIGMAS, *CONDITIONS)
@@ -88,12 +88,12 @@ def test_only_a_modulator_at_work_is_away_from_home_and_all_else_always(dit, tmp
     assert seen == 2 * one_condition + 2 * 3 * 5 * [set()]
 
 
-FULL_SIZE = [(resident, 1, 14.8e9), (streamed, 2, 0.81e9)]
+FULL_SIZE = [(offload_modulation, 1, 14.8e9), (stream_blocks, 2, 0.81e9)]
 
 
-@pytest.mark.parametrize(("visit", "blocks_at_a_time", "limit"), FULL_SIZE)
-def test_bytes_of_the_released_model_on_the_device(visit, blocks_at_a_time, limit):
-    """While a block is at work; of streamed ones, a second is on its way, and nothing else, as the test of memory below shows."""
+@pytest.mark.parametrize(("offload", "blocks_at_a_time", "limit"), FULL_SIZE)
+def test_bytes_of_the_released_model_on_the_device(offload, blocks_at_a_time, limit):
+    """While a block is at work; with `stream_blocks` a second one is being copied, and no more, as the test of memory shows."""
     dit = AsymmDiT(device="meta", dtype=torch.bfloat16).requires_grad_(False)
     home, found = {p.untyped_storage()._cdata for p in dit.parameters()}, []  # tensors without data have no addresses
 
@@ -106,17 +106,17 @@ def test_bytes_of_the_released_model_on_the_device(visit, blocks_at_a_time, limi
     context = BlockContext((1,), rope, torch.nn.functional.scaled_dot_product_attention)
     shapes = (1, 1, 3072), (1, 1, 1536), (1, 3072)
     x, y, pooled = (torch.empty(*shape, device="meta", dtype=dit.dtype) for shape in shapes)
-    with visit(dit, "meta"):
+    with offload(dit, "meta"):
         modulation = dit.modulation(torch.empty(1, device="meta"), pooled)
         dit.blocks[0].attn.register_forward_hook(count)
         dit.blocks[0](x, y, modulation.blocks[0], context)
     assert 0.98 * limit < found[0] < limit
 
 
-@visits
+@ways
 @pytest.mark.parametrize("step", [0, 3])
 @pytest.mark.parametrize("place", ["blocks.1.attn", "blocks.0.mod_x", "blocks.2.mlp_x.w1", "final_layer"])
-def test_a_failure_leaves_the_denoiser_as_it_was(dit, place, step, visit):
+def test_a_failure_leaves_the_denoiser_as_it_was(dit, place, step, offload):
     home, expected, calls = addresses(dit), sample(dit, NOISE, SIGMAS, *CONDITIONS), []
 
     def fail(*_):
@@ -125,7 +125,7 @@ def test_a_failure_leaves_the_denoiser_as_it_was(dit, place, step, visit):
             raise KeyboardInterrupt
 
     hook = dit.get_submodule(place).register_forward_hook(fail)
-    with pytest.raises(KeyboardInterrupt), visit(dit, "cpu"):
+    with pytest.raises(KeyboardInterrupt), offload(dit, "cpu"):
         sample(dit, NOISE, SIGMAS, *CONDITIONS)
     hook.remove()
     assert addresses(dit) == home
@@ -133,11 +133,11 @@ def test_a_failure_leaves_the_denoiser_as_it_was(dit, place, step, visit):
     assert torch.equal(sample(dit, NOISE, SIGMAS, *CONDITIONS), expected)
 
 
-@visits
-def test_cancelling_leaves_the_denoiser_as_it_was(dit, visit):
+@ways
+def test_cancelling_leaves_the_denoiser_as_it_was(dit, offload):
     home, stop = addresses(dit), lambda step, _: step == 1
     expected = sample(dit, NOISE, SIGMAS, *CONDITIONS, on_step=stop)
-    with visit(dit, "cpu"):
+    with offload(dit, "cpu"):
         assert torch.equal(sample(dit, NOISE, SIGMAS, *CONDITIONS, on_step=stop), expected)
     assert addresses(dit) == home
 
@@ -147,13 +147,13 @@ def test_blocks_may_be_called_in_any_order(dit):
     text = dit.prepare_text(*CONDITIONS[0])
     modulation, rope = dit.modulation(sigma, text.pooled), dit.rope(latents.shape, latents.device)
 
-    def reversed_blocks(_, index, x, y, __, context):
-        block, (mod_x, mod_y) = dit.blocks[1 - index if index < 2 else 2], modulation.blocks[index]
-        return block(x, y, (mod_x, mod_y), context)
+    def reversed_blocks(call):
+        block = dit.blocks[1 - call.index if call.index < 2 else 2]
+        return block(call.x, call.y, call.modulation, call.context)
 
     expected = dit.denoise(latents, text, modulation, rope, run_block=reversed_blocks)
     assert not torch.equal(expected, dit.denoise(latents, text, modulation, rope))
-    with streamed(dit, "cpu"):
+    with stream_blocks(dit, "cpu"):
         assert torch.equal(dit.denoise(latents, text, modulation, rope, run_block=reversed_blocks), expected)
 
 
@@ -162,7 +162,7 @@ def test_two_blocks_take_memory_and_no_more():
     code = """
 import torch
 from mochi_core import AsymmDiT, AsymmDiTConfig, linear_quadratic_schedule, sample
-from mochi_core.transformer.offload import streamed
+from mochi_core.transformer.offload import stream_blocks
 config = AsymmDiTConfig(
     depth=6, hidden_size_x=768, hidden_size_y=384, num_heads=6, text_width=64, mlp_size_x=4096, mlp_size_y=1024)
 dit = AsymmDiT(config).requires_grad_(False)
@@ -171,7 +171,7 @@ condition = torch.zeros(1, 4, 64), torch.ones(1, 4, dtype=torch.bool)
 def run():
     sample(dit, torch.zeros(1, 12, 1, 4, 4), linear_quadratic_schedule(3), condition, condition)
 def run_streamed():
-    with streamed(dit, "cpu"):
+    with stream_blocks(dit, "cpu"):
         run()
 run()
 _, plain, _ = peak_of(run)

@@ -26,10 +26,10 @@ def test_angles_are_exact_on_the_real_grid_in_any_module_dtype(dtype):
     dit.pos_frequencies.data.copy_(frequencies)
     rope = dit.rope((1, 12, 28, 60, 106), torch.device("cpu"))
     angles, seen = reference_angles(frequencies, 28, 30, 53), []
-    for tokens, turns in rope.pieces(5000):
-        assert turns.dtype == torch.float32
-        assert (turns[..., 0] - angles[tokens].cos()).abs().max() < 1e-6
-        assert (turns[..., 1] - angles[tokens].sin()).abs().max() < 1e-6
+    for tokens, freqs in rope.chunks(5000):
+        assert freqs.dtype == torch.float32
+        assert (freqs[..., 0] - angles[tokens].cos()).abs().max() < 1e-6
+        assert (freqs[..., 1] - angles[tokens].sin()).abs().max() < 1e-6
         seen.append((tokens.start, tokens.stop))
     frame = 30 * 53
     assert seen == [(i * frame, min(i + 3, 28) * frame) for i in range(0, 28, 3)]
