@@ -1,5 +1,6 @@
 """Fixtures: where ComfyUI is, and one real server with tiny models for the tests that want one."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,15 @@ def comfy_path():
     path = os.environ.get("COMFYUI_PATH")
     assert path, "COMFYUI_PATH is not set; run the tests with `python dev.py test`"
     return Path(path)
+
+
+@pytest.fixture
+def float32_products():
+    """On a CPU without bf16 units, products of bf16 numbers are computed in float32; elsewhere they are the native ones."""
+    from tests.harness import products
+
+    with contextlib.nullcontext() if products.are_native() else products.Float32Products():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -124,6 +124,7 @@ def test_denoiser_stays_near_the_plain_one(lengths):
         assert 0.005 < relative_error(load(dit, dtype)(*inputs(lengths)), plain) < 0.08
 
 
+@pytest.mark.usefixtures("float32_products")
 def test_full_width_stays_near_bf16():
     dit = random_dit(AsymmDiTConfig(depth=1), dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(1)

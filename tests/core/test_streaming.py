@@ -118,6 +118,7 @@ def test_real_channel_counts(half):
         assert relative(run(getattr(vae, half), x, Plan(CPU, CPU, working_set))[0], expected) <= 1e-12
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("half", ["decoder", "encoder"])
 def test_float32_and_bfloat16(half):
     x = (latents(*LATENT) if half == "decoder" else pixels(*PIXELS)).float()

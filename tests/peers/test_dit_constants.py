@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 import torch
-from tests.peers.builders import comfy_class, diffusers_dit
 
 from mochi_core import AsymmDiTConfig
 from mochi_core.transformer import block, layers, rope
+from tests.harness.peers import comfy_class, diffusers_dit
 from tests.harness.tiny_models import DIT, random_dit
 
 

@@ -109,6 +109,7 @@ def default_initialised_dit():
     return dit.requires_grad_(False).eval()
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("sharpness", [1, 2, 3])
 def test_bf16_error_on_the_real_grid_is_the_smallest(comfyui, sharpness):  # noqa: ARG001
     """Errors of bf16 models against one float32 model; sharper q/k norms make attention less forgiving."""

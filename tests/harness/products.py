@@ -1,0 +1,42 @@
+"""Products of bf16 numbers on CPUs without bf16 units, where PyTorch's own take ten to a hundred times as long as float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# Each adds up in float32 and rounds once, natively too. Attention is missing: its native kernel is as fast as in float32.
+PRODUCTS = {F.linear, F.conv2d, F.conv3d, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__}
+
+
+def are_native() -> bool:
+    """Whether this CPU has units for products of bf16 numbers."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class Float32Products(TorchFunctionMode):
+    """Context manager: products of bf16 and fp16 tensors on a CPU are computed in float32 and rounded at the end.
+
+    The results are the same numbers up to the order of sums: operands are exact in float32, and native products also add up
+    in float32.
+    """
+
+    def __torch_function__(self, function: Callable, _: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        first = args[0] if args else None
+        if function not in PRODUCTS or not is_half(first):
+            return function(*args, **kwargs or {})
+        upcast = {name: float32(value) for name, value in (kwargs or {}).items()}
+        return function(*map(float32, args), **upcast).to(first.dtype)
+
+
+def is_half(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) and value.device.type == "cpu"
+
+
+def float32(value: Any) -> Any:
+    return value.float() if is_half(value) else value
