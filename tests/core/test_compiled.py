@@ -11,7 +11,7 @@ from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.random_inputs import NOISE, SIGMAS, inputs, prompt
 from tests.harness.tiny_models import random_dit
 
-pytestmark = pytest.mark.usefixtures("new_compiler")
+pytestmark = [pytest.mark.usefixtures("new_compiler"), pytest.mark.slow]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
 

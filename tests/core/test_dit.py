@@ -130,6 +130,7 @@ def test_a_token_of_a_large_latent_is_what_it_is_in_a_small_one(dtype):
         torch.testing.assert_close(together[:, :, frame], velocity(frame), **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("new_compiler")
 @pytest.mark.parametrize("lengths", [(4,), (16, 5, 0)])
 def test_a_compiled_block_equals_the_plain_one(lengths):

@@ -124,6 +124,7 @@ def test_denoiser_stays_near_the_plain_one(lengths):
         assert 0.005 < relative_error(load(dit, dtype)(*inputs(lengths)), plain) < 0.08
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float32_products")
 def test_full_width_stays_near_bf16():
     dit = random_dit(AsymmDiTConfig(depth=1), dtype=torch.bfloat16)
@@ -134,6 +135,7 @@ def test_full_width_stays_near_bf16():
     assert 0.005 < relative_error(loaded(*arguments), plain) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("new_compiler")
 def test_compiled_whole_equals_plain():
     plain, compiled = load(random_dit()), load(random_dit())
@@ -144,6 +146,7 @@ def test_compiled_whole_equals_plain():
     assert relative_error(compiled(*arguments), plain(*arguments)) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("new_compiler")
 def test_lengths_of_prompts_do_not_compile_anew():
     graphs, dit = [], load(random_dit())

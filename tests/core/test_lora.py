@@ -199,6 +199,7 @@ def test_whole_schedules_and_empty_prompts(dit, tmp_path):
         torch.testing.assert_close(pair, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("new_compiler")
 def test_compiled(dit, tmp_path):
     path = write_adapter(tmp_path / "a.safetensors", random_adapter(own_names(dit), dora=True), "comfyui")

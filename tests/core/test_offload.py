@@ -157,6 +157,7 @@ def test_blocks_may_be_called_in_any_order(dit):
         assert torch.equal(dit.denoise(latents, text, modulation, rope, run_block=reversed_blocks), expected)
 
 
+@pytest.mark.slow
 @needs_proc
 def test_two_blocks_take_memory_and_no_more():
     code = """

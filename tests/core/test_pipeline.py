@@ -163,6 +163,7 @@ def models(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("new_compiler")
 @pytest.mark.parametrize("how", [["--offload"], ["--offload", "stream"], ["--compile", "--offload", "stream"]])
 def test_command_line_generate(models, tokenizer, tmp_path, capsys, how):
@@ -239,6 +240,7 @@ def test_a_video_that_fails_leaves_what_was_there(tmp_path):
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"an earlier video"]
 
 
+@pytest.mark.slow
 def test_command_line_loras(models, tokenizer, tmp_path, capsys):
     files = [str(part) for pair in models.items() for part in pair]
     size = ["--height", "32", "--width", "48", "--frames", "7", "--steps", "3", "--dtype", "fp32"]

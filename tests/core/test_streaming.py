@@ -109,6 +109,7 @@ def test_plans_really_differ(vae):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", ["decoder", "encoder"])
 def test_real_channel_counts(half):
     vae = random_vae(REAL_WIDTHS, dtype=torch.float64)
@@ -118,6 +119,7 @@ def test_real_channel_counts(half):
         assert relative(run(getattr(vae, half), x, Plan(CPU, CPU, working_set))[0], expected) <= 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("half", ["decoder", "encoder"])
 def test_float32_and_bfloat16(half):
@@ -265,6 +267,7 @@ assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
 def test_real_lack_of_memory():
     """A plan for 16 GiB ends well with 400 MiB, and in a sentence with 2."""

@@ -168,6 +168,7 @@ def test_a_state_of_other_ranks_or_none_at_all_is_refused(tmp_path, accelerator)
         run(config(tmp_path), accelerator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_full_training_learns_and_its_file_loads(tmp_path, accelerator, dtype):
     settings = config(tmp_path, steps=60, dtype=dtype)
@@ -241,6 +242,7 @@ def test_accumulated_batches_count_as_one(tmp_path, accelerator):
         torch.testing.assert_close(parameter.grad / 3, together[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batches(tmp_path, accelerator):
     alone = config(tmp_path, gradient_accumulation=2)
     expected = run(alone, accelerator).parameters

@@ -96,6 +96,7 @@ def test_the_sections_are_values_too():
     assert parse(LoraKeys, {}).model_dump() == {**defaults, "out_proj_lora_rank": 16, "out_proj_lora_alpha": 16.0}
 
 
+@pytest.mark.slow
 def test_without_accelerate_there_is_a_command_to_get_it(written):
     code = f"""
 import sys

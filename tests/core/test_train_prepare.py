@@ -108,6 +108,7 @@ def test_clips_hold_what_the_encoders_give(videos, models):
     assert torch.equal(clip["embeds"], embeds[mask])
 
 
+@pytest.mark.slow
 def test_only_what_is_new_or_has_changed_is_made(videos, models, capsys):
     def made():
         before = {path.name: path.stat().st_mtime_ns for path in clips.glob("*")}
@@ -161,6 +162,7 @@ def test_folders_and_sizes_that_will_not_do(videos, models, tmp_path, capsys):
     assert "large is no width and height, such as 848x480." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_from_videos_to_a_lora_in_a_shell(videos, models, tmp_path):
     """All of it: prepare, train, stop with Ctrl+C, go on, look at samples, use the LoRA."""
     sample = {name: models[name] for name in ("vae", "t5", "tokenizer")}
