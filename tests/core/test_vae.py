@@ -1,9 +1,12 @@
 """AsymmVAE: streaming equals one pass, the past never sees the future, float32 pixels stay float32."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from mochi_core import AsymmVAE, AsymmVAEConfig
 from mochi_core.autoencoder.encoder import fourier_features
@@ -90,6 +93,32 @@ def test_a_converted_model_works_as_one_made_in_that_dtype(dtype):
     again = converted.float().decode(z)
     assert again.dtype == torch.float32
     torch.testing.assert_close(again, decoded.float(), rtol=0.05, atol=0.05)
+
+
+def test_a_host_may_store_weights_in_one_dtype_and_compute_in_another():
+    class Linear(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight.to(x), None if self.bias is None else self.bias.to(x))
+
+    class Conv3d(nn.Conv3d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight.to(x), self.bias.to(x))
+
+    class GroupNorm(nn.GroupNorm):
+        def forward(self, x):
+            return F.group_norm(x, self.num_groups, self.weight.to(x), self.bias.to(x), self.eps)
+
+    class ComputesInFloat32(AsymmVAE):
+        dtype = torch.float32
+
+    ops = SimpleNamespace(Linear=Linear, Conv3d=Conv3d, GroupNorm=GroupNorm)
+    stored, expected = ComputesInFloat32(VAE, ops=ops, dtype=torch.bfloat16), random_vae()
+    stored.load_state_dict(expected.state_dict())
+    expected.load_state_dict(stored.state_dict())
+    assert stored.encoder.output_proj.weight.dtype == torch.bfloat16
+    z, video = latents(2, 2, 2).float(), pixels(7, 16, 16).float()
+    torch.testing.assert_close(stored.decode(z, memory_limit=1), expected.decode(z))
+    torch.testing.assert_close(stored.encode(video, memory_limit=1).mean, expected.encode(video).mean)
 
 
 def test_fourier_features_of_a_bf16_model_are_computed_in_float32():

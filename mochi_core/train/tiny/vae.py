@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,10 +47,10 @@ def new_vae() -> AsymmVAE:
     decoder: Any = vae.decoder
     for module in vae.modules():
         if isinstance(module, ResBlock):
-            nn.init.zeros_(cast(nn.Conv3d, module.stack[-1]).weight)
+            nn.init.zeros_(module.norms_and_convs()[-1].weight)
     stages = [stage for stage in encoder.layers if isinstance(stage, EncoderStage)]
     straight = [
-        *(stage.layers[0] for stage in stages),
+        *(stage.down for stage in stages),
         decoder.blocks[0][0],
         *(stage.proj for stage in decoder.blocks[1:-1]),
     ]
