@@ -33,11 +33,12 @@ async def register() -> None:
 
 def replacement(old: str, rule: ReplacementRule) -> io.NodeReplace:
     (part,) = rule.parts
+    mappings: Any = [mapping(new, old) for new, old in part.carry.items()]  # the host's hint has no dict
     return io.NodeReplace(
         new_node_id=part.node,
         old_node_id=old,
         old_widget_ids=list(rule.widgets),
-        input_mapping=[mapping(new, old) for new, old in part.carry.items()],
+        input_mapping=mappings,
         output_mapping=[{"new_idx": 0, "old_idx": 0}],
     )
 
@@ -53,7 +54,7 @@ def on_prompt(request: Any) -> Any:
     if not is_prompt(prompt):
         return request
     try:
-        migration = migrate_prompt(prompt, runs=host.NODE_CLASS_MAPPINGS)
+        migration = migrate_prompt(prompt, runs=host.NODE_CLASS_MAPPINGS)  # pyright: ignore[reportAttributeAccessIssue] - a type checker takes our folder for it
     except ValueError:  # nothing of the wrapper's in it
         return request
     for note in migration.notes:

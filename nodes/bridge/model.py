@@ -14,10 +14,12 @@ import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
 import torch
+from torch import nn
 
 from ...mochi_core import AsymmDiT, AsymmDiTConfig
 from ...mochi_core.checkpoints import Checkpoint, LazyStateDict, check_fit, empty_transformer, is_large, quantize_large
 from ...mochi_core.dtypes import dtype_name
+from ...mochi_core.ops import Ops
 from ...mochi_core.transformer.block import BlockCall, RunBlock, run_block
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
@@ -32,7 +34,7 @@ COMPUTE_DTYPES = [torch.bfloat16, torch.float32]
 class HostAsymmDiT(AsymmDiT):
     """The denoiser under the host's calling convention."""
 
-    def __init__(self, config: AsymmDiTConfig, dtype=None, device=None, operations=None, **_: Any) -> None:
+    def __init__(self, config: AsymmDiTConfig, dtype=None, device=None, operations: Ops = nn, **_: Any) -> None:
         super().__init__(config, ops=operations, device=device, dtype=dtype)
         self._host_dtype = dtype or torch.get_default_dtype()
         if self._host_dtype.itemsize == 1:
@@ -61,8 +63,8 @@ class HostAsymmDiT(AsymmDiT):
         def run(x, timestep, context, attention_mask=None, transformer_options=None):
             """The forward itself, inside the wrappers of other nodes, which may have changed what was prepared for."""
             inputs = x, timestep, context, attention_mask
-            unchanged = conditioning is not None and all(map(operator.is_, inputs, given))
-            ready = conditioning if unchanged else conditioning_of(self, *inputs)
+            unchanged = all(map(operator.is_, inputs, given))
+            ready = conditioning if conditioning is not None and unchanged else conditioning_of(self, *inputs)
             return self._forward(x, ready, options if transformer_options is None else transformer_options)
 
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
@@ -107,8 +109,9 @@ class HostMochi(comfy.model_base.GenmoMochi):
     """The host's Mochi with our denoiser; the base class is what LoRA loaders and merges know it by."""
 
     def __init__(self, model_config, device=None) -> None:
+        network: Any = HostAsymmDiT  # the host's hint names the first of its many networks
         comfy.model_base.BaseModel.__init__(
-            self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostAsymmDiT
+            self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=network
         )
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
@@ -155,7 +158,8 @@ def load_model(
     check_fit(dict(module.named_parameters()), checkpoint)
     patcher = _build(module.config, checkpoint, dtype, disable_dynamic)
     attending = set_attention(patcher, attention, patcher.model.get_dtype_inference(), module.config.head_dim)
-    _load_weights(patcher.model.diffusion_model, checkpoint.tensors, module, assign=patcher.is_dynamic())
+    network: Any = patcher.model.diffusion_model
+    _load_weights(network, checkpoint.tensors, module, assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path, dtype, quantize, attention))
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "mochi_preview", with_previews)
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "mochi_run", with_run)
@@ -175,7 +179,7 @@ def _log_choices(patcher, stored: str, quantize: str | None, dtype: torch.dtype 
 def _build(config: AsymmDiTConfig, checkpoint: Checkpoint, dtype: torch.dtype | None, disable_dynamic: bool):
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     supported = [torch.float16, *COMPUTE_DTYPES] if dtype == torch.float16 else COMPUTE_DTYPES
-    model_config = MochiConfig({"image_model": "mochi_preview", "config": config})
+    model_config: Any = MochiConfig({"image_model": "mochi_preview", "config": config})
     if is_quantized(checkpoint):
         dtype = cast = dtype or mm.unet_manual_cast(None, load_device, supported)
         model_config.quant_config = {"mixed_ops": True}

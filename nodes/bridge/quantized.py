@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import comfy.float
 import comfy.memory_management
@@ -72,7 +73,7 @@ class GGMLLayout(QuantizedLayout):
 class RowwiseLayout(QuantizedLayout):
     """A matrix in float8_e4m3fn with a float32 scale per row; the layout of weights and, while they are multiplied, of inputs."""
 
-    Params = TensorCoreFP8Layout.Params
+    Params = TensorCoreFP8Layout.Params  # pyright: ignore[reportAttributeAccessIssue] - missing where comfy_kitchen is a stub
 
     @classmethod
     def quantize(cls, tensor, stochastic_rounding=0, **_):
@@ -108,7 +109,8 @@ def read_part(path: str, part: str) -> Checkpoint:
     file = open_checkpoint(path)  # a broken file gets our sentence, before the host reads it
     if file.path.suffix.lower() in HOST_SUFFIXES:
         guard = FileChangeGuard(file.path)
-        mapped = from_state_dict(comfy.utils.load_torch_file(str(file.path), safe_load=True))
+        state_dict: Any = comfy.utils.load_torch_file(str(file.path), safe_load=True)
+        mapped = from_state_dict(state_dict)
         guarded = {name: tensor.guarded(guard.check) for name, tensor in mapped.items()}
         file = file.with_tensors(file.tensors | guarded)
     found = select_part(file, part)

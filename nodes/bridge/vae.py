@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from typing import Any
 
 import comfy.memory_management
 import comfy.model_management as mm
@@ -55,7 +56,7 @@ class HostAsymmVAE(AsymmVAE):
 
     def _log_plan(self, latents, limit, reason) -> None:
         self.check_decoder(latents.shape)
-        estimate = decoder_memory_estimate(self.config, *latents.shape[-2:], self.dtype.itemsize)
+        estimate = decoder_memory_estimate(self.config, latents.shape[-2], latents.shape[-1], self.dtype.itemsize)
         plan = estimate.choose_plan(limit, latents.device)
         apart = "" if plan.cache_device == plan.device else ", and caches in main memory"
         needs = f"{estimate.peak_bytes(plan) / GIB:.2f} GiB on {plan.device}{apart}"
@@ -63,6 +64,7 @@ class HostAsymmVAE(AsymmVAE):
 
     def encode(self, pixels, device=None):
         """Float32 pixels in [0, 1], (B, 3, F, H, W) on any device, to the mean of their latents."""
+        device = device or pixels.device
         return super().encode(pixels, free_memory(device), host_progress(), device).mean
 
     def encoder_steps(self, encoder):
@@ -85,7 +87,8 @@ def free_memory(device: torch.device) -> int:
         import comfy_aimdo.model_vbar  # only where the host manages memory dynamically
 
         evictable = comfy_aimdo.model_vbar.vbars_analyze(device.index if device.type == "cuda" else None)
-    return mm.get_free_memory(device) + evictable
+    free: Any = mm.get_free_memory(device)  # a number, as long as nobody asks for two
+    return free + evictable
 
 
 def host_progress():
@@ -134,13 +137,16 @@ class HostVAE(comfy.sd.VAE):
 
     def _decode_bytes(self, shape, _dtype) -> int:
         """Bytes that the fastest plan for latents (B, 12, T, H, W) uses; videos of a batch are decoded one after the other."""
-        module = self.first_stage_model
-        return self._fastest(module.decoder, decoder_memory_estimate(module.config, *shape[-2:], module.dtype.itemsize))
+        module, (height, width) = self.first_stage_model, shape[-2:]
+        return self._fastest(
+            module.decoder, decoder_memory_estimate(module.config, height, width, module.dtype.itemsize)
+        )
 
     def _encode_bytes(self, shape, _dtype) -> int:
         """Bytes that the fastest plan for pixels (B, 3, F, H, W) uses; videos of a batch are encoded one after the other."""
-        module = self.first_stage_model
-        return self._fastest(module.encoder, encoder_memory_estimate(module.config, *shape[-3:], module.dtype.itemsize))
+        module, (frames, height, width) = self.first_stage_model, shape[-3:]
+        estimate = encoder_memory_estimate(module.config, frames, height, width, module.dtype.itemsize)
+        return self._fastest(module.encoder, estimate)
 
     def _fastest(self, half: torch.nn.Module | None, estimate: MemoryEstimate) -> int:
         if half is None:
@@ -186,7 +192,7 @@ def decode_video(vae: comfy.sd.VAE, latents: torch.Tensor, memory_limit: int | N
     if isinstance(vae, HostVAE):
         if memory_limit is not None:
             vae, ask = copy.copy(vae), vae.memory_used_decode
-            vae.memory_used_decode = lambda *shape: min(ask(*shape), memory_limit)
+            vae.memory_used_decode = lambda shape, _dtype: min(ask(shape, _dtype), memory_limit)
         video = vae.decode(latents, vae_options={"memory_limit": memory_limit})
     else:
         video = vae.decode_tiled(latents, **HOST_TILES)

@@ -15,6 +15,7 @@ def operands(dtype, *shapes):
 PRODUCTS = {
     "linear": (F.linear, ((3, 70, 96), (64, 96), (64,))),
     "matmul": (lambda a, b: a @ b, ((2, 9, 96), (96, 33))),
+    "baddbmm": (torch.baddbmm, ((2, 9, 33), (2, 9, 96), (2, 96, 33))),
     "bmm": (torch.bmm, ((2, 9, 96), (2, 96, 33))),
     "conv3d": (F.conv3d, ((1, 8, 4, 6, 6), (16, 8, 3, 3, 3), (16,))),
 }

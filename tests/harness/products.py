@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # Each adds up in float32 and rounds once, natively too. Attention is missing: its native kernel is as fast as in float32.
-PRODUCTS = {F.linear, F.conv2d, F.conv3d, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__}
+PRODUCTS = {F.linear, F.conv2d, F.conv3d, torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__}
 
 
 def are_native() -> bool:
