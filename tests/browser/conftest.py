@@ -10,7 +10,7 @@ def templates_server(comfy_path, tmp_path_factory):
 
     base = tmp_path_factory.mktemp("templates")
     write_files(base)
-    with ComfyServer(comfy_path, base, threads=1) as server:
+    with ComfyServer(comfy_path, base) as server:
         yield server
 
 

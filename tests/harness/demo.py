@@ -34,7 +34,7 @@ def main() -> None:
     serve = parser.parse_args().serve
     trained.install(BASE / "models")
     print("Starting ComfyUI (10 to 60 seconds) ...", flush=True)
-    with ComfyServer(Path(os.environ["COMFYUI_PATH"]), BASE) as server:
+    with ComfyServer(Path(os.environ["COMFYUI_PATH"]), BASE, threads=None) as server:
         if serve:
             keep_open(server)
         else:

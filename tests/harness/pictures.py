@@ -54,7 +54,7 @@ def main() -> None:
         write_files(base)
         _, lora = train_purple(base / "purple")
         (base / "models" / "loras" / "mochi_lora.safetensors").write_bytes(lora.read_bytes())
-        with ComfyServer(comfyui, base, threads=1) as server:
+        with ComfyServer(comfyui, base) as server:
             client = ComfyClient(server.url)
             for name, prompt in PROMPTS.items():
                 frames = template_frames(client, name, prompt)

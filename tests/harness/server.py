@@ -31,9 +31,9 @@ class ComfyServer:
         base: Path,
         arguments: tuple[str, ...] = ("--cpu",),
         packs: tuple[Path, ...] = (),
-        threads: int | None = None,
+        threads: int | None = 1,
     ) -> None:
-        """`threads` for PyTorch; tiny models are fastest with one, and much slower with more than are free."""
+        """`threads` for PyTorch, or None for its own choice; tiny models are fastest with one, and crawl with more than are free."""
         self.comfyui, self.base, self.arguments, self.packs = comfyui, base, arguments, packs
         self.environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         self.log = base / "server.log"
