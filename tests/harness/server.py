@@ -33,7 +33,7 @@ class ComfyServer:
         packs: tuple[Path, ...] = (),
         threads: int | None = 1,
     ) -> None:
-        """`threads` for PyTorch, or None for its own choice; tiny models are fastest with one, and crawl with more than are free."""
+        """`threads` for PyTorch, or None for its own choice; tiny models are fastest with one."""
         self.comfyui, self.base, self.arguments, self.packs = comfyui, base, arguments, packs
         self.environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         self.log = base / "server.log"
