@@ -133,8 +133,13 @@ def migrate(_: argparse.Namespace) -> None:
     raise ValueError("Workflows are converted by the node pack: run `python -m migrate old.json` in its folder.")
 
 
+def command_name() -> str:
+    """The name that this program was started by: the installed command, or the module."""
+    return "mochi" if Path(sys.argv[0]).stem == "mochi" else "python -m mochi_core"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mochi_core", description="Mochi 1 text to video.")
+    parser = argparse.ArgumentParser(prog=command_name(), description="Mochi 1 text to video.")
     commands = parser.add_subparsers(required=True, metavar="generate | decode | inspect | convert")
     _add_generate(commands.add_parser("generate", help="make a video from a prompt"))
     _add_decode(commands.add_parser("decode", help="make a video from latents"))
