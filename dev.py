@@ -219,6 +219,8 @@ def run(command: list[str], remedy: str) -> None:
 
 def run_module(module: str, arguments: list[str], comfyui: Path | None) -> int:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # The tests start ComfyUI many times, and compiling all of its files takes seconds each time.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if comfyui is not None:
         environment["COMFYUI_PATH"] = str(comfyui)
     return subprocess.run([str(PYTHON), "-m", module, *arguments], cwd=ROOT, env=environment, check=False).returncode
