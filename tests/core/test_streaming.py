@@ -120,7 +120,6 @@ def test_real_channel_counts(half):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("half", ["decoder", "encoder"])
 def test_float32_and_bfloat16(half):
     x = (latents(*LATENT) if half == "decoder" else pixels(*PIXELS)).float()
