@@ -59,13 +59,20 @@ def number(value):
 
 
 def sentences():
-    """Patterns of all the longer texts in the code, values left open."""
+    """Patterns of all the longer texts in the code, values left open; `Checkpoint.error` puts the file's name in front."""
     for path in [*(ROOT / "nodes").rglob("*.py"), *(ROOT / "mochi_core").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-            texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
-            if sum(len(text) for text in texts if isinstance(text, str)) >= FIXED_LETTERS:
-                yield re.compile("".join(re.escape(text) if isinstance(text, str) else ".*" for text in texts))
+            yield from pattern(node)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "error":
+                yield from pattern(node.args[0], before=r".+ ")
+
+
+def pattern(node, before=""):
+    """A pattern of the text that a node of the syntax tree is, if it is one that can be told from others."""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+    if sum(len(text) for text in texts if isinstance(text, str)) >= FIXED_LETTERS:
+        yield re.compile(before + "".join(re.escape(text) if isinstance(text, str) else ".*" for text in texts))
 
 
 @pytest.fixture
