@@ -37,6 +37,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 GENERATED = ("templates", "locales", "pictures")
 # What --fast runs, where no tests are named: everything that needs neither ComfyUI nor seconds.
 FAST_TESTS = ("tests/core", "tests/static")
+# Processes that share all the tests, each with a ComfyUI server of its own: a core each, and about 4 GB of memory.
+TEST_PROCESSES = min(4, os.cpu_count() or 1)
 
 
 class SetupError(Exception):
@@ -73,7 +75,7 @@ def test(arguments: list[str]) -> int:
     paths = [argument for argument in arguments if argument.startswith("tests")]
     if not paths or any("browser" in path for path in paths):
         find_browser()
-    return run_module("pytest", arguments, comfyui)
+    return run_module("pytest", [*in_processes(arguments), *arguments], comfyui)
 
 
 def test_fast(arguments: list[str]) -> int:
@@ -83,7 +85,15 @@ def test_fast(arguments: list[str]) -> int:
         install([*TORCH, *requirements(group)], f"what the core's tests need: {group} (PyTorch once, about 5 GB)")
     named = any(argument.startswith("tests") for argument in arguments)
     chosen = [] if "::" in " ".join(arguments) else ["-m", "not slow"]
-    return run_module("pytest", [*chosen, *arguments, *(() if named else FAST_TESTS)], None)
+    return run_module("pytest", [*in_processes(arguments), *chosen, *arguments, *(() if named else FAST_TESTS)], None)
+
+
+def in_processes(arguments: list[str]) -> list[str]:
+    """Where no tests are named, files of tests are shared out to processes, each with one thread for PyTorch."""
+    if any(argument.startswith(("tests", "-n")) for argument in arguments):
+        return []
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return ["-n", str(TEST_PROCESSES), "--dist", "loadfile"]
 
 
 def generate(arguments: list[str]) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mochi_core import AsymmDiT, AsymmDiTConfig
-from mochi_core.checkpoints import Checkpoint, LazyTensor, load_into, quantize_large
+from mochi_core.checkpoints import Checkpoint, LazyTensor, load_into, quantize_block_matrices
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -62,7 +62,7 @@ def our_dit(config: AsymmDiTConfig, dtype: torch.dtype, quantize: str | None = N
 
     tensors = {name: stored(parameter) for name, parameter in model.named_parameters()}
     weights = Checkpoint("random weights", Path(), tensors)
-    load_into(model, quantize_large(weights, quantize), home)
+    load_into(model, quantize_block_matrices(weights, quantize), home)
     return model.eval()
 
 

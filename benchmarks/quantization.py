@@ -18,7 +18,7 @@ from benchmarks.k_types import K_QUANTIZERS
 from benchmarks.measure import environment, write_report
 from benchmarks.peers import DEVICE
 from mochi_core import AsymmDiT, AsymmDiTConfig
-from mochi_core.checkpoints import Checkpoint, LazyTensor, from_state_dict, is_large, load_into
+from mochi_core.checkpoints import Checkpoint, LazyTensor, from_state_dict, is_block_matrix, load_into
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedWeight
 
 Quantize = Callable[[Tensor], QuantizedWeight]
@@ -86,7 +86,7 @@ def quantized(dit: AsymmDiT, quantize: Quantize | None, dtype: torch.dtype, chos
     """The same model with the chosen matrices quantised and everything else in `dtype`."""
 
     def store(name: str, tensor: LazyTensor) -> LazyTensor:
-        if quantize is None or not (is_large(name, tensor) and chosen(name)):
+        if quantize is None or not (is_block_matrix(name, tensor) and chosen(name)):
             return tensor
         return LazyTensor(tensor.shape, tensor.dtype, tensor.read, lambda: quantize(tensor.read()))
 
@@ -113,7 +113,7 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 def gigabytes(bits: float, chosen: Callable[[str], bool]) -> float:
     """Of the released model."""
     released = AsymmDiT(device="meta").named_parameters()
-    return sum(p.numel() * (bits if is_large(name, p) and chosen(name) else 16) for name, p in released) / 8e9
+    return sum(p.numel() * (bits if is_block_matrix(name, p) and chosen(name) else 16) for name, p in released) / 8e9
 
 
 def everything(_: str) -> bool:

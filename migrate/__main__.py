@@ -11,10 +11,10 @@ from .migration import Migration, migrate
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert one file; 0 if it worked, 2 with one sentence on stderr if the person has to change something."""
+    """Convert one file; 0 if it worked, 2 with one sentence on stderr if the person has to change something, 130 on Ctrl-C."""
     options = _parser().parse_args(arguments)
-    output = options.output or options.workflow.with_stem(f"{options.workflow.stem}-mochi1")
     try:
+        output = options.output or options.workflow.with_stem(f"{options.workflow.stem}-mochi1")
         if output.exists() and not options.force:
             raise ValueError(f"{output} exists already; choose another name with -o, or overwrite it with --force.")
         migration = migrate_file(options.workflow, stock=options.stock)
@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     for note in migration.notes:
         print(note, file=sys.stderr)
     print(output)

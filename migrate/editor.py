@@ -33,7 +33,7 @@ INSIDE, OUTSIDE = -10, -20
 """Ids of the nodes where a subgraph's inputs come in and its outputs go out."""
 PACK = "mochi-nodes"
 FOREIGN_PROPERTIES = ("aux_id", "ver")
-"""Of the pack that an old node came from."""
+"""Properties that name the pack which an old node came from."""
 SLOT_LOOKS = ("label", "shape", "dir")
 OPTIONAL_SHAPE = 7
 """How the editor draws an input that may stay empty."""

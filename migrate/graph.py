@@ -23,7 +23,7 @@ class Link:
     slot: NodeId
     """Output of that node, counted from 0; what a file says, checked to be a number or a name."""
     number: NodeId | None = None
-    """Its own id in the editor's form."""
+    """The link's id in the editor's form; None in the API's."""
 
 
 @dataclass

@@ -23,7 +23,7 @@ class NewNode:
     output: str
     """Type of the only output."""
     optional: tuple[str, ...] = ()
-    """Those of `slots` that may stay empty."""
+    """Inputs in `slots` that may stay empty."""
 
 
 NEW_NODES = {

@@ -17,7 +17,7 @@ class Part:
     """One of the nodes that an old node becomes."""
 
     node: str
-    """Its type, one of `NEW_NODES`."""
+    """Type of the new node, one of `NEW_NODES`."""
     carry: dict[str, str]
     """{its input: the old node's input that the value or link comes from}"""
     adapt: dict[str, Callable[[object, dict[str, object]], Adapted]] = field(default_factory=dict)

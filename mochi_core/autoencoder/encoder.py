@@ -87,7 +87,7 @@ class Encoder(nn.Module):
         Video is best given in float32, whatever the dtype of the weights, see `fourier_features`.
         """
         proj_in, *blocks_and_stages = self.layers
-        features = fourier_features(video).to(self.output_proj.weight.dtype)  # (B, 15, 6T - 5, 8H, 8W)
+        features = fourier_features(video).to(self.output_norm.weight.dtype)  # (B, 15, 6T - 5, 8H, 8W)
         x = pointwise(proj_in, features)  # (B, 64, 6T - 5, 8H, 8W)
         for layer in blocks_and_stages:
             x = layer(x)  # stages: (B, 128, 6T - 5, 4H, 4W), (B, 256, 3T - 2, 2H, 2W), (B, 384, T, H, W)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from ..ops import Ops
 
 # Source of both: genmoai/mochi, src/genmo/mochi_preview/vae/models.py (GroupNormSpatial, ResBlock).
 NORM_GROUPS = 32
+# CUDA refuses attention over more batch entries than fit a 16-bit grid, and every pixel is one; Genmo's code splits at the
+# same number (there, too).
+MAX_ATTENTION_BATCH = 2**15
 CONV_SIZE = 3
 RGB = 3
 
@@ -92,6 +96,10 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(pixels, T, C) to the same shape."""
+        parts = [self._attend(some) for some in x.split(MAX_ATTENTION_BATCH)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _attend(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b t (qkv h d) -> qkv b h t d", qkv=3, d=self.head_dim)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (pixels, heads, T, head_dim)

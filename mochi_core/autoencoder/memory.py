@@ -49,7 +49,7 @@ def encoder_memory_estimate(
         cached, widest = cached + (1 if level.attends else level.blocks) * frame, max(widest, frame)
         waiting, gathered = waiting + level.reduction * frame, max(gathered, level.attends * frame * level.frames)
     convolutions = _block_memory(cached, widest, waiting, itemsize)
-    return convolutions._replace(caches=convolutions.caches + gathered * itemsize)
+    return convolutions._replace(cache_bytes=convolutions.cache_bytes + gathered * itemsize)
 
 
 def encoder_progress_units(config: AsymmVAEConfig, frames: int) -> int:

@@ -111,7 +111,7 @@ class AsymmVAE(nn.Module):
             out = torch.empty(self.decoded_shape(latents.shape), dtype=self.dtype, device=latents.device)
         for i, one in enumerate(latents.split(1)):
             done = 0
-            for piece in self.decode_stream(one, memory_limit, _part(on_progress, i, len(latents)), device):
+            for piece in self.decode_stream(one, memory_limit, _of_one(on_progress, i, len(latents)), device):
                 out[i : i + 1, :, done : done + piece.shape[2]] = piece
                 done += piece.shape[2]
         return out
@@ -123,9 +123,13 @@ class AsymmVAE(nn.Module):
         on_progress: OnProgress | None = None,
         device: torch.device | None = None,
     ) -> Iterator[Tensor]:
-        """As `decode`, but yields (B, 3, f, 8H, 8W) pieces as they are finished, on the device where it works."""
+        """Yield the decoded video in pieces (B, 3, f, 8H, 8W) as they are finished, on the device where it works.
+
+        The arguments are those of `decode`.
+        """
         decoder = self.check_decoder(latents.shape)
         height, width = latents.shape[3:]
+        # A batch is as one latent of values that are so many times as large.
         estimate = decoder_memory_estimate(self.config, height, width, len(latents) * self.dtype.itemsize)
         on_step = _on_step(on_progress, self.decoded_shape(latents.shape)[2])
         device = device or self._home()
@@ -140,28 +144,22 @@ class AsymmVAE(nn.Module):
     ) -> Posterior:
         """Video (B, 3, 6k + 1, 8H, 8W) in [-1, 1] to the `Posterior` of its latents, on the device of `video`.
 
-        The arguments are those of `decode`. Attention in time needs the features of all frames of one layer at a time; they
-        gather in main memory if the device has no room for them.
+        The arguments are those of `decode`, but `on_progress` counts frames in front of every attention, too. Attention in time
+        needs the features of all frames of one layer at a time; they gather in main memory if the device has no room for them.
 
         Raises:
             ValueError: the model has no encoder, or the video's size does not fit it.
             OutOfMemory: not even one row of a frame at a time fits.
         """
-        self.check_encoder(video)
-        parts = []
-        for i, one in enumerate(video.split(1)):
-            pieces = self._encode_stream(one, memory_limit, _part(on_progress, i, len(video)), device or self._home())
-            parts.append(torch.cat([piece.to(video.device) for piece in pieces], dim=2))
-        return Posterior.from_moments(torch.cat(parts))
-
-    def _encode_stream(
-        self, video: Tensor, memory_limit: int | None, on_progress: OnProgress | None, device: torch.device
-    ) -> Iterator[Tensor]:
-        encoder = self.check_encoder(video)
+        steps = self.encoder_steps(self.check_encoder(video))
         frames, height, width = video.shape[2:]
         estimate = encoder_memory_estimate(self.config, frames, height, width, self.dtype.itemsize)
-        on_step = _on_step(on_progress, encoder_progress_units(self.config, frames))
-        return _stream_clip(video, self.encoder_steps(encoder), estimate, memory_limit, on_step, device)
+        units, parts = encoder_progress_units(self.config, frames), []
+        for i, one in enumerate(video.split(1)):
+            on_step = _on_step(_of_one(on_progress, i, len(video)), units)
+            pieces = _stream_clip(one, steps, estimate, memory_limit, on_step, device or self._home())
+            parts.append(torch.cat([piece.to(video.device) for piece in pieces], dim=2))
+        return Posterior.from_moments(torch.cat(parts))
 
     def _home(self) -> torch.device:
         return next(self.parameters()).device
@@ -243,6 +241,6 @@ def _on_step(on_progress: OnProgress | None, units: int) -> Callable[[int], obje
     return (lambda finished: on_progress(finished, units)) if on_progress else (lambda _: None)
 
 
-def _part(on_progress: OnProgress | None, index: int, count: int) -> OnProgress | None:
+def _of_one(on_progress: OnProgress | None, index: int, count: int) -> OnProgress | None:
     """Progress of one video of several."""
     return on_progress and (lambda done, total: on_progress(index * total + done, count * total))

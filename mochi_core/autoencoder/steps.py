@@ -20,9 +20,6 @@ from .encoder import Encoder, EncoderStage, fourier_features
 from .layers import CONV_SIZE, RGB, ResBlock, TemporalAttentionBlock, frame_norm, pointwise
 from .streaming import Cache, ClipStep, OomRetry, Plan, Step, StreamStep, by_strips
 
-# CUDA refuses attention over more batch entries than fit a 16-bit grid, and every pixel is one; Genmo's code splits at the
-# same number (genmoai/mochi, src/genmo/mochi_preview/vae/models.py).
-MAX_ATTENTION_BATCH = 2**15
 # Values that temporal attention holds per value that it takes: itself, normed and attended; then q, k, v and copies of them.
 STRIP_EXPANSION, ATTENTION_EXPANSION = 3, 8
 
@@ -188,7 +185,7 @@ def _attend_rows(
     rows = slice(top, top + plan.rows(pieces[0][:, :, :1], STRIP_EXPANSION * sum(frames)))
     strip = torch.cat([piece[..., rows, :].to(plan.device) for piece in pieces], dim=2)  # (B, C, T, r, W)
     pixels = rearrange(norm_with(block.norm, strip, mean, variance), "b c t h w -> (b h w) t c")
-    batch = min(plan.items(pixels[0], ATTENTION_EXPANSION), MAX_ATTENTION_BATCH)
+    batch = plan.items(pixels[0], ATTENTION_EXPANSION)
     attended = torch.cat([block.attn(some) for some in pixels.split(batch)])  # (B * r * W, T, C)
     strip += rearrange(attended, "(b h w) t c -> b c t h w", b=strip.shape[0], w=strip.shape[4])
     # All is made before anything is overwritten: running out of memory halfway would leave rows done twice.

@@ -2,7 +2,7 @@
 
 A step takes as many whole frames as the working set holds; of frames that do not fit, it makes one strip of rows after the
 other. What it needs from earlier frames comes in as a cache and goes out as the next one. The frames that a step has made
-go on to the next step before it takes more, so that wide activations exist for few frames at a time. Only a step that
+go on to the next step before it takes more, so that large activations exist for few frames at a time. Only a step that
 relates all frames to each other lets the whole clip gather in front of it.
 
 The result does not depend on the plan, beyond the order in which sums are rounded.
@@ -21,9 +21,9 @@ MIB, GIB = 2**20, 2**30
 # More brings no speed: weights are read often enough for this much work, and caches of processors are small.
 MAX_WORKING_SET = {"cpu": 32 * MIB, "default": 128 * MIB}
 # Less costs speed, so that moving the caches off the device is the better way to save memory.
-MIN_WORKING_SET = 8 * MIB
+MOVE_CACHES_BELOW = 8 * MIB
 # Still less costs a lot of time and saves next to nothing: only for when memory has really run out.
-LEAST_WORKING_SET = MIB
+SMALLEST_FIRST_CHOICE = MIB
 # Working sets in memory at once: a padded strip is three frames if it makes one, and a convolution may copy what it takes and
 # makes. Measured on the CPU; on a GPU counted, and as much again for what cuDNN may ask for.
 WORKING_SETS = {"cpu": 16, "default": 6}
@@ -43,9 +43,10 @@ class Plan:
     device: torch.device
     cache_device: torch.device
     working_set: int
+    """Bytes of input, times its expansion, that a step takes at once; at work it holds up to `WORKING_SETS` times as many."""
 
     def items(self, one: Tensor, expansion: float = 1) -> int:
-        """How many tensors like `one` to take at once; `expansion` is values at work per value of it."""
+        """How many tensors like `one` to take at once; `expansion` is values at work per value of it, at least 1."""
         return max(1, int(self.working_set // (one.numel() * one.element_size() * expansion)))
 
     def frames(self, x: Tensor, expansion: float = 1) -> int:
@@ -64,7 +65,7 @@ class Plan:
 
     def smaller(self) -> Plan | None:
         """Half the working set; when that is small already, caches in main memory; None when nothing is left to save."""
-        if self.working_set <= MIN_WORKING_SET and self.cache_device != CPU:
+        if self.working_set <= MOVE_CACHES_BELOW and self.cache_device != CPU:
             return replace(self, cache_device=CPU)
         # A working set of one byte means strips of one row.
         return replace(self, working_set=self.working_set // 2) if self.working_set > 1 else None
@@ -73,24 +74,27 @@ class Plan:
 class MemoryEstimate(NamedTuple):
     """Bytes that a stack of steps holds under every plan; a plan's working sets come on top."""
 
-    caches: int
-    """Frames that steps remember, and the clip where it gathers; they may wait in main memory."""
-    frames: int
-    """Whole frames that a step works on, and those that wait between steps."""
+    cache_bytes: int
+    """Of frames that steps remember, and of the clip where it gathers; they may wait in main memory."""
+    frame_bytes: int
+    """Of whole frames that a step works on, and of those that wait between steps."""
 
     def choose_plan(self, limit: int, device: torch.device) -> Plan:
-        """The fastest plan that stays within `limit` bytes on `device`; one that needs little more if none does."""
+        """The fastest plan that stays within `limit` bytes on `device`.
+
+        If none does, the smallest that is worth starting with; whole frames and caches may then take any amount more.
+        """
         most, sets = _of(MAX_WORKING_SET, device), _of(WORKING_SETS, device)
-        room = (limit - self.frames - self.caches) // sets
-        if room >= MIN_WORKING_SET:
-            return Plan(device, device, min(room, most))
-        room = (limit - self.frames - (self.caches if device == CPU else 0)) // sets
-        return Plan(device, CPU, min(max(room, LEAST_WORKING_SET), most))
+        working_set = (limit - self.frame_bytes - self.cache_bytes) // sets
+        if working_set >= MOVE_CACHES_BELOW:
+            return Plan(device, device, min(working_set, most))
+        working_set = (limit - self.frame_bytes - (self.cache_bytes if device == CPU else 0)) // sets
+        return Plan(device, CPU, min(max(working_set, SMALLEST_FIRST_CHOICE), most))
 
     def peak_bytes(self, plan: Plan) -> int:
         """Most bytes at once on the plan's device, weights and output apart."""
-        caches = self.caches if plan.cache_device == plan.device else 0
-        return self.frames + caches + _of(WORKING_SETS, plan.device) * plan.working_set
+        caches = self.cache_bytes if plan.cache_device == plan.device else 0
+        return self.frame_bytes + caches + _of(WORKING_SETS, plan.device) * plan.working_set
 
 
 def _of(sizes: dict[str, int], device: torch.device) -> int:
@@ -104,7 +108,8 @@ class OutOfMemory(RuntimeError):  # noqa: N818 - as torch's own
 class OomRetry:
     """Runs steps under a plan, and shrinks the plan for all that follows when a step runs out of memory.
 
-    `on_step` is called before every step with the number of frames finished so far; what it raises ends the work.
+    `on_step` is called before every step with the number of frames that have reached a `ClipStep` or the end so far; what it
+    raises ends the work.
     """
 
     def __init__(self, plan: Plan, on_step: Callable[[int], object] = lambda _: None) -> None:
@@ -114,7 +119,7 @@ class OomRetry:
         """Pieces that have gathered or are still to be read; they move when the plan says so."""
 
     def run(self, step: Callable[..., Result], *arguments: object) -> Result | None:
-        """What `step(*arguments, plan)` returns, or None if it ran out of memory and is to be tried again.
+        """What `step(*arguments, plan)` returns, or None if it ran out of memory: the caller asks again, under a smaller plan.
 
         Raises:
             OutOfMemory: it did so under the smallest plan.
@@ -136,11 +141,15 @@ class OomRetry:
 
 
 class StreamStep(NamedTuple):
-    """`run(x, cache, plan)` takes some frames and returns what it makes of them and the next cache; the first is None."""
+    """A step that takes some frames at a time: `run(x, cache, plan)` returns what it makes of them, and the next cache.
+
+    `x` (B, C, f, H, W) is on the plan's device; `cache` is None at the start of a clip. A step that ran out of memory is
+    called again with the same two, so it changes neither.
+    """
 
     run: Callable[[Tensor, Cache, Plan], tuple[Tensor, Cache]]
     expansion: float = 1
-    """Values out per value in, if more than 1."""
+    """Values at work per value of `x`, at least 1."""
 
 
 class ClipStep(NamedTuple):
@@ -234,7 +243,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
-    import psutil  # only machines without a GPU need it
+    import psutil  # for the CPU, and for devices that do not say what is free; optional where there is CUDA
 
     return psutil.virtual_memory().available
 

@@ -1,6 +1,6 @@
 """Weight files: open (`formats`), recognise and rename (`names`), load, convert and inspect."""
 
-from .formats.reader import FileChangeGuard, open_checkpoint
+from .formats.reader import change_check, open_checkpoint
 from .loading import (
     check_fit,
     checked_when_read,
@@ -14,16 +14,16 @@ from .loading import (
 )
 from .names.detect import describe, select_part
 from .names.diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
-from .names.quantized import is_large, quantize_large
+from .names.quantized import is_block_matrix, quantize_block_matrices
 from .names.sizes import dit_config, vae_config
 from .tensors import Checkpoint, LazyStateDict, LazyTensor, from_state_dict, merge
 
 __all__ = [
     "Checkpoint",
-    "FileChangeGuard",
     "LazyStateDict",
     "LazyTensor",
     "autoencoder_rules",
+    "change_check",
     "check_fit",
     "checked_when_read",
     "describe",
@@ -31,15 +31,15 @@ __all__ = [
     "empty_transformer",
     "empty_vae",
     "from_state_dict",
+    "is_block_matrix",
     "is_finite",
-    "is_large",
     "load_into",
     "load_transformer",
     "load_vae",
     "merge",
     "open_checkpoint",
     "open_part",
-    "quantize_large",
+    "quantize_block_matrices",
     "select_part",
     "to_canonical",
     "to_diffusers",

@@ -20,10 +20,10 @@ from .formats.writer import write_safetensors
 from .loading import ModelSpec, check_fit, checked_when_read, model_spec
 from .names.detect import find_parts, select_part
 from .names.diffusers import autoencoder_rules, to_diffusers, transformer_rules
-from .names.quantized import NOTE, QUANTIZATION, is_large, note_tensor
+from .names.quantized import NOTE, is_block_matrix, note_tensor
 from .names.sizes import halves
 from .names.t5 import hugging_face_entries
-from .tensors import Checkpoint, LazyStateDict, LazyTensor, from_state_dict, merge
+from .tensors import QUANTIZATION, Checkpoint, LazyStateDict, LazyTensor, from_state_dict, merge
 
 LAYOUTS = ("canonical", "diffusers")
 KEEP, FP8_SCALED = "keep", "fp8_scaled"
@@ -110,13 +110,12 @@ def _cast(checkpoint: Checkpoint, model: ModelSpec, dtype: torch.dtype | None) -
 
     def cast(name: str, tensor: LazyTensor) -> LazyTensor:
         if dtype is None and tensor.dtype.itemsize == 1:
-            raise ValueError(f"{name} is stored in 8 bits or fewer; say with --dtype what it is to become.")
+            raise checkpoint.error(f"has {name} in 8 bits or fewer; say with --dtype what it is to become.")
         exact = model.parameters[name].dtype != dtype and tensor.dtype.itemsize > 1
         target = tensor.dtype if dtype is None or exact else dtype
         return tensor.map(lambda value: value.to(target), dtype=target)
 
-    with checkpoint.named_errors():
-        return checkpoint.with_tensors({name: cast(name, checkpoint.tensors[name]) for name in model.parameters})
+    return checkpoint.with_tensors({name: cast(name, checkpoint.tensors[name]) for name in model.parameters})
 
 
 def _with_fp8(tensors: LazyStateDict) -> LazyStateDict:
@@ -128,7 +127,7 @@ def _with_fp8(tensors: LazyStateDict) -> LazyStateDict:
 
     converted: LazyStateDict = {}
     for name, tensor in tensors.items():
-        if not is_large(name, tensor):
+        if not is_block_matrix(name, tensor):
             converted[name] = tensor
             continue
         layer, note = name.removesuffix("weight"), note_tensor({"format": "float8_e4m3fn"})

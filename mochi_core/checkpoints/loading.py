@@ -16,7 +16,7 @@ from ..quantization.weights import QuantizedLinear, QuantizedWeight
 from ..transformer.model import AsymmDiT
 from .formats.reader import open_checkpoint
 from .names.detect import PARTS, select_part
-from .names.quantized import quantize_large
+from .names.quantized import quantize_block_matrices
 from .names.sizes import dit_config, halves, vae_config
 from .names.t5 import t5_config, t5_shapes
 from .tensors import Checkpoint, LazyStateDict, LazyTensor, merge
@@ -46,7 +46,7 @@ def load_transformer(
         ValueError: the file is not a whole Mochi transformer, or it cannot be quantised so.
         FileNotFoundError: there is no such file.
     """
-    checkpoint = quantize_large(open_part(path, "transformer"), quantize)
+    checkpoint = quantize_block_matrices(open_part(path, "transformer"), quantize)
     dit = empty_transformer(checkpoint, dtype)
     load_into(dit, checkpoint, device)
     return dit.eval()
@@ -58,10 +58,12 @@ def load_vae(
     """Load an autoencoder from one file or folder, or from separate encoder and decoder files.
 
     Raises:
-        ValueError: the files are not a Mochi autoencoder or halves of one, or bring the same half twice.
+        ValueError: the files are not a Mochi autoencoder or halves of one, or bring the same half twice, or there are none.
         FileNotFoundError: there is no such file.
     """
     paths = [path] if isinstance(path, str | Path) else path
+    if not paths:
+        raise ValueError("There is no file to load an autoencoder from; give at least one.")
     checkpoint = merge([open_part(file, "vae") for file in paths])
     vae = empty_vae(checkpoint, dtype)
     load_into(vae, checkpoint, device)
@@ -119,7 +121,7 @@ def model_spec(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None = No
 def load_into(module: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -> None:
     """Give a module built on the meta device its weights, in the dtypes that it was built with.
 
-    A linear layer with a quantised weight becomes a `QuantizedLinear`; any other quantised tensor is dequantized. Tensors
+    A linear layer with a quantised weight becomes a `QuantizedLinear`; any other quantised tensor is dequantised. Tensors
     are read, cast and moved one by one, so a second copy of the model never exists.
 
     Raises:
@@ -136,6 +138,7 @@ def load_into(module: nn.Module, checkpoint: Checkpoint, device: torch.device | 
             value = quantized.weight
         else:
             value = tensors[name].read().to(device, parameter.dtype)
+            # A quantised layer gets its bias here, too: `named_parameters` lists a layer's weight before its bias.
             setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
         check_finite(checkpoint, name, value)
 

@@ -17,6 +17,8 @@ from ..quantization.ggml import BLOCK_TYPES, columns
 from ..quantization.weights import QuantizedWeight
 
 T = TypeVar("T")
+QUANTIZATION = "_quantization_metadata"
+"""The entry of a file's metadata that tells the formats of its quantised layers."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """The dtype that is stored; uint8 for GGML blocks."""
+    """The dtype in the file, or the one that `map` was told; uint8 for GGML blocks."""
     read: Callable[[], Tensor]
-    """Reads the values; those of a quantised weight are dequantized."""
+    """Reads the values, those of a quantised weight dequantised to float32; they may share memory with the file, so do not
+    write to them, and clone what must outlive it."""
     quantized: Callable[[], QuantizedWeight] | None = None
     """Reads a quantised weight in its stored form; None for other tensors."""
     block_type: str | None = None
@@ -35,7 +38,7 @@ class LazyTensor:
 
     @property
     def stored_dtype(self) -> str:
-        """The name of the stored dtype or block type: bfloat16, float8_e4m3fn, Q4_0 ..."""
+        """The name of the dtype or block type in the file: bfloat16, float8_e4m3fn, Q4_0 ..."""
         return self.block_type or str(self.dtype).removeprefix("torch.")
 
     @property
@@ -104,7 +107,7 @@ class Checkpoint:
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
-        """Put the file's name in front of every ValueError about its tensors that is raised inside."""
+        """Raise every ValueError from inside again, as `error("does not fit Mochi: ...")`."""
         try:
             yield
         except ValueError as error:
@@ -138,7 +141,7 @@ def from_state_dict(state_dict: Mapping[str, Tensor]) -> LazyStateDict:
 
 
 def quantized_weight(shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], QuantizedWeight]) -> LazyTensor:
-    """A weight whose stored form, of dtype `dtype`, is what `read` returns."""
+    """A weight whose stored form is what `read` returns; `dtype` is what it has in the file."""
     return LazyTensor(shape, dtype, lambda: read().dequantized(), read)
 
 

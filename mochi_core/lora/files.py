@@ -85,8 +85,7 @@ class Alphas:
 
     def scale(self, alpha: float | None, rank: int) -> float:
         """The factor of up @ down."""
-        if alpha is None:
-            return 1.0
+        alpha = rank if alpha is None else alpha
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 

@@ -59,7 +59,7 @@ def load_lora(dit: AsymmDiT, path: str | Path, strength: float = 1.0) -> Lora:
         ValueError: the file is no LoRA for this denoiser, or `strength` is not finite.
         FileNotFoundError: there is no such file.
     """
-    _finite(strength)
+    _finite(strength)  # before the file is read
     file = read_lora(path, dit.config)
     if file.unmatched:
         warn(file.unmatched, stacklevel=2)

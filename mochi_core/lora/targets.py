@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..checkpoints.names.detect import WRAPPERS
 from ..checkpoints.names.diffusers import transformer_rules
 from ..config import AsymmDiTConfig
+from ..transformer.model import AsymmDiT
 
 # Possible beginnings of a layer's name in a file, in any combination; dots are underscores here, as kohya's trainers write.
 LAYER_PREFIXES = (
@@ -29,32 +30,14 @@ class TargetRows:
     """Whether the file keeps the second half of the rows first; see `checkpoints.names.diffusers`."""
 
 
-def linear_shapes(config: AsymmDiTConfig) -> dict[str, tuple[int, int]]:
+def linear_shapes(config: AsymmDiTConfig) -> dict[str, tuple[int, ...]]:
     """Shape of the weight, (rows, columns), of every linear layer of `AsymmDiT`, by canonical layer name."""
-    dx, dy, text = config.hidden_size_x, config.hidden_size_y, config.text_width
-    shapes = {
-        "t_embedder.mlp.0": (dx, config.timestep_features),
-        "t_embedder.mlp.2": (dx, dx),
-        "t5_y_embedder.to_kv": (2 * text, text),
-        "t5_y_embedder.to_q": (text, text),
-        "t5_y_embedder.to_out": (dx, text),
-        "t5_yproj": (dy, text),
-        "final_layer.mod": (2 * dx, dx),
-        "final_layer.linear": (config.patch_size**2 * config.in_channels, dx),
+    weights = AsymmDiT(config, device="meta").named_parameters()
+    return {
+        name.removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in weights
+        if name.endswith(".weight") and weight.ndim == 2
     }
-    for i in range(config.depth):
-        block = _block_shapes(config, is_last=i == config.depth - 1)
-        shapes |= {f"blocks.{i}.{layer}": shape for layer, shape in block.items()}
-    return shapes
-
-
-def _block_shapes(config: AsymmDiTConfig, *, is_last: bool) -> dict[str, tuple[int, int]]:
-    """Shapes within a block; the last one leaves the text stream as it is, so it lacks the layers that would change it."""
-    dx, dy, mlp_x, mlp_y = config.hidden_size_x, config.hidden_size_y, config.mlp_size_x, config.mlp_size_y
-    x = {"attn.qkv_x": (3 * dx, dx), "attn.proj_x": (dx, dx), "mlp_x.w1": (2 * mlp_x, dx), "mlp_x.w2": (dx, mlp_x)}
-    y = {"attn.proj_y": (dy, dx), "mlp_y.w1": (2 * mlp_y, dy), "mlp_y.w2": (dy, mlp_y)}
-    both = {"mod_x": (4 * dx, dx), "mod_y": (dy if is_last else 4 * dy, dx), "attn.qkv_y": (3 * dx, dy), **x}
-    return both if is_last else both | y
 
 
 def lora_targets(config: AsymmDiTConfig) -> dict[str, TargetRows]:

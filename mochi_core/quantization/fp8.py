@@ -84,7 +84,7 @@ def _probe(device: torch.device) -> str | None:
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         warn(
-            f"{device} cannot multiply in fp8 with a scale per row, so weights are dequantized instead: {reason}",
+            f"{device} cannot multiply in fp8 with a scale per row, so weights are dequantised instead: {reason}",
             stacklevel=2,
         )
         return reason

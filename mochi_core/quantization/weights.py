@@ -1,6 +1,6 @@
 """Weights stored in 8 bits or fewer, the linear layer that computes with them, and the quantisers that make them.
 
-A quantised weight keeps its stored form in memory, on whatever device. `QuantizedLinear` dequantizes it for each matrix
+A quantised weight keeps its stored form in memory, on whatever device. `QuantizedLinear` dequantises it for each matrix
 product, or multiplies in fp8 where that is asked for. Only linear layers keep weights quantised: embeddings, convolutions and
 norms are small, and sensitive to rounding.
 """
@@ -24,7 +24,7 @@ FP8_ROWWISE = "fp8_rowwise"
 class QuantizedWeight:
     """A matrix (rows, columns) in its stored form: values * scale, or GGML blocks.
 
-    Kernels of convolutions may be held in it while a file is read; they are dequantized when they are loaded.
+    Kernels of convolutions may be held in it while a file is read; they are dequantised when they are loaded.
     """
 
     values: Tensor
@@ -36,13 +36,13 @@ class QuantizedWeight:
     input_scale: Tensor | None = None
     """Divisor of the inputs that the file proposes to hosts that multiply in fp8; `QuantizedLinear` does not use it."""
     exact_product: bool = True
-    """Whether a host that could multiply in fp8 or int8 should dequantize the weight instead."""
+    """Whether a host that could multiply in fp8 or int8 should dequantise the weight instead."""
     fp8_product: bool = False
     """Whether the layer quantises its input, too, and multiplies in fp8; needs float8_e4m3fn with a scale per row."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns) of the dequantized matrix; ValueError if GGML blocks do not fill its rows."""
+        """(rows, columns) of the dequantised matrix; ValueError if GGML blocks do not fill its rows."""
         rows, stored = self.values.shape
         return rows, columns(stored, self.block_type) if self.block_type else stored
 
@@ -68,7 +68,7 @@ class QuantizedWeight:
 class QuantizedLinear(nn.Module):
     """A linear layer over a quantised weight; it computes in the dtype of its input.
 
-    With `fp8_product`, the weight is still dequantized on devices that cannot multiply in fp8 with a scale per row.
+    With `fp8_product`, the weight is still dequantised on devices that cannot multiply in fp8 with a scale per row.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> None:
@@ -105,7 +105,7 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     The largest magnitude becomes `FP8_MAX`; the relative error is at most 1/16 for all but the tiniest weights.
     """
     scale = safe_scale(weight.abs().amax().float() / FP8_MAX)
-    return (weight.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+    return (weight.float() / scale).to(FP8), scale
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def quantize_fp8_rowwise(weight: Tensor) -> QuantizedWeight:
         raise ValueError(
             f"A weight of {rows} x {columns} cannot be multiplied in fp8, where sizes are multiples of 16; use fp8 or int8."
         )
-    return QuantizedWeight(*quantize_rows(weight), fp8_product=True)
+    return QuantizedWeight(*quantize_rows(weight), exact_product=False, fp8_product=True)
 
 
 QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {

@@ -67,19 +67,6 @@ def scale_per_step(guidance_scale: float | Sequence[float], num_steps: int) -> l
     return scales
 
 
-def prepared_velocity(
-    dit: AsymmDiT,
-    noise: Tensor,
-    sigmas: Tensor,
-    condition: Condition,
-    attention: Attention = sdpa,
-    cache: BlockCache | None = None,
-) -> Velocity:
-    """The network's velocity under a single condition, see `prepared_velocities`."""
-    velocities = prepared_velocities(dit, noise, sigmas, [condition], attention, cache)
-    return lambda latents, step: velocities(latents, step, 1)[0]
-
-
 def prepared_velocities(
     dit: AsymmDiT,
     noise: Tensor,
@@ -99,7 +86,7 @@ def prepared_velocities(
     cached = [] if cache is None else [cache.for_condition(len(noise), num_steps, depth) for _ in conditions]
 
     def velocities(latents: Tensor, step: int, count: int) -> list[Tensor]:
-        at_step = [(text, schedule.at(step)) for text, schedule in prepared[:count]]
+        at_step = [(text, modulation.at(step)) for text, modulation in prepared[:count]]
         run_blocks = [blocks_at(step) for blocks_at in cached[:count]] or None
         return dit.denoise_each(latents.to(dit.dtype), at_step, rope, attention=attention, run_blocks=run_blocks)
 
@@ -109,7 +96,11 @@ def prepared_velocities(
 def prepare_condition(
     dit: AsymmDiT, noise: Tensor, sigmas: Tensor, condition: Condition
 ) -> tuple[TextConditioning, Modulation]:
-    """Text for the batch of `noise` (B, C, T, H, W), and the modulation of all steps with leading axes (steps, B or 1)."""
+    """Text for the batch of `noise` (B, C, T, H, W), and the modulation of all steps with leading axes (steps, B or 1).
+
+    Raises:
+        ValueError: neither one prompt nor one for each video.
+    """
     embeds, mask = condition
     batch = noise.shape[0]
     if len(embeds) not in (1, batch):
@@ -117,10 +108,10 @@ def prepare_condition(
             f"There are prompts for {len(embeds)} videos but noise for {batch}; give one prompt each, or one."
         )
     text = dit.prepare_text(embeds.to(noise.device, dit.dtype), mask.to(noise.device))
-    schedule = dit.modulation(sigmas[:-1, None].to(noise.device), text.pooled)
+    modulation = dit.modulation(sigmas[:-1, None].to(noise.device), text.pooled)
     if len(embeds) < batch:
         text = TextConditioning(text.tokens.expand(batch, -1, -1), text.lengths * batch, text.pooled)
-    return text, schedule
+    return text, modulation
 
 
 @torch.no_grad()
@@ -153,6 +144,7 @@ def sample(
         ValueError: guidance without `uncond`, lengths that do not fit, or an attention that cannot be used here.
     """
     scales = scale_per_step(guidance_scale, len(sigmas) - 1)
+    # The working device: offloaded weights lie elsewhere, positions never do.
     state = noise.to(dit.pos_frequencies.device, torch.float32)
     conditions = [cond]
     if any(scale != 1 for scale in scales):

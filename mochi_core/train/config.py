@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
@@ -39,7 +39,6 @@ BlockCount = Annotated[StrictBool | CountOrZero, Field(description="true, false 
 Dtype = Annotated[Literal["bf16", "fp32"], Field(description="one of bf16, fp32")]
 # All but fp8_rowwise: a product in fp8 has no gradient.
 ExactQuantizer = Literal["fp8", "int8", "q4_0"]
-EXACT_QUANTIZERS: tuple[str, ...] = get_args(ExactQuantizer)
 SECTION = "a section with keys of its own"
 
 

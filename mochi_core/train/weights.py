@@ -51,7 +51,7 @@ def full_model(config: Config, device: torch.device) -> TrainableModel:
     dit = load_transformer(config.transformer, torch.float32, device).requires_grad_(True)
     if list(dit.buffers()):
         raise ValueError(
-            f"The weights of {config.transformer.name} are quantised and cannot be trained; widen them first with: "
+            f"The weights of {config.transformer.name} are quantised and cannot be trained; dequantise them first with: "
             "python -m mochi_core convert ... --to canonical --dtype bf16."
         )
     parameters = dict(dit.named_parameters())

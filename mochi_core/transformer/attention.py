@@ -146,8 +146,7 @@ def choose_attention(name: str, device: torch.device | str, dtype: torch.dtype, 
     reason = unsupported_reason(name, probe)
     if reason is None:
         return AttentionChoice(BACKENDS[name].run, name, "as asked for")
-    reasons = {other: unsupported_reason(other, probe) or "can be used" for other in BACKENDS if other != name}
-    others = "; ".join(f"{other}: {reason}" for other, reason in reasons.items())
+    others = "; ".join(f"{n}: {unsupported_reason(n, probe) or 'can be used'}" for n in BACKENDS if n != name)
     raise ValueError(f"Attention {name} cannot be used: {reason}. Choose auto or another one ({others}).")
 
 

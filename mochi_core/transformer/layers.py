@@ -28,7 +28,7 @@ TOKEN_CHUNK = {"cpu": 256}
 DEFAULT_TOKEN_CHUNK = 2048
 """Tokens at a time on other devices, where every call of a kernel costs."""
 FEED_FORWARD_TOKEN_CHUNK = 16384
-"""Tokens at a time in a feed-forward: many, because a layer may have to fetch or dequantize its weight for each call."""
+"""Tokens at a time in a feed-forward: many, because a layer may have to fetch or dequantise its weight for each call."""
 
 
 def token_chunk(x: Tensor) -> int:

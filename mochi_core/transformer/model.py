@@ -37,12 +37,12 @@ class TextConditioning:
     lengths: tuple[int, ...]
     """Valid tokens of each prompt."""
     pooled: Tensor
-    """(B, Dx), one vector per prompt."""
+    """(B or 1, Dx), one vector per prompt; one for all where they are the same."""
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """Scales and gates of every block and of the final layer; leading axes (B,) or (steps, B)."""
+    """Scales and gates of every block, shift and scale of the final layer; leading axes (B or 1,) or (steps, B or 1)."""
 
     blocks: tuple[tuple[Tensor, Tensor], ...]
     """Outputs of each block's mod_x, (..., 4 * Dx), and mod_y, (..., 4 * Dy) or in the last block (..., Dy)."""
@@ -88,7 +88,8 @@ class AsymmDiT(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AsymmDiT:
         """How `to`, `half`, `cuda` and the like change tensors: those that keep their dtype are only moved."""
-        kept = {id(tensor) for tensor in self._tensors_of_fixed_dtype()}
+        fixed = list(self._tensors_of_fixed_dtype())
+        kept = {id(tensor) for tensor in (*fixed, *(tensor.grad for tensor in fixed))}
 
         def convert(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
@@ -151,7 +152,7 @@ class AsymmDiT(nn.Module):
         attention: Attention = sdpa,
         run_block: RunBlock = run_block,
     ) -> Tensor:
-        """Velocity from prepared conditioning, in the shape and dtype of `latents` (B, C, T, H, W)."""
+        """Velocity from prepared conditioning, in the shape of `latents` (B, C, T, H, W), which have the model's dtype."""
         (velocity,) = self.denoise_each(
             latents, [(text, modulation)], rope, attention=attention, run_blocks=[run_block]
         )
@@ -166,7 +167,7 @@ class AsymmDiT(nn.Module):
         attention: Attention = sdpa,
         run_blocks: Sequence[RunBlock] | None = None,
     ) -> list[Tensor]:
-        """Velocities (B, C, T, H, W) under each condition, in one pass over the blocks.
+        """Velocities (B, C, T, H, W) under each condition, in one pass over the blocks; `latents` have the model's dtype.
 
         A block takes one condition after the other: its weights are needed once, and no prompt is padded to another's
         length. The residual streams are all that is held for every condition. `run_blocks` has one entry per condition.
@@ -208,8 +209,8 @@ class AsymmDiT(nn.Module):
         return cast(list[AsymmetricJointBlock], list(self.blocks))
 
     def _unpatchify(self, tokens: Tensor, num_latents: int, rows: int) -> Tensor:
-        patch = self.config.patch_size
         """`tokens` (B, N, patch * patch * C) to (B, C, T, H, W); a token's values are patch row, patch column, channel."""
+        patch = self.config.patch_size
         pattern = "b (t h w) (p q c) -> b c t (h p) (w q)"
         return rearrange(tokens, pattern, t=num_latents, h=rows, p=patch, q=patch)
 

@@ -17,7 +17,14 @@ import torch
 from torch import nn
 
 from ...mochi_core import AsymmDiT, AsymmDiTConfig
-from ...mochi_core.checkpoints import Checkpoint, LazyStateDict, check_fit, empty_transformer, is_large, quantize_large
+from ...mochi_core.checkpoints import (
+    Checkpoint,
+    LazyStateDict,
+    check_fit,
+    empty_transformer,
+    is_block_matrix,
+    quantize_block_matrices,
+)
 from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.ops import Ops
 from ...mochi_core.transformer.block import BlockCall, RunBlock, run_block
@@ -48,7 +55,7 @@ class HostAsymmDiT(AsymmDiT):
     def _keep_small_parts_exact(self) -> None:
         """Have only the large matrices of the blocks in 8 bits."""
         for name, parameter in self.named_parameters():
-            if parameter.dtype.itemsize == 1 and not is_large(name, parameter):
+            if parameter.dtype.itemsize == 1 and not is_block_matrix(name, parameter):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     def forward(self, x, timestep, context, attention_mask=None, transformer_options=None, conditioning=None, **_: Any):
@@ -153,7 +160,7 @@ def load_model(
         ValueError: the file is no whole Mochi transformer, or the attention cannot be used here.
     """
     stored = read_part(path, "transformer")
-    checkpoint = quantize_large(stored, quantize)
+    checkpoint = quantize_block_matrices(stored, quantize)
     module = empty_transformer(checkpoint)
     check_fit(dict(module.named_parameters()), checkpoint)
     patcher = _build(module.config, checkpoint, dtype, disable_dynamic)
@@ -195,11 +202,13 @@ def _build(config: AsymmDiTConfig, checkpoint: Checkpoint, dtype: torch.dtype | 
     return patcher_class(model, load_device=load_device, offload_device=offload_device)
 
 
-def _load_weights(network: HostAsymmDiT, tensors: LazyStateDict, module: AsymmDiT, *, assign: bool) -> None:
-    """Layer by layer. With `assign`, tensors that need no conversion stay a map of the file."""
+def _load_weights(network: HostAsymmDiT, tensors: LazyStateDict, plain: AsymmDiT, *, assign: bool) -> None:
+    """Layer by layer; `plain` tells which layers are linear. With `assign`, tensors that need no conversion stay a map of the
+    file."""
+    # The one parameter that belongs to no layer.
     network.pos_frequencies.data.copy_(tensors["pos_frequencies"].read())
     for layer, part in by_layer({name: tensor for name, tensor in tensors.items() if "." in name}):
-        state = {name.removeprefix(layer + "."): value for name, value in host_weights(part, module).items()}
+        state = {name.removeprefix(layer + "."): value for name, value in host_weights(part, plain).items()}
         network.get_submodule(layer).load_state_dict(state, assign=assign)
 
 
@@ -208,6 +217,6 @@ def _suitable_dtype(checkpoint: Checkpoint, supported: list[torch.dtype]) -> tor
     stored, _ = checkpoint.main_dtype()
     count = sum(tensor.numel for tensor in checkpoint.tensors.values())
     dtype = mm.unet_dtype(model_params=count, supported_dtypes=supported, weight_dtype=stored)
-    wider = dtype.itemsize > stored.itemsize and stored in supported
+    upcast = dtype.itemsize > stored.itemsize and stored in supported
     # Upcast layer by layer while it computes, a model that would not fit still runs.
-    return stored if wider and count * dtype.itemsize > mm.get_free_memory(mm.unet_offload_device()) else dtype
+    return stored if upcast and count * dtype.itemsize > mm.get_free_memory(mm.unet_offload_device()) else dtype

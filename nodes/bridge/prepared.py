@@ -53,6 +53,8 @@ class PreparedPrompts:
         self.network, self.context, self.mask = network, context, mask
         self.text = network.prepare_text(context.to(device, dtype), mask.to(device).bool())
         self.sigmas: list[float] = []
+        self.modulations: Modulation | None = None
+        """Of the noise levels `sigmas`, along the first axis."""
 
     def matches(self, context: Tensor, mask: Tensor) -> bool:
         """Whether these are the same prompts, on the same device."""
@@ -64,12 +66,12 @@ class PreparedPrompts:
         sigma, *others = set(timestep.tolist())
         if others or sigma not in schedule:
             return self.network.modulation(timestep, self.text.pooled)
-        if sigma not in self.sigmas:
+        if self.modulations is None or sigma not in self.sigmas:
             first = schedule.index(sigma)
             self.sigmas = schedule[first : first + SIGMA_CHUNK]
             sigmas = torch.tensor(self.sigmas, device=timestep.device)
-            self.schedule = self.network.modulation(sigmas[:, None], self.text.pooled)
-        return self.schedule.at(self.sigmas.index(sigma))
+            self.modulations = self.network.modulation(sigmas[:, None], self.text.pooled)
+        return self.modulations.at(self.sigmas.index(sigma))
 
 
 class DeviceConditioning:
@@ -78,7 +80,9 @@ class DeviceConditioning:
     def __init__(self, network: AsymmDiT, schedule: list[float], dtype: torch.dtype) -> None:
         self.network, self.schedule, self.dtype = network, schedule, dtype
         self.prompts: list[PreparedPrompts] = []
+        self.rope: Rope | None = None
         self.shape: torch.Size | None = None
+        """Axes T, H, W of the latents that `rope` is for."""
 
     def conditioning(self, x: Tensor, timestep: Tensor, context: Tensor, mask: Tensor) -> Conditioning:
         """Conditioning for one call, with arguments as `conditioning_of` has them, prepared or taken from an earlier call."""
@@ -86,7 +90,7 @@ class DeviceConditioning:
         if prompts is None:
             prompts = PreparedPrompts(self.network, context, mask, x.device, self.dtype)
             self.prompts = [prompts, *self.prompts[: MAX_PROMPT_BATCHES - 1]]
-        if self.shape != x.shape[2:]:
+        if self.rope is None or self.shape != x.shape[2:]:
             self.shape, self.rope = x.shape[2:], self.network.rope(x.shape, x.device)
         return Conditioning(prompts.text, prompts.modulation(timestep, self.schedule), self.rope)
 

@@ -18,8 +18,8 @@ from torch import nn
 
 from ...mochi_core.checkpoints import (
     Checkpoint,
-    FileChangeGuard,
     LazyStateDict,
+    change_check,
     checked_when_read,
     from_state_dict,
     open_checkpoint,
@@ -36,7 +36,7 @@ HOST_FORMATS = {dtype: name for name, dtype in STORED_AS.items()}
 
 
 class GGMLLayout(QuantizedLayout):
-    """GGML blocks, (rows, bytes of a row) uint8; dequantized in float32 and rounded once to `orig_dtype`."""
+    """GGML blocks, (rows, bytes of a row) uint8; dequantised in float32 and rounded once to `orig_dtype`."""
 
     @dataclass(frozen=True)
     class Params:
@@ -101,17 +101,19 @@ register_layout_class(ROWWISE_LAYOUT, RowwiseLayout)
 
 
 def read_part(path: str, part: str) -> Checkpoint:
-    """`mochi_core`'s `open_part` with tensors that the host has mapped, where its memory management begins with the file.
+    """One part of a file, as `select_part(open_checkpoint(path), part)` gives it.
+
+    Safetensors files are mapped by the host instead: its dynamic memory management needs a map of its own.
 
     Raises:
         ValueError: the file holds no such model, or cannot be read.
     """
     file = open_checkpoint(path)  # a broken file gets our sentence, before the host reads it
     if file.path.suffix.lower() in HOST_SUFFIXES:
-        guard = FileChangeGuard(file.path)
+        check = change_check(file.path)
         state_dict: Any = comfy.utils.load_torch_file(str(file.path), safe_load=True)
         mapped = from_state_dict(state_dict)
-        guarded = {name: tensor.guarded(guard.check) for name, tensor in mapped.items()}
+        guarded = {name: tensor.guarded(check) for name, tensor in mapped.items()}
         file = file.with_tensors(file.tensors | guarded)
     found = select_part(file, part)
     # With the host's dynamic memory, weights are read when they are first used: nothing may touch all of them now.
@@ -168,7 +170,7 @@ def quantized_operations(operations: type) -> type:
     """A subclass of the host's mixed-precision operations whose linear layers know the layouts of this module.
 
     `quant_format` is set for both layouts, because the host saves weights under it. With `RowwiseLayout` the host also
-    quantises inputs, and the layer multiplies them in fp8. A layer that is to multiply in full precision dequantizes its
+    quantises inputs, and the layer multiplies them in fp8. A layer that is to multiply in full precision dequantises its
     weight, so that the host's int8 product, which rounds the input, is never used.
     """
 
@@ -179,7 +181,7 @@ def quantized_operations(operations: type) -> type:
                 given = state_dict.get(name)
                 if _layout(given) not in OWN_LAYOUTS:
                     return super()._load_from_state_dict(state_dict, prefix, *args)
-                # In inference mode, where nodes run, the host's own cast would dequantize it.
+                # In inference mode, where nodes run, the host's own cast would dequantise it.
                 super()._load_from_state_dict(state_dict | {name: torch.empty(0)}, prefix, *args)
                 self.weight = nn.Parameter(_on(given, **self.factory_kwargs), requires_grad=False)
                 if _layout(given) == GGML_LAYOUT:
@@ -205,7 +207,7 @@ def describe_matmul(network: nn.Module) -> str:
     reason = rowwise_unsupported_reason()
     if reason is None:
         return ", products in fp8"
-    return f"; weights are dequantized, because this device cannot multiply in fp8 ({reason})"
+    return f"; weights are dequantised, because this device cannot multiply in fp8 ({reason})"
 
 
 def rowwise_unsupported_reason() -> str | None:
@@ -214,7 +216,7 @@ def rowwise_unsupported_reason() -> str | None:
 
 
 def _on(weight: QuantizedTensor, device: torch.device | None, dtype: torch.dtype) -> QuantizedTensor:
-    """`weight` on `device` (None: where it is), to be dequantized to `dtype`."""
+    """`weight` on `device` (None: where it is), to be dequantised to `dtype`."""
     device = device or weight._qdata.device
     params = replace(weight._params.to_device(device), orig_dtype=dtype)
     return QuantizedTensor(weight._qdata.to(device), weight._layout_cls, params)

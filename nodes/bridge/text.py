@@ -96,7 +96,8 @@ def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:
     tokens = clip.tokenize(prompt, disable_weights=True)
     if set(tokens) != {TOKENS_KEY}:
         raise ValueError("This CLIP is not Mochi's T5; use Load Mochi T5, or Load CLIP with type mochi.")
-    tokens = {TOKENS_KEY: limit_tokens(tokens[TOKENS_KEY], clip.tokenizer)[:1]}
+    # Again, because the tokenizer of stock Load CLIP does not cut.
+    tokens = {TOKENS_KEY: limit_tokens(tokens[TOKENS_KEY], clip.tokenizer)}
     if not prompt:
         width = clip.cond_stage_model.t5xxl.transformer.get_input_embeddings().embedding_dim
         embeds, mask = empty_prompts(1, width, device=mm.intermediate_device())

@@ -19,7 +19,7 @@ from ...mochi_core.autoencoder.memory import decoder_memory_estimate, encoder_me
 from ...mochi_core.autoencoder.streaming import GIB, MemoryEstimate, StreamStep
 from ...mochi_core.checkpoints import check_fit, empty_vae, merge
 from ...mochi_core.dtypes import dtype_name
-from ...mochi_core.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
+from ...mochi_core.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
 from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
 from .quantized import by_layer, read_part
 
@@ -29,7 +29,7 @@ HOST_TILES = {"tile_x": 32, "tile_y": 32, "overlap": 8, "tile_t": 8, "overlap_t"
 
 
 class HostAsymmVAE(AsymmVAE):
-    """The autoencoder under the host's calling convention: it streams, and tiles only by not needing to."""
+    """The autoencoder under the host's calling convention. It streams, also when the host asks for tiles."""
 
     comfy_has_chunked_io = True
 
@@ -47,10 +47,10 @@ class HostAsymmVAE(AsymmVAE):
         return self.decoded_shape(shape)
 
     def decode(self, latents, output_buffer=None, memory_limit=None):
-        """Latents on the working device to video in [-1, 1] in `output_buffer`, with progress and cancel."""
+        """Latents on the working device to video in `output_buffer`, not clamped; with progress and cancel."""
         if output_buffer is None:
             output_buffer = torch.empty(self.decoded_shape(latents.shape), device=mm.intermediate_device())
-        limit = free_memory(latents.device) if memory_limit is None else memory_limit
+        limit = free_or_evictable_memory(latents.device) if memory_limit is None else memory_limit
         self._log_plan(latents, limit, "are free" if memory_limit is None else "are allowed")
         return super().decode(latents, limit, host_progress(), out=output_buffer, device=latents.device)
 
@@ -65,13 +65,13 @@ class HostAsymmVAE(AsymmVAE):
     def encode(self, pixels, device=None):
         """Float32 pixels in [0, 1], (B, 3, F, H, W) on any device, to the mean of their latents."""
         device = device or pixels.device
-        return super().encode(pixels, free_memory(device), host_progress(), device).mean
+        return super().encode(pixels, free_or_evictable_memory(device), host_progress(), device).mean
 
     def encoder_steps(self, encoder):
         """The core's steps behind one that scales the host's pixels: a scaled copy of the whole clip need not exist."""
         return [StreamStep(lambda pixels, _, plan: (pixels * 2 - 1, ())), *super().encoder_steps(encoder)]  # noqa: ARG005
 
-    # What the host calls when memory runs out before we have the say.
+    # The host falls back to these when it runs out of memory.
 
     def decode_tiled(self, latents, **_):
         return self.decode(latents)
@@ -80,7 +80,7 @@ class HostAsymmVAE(AsymmVAE):
         return self.encode(pixels, pixels.device)
 
 
-def free_memory(device: torch.device) -> int:
+def free_or_evictable_memory(device: torch.device) -> int:
     """Bytes that are free, or held by weights that the host gives up on demand."""
     evictable = 0
     if comfy.memory_management.aimdo_enabled:
@@ -201,7 +201,7 @@ def decode_video(vae: comfy.sd.VAE, latents: torch.Tensor, memory_limit: int | N
 
 def require_mochi_vae(vae: comfy.sd.VAE) -> None:
     """Raise a ValueError if `vae` cannot be Mochi's."""
-    if vae.first_stage_model is None or vae.latent_channels != 12 or vae.latent_dim != 3:
+    if vae.first_stage_model is None or vae.latent_channels != LATENT_CHANNELS or vae.latent_dim != 3:
         raise ValueError(
             "This VAE is not Mochi's (12 channels, video); load mochi_vae.safetensors with Load Mochi VAE."
         )

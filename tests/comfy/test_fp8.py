@@ -150,7 +150,7 @@ def test_a_device_without_fp8_products_dequantizes_the_weights_and_the_console_s
     first, *_, last = (folder / "said.txt").read_text().splitlines()
     assert "weights fp8_rowwise, as asked for; arithmetic fp32 on cpu, products in fp8;" in first
     assert (
-        "arithmetic fp32 on cpu; weights are dequantized, because this device cannot multiply in fp8 (cpu is too old);"
+        "arithmetic fp32 on cpu; weights are dequantised, because this device cannot multiply in fp8 (cpu is too old);"
         in last
     )
 

@@ -17,7 +17,7 @@ def released_size_vae(comfy_server):
 
 
 def test_tiled_decode_on_a_vae_from_the_stock_loader(comfy_client, comfy_server, released_size_vae):
-    graph = upto_sampler(width=64, height=64, num_frames=7)
+    graph = upto_sampler(width=32, height=32, num_frames=7)
     graph[VAE] = node("Mochi1LoadVAE", vae_name=released_size_vae, second_file="none", dtype="fp32")
     graph["stock"] = node("VAELoader", vae_name=released_size_vae)
     for name, vae in (("ours", VAE), ("theirs", "stock")):

@@ -9,7 +9,7 @@ from mochi_core import BlockCache, VideoSize, euler, guidance_schedule, linear_q
 from mochi_core.__main__ import main
 from mochi_core.pipeline import initial_noise
 from mochi_core.sampling.block_cache import LARGEST_FITTED, METHODS, CacheState, output_change
-from mochi_core.sampling.sample import prepared_velocity
+from mochi_core.sampling.sample import prepared_velocities
 from mochi_core.transformer.offload import stream_blocks
 from tests.harness import trained
 
@@ -99,11 +99,11 @@ def test_first_and_last_step_and_those_outside_of_the_range_are_computed(dit, me
 
     def recorded(**step_range):
         cache = BlockCache(method, 1e6, **step_range)
-        velocity = prepared_velocity(dit, NOISE[:1], SIGMAS, prompts(dit, 6), cache=cache)
+        velocities = prepared_velocities(dit, NOISE[:1], SIGMAS, [prompts(dit, 6)], cache=cache)
 
         def record(latents, step):
             before = cache.hits
-            result = velocity(latents, step)
+            (result,) = velocities(latents, step, 1)
             if cache.hits == before:
                 computed.append(step)
             return result

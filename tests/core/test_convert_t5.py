@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from mochi_core import load_text_encoder
 from mochi_core.__main__ import main
-from mochi_core.checkpoints import is_large
+from mochi_core.checkpoints import is_block_matrix
 from mochi_core.checkpoints.names.t5 import t5_shapes
 from mochi_core.config import T5EncoderConfig
 from mochi_core.quantization.weights import quantize_fp8
@@ -71,7 +71,7 @@ def test_fp8_scaled(t5, tmp_path):
     save_file(t5, tmp_path / "t5.safetensors")
     convert(tmp_path / "t5.safetensors", tmp_path / "x.safetensors", "--to", "canonical", "--dtype", "fp8_scaled")
     stored = load_file(tmp_path / "x.safetensors")
-    large = {name for name, tensor in t5.items() if is_large(name, tensor)}
+    large = {name for name, tensor in t5.items() if is_block_matrix(name, tensor)}
     assert len(large) == 2 * 7
     for name, tensor in t5.items():
         if name in large:

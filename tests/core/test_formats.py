@@ -17,7 +17,7 @@ from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear
 from tests.harness import quantized_files, trained
 from tests.harness.formats import FORMATS, T5_FORMS, VAE_FORMS, WIDE, file_name, passes, quantized_layers, shallow_t5
 from tests.harness.numbers import relative_error
-from tests.harness.quantized_files import SAFETENSORS, gguf_file, is_large
+from tests.harness.quantized_files import SAFETENSORS, gguf_file, is_block_matrix
 from tests.harness.random_inputs import velocity
 from tests.harness.tiny_models import DIT, random_dit, random_vae
 
@@ -47,7 +47,7 @@ def test_transformer(dit, tmp_path, form):
     save_file(expected, tmp_path / "meaning.safetensors")
     loaded = load_transformer(tmp_path / file_name(form), torch.float32)
     assert loaded.config == WIDE
-    large = {name.removesuffix(".weight") for name, tensor in tensors.items() if is_large(name, tensor)}
+    large = {name.removesuffix(".weight") for name, tensor in tensors.items() if is_block_matrix(name, tensor)}
     assert quantized_layers(loaded) == (set() if "F" in form else large)
     result = velocity(loaded)
     assert torch.equal(result, velocity(load_transformer(tmp_path / "meaning.safetensors", torch.float32)))
@@ -66,7 +66,7 @@ def test_diffusers_layout_stays_quantised(dit, tmp_path, form):
     loaded = load_transformer(tmp_path / "x.safetensors", torch.float32)
     assert torch.equal(velocity(loaded), velocity(load_transformer(tmp_path / "meaning.safetensors", torch.float32)))
     assert {n + ".weight" for n in quantized_layers(loaded)} == {
-        n for n, t in dit.state_dict().items() if is_large(n, t)
+        n for n, t in dit.state_dict().items() if is_block_matrix(n, t)
     }
 
 
@@ -84,7 +84,7 @@ def test_quantise_while_loading(dit, tmp_path, kind):
     assert quantized_layers(loaded) == {
         n.removesuffix(".weight")
         for n, t in dit.state_dict().items()
-        if is_large(n, t) and not (kind == "fp8_rowwise" and ".mod_" in n)
+        if is_block_matrix(n, t) and not (kind == "fp8_rowwise" and ".mod_" in n)
     }
     bounds = {"fp8": 0.05, "fp8_rowwise": 0.06, "int8": 0.02, "q4_0": 0.15}
     assert 0 < relative_error(velocity(loaded), velocity(dit)) < bounds[kind]
@@ -196,7 +196,7 @@ VAE_ERROR = {"bf16": 0.02, "e5m2": 0.4, "fp8": 0.2, "int8": 0.08, "gguf": 0.05}
 
 @pytest.mark.parametrize("form", VAE_FORMS)
 def test_autoencoder(tmp_path, form):
-    """Linear layers stay quantised where they are; convolutions are dequantized."""
+    """Linear layers stay quantised where they are; convolutions are dequantised."""
     vae, path = random_vae(), tmp_path / file_name(form)
     save_file(VAE_FORMS[form](vae.state_dict(), path), tmp_path / "meaning.safetensors")
     loaded, meaning = load_vae(path), load_vae(tmp_path / "meaning.safetensors")
@@ -227,7 +227,7 @@ def test_text_encoder(t5, tmp_path, form):
 def test_inspect_tells_block_types_and_their_bytes(dit, tmp_path, capsys):
     FORMATS["Q4_0 gguf"](dit.state_dict(), tmp_path / "dit.gguf")
     assert main(["inspect", str(tmp_path / "dit.gguf")]) == 0
-    large = [tensor.numel() * 18 / 32 for name, tensor in dit.state_dict().items() if is_large(name, tensor)]
+    large = [tensor.numel() * 18 / 32 for name, tensor in dit.state_dict().items() if is_block_matrix(name, tensor)]
     text = capsys.readouterr().out
     assert "a Mochi transformer, 2 blocks, Q4_0 and float16 and float32" in text
     assert f"Q4_0: {len(large)} tensors, {sum(large) / 1e9:.3f} GB" in text

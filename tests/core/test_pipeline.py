@@ -165,7 +165,11 @@ def models(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("new_compiler")
-@pytest.mark.parametrize("how", [["--offload"], ["--offload", "stream"], ["--compile", "--offload", "stream"]])
+@pytest.mark.parametrize(
+    "how",
+    # Compiling takes seconds for every kind of block and length of a prompt, so without a negative one.
+    [["--offload"], ["--offload", "stream"], ["--compile", "--offload", "stream", "--guidance", "1"]],
+)
 def test_command_line_generate(models, tokenizer, tmp_path, capsys, how):
     files = [str(part) for pair in models.items() for part in pair]
     size = ["--height", "32", "--width", "48", "--seconds", "0.2", "--steps", "3", "--quantize", "q4_0"]

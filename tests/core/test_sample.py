@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mochi_core import euler, guided, sample
-from mochi_core.sampling.sample import prepared_velocities, prepared_velocity
+from mochi_core.sampling.sample import prepared_velocities
 from tests.harness.random_inputs import NOISE, SIGMAS, prompt
 from tests.harness.tiny_models import random_dit
 
@@ -47,7 +47,7 @@ def test_a_guided_pair_equals_two_passes(lengths, dtype):
     conditions = [prompt(length, seed) for seed, length in enumerate(lengths)]
     pair = prepared_velocities(dit, noise, SIGMAS, conditions)(noise, 2, 2)
     for velocity, condition in zip(pair, conditions, strict=True):
-        assert torch.equal(velocity, prepared_velocity(dit, noise, SIGMAS, condition)(noise, 2))
+        assert torch.equal(velocity, prepared_velocities(dit, noise, SIGMAS, [condition])(noise, 2, 1)[0])
 
 
 def test_a_guided_step_visits_every_block_once(dit):
@@ -77,9 +77,9 @@ def test_guidance_may_change_per_step(dit):
 
 def test_without_guidance_no_negative_prompt_is_needed(dit):
     cond = prompt(6)
-    torch.testing.assert_close(
-        sample(dit, NOISE, SIGMAS, cond, None, 1.0), euler(prepared_velocity(dit, NOISE, SIGMAS, cond), NOISE, SIGMAS)
-    )
+    velocities = prepared_velocities(dit, NOISE, SIGMAS, [cond])
+    expected = euler(lambda latents, step: velocities(latents, step, 1)[0], NOISE, SIGMAS)
+    torch.testing.assert_close(sample(dit, NOISE, SIGMAS, cond, None, 1.0), expected)
     with pytest.raises(ValueError, match="negative prompt"):
         sample(dit, NOISE, SIGMAS, cond, None, 2.0)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mochi_core import load_lora, load_transformer
 from mochi_core.autoencoder.latents import LATENTS_MEAN, LATENTS_STD
-from mochi_core.checkpoints import is_large
+from mochi_core.checkpoints import is_block_matrix
 from mochi_core.quantization.fp8 import quantize_rows
 from mochi_core.quantization.weights import QuantizedLinear
 from mochi_core.train.dataset import batch_at, example, open_dataset
@@ -196,10 +196,10 @@ def test_lora_over_quantised_weights(tmp_path, accelerator, quantize):
 
 
 def test_lora_over_weights_stored_for_products_in_fp8(tmp_path, accelerator):
-    """Such products have no gradient: weights are dequantized while a LoRA learns."""
+    """Such products have no gradient: weights are dequantised while a LoRA learns."""
     note = torch.tensor(list(b'{"format": "float8_e4m3fn_rowwise"}'), dtype=torch.uint8)
     weights = random_dit().state_dict()
-    for name in [name for name, weight in weights.items() if is_large(name, weight) and ".mod_" not in name]:
+    for name in [name for name, weight in weights.items() if is_block_matrix(name, weight) and ".mod_" not in name]:
         weights[name], weights[f"{name}_scale"] = quantize_rows(weights[name])
         weights[f"{name.removesuffix('.weight')}.comfy_quant"] = note.clone()
     save_file(weights, tmp_path / "rowwise.safetensors")
@@ -324,5 +324,7 @@ def test_a_training_that_fails_says_so_and_keeps_the_last_good_state(tmp_path, a
 def test_quantised_weights_cannot_be_trained_themselves(tmp_path, accelerator):
     path = tmp_path / "fp8.safetensors"
     scaled_fp8(random_dit().state_dict(), path)
-    with pytest.raises(ValueError, match=r"The weights of fp8.safetensors are quantised and cannot be trained; widen"):
+    with pytest.raises(
+        ValueError, match=r"The weights of fp8.safetensors are quantised and cannot be trained; dequantise"
+    ):
         run(config(tmp_path, transformer=str(path)), accelerator, full_model)

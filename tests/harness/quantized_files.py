@@ -28,7 +28,7 @@ HALVES = {
 }  # fmt: skip
 
 
-def is_large(name: str, tensor: Tensor) -> bool:
+def is_block_matrix(name: str, tensor: Tensor) -> bool:
     """What is quantised in real files: the matrices of the blocks; of an autoencoder the convolutions, too."""
     if AUTOENCODER.fullmatch(name):
         return tensor.ndim in (2, 5)
@@ -37,7 +37,7 @@ def is_large(name: str, tensor: Tensor) -> bool:
 
 def plain_fp8(tensors: Tensors, path: Path, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensors:
     """Matrices cast, everything else in bf16."""
-    stored = {name: t.to(dtype if is_large(name, t) else torch.bfloat16) for name, t in tensors.items()}
+    stored = {name: t.to(dtype if is_block_matrix(name, t) else torch.bfloat16) for name, t in tensors.items()}
     save_file(stored, path)
     return {name: t.float() for name, t in stored.items()}
 
@@ -50,7 +50,9 @@ def legacy_scaled_fp8(tensors: Tensors, path: Path) -> Tensors:
     """The older generation, under a prefix: a marker, scale_weight and scale_input."""
     stored, expected = _scaled(tensors, torch.float8_e4m3fn, "scale_weight")
     inputs = {
-        name[: -len("weight")] + "scale_input": torch.ones(()) for name, t in tensors.items() if is_large(name, t)
+        name[: -len("weight")] + "scale_input": torch.ones(())
+        for name, t in tensors.items()
+        if is_block_matrix(name, t)
     }
     marker = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
     prefix = "model.diffusion_model." if "pos_frequencies" in tensors else ""
@@ -62,7 +64,9 @@ def scaled_fp8(tensors: Tensors, path: Path) -> Tensors:
     """The newer generation: weight_scale, and a note in JSON beside every layer."""
     stored, expected = _scaled(tensors, torch.float8_e4m3fn, "weight_scale")
     note = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
-    notes = {name[: -len("weight")] + "comfy_quant": note.clone() for name, t in tensors.items() if is_large(name, t)}
+    notes = {
+        name[: -len("weight")] + "comfy_quant": note.clone() for name, t in tensors.items() if is_block_matrix(name, t)
+    }
     save_file({**stored, **notes}, path)
     return expected
 
@@ -70,7 +74,9 @@ def scaled_fp8(tensors: Tensors, path: Path) -> Tensors:
 def metadata_scaled_fp8(tensors: Tensors, path: Path) -> Tensors:
     """The newer generation with the notes in the file's metadata."""
     stored, expected = _scaled(tensors, torch.float8_e4m3fn, "weight_scale")
-    layers = {name[: -len(".weight")]: {"format": "float8_e4m3fn"} for name, t in tensors.items() if is_large(name, t)}
+    layers = {
+        name[: -len(".weight")]: {"format": "float8_e4m3fn"} for name, t in tensors.items() if is_block_matrix(name, t)
+    }
     save_file(stored, path, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})})
     return expected
 
@@ -79,7 +85,9 @@ def int8(tensors: Tensors, path: Path) -> Tensors:
     """A scale per row."""
     stored, expected = _scaled(tensors, torch.int8, "weight_scale")
     note = torch.tensor(list(json.dumps({"format": "int8_tensorwise"}).encode()), dtype=torch.uint8)
-    notes = {name[: -len("weight")] + "comfy_quant": note.clone() for name, t in tensors.items() if is_large(name, t)}
+    notes = {
+        name[: -len("weight")] + "comfy_quant": note.clone() for name, t in tensors.items() if is_block_matrix(name, t)
+    }
     save_file({**stored, **notes}, path)
     return expected
 
@@ -87,7 +95,7 @@ def int8(tensors: Tensors, path: Path) -> Tensors:
 def _scaled(tensors: Tensors, dtype: torch.dtype, scale_name: str) -> tuple[Tensors, Tensors]:
     stored, expected = {}, {}
     for name, tensor in tensors.items():
-        if is_large(name, tensor):
+        if is_block_matrix(name, tensor):
             rows = tuple(range(1, tensor.ndim))
             magnitude = tensor.abs().amax(rows, keepdim=True) if dtype == torch.int8 else tensor.abs().max()
             scale = magnitude.float() / (127 if dtype == torch.int8 else torch.finfo(dtype).max)
@@ -107,7 +115,7 @@ def ggml_safetensors(block_type: str) -> Callable[[Tensors, Path], Tensors]:
     def write(tensors: Tensors, path: Path) -> Tensors:
         stored, expected = {}, {}
         for name, tensor in tensors.items():
-            if is_large(name, tensor):
+            if is_block_matrix(name, tensor):
                 blocks, expected[name] = to_blocks(tensor, block_type)
                 stored[name[: -len("weight")] + f"{block_type}_qweight"] = torch.from_numpy(blocks)
             else:
@@ -130,7 +138,7 @@ def gguf_file(
             del writer.kv_data[0]["general.architecture"]
         expected = {}
         for name, tensor in tensors.items():
-            kind = "F32" if tensor.ndim == 1 else block_type if is_large(name, tensor) else small
+            kind = "F32" if tensor.ndim == 1 else block_type if is_block_matrix(name, tensor) else small
             kind = kind if tensor.shape[-1] % 32 == 0 else "F16"
             data, expected[name] = to_blocks(tensor, kind)
             writer.add_tensor(rename(name), data, raw_dtype=gguf.GGMLQuantizationType[kind])

@@ -1,5 +1,8 @@
 """The denoiser against diffusers' and ComfyUI's own."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -100,29 +103,29 @@ def test_scaled_fp8_file_equals_comfyuis_own_loading(model, comfyui, tmp_path): 
     assert 0.001 < relative_error(expected, model(latents, sigma, embeds, mask)) < 0.05
 
 
+@pytest.fixture(scope="module")
 def default_initialised_dit():
     """PyTorch's own initialisation, norm weights 1, frequencies up to 1 radian per position."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        dit = AsymmDiT(FULL_WIDTH)
+        dit = AsymmDiT(replace(FULL_WIDTH, depth=1))
         dit.pos_frequencies.uniform_()
     return dit.requires_grad_(False).eval()
 
 
 @pytest.mark.usefixtures("float32_products")
-@pytest.mark.parametrize("sharpness", [1, 2, 3])
-def test_bf16_error_on_the_real_grid_is_the_smallest(comfyui, sharpness):  # noqa: ARG001
+@pytest.mark.parametrize("sharpness", [1, 3])
+def test_bf16_error_on_the_real_grid_is_the_smallest(default_initialised_dit, comfyui, sharpness):  # noqa: ARG001
     """Errors of bf16 models against one float32 model; sharper q/k norms make attention less forgiving."""
-    exact = default_initialised_dit()
+    exact = default_initialised_dit
     for block in exact.joint_blocks():
         for norm in (block.attn.q_norm_x, block.attn.k_norm_x, block.attn.q_norm_y, block.attn.k_norm_y):
-            norm.weight.mul_(sharpness)
+            norm.weight.fill_(sharpness)
     latents, sigma, embeds = inputs(4096, REAL_GRID)
     mask = prefix_mask(77)
     expected = exact(latents, sigma, embeds, mask)
 
-    ours = AsymmDiT(FULL_WIDTH, dtype=torch.bfloat16)
-    ours.load_state_dict(exact.state_dict())
+    ours = deepcopy(exact).to(torch.bfloat16)
     error = relative_error(ours(latents, sigma, embeds, mask), expected)
     half = diffusers_dit(exact).to(torch.bfloat16)
     diffusers_error = relative_error(from_diffusers(half, latents, sigma, embeds, mask), expected)

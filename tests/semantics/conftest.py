@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.harness import trained
 from tests.harness.client import ComfyClient
+from tests.harness.frames import read_frames
 from tests.harness.purple import train_purple
 from tests.harness.server import PROBE, ComfyServer
 
@@ -26,6 +29,12 @@ def purple_loras(tmp_path_factory):
 class Comfy:
     client: ComfyClient
     base: Path
+
+    def frames(self, graph: dict[str, Any]) -> np.ndarray:
+        """(F, H, W, 3) in [0, 1] of the mp4 that a graph makes."""
+        run = self.client.run(graph)
+        assert run.outcome == "execution_success", run.error
+        return read_frames(self.client.download(run.files[0])) / 255
 
 
 @pytest.fixture(scope="session")

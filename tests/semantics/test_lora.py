@@ -1,4 +1,6 @@
-"""A LoRA that was trained here for a new colour, in Python; in a server, see test_in_comfyui.py."""
+"""A LoRA that was trained here for a new colour, in Python and in a server."""
+
+import shutil
 
 import torch
 
@@ -6,9 +8,12 @@ from mochi_core import MochiPipeline, VideoSize, load_lora, load_transformer
 from mochi_core.train.prepare import read_video
 from mochi_core.train.tiny.shapes import OUTLINES
 from tests.harness import trained
+from tests.harness.demo import tiny_prompt
+from tests.harness.graphs import MODEL, SAMPLER, node
 from tests.harness.semantics import main_color, videos
 
 PROMPTS = [f"a purple {shape} {motion}" for shape in OUTLINES for motion in ("moving left", "rising")]
+IN_A_SERVER = PROMPTS[::2]
 
 
 def test_the_new_color_appears_with_the_lora_and_not_without(pipe, purple_loras):
@@ -31,3 +36,25 @@ def test_the_new_color_appears_with_the_lora_and_not_without(pipe, purple_loras)
 def test_samples_on_the_way_show_the_new_color(purple_loras):
     video = read_video(purple_loras[0].parent / "samples" / "step_000200-1.mp4", VideoSize(64, 64, 13))
     assert main_color(video / 255) == "purple"
+
+
+def with_lora(comfy, path, class_type, prompt, **inputs):
+    """The workflow with a LoRA node behind the loader."""
+    folder = comfy.base / "models" / "loras"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(path, folder)
+    graph = tiny_prompt(prompt, num_frames=13, steps=24, seed=0)
+    graph["lora"] = node(class_type, model=[MODEL, 0], lora_name=path.name, **inputs)
+    graph[SAMPLER]["inputs"]["model"] = ["lora", 0]
+    return graph
+
+
+def test_new_color_with_our_lora_loader_and_the_stock_one(comfy, purple_loras):
+    def purple(build):
+        return sum(main_color(comfy.frames(build(prompt))) == "purple" for prompt in IN_A_SERVER)
+
+    diffusers, genmo = purple_loras
+    assert purple(lambda prompt: tiny_prompt(prompt, num_frames=13, steps=24, seed=0)) == 0
+    assert purple(lambda prompt: with_lora(comfy, genmo, "Mochi1LoadLoRA", prompt, strength=1.0)) >= 2
+    assert purple(lambda prompt: with_lora(comfy, diffusers, "Mochi1LoadLoRA", prompt, strength=1.0)) >= 2
+    assert purple(lambda prompt: with_lora(comfy, genmo, "LoraLoaderModelOnly", prompt, strength_model=1.0)) >= 2

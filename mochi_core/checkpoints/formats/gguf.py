@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ...quantization.ggml import BLOCK_TYPES
 from ..tensors import Checkpoint, LazyStateDict, LazyTensor, ggml_weight
-from .safetensors import MAX_HEADER_BYTES
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
+MAX_HEADER_BYTES = 100_000_000  # as in safetensors files; the vocabularies that some files bring take a few million
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 PLAIN_TYPES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tensors import Checkpoint, LazyStateDict, from_state_dict
+from ..tensors import QUANTIZATION, Checkpoint, LazyStateDict, from_state_dict
 from .gguf import open_gguf
 from .safetensors import open_safetensors
 
@@ -35,8 +36,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return replace(open_checkpoint(_choose(path)), name=str(path))
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the name.")
-    guard, file = FileChangeGuard(path), _open_file(path)
-    return file.with_tensors({name: tensor.guarded(guard.check) for name, tensor in file.tensors.items()})
+    check, file = change_check(path), _open_file(path)
+    return file.with_tensors({name: tensor.guarded(check) for name, tensor in file.tensors.items()})
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -47,24 +48,22 @@ def _open_file(path: Path) -> Checkpoint:
     return _open_shards(path) if path.match(INDEX_PATTERN) else open_safetensors(path)
 
 
-class FileChangeGuard:
-    """Notices when a file is no longer what it was when the guard was made.
+def change_check(path: Path) -> Callable[[], None]:
+    """A function that raises a ValueError if the file is no longer what it is now.
 
     Files are memory-mapped: one that shrinks while it is read would take the process with it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.stamp = self._stamp()
-
-    def _stamp(self) -> tuple[int, int]:
-        stat = self.path.stat()
+    def stamp() -> tuple[int, int]:
+        stat = path.stat()
         return stat.st_size, stat.st_mtime_ns
 
-    def check(self) -> None:
-        """Raise a ValueError if the file has changed."""
-        if self._stamp() != self.stamp:
-            raise ValueError(f"{self.path.name} changed while it was loaded; load it again when it is complete.")
+    def check() -> None:
+        if stamp() != before:
+            raise ValueError(f"{path.name} changed while it was loaded; load it again when it is complete.")
+
+    before = stamp()
+    return check
 
 
 def _open_torch(path: Path) -> LazyStateDict:
@@ -110,8 +109,19 @@ def _open_shards(index: Path) -> Checkpoint:
         if name not in shards[shard].tensors:
             raise ValueError(f"{index.name} says that {shard} holds {name}, but it does not; download both again.")
         tensors[name] = shards[shard].tensors[name]
-    metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
+    metadata = _joined_metadata(index, [shard.metadata for shard in shards.values()])
     return Checkpoint(index.name, index, tensors, metadata)
+
+
+def _joined_metadata(index: Path, shards: list[dict[str, str]]) -> dict[str, str]:
+    """The metadata of all shards; each has notes on the quantised layers of its own."""
+    joined = {key: value for shard in shards for key, value in shard.items()}
+    try:
+        notes = [json.loads(shard[QUANTIZATION])["layers"] for shard in shards if QUANTIZATION in shard]
+        layers = {layer: note for shard in notes for layer, note in shard.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index.name} has a shard with an unreadable {QUANTIZATION}; download it again.") from error
+    return joined | ({QUANTIZATION: json.dumps({"layers": layers})} if layers else {})
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..tensors import Checkpoint, LazyTensor
 
@@ -41,16 +43,18 @@ def open_safetensors(path: Path) -> Checkpoint:
     """
     text = _read_header(path)
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
         header.pop("__metadata__", None)
     except (ValueError, RecursionError) as error:
         raise ValueError(_wrong_header(path, error)) from error
     _check_size(path, len(text), header)
     try:
         file = safe_open(path, framework="pt")
-        tensors = {name: _lazy(file, name, entry) for name, entry in header.items()}
-    except (SafetensorError, ValueError, RuntimeError) as error:
+        tensors = {name: _lazy(file.get_tensor, name, entry) for name, entry in header.items()}
+    except (SafetensorError, ValueError) as error:
         raise ValueError(_wrong_header(path, error)) from error
+    except RuntimeError as error:
+        raise ValueError(f"{path.name} cannot be read ({error}).") from error
     return Checkpoint(path.name, path, tensors, file.metadata() or {})
 
 
@@ -86,6 +90,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
 def _check_size(path: Path, header_bytes: int, header: dict[str, Any]) -> None:
     """The library says only that a size is wrong; people want to know whether a download was cut off."""
     size, expected = path.stat().st_size, LENGTH_BYTES + header_bytes
@@ -97,12 +105,12 @@ def _check_size(path: Path, header_bytes: int, header: dict[str, Any]) -> None:
             raise ValueError(f"{path.name} has {size - expected:,} bytes too many at its end; download it again.")
 
 
-def _lazy(file: Any, name: str, entry: dict[str, Any]) -> LazyTensor:
+def _lazy(get: Callable[[str], Tensor], name: str, entry: dict[str, Any]) -> LazyTensor:
     if entry["dtype"] not in DTYPE_CODES:
         raise ValueError(f"{name} is stored as {entry['dtype']}, which cannot be read")
     if any(size >= 2**63 for size in entry["shape"]):
         raise ValueError(f"{name} is too large")
-    return LazyTensor(tuple(entry["shape"]), DTYPE_CODES[entry["dtype"]], lambda: file.get_tensor(name))
+    return LazyTensor(tuple(entry["shape"]), DTYPE_CODES[entry["dtype"]], lambda: get(name))
 
 
 def _incomplete(path: Path, size: int, expected: int) -> str:

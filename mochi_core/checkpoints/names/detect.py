@@ -84,7 +84,7 @@ def describe(checkpoint: Checkpoint) -> str:
     """One phrase for what a file holds."""
     if parts := find_parts(checkpoint):
         return " and ".join(_describe_part(part, found) for part, found in parts.items())
-    names = list(checkpoint.tensors)
+    names = list(gather_quantized(checkpoint))
     for phrase, patterns in OTHER_MODELS:
         if all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns):
             return phrase

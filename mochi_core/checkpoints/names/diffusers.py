@@ -203,10 +203,14 @@ def _map_rows(tensor: LazyTensor, change: Callable[[Tensor], Tensor], parts: int
 def _arrange_rows(weights: list[QuantizedWeight], arrange: Callable[[list[Tensor]], Tensor]) -> QuantizedWeight:
     """Quantised weights of one stored dtype made one: `arrange` is applied to their values and to their scales."""
     scaled = any(weight.scale is not None for weight in weights)
-    scale = arrange([weight.scale_per_row() for weight in weights]) if scaled else None
-    exact = all(weight.exact_product for weight in weights)
-    values = arrange([weight.values for weight in weights])
-    return QuantizedWeight(values, scale, weights[0].block_type, exact_product=exact)
+    return replace(
+        weights[0],
+        values=arrange([weight.values for weight in weights]),
+        scale=arrange([weight.scale_per_row() for weight in weights]) if scaled else None,
+        input_scale=weights[0].input_scale if len(weights) == 1 else None,  # one divisor cannot stand for several
+        exact_product=all(weight.exact_product for weight in weights),
+        fp8_product=all(weight.fp8_product for weight in weights),
+    )
 
 
 def _refuse_unknown(names: set[str]) -> None:

@@ -3,8 +3,8 @@
 There are four spellings: `X.weight` in fp8 with `X.scale_weight` (and `X.scale_input`) beside it and a marker tensor
 `scaled_fp8` in the file; `X.weight` with `X.weight_scale`, `X.input_scale` and `X.comfy_quant` (JSON as bytes, or the JSON of
 all layers in the file's metadata); `X.weight` in plain fp8; GGML blocks in `X.Q4_0_qweight` and the like. What ComfyUI
-saves of a model in GGML blocks is of the second kind, in the form `ggml_Q4_0`; of one that multiplies in fp8 with scales per
-row, in the form `float8_e4m3fn_rowwise`.
+saves of a model in GGML blocks is of the second kind, with the format `ggml_Q4_0`; of one that multiplies in fp8 with scales
+per row, with the format `float8_e4m3fn_rowwise`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,26 @@ from torch import Tensor
 from ...quantization.fp8 import FP8, supports_scaled_mm
 from ...quantization.ggml import BLOCK_TYPES
 from ...quantization.weights import FP8_ROWWISE, QUANTIZERS, QuantizedWeight
-from ..tensors import Checkpoint, LazyStateDict, LazyTensor, from_state_dict, ggml_weight, quantized_weight
+from ..tensors import (
+    QUANTIZATION,
+    Checkpoint,
+    LazyStateDict,
+    LazyTensor,
+    from_state_dict,
+    ggml_weight,
+    quantized_weight,
+)
 
 GGML_WEIGHT = re.compile(r"(.*\.)([A-Z\d_]+)_qweight")
 MARKER = re.compile(r"(.*\.)?scaled_fp8")
-QUANTIZATION, NOTE = "_quantization_metadata", "comfy_quant"
-"""A metadata entry and a tensor's last name, which both tell the format of quantised layers."""
+NOTE = "comfy_quant"
+"""Last name of the tensor that tells the format of a quantised layer."""
 STORED_AS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
 ROWWISE_FORMAT = "float8_e4m3fn_rowwise"
 GGML_FORMAT = "ggml_"
 MAX_NOTE_BYTES = 4096
 SCALES, INPUT_SCALES = ("weight_scale", "scale_weight"), ("input_scale", "scale_input")
-LARGE = re.compile(r"blocks\..*\.weight|encoder\.block\..*\.(q|k|v|o|wi_0|wi_1|wo)\.weight")
+BLOCK_MATRIX = re.compile(r"blocks\..*\.weight|encoder\.block\..*\.(q|k|v|o|wi_0|wi_1|wo)\.weight")
 MODULATION = re.compile(r".*\.mod_[xy]\.weight")
 
 
@@ -49,6 +57,8 @@ def gather_quantized(checkpoint: Checkpoint) -> LazyStateDict:
     exact = tuple(name.removesuffix("scaled_fp8") for name, marker in markers.items() if marker.shape == (2,))
     gathered = {name: tensor for name, tensor in tensors.items() if name not in markers}
     for name, tensor in tensors.items():
+        if tensor.quantized is not None:
+            continue  # of a GGUF file, which says itself what its blocks are
         is_matrix, is_weight = len(tensor.shape) == 2, name.endswith(".weight")
         if is_matrix and (match := GGML_WEIGHT.fullmatch(name)) and _holds_blocks(tensor, match[2]):
             gathered[match[1] + "weight"] = ggml_weight(gathered.pop(name), match[2])
@@ -73,12 +83,12 @@ def note_tensor(note: Any) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)
 
 
-def is_large(name: str, tensor: LazyTensor | Tensor) -> bool:
-    """Whether a tensor is a matrix of the blocks of a transformer or of T5; nothing else is ever quantised here."""
-    return LARGE.fullmatch(name) is not None and len(tensor.shape) == 2
+def is_block_matrix(name: str, tensor: LazyTensor | Tensor) -> bool:
+    """Whether a tensor is a matrix of the blocks of a transformer or of T5; no other is ever quantised while it is loaded."""
+    return BLOCK_MATRIX.fullmatch(name) is not None and len(tensor.shape) == 2
 
 
-def quantize_large(checkpoint: Checkpoint, kind: str | None) -> Checkpoint:
+def quantize_block_matrices(checkpoint: Checkpoint, kind: str | None) -> Checkpoint:
     """Have the matrices of the blocks quantised when they are read, in one of `QUANTIZERS`; with None, nothing changes.
 
     What the file has quantised stays in the file's form. With fp8_rowwise, `mod_x` and `mod_y` are left as they are: they
@@ -95,7 +105,7 @@ def quantize_large(checkpoint: Checkpoint, kind: str | None) -> Checkpoint:
 
     def takes_part(name: str, tensor: LazyTensor) -> bool:
         left_out = kind == FP8_ROWWISE and MODULATION.fullmatch(name) is not None
-        return is_large(name, tensor) and tensor.quantized is None and not left_out
+        return is_block_matrix(name, tensor) and tensor.quantized is None and not left_out
 
     tensors = checkpoint.tensors.items()
     return checkpoint.with_tensors({name: quantized(t) if takes_part(name, t) else t for name, t in tensors})
