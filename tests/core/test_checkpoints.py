@@ -195,12 +195,18 @@ def test_unknown_diffusers_names_are_refused(dit, tmp_path):
         (["decoder.mid.block_1.conv1.weight"], "an image autoencoder"),
         (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5 text encoder"),
         (["something"], "an unknown model of 1 tensors"),
+        (["something.weight", "scaled_fp8"], r"an unknown model of 1 tensors \(e.g. something.weight\)"),
     ],
 )
 def test_other_models_are_told_apart(tmp_path, names, phrase):
     path = save(tmp_path / "other.safetensors", {name: torch.zeros(1) for name in names})
     with pytest.raises(ValueError, match=f"other.safetensors holds {phrase}.*not a Mochi transformer"):
         load_transformer(path)
+
+
+def test_no_file_of_an_autoencoder():
+    with pytest.raises(ValueError, match="no file to load an autoencoder from"):
+        load_vae([])
 
 
 def broken(path, kind, dit):

@@ -197,6 +197,16 @@ def test_positions_and_norms_are_not_rounded_but_move():
     assert {p.device.type for p in dit.to("meta", torch.float16).parameters()} == {"meta"}
 
 
+def test_gradients_are_converted_with_their_parameters():
+    dit = random_dit().requires_grad_()
+    dit(*inputs([6])).square().mean().backward()
+    optimizer = torch.optim.AdamW(dit.to(torch.bfloat16).parameters())
+    before = dit.blocks[0].attn.q_norm_x.weight.clone()
+    optimizer.step()  # refuses gradients of another dtype
+    assert before.dtype == torch.float32
+    assert not torch.equal(dit.blocks[0].attn.q_norm_x.weight, before)
+
+
 def test_crop_to_valid():
     embeds = torch.arange(12.0).view(2, 3, 2)
     mask = torch.tensor([[False, True, False], [True, False, True]])

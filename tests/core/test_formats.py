@@ -7,13 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks.k_types import K_QUANTIZERS
 from mochi_core import load_text_encoder, load_transformer, load_vae
 from mochi_core.__main__ import main
-from mochi_core.checkpoints import describe, from_state_dict, open_checkpoint, to_diffusers, transformer_rules
-from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear
+from mochi_core.checkpoints import (
+    describe,
+    from_state_dict,
+    open_checkpoint,
+    to_canonical,
+    to_diffusers,
+    transformer_rules,
+)
+from mochi_core.checkpoints.tensors import QUANTIZATION, Checkpoint, quantized_weight
+from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear, quantize_fp8_rowwise
 from tests.harness import quantized_files, trained
 from tests.harness.formats import FORMATS, T5_FORMS, VAE_FORMS, WIDE, file_name, passes, quantized_layers, shallow_t5
 from tests.harness.numbers import relative_error
@@ -68,6 +77,41 @@ def test_diffusers_layout_stays_quantised(dit, tmp_path, form):
     assert {n + ".weight" for n in quantized_layers(loaded)} == {
         n for n, t in dit.state_dict().items() if is_block_matrix(n, t)
     }
+
+
+def test_swapped_halves_keep_what_a_layer_says_of_products(dit, tmp_path):
+    foreign = to_diffusers(from_state_dict(dit.state_dict()), transformer_rules(WIDE.depth))
+    file = Checkpoint("x", tmp_path, {name: quantized_with_notes(t) for name, t in foreign.items() if t.shape[1:]})
+    tensors = to_canonical(file.tensors, transformer_rules(WIDE.depth))
+    swapped, merged = (tensors[f"blocks.0.{layer}.weight"].quantized() for layer in ("mlp_x.w1", "attn.qkv_x"))
+    assert (swapped.input_scale, swapped.exact_product, swapped.fp8_product) == (torch.tensor(3.0), False, True)
+    assert (merged.input_scale, merged.exact_product, merged.fp8_product) == (None, False, True)
+
+
+def quantized_with_notes(tensor):
+    def read():
+        return replace(quantize_fp8_rowwise(tensor.read().flatten(1)), input_scale=torch.tensor(3.0))
+
+    return quantized_weight(tensor.shape, tensor.dtype, read)
+
+
+def test_each_shard_notes_its_own_layers(dit, tmp_path):
+    """Metadata of a shard must not hide those of another."""
+    expected = quantized_files.metadata_scaled_fp8(dit.state_dict(), tmp_path / "whole.safetensors")
+    save_file(expected, tmp_path / "meaning.safetensors")
+    with safe_open(tmp_path / "whole.safetensors", framework="pt") as whole:
+        notes = json.loads(whole.metadata()[QUANTIZATION])["layers"]
+        shards = {f"{i}.safetensors": {n: whole.get_tensor(n) for n in sorted(whole.keys())[i::2]} for i in range(2)}
+    for shard, tensors in shards.items():
+        own = {layer: note for layer, note in notes.items() if f"{layer}.weight" in tensors}
+        save_file(tensors, tmp_path / shard, {QUANTIZATION: json.dumps({"layers": own})})
+    index = {"weight_map": {name: shard for shard, tensors in shards.items() for name in tensors}}
+    (tmp_path / "x.safetensors.index.json").write_text(json.dumps(index))
+    loaded = load_transformer(tmp_path / "x.safetensors.index.json", torch.float32)
+    assert torch.equal(velocity(loaded), velocity(load_transformer(tmp_path / "meaning.safetensors", torch.float32)))
+    save_file(shards["1.safetensors"], tmp_path / "1.safetensors", {QUANTIZATION: "{"})
+    with pytest.raises(ValueError, match=r"x.safetensors.index.json has a shard with an unreadable _quantization"):
+        load_transformer(tmp_path / "x.safetensors.index.json", torch.float32)
 
 
 @pytest.mark.parametrize("form", ["scaled fp8", "int8", "Q4_0 gguf"])
@@ -205,6 +249,10 @@ def test_autoencoder(tmp_path, form):
     for result, same, exact in zip(passes(loaded), passes(meaning), passes(vae), strict=True):
         assert torch.equal(result, same)
         assert 0 < relative_error(result, exact) < bound
+    video = torch.rand(1, 3, 7, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        plain, streamed = loaded(video), loaded.decode(loaded.encode(video).mean)
+    assert relative_error(plain, streamed) < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,15 @@ def test_pefts_alphas_are_in_its_configuration(dit, tmp_path, rslora):
     assert_changes_like(dit, tmp_path / "adapter_model.safetensors", expected)
 
 
+def test_pefts_configuration_without_an_alpha_means_the_rank(dit, tmp_path):
+    weights, config = diffusers_weights(dit), {"r": RANK, "use_rslora": True}
+    adapter = random_adapter(weights, "attn1.to_q")
+    write_adapter(tmp_path / "adapter_model.safetensors", adapter, "peft")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    expected = merged(weights, adapter, scale=RANK / RANK**0.5)
+    assert_changes_like(dit, tmp_path / "adapter_model.safetensors", expected)
+
+
 @pytest.mark.parametrize(("names", "spelling"), [(own_names, "kohya"), (diffusers_weights, "peft")])
 def test_dora(dit, tmp_path, names, spelling):
     weights = names(dit)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mochi_core import AsymmVAE, AsymmVAEConfig
+from mochi_core.autoencoder import layers
 from mochi_core.autoencoder.encoder import fourier_features
 from mochi_core.autoencoder.model import Posterior
 from tests.harness.tiny_models import VAE, random_vae
@@ -93,6 +94,30 @@ def test_a_converted_model_works_as_one_made_in_that_dtype(dtype):
     again = converted.float().decode(z)
     assert again.dtype == torch.float32
     torch.testing.assert_close(again, decoded.float(), rtol=0.05, atol=0.05)
+
+
+def test_attention_takes_some_pixels_at_a_time(vae, monkeypatch):
+    """CUDA cannot take more than 2**16 of them; a plain pass over a frame of 848x480 has 101,760."""
+    video = pixels(7)
+    with torch.no_grad():
+        expected = vae(video)
+        monkeypatch.setattr(layers, "MAX_ATTENTION_BATCH", 5)
+        monkeypatch.setattr(
+            layers.F, "scaled_dot_product_attention", (attention := Recorder(F.scaled_dot_product_attention))
+        )
+        torch.testing.assert_close(vae(video), expected)
+    assert max(attention.batches) == 5
+
+
+class Recorder:
+    """An attention that remembers how many sequences it was given at a time."""
+
+    def __init__(self, attention):
+        self.attention, self.batches = attention, []
+
+    def __call__(self, q, *arguments, **options):
+        self.batches.append(len(q))
+        return self.attention(q, *arguments, **options)
 
 
 def test_a_host_may_store_weights_in_one_dtype_and_compute_in_another():

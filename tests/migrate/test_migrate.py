@@ -714,3 +714,8 @@ def test_command_says_what_is_wrong(tmp_path, capsys, monkeypatch, content, opti
     assert not out
     assert [item.name for item in tmp_path.iterdir()] == ["old.json"]
     assert path.read_text(encoding="utf-8") == content
+
+
+def test_command_without_a_name_of_a_file(capsys):
+    assert main([""]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
