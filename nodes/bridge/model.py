@@ -27,11 +27,13 @@ from ...mochi_core.checkpoints import (
 )
 from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.ops import Ops
+from ...mochi_core.text_encoder import MAX_TOKENS
 from ...mochi_core.transformer.block import BlockCall, RunBlock, run_block
+from ...mochi_core.transformer.layers import TIMESTEP_PERIOD
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
 from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
-from .prepared import Conditioning, conditioning_of, prepared, with_run
+from .prepared import Conditioning, conditioning_of, full_mask, prepared, with_run
 from .preview import MochiLatents, with_previews
 from .quantized import by_layer, describe_matmul, host_weights, is_quantized, quantized_operations, read_part
 
@@ -44,6 +46,7 @@ class HostAsymmDiT(AsymmDiT):
     def __init__(self, config: AsymmDiTConfig, dtype=None, device=None, operations: Ops = nn, **_: Any) -> None:
         super().__init__(config, ops=operations, device=device, dtype=dtype)
         self._host_dtype = dtype or torch.get_default_dtype()
+        self._add_stock_attributes()
         if self._host_dtype.itemsize == 1:
             self._keep_small_parts_exact()
 
@@ -51,6 +54,16 @@ class HostAsymmDiT(AsymmDiT):
     def dtype(self) -> torch.dtype:
         """The dtype that the host keeps weights in; single ones may be in another, and are cast when they are used."""
         return self._host_dtype
+
+    def _add_stock_attributes(self) -> None:
+        """What nodes read of the host's own class for Mochi, under its names."""
+        config = self.config
+        self.in_channels = self.out_channels = config.in_channels
+        self.patch_size, self.num_heads, self.head_dim = config.patch_size, config.num_heads, config.head_dim
+        self.hidden_size_x, self.hidden_size_y = config.hidden_size_x, config.hidden_size_y
+        self.use_t5, self.t5_feat_dim, self.t5_token_length = True, config.text_width, MAX_TOKENS
+        self.learn_sigma = self.attend_to_padding = self.use_extended_posenc = False
+        self.posenc_preserve_area, self.rope_theta = True, TIMESTEP_PERIOD
 
     def _keep_small_parts_exact(self) -> None:
         """Have only the large matrices of the blocks in 8 bits."""
@@ -130,9 +143,10 @@ class HostMochi(comfy.model_base.GenmoMochi):
     def extra_conds(self, **kwargs):
         """Text and mask at full length, so that prompts of any lengths may share a batch: the denoiser crops each."""
         out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
-        for key, source in (("c_crossattn", "cross_attn"), ("attention_mask", "attention_mask")):
-            if kwargs.get(source) is not None:
-                out[key] = comfy.conds.CONDRegular(kwargs[source])
+        context = kwargs.get("cross_attn")
+        if context is not None:
+            out["c_crossattn"] = comfy.conds.CONDRegular(context)
+            out["attention_mask"] = comfy.conds.CONDRegular(full_mask(context, kwargs.get("attention_mask")))
         return out
 
 

@@ -122,10 +122,11 @@ def _changed_by_hooks(patcher) -> bool:
 def prepared(model, x: Tensor, t: Tensor, context: Tensor | None, mask: Tensor | None, options: dict):
     """Conditioning for a call of the host's model from the run that `options` belong to, or None outside of such a run.
 
-    The arguments are those of the host's `apply_model`.
+    The arguments are those of the host's `apply_model`. With gradients nothing is prepared: what is computed in one call has a
+    graph that the next could not go through again.
     """
     run: SamplingRun | None = options.get(OPTION)
-    if run is None or context is None:
+    if run is None or context is None or torch.is_grad_enabled():
         return None
     of_device = run.for_network(model.diffusion_model, model.get_dtype_inference())
     timestep = model.model_sampling.timestep(t).float()
@@ -133,5 +134,10 @@ def prepared(model, x: Tensor, t: Tensor, context: Tensor | None, mask: Tensor |
 
 
 def full_mask(context: Tensor, mask: Tensor | None) -> Tensor:
-    """`mask` (B, L) of the tokens of `context` (B, L, width) that count, or one with all of them if there is none."""
-    return context.new_ones(context.shape[:2]) if mask is None else mask
+    """`mask` (B, L) of the tokens of `context` (B, L, width) that count; it may be shorter, or missing.
+
+    Of tokens without one, which other nodes append, those count that are not zero: our T5 leaves padding so.
+    """
+    known = context.new_zeros(len(context), 0) if mask is None else mask
+    appended = context[:, known.shape[1] :].ne(0).any(dim=-1)
+    return torch.cat((known, appended.to(known)), dim=1) if appended.shape[1] else known

@@ -22,6 +22,15 @@ from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
 from .quantized import host_weights, is_quantized, quantized_operations, read_part
 
 TOKENS_KEY = "t5xxl"
+END_TOKEN = 1  # of T5's vocabulary; what follows is padding
+
+
+class MochiT5(comfy.text_encoders.genmo.MochiT5XXL):
+    """The host's T5, whose padding is zero: nodes that lose the mask, or append to the text, leave it to be found again."""
+
+    def encode_token_weights(self, token_weight_pairs):
+        embeds, pooled, extra = super().encode_token_weights(token_weight_pairs)
+        return without_padding(embeds, extra["attention_mask"]), pooled, extra
 
 
 class MochiTokenizer(comfy.text_encoders.genmo.MochiT5Tokenizer):
@@ -66,7 +75,7 @@ def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "defaul
         options["custom_operations"] = quantized_operations(operations)
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
-    target = comfy.supported_models_base.ClipTarget(MochiTokenizer, comfy.text_encoders.genmo.MochiT5XXL)
+    target = comfy.supported_models_base.ClipTarget(MochiTokenizer, MochiT5)
     clip = comfy.sd.CLIP(
         target, parameters=comfy.utils.calculate_parameters(weights), state_dict=[weights], model_options=options
     )
@@ -98,11 +107,34 @@ def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:
         raise ValueError("This CLIP is not Mochi's T5; use Load Mochi T5, or Load CLIP with type mochi.")
     # Again, because the tokenizer of stock Load CLIP does not cut.
     tokens = {TOKENS_KEY: limit_tokens(tokens[TOKENS_KEY], clip.tokenizer)}
-    if not prompt:
-        width = clip.cond_stage_model.t5xxl.transformer.get_input_embeddings().embedding_dim
-        embeds, mask = empty_prompts(1, width, device=mm.intermediate_device())
-        return [[embeds, {"attention_mask": mask.long(), "pooled_output": None}]]
-    conditioning = clip.encode_from_tokens_scheduled(tokens)
-    if any("attention_mask" not in extra for _, extra in conditioning):
-        raise ValueError("This CLIP returns no attention mask; use Load Mochi T5, or Load CLIP with type mochi.")
-    return conditioning
+    if prompt:
+        conditioning = clip.encode_from_tokens_scheduled(tokens)
+        return [_with_mask(embeds, extra, tokens[TOKENS_KEY]) for embeds, extra in conditioning]
+    width = clip.cond_stage_model.t5xxl.transformer.get_input_embeddings().embedding_dim
+    embeds, mask = empty_prompts(1, width, device=mm.intermediate_device())
+    # Hooks and schedules of the CLIP are in what it encodes, so it is asked for them; without, that would take time for nothing.
+    hooked = clip.encode_from_tokens_scheduled(tokens) if clip.patcher.forced_hooks else [[embeds, {}]]
+    return [[embeds, {**extra, "attention_mask": mask.long(), "pooled_output": None}] for _, extra in hooked]
+
+
+def _with_mask(embeds: torch.Tensor, extra: dict, batches: list[list[tuple]]) -> list:
+    """An entry of CONDITIONING with the mask of its tokens, which the host leaves out where a CLIP has a schedule."""
+    mask = extra.get("attention_mask")
+    if mask is None:
+        mask = torch.tensor([_mask(tokens, embeds.shape[1]) for tokens in batches], device=embeds.device)
+    return [without_padding(embeds, mask), {**extra, "attention_mask": mask}]
+
+
+def _mask(tokens: list[tuple], length: int) -> list[int]:
+    """1 for each token up to the end token and 0 for the padding behind; a token may be an embedding, (rows, width)."""
+    valid = 0
+    for token, *_ in tokens:
+        valid += 1 if isinstance(token, int) else len(torch.atleast_2d(token))
+        if isinstance(token, int) and token == END_TOKEN:
+            break
+    return [1] * valid + [0] * (length - valid)
+
+
+def without_padding(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Text features (B, L, width) with zeros where `mask` (B, L) is zero."""
+    return embeds * mask.to(embeds)[..., None]

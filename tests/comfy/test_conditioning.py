@@ -1,0 +1,132 @@
+"""What other nodes do to a conditioning, or ask of the model, in a process of ComfyUI's: nothing of it is lost."""
+
+import json
+
+import pytest
+
+from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.tiny_models import write_models
+
+SCRIPT = """
+import json
+import comfy.hooks
+import comfy_extras.nodes_hooks as nodes_hooks
+import comfy.ldm.genmo.joint_model.asymm_models_joint as stock
+import nodes
+from pack.nodes.bridge.model import load_model
+from pack.nodes.bridge.prepared import OPTION, SamplingRun, full_mask
+from pack.nodes.bridge.text import encode_prompt, load_clip
+
+(folder,) = arguments
+found = {}
+clip = load_clip(folder + "/text_encoders/t5xxl_fp16.safetensors")
+
+def stock_encode(clip, text):
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+def mask_of(entry):
+    embeds, extra = entry
+    return full_mask(embeds, extra.get("attention_mask")).flatten().tolist()
+
+weight = clip.cond_stage_model.t5xxl.transformer.encoder.block[0].layer[0].SelfAttention.q.weight
+key = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.diff"
+lora = {key: torch.ones_like(weight, dtype=torch.float32)}
+
+def hooked(schedule):
+    group, keyframes = comfy.hooks.create_hook_lora(lora, 1.0, 1.0), comfy.hooks.HookKeyframeGroup()
+    for start, strength in ((0.0, 1.0), (0.5, 0.0)):
+        keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+    group.set_keyframes_on_hooks(keyframes)
+    return nodes_hooks.SetClipHooks().apply_hooks(clip=clip, apply_to_conds=True, schedule_clip=schedule, hooks=group)[0]
+
+
+
+plain = encode_prompt(clip, "a kite")
+for schedule in (False, True):
+    with_hooks = hooked(schedule)
+    entries = {
+        "ours": encode_prompt(with_hooks, "a kite"),
+        "stock": stock_encode(with_hooks, "a kite"),
+        "empty": encode_prompt(with_hooks, ""),
+    }
+    found[f"scheduled {schedule}"] = {
+        name: {
+            "entries": len(several),
+            "hooks": all("hooks" in extra for _, extra in several),
+            "ranges": [extra.get("clip_start_percent") for _, extra in several],
+            "masks": [mask_of(entry) for entry in several],
+        }
+        for name, several in entries.items()
+    }
+found["mask"] = mask_of(plain[0])
+
+longer = encode_prompt(clip, "a red kite over the sea")
+(both,), = [nodes.ConditioningConcat().concat(plain, longer)]
+found["both"] = mask_of(both[0])
+found["longer"] = mask_of(longer[0])
+
+patcher = load_model(folder + "/diffusion_models/mochi_preview_bf16.safetensors", torch.float32)
+model = patcher.model
+network, config = model.diffusion_model, model.diffusion_model.config
+conds = model.extra_conds(cross_attn=both[0][0], attention_mask=both[0][1]["attention_mask"], noise=None, device="cpu")
+found["mask of the model"] = conds["attention_mask"].cond.flatten().tolist()
+
+network.t5_yproj.weight.requires_grad_()
+run = SamplingRun([1.0, 0.5])
+gradients = []
+with torch.enable_grad():
+    for sigma in (1.0, 0.5):
+        x = torch.ones(1, 12, 1, 4, 4) * sigma
+        text = {"c_crossattn": plain[0][0], "attention_mask": plain[0][1]["attention_mask"]}
+        out = model.apply_model(x, torch.tensor([sigma]), transformer_options={OPTION: run}, **text)
+        out.square().sum().backward()
+        gradients.append(network.t5_yproj.weight.grad.abs().sum().item())
+found["gradients"] = gradients
+
+peer = stock.AsymmDiTJoint(
+    depth=1, num_heads=24, hidden_size_x=3072, hidden_size_y=1536, mlp_ratio_x=4.0, mlp_ratio_y=4.0, patch_size=2,
+    in_channels=12, use_t5=True, t5_feat_dim=config.text_width, t5_token_length=256, learn_sigma=False, timestep_scale=1000.0,
+    posenc_preserve_area=True, qk_norm=True, qkv_bias=False, out_bias=True, device="meta", operations=torch.nn,
+)
+own_sizes = {"num_heads", "hidden_size_x", "hidden_size_y"}
+wanted = {n: v for n, v in vars(peer).items() if not n.startswith("_") and n not in ("training", "dtype")}
+found["attributes"] = {
+    name: (value, getattr(network, name, "missing")) for name, value in wanted.items() if name not in own_sizes | {"head_dim"}
+}
+found["sizes"] = {name: (getattr(config, name), getattr(network, name)) for name in (*own_sizes, "head_dim")}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(comfy_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return json.loads(run_in_comfyui(comfy_path, SCRIPT, folder).stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("by", ["ours", "stock", "empty"])
+def test_hooks_on_the_clip_reach_the_conditioning(found, by, scheduled):
+    entries = found[f"scheduled {scheduled}"][by]
+    assert entries["entries"] == (2 if scheduled else 1)
+    assert entries["hooks"]
+    assert entries["ranges"] == ([0.0, 0.5] if scheduled else [None])
+    expected = [0] * 256 if by == "empty" else found["mask"]
+    assert entries["masks"] == [expected] * entries["entries"]
+
+
+def test_concatenated_prompts_have_the_masks_of_both(found):
+    assert 0 < sum(found["mask"]) < sum(found["longer"]) < 256
+    assert found["both"] == found["mask of the model"] == found["mask"] + found["longer"]
+
+
+def test_a_second_step_has_gradients_of_its_own(found):
+    first, both = found["gradients"]
+    assert 0 < first < both
+
+
+def test_attributes_of_the_stock_class_are_there(found):
+    assert len(found["attributes"]) >= 9
+    assert all(theirs == ours for theirs, ours in found["attributes"].values()), found["attributes"]
+    assert all(config == ours for config, ours in found["sizes"].values()), found["sizes"]
