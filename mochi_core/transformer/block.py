@@ -10,10 +10,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .. import kernels
 from ..config import AsymmDiTConfig
 from ..ops import Ops
 from .attention import Attention
-from .layers import FeedForward, gated_residual, modulated_norm, token_chunk
+from .layers import FeedForward, gated_residual, gated_residual_norm, modulated_norm, token_chunk
 from .rope import Rope, rotate
 
 QK_NORM_EPS = 1e-5
@@ -74,6 +75,11 @@ class AsymmetricAttention(nn.Module):
 
         `visual` (B, N, 3 * K * D) and `text` (B, L, 3 * K * D) hold the q, k and v of one stream.
         """
+        norms = self.q_norm_x, self.k_norm_x, self.q_norm_y, self.k_norm_y
+        if kernels.fused(visual, text, rope.frames, *(norm.weight for norm in norms)):
+            weights = (norm_weight(norm, visual.device) for norm in norms)
+            q, k, v = kernels.joint_heads(visual, text, *weights, rope.frames, rope.spatial, QK_NORM_EPS)
+            return q, k, v
         visual, text = (packed.unflatten(-1, (3, self.num_heads, -1)) for packed in (visual, text))
         batch, num_tokens = visual.shape[:2]
         joint = visual.new_empty(3, batch, num_tokens + text.shape[1], *visual.shape[3:])  # (3, B, N + L, K, D)
@@ -86,6 +92,14 @@ class AsymmetricAttention(nn.Module):
         joint[2, :, :num_tokens], joint[2, :, num_tokens:] = visual[:, :, 2], text[:, :, 2]
         q, k, v = joint
         return q, k, v
+
+
+def norm_weight(norm: nn.RMSNorm, device: torch.device) -> Tensor:
+    """The weight of an RMS norm in float32 on `device`, as the module applies it: a host may cast, patch or move it just then.
+
+    A large constant is normed to it exactly: its mean square is a power of four, beside which eps is nothing.
+    """
+    return norm(torch.full(norm.normalized_shape, 2.0**20, device=device))
 
 
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
@@ -131,11 +145,11 @@ class AsymmetricJointBlock(nn.Module):
         else:
             scale_attn_y, gate_attn_y, scale_mlp_y, gate_mlp_y = mod_y.chunk(4, dim=-1)  # (B, Dy) each
             attn_x, attn_y = self.attn(x, y, scale_attn_x, scale_attn_y, context)  # (B, N, Dx), (B, L, Dy)
-            y = gated_residual(y, attn_y, gate_attn_y)
-            y = gated_residual(y, self.mlp_y(modulated_norm(y, scale_mlp_y)), gate_mlp_y)  # (B, L, Dy)
-        x = gated_residual(x, attn_x, gate_attn_x)
+            y, normed_y = gated_residual_norm(y, attn_y, gate_attn_y, scale_mlp_y)  # (B, L, Dy) each
+            y = gated_residual(y, self.mlp_y(normed_y), gate_mlp_y)  # (B, L, Dy)
+        x, normed_x = gated_residual_norm(x, attn_x, gate_attn_x, scale_mlp_x)  # (B, N, Dx) each
         del attn_x  # as large as x
-        x = gated_residual(x, self.mlp_x(modulated_norm(x, scale_mlp_x)), gate_mlp_x)  # (B, N, Dx)
+        x = gated_residual(x, self.mlp_x(normed_x), gate_mlp_x)  # (B, N, Dx)
         return x, y
 
 

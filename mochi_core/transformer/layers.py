@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .. import kernels
 from ..ops import Ops
 
 NORM_EPS = 1e-6
@@ -65,14 +66,45 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def modulated_norm(x: Tensor, scale: Tensor) -> Tensor:
     """rms_norm(x) * (1 + scale) in the dtype of `x` (B, L, D); `scale` (B, D)."""
+    if kernels.fused(x, scale):
+        return kernels.modulated_norm(x, scale, NORM_EPS)
     factor = 1 + scale.float()[:, None]
     return apply_chunked(lambda x: (rms_norm(x) * factor).to(x.dtype), x)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x + rms_norm(branch) * tanh(gate), rounded once; `x` and `branch` (B, L, D), `gate` (B, D)."""
+    if kernels.fused(x, branch, gate):
+        return kernels.gated_residual(x, branch, gate, NORM_EPS)
     gate = gate.float().tanh()[:, None]
     return apply_chunked(lambda x, branch: torch.addcmul(x.float(), rms_norm(branch), gate).to(x.dtype), x, branch)
+
+
+def gated_residual_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gated residual, and its modulated norm for the next layer; shapes as in `gated_residual` and `modulated_norm`."""
+    if kernels.fused(x, branch, gate, scale):
+        return kernels.gated_residual_norm(x, branch, gate, scale, NORM_EPS)
+    x = gated_residual(x, branch, gate)
+    return x, modulated_norm(x, scale)
+
+
+def swiglu(packed: Tensor) -> Tensor:
+    """silu(gate) * value of `packed` (B, L, 2 * H), gate first, to (B, L, H)."""
+    if kernels.fused(packed):
+        return kernels.swiglu(packed)
+    return apply_chunked(lambda gate, value: F.silu(gate) * value, *packed.chunk(2, dim=-1))
+
+
+def final_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """layer_norm(x) * (1 + scale) + shift in the dtype of `x` (B, L, D), rounded once; `shift` and `scale` (B, D)."""
+    if kernels.fused(x, shift, scale):
+        return kernels.final_norm(x, shift, scale, NORM_EPS)
+    shift, factor = shift.float()[:, None], 1 + scale.float()[:, None]  # (B, 1, D)
+
+    def modulated(x: Tensor) -> Tensor:
+        return (F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * factor + shift).to(x.dtype)
+
+    return apply_chunked(modulated, x)
 
 
 class PatchEmbed(nn.Module):
@@ -130,7 +162,7 @@ class AttentionPool(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(gate) * value), where w1 gives gate and value."""
+    """w2(swiglu(w1(x)))."""
 
     def __init__(self, width: int, hidden: int, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
@@ -139,11 +171,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (B, L, width) to the same shape."""
-        return apply_chunked(self._swiglu, x, tokens=FEED_FORWARD_TOKEN_CHUNK)
-
-    def _swiglu(self, x: Tensor) -> Tensor:
         # No name for what w1 gives: it would be held until w2 is done.
-        return self.w2(apply_chunked(lambda gate, value: F.silu(gate) * value, *self.w1(x).chunk(2, dim=-1)))
+        return apply_chunked(lambda x: self.w2(swiglu(self.w1(x))), x, tokens=FEED_FORWARD_TOKEN_CHUNK)
 
 
 class FinalLayer(nn.Module):
@@ -156,10 +185,4 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """`x` (B, N, width), `modulation` (B, 2 * width) to (B, N, patch_features)."""
-        shift, scale = modulation.float()[:, None].chunk(2, dim=-1)  # (B, 1, width) each
-        factor = 1 + scale
-
-        def modulated(x: Tensor) -> Tensor:
-            return (F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * factor + shift).to(x.dtype)
-
-        return self.linear(apply_chunked(modulated, x))
+        return self.linear(final_norm(x, *modulation.chunk(2, dim=-1)))

@@ -1,0 +1,162 @@
+"""The denoiser's kernels as PyTorch operators: what they take and give, and in how many programs they run.
+
+B samples, N visual and L text tokens, K heads of D features; W is the width of a stream. Streams may be slices along their
+first two axes. Modulations (B, W) may be slices of wider ones, and have one row for all samples.
+"""
+
+# Annotations are not postponed: custom_op reads its schema from them, and PyTorch 2.4 reads no strings.
+
+from typing import Any
+
+from torch import Tensor
+from torch.library import custom_op
+
+from .launch import launch, power_of_two, warps
+
+SWIGLU_BLOCK = 1024
+"""Values that one program of `swiglu` makes."""
+HEADS_BLOCK = 8
+"""Heads of one token that one program of `joint_heads` makes."""
+
+
+@custom_op("mochi::modulated_norm", mutates_args=())
+def modulated_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """rms_norm(x) * (1 + scale) in the shape and dtype of `x` (B, N, W); `scale` (B, W)."""
+    from . import triton_denoiser as kernels  # Triton is large, and may be missing
+
+    x, scale, out = _dense(x), _dense(scale), _like_x(x)
+    launch(kernels.modulated_norm, _per_token(x), x, scale, out, *_steps(x), _step(scale), EPS=eps, **_width(x))
+    return out
+
+
+@custom_op("mochi::gated_residual", mutates_args=())
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, eps: float) -> Tensor:
+    """x + rms_norm(branch) * tanh(gate) in the dtype of `x`; `x` and `branch` (B, N, W), `gate` (B, W)."""
+    out = _like_x(x)
+    _gated_residual(x, branch, gate, None, (out, None), eps)
+    return out
+
+
+@custom_op("mochi::gated_residual_norm", mutates_args=())
+def gated_residual_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What `gated_residual` gives, and its `modulated_norm` by `scale` (B, W), made of the sum before it is rounded."""
+    out, normed = _like_x(x), _like_x(x)
+    _gated_residual(x, branch, gate, scale, (out, normed), eps)
+    return out, normed
+
+
+def _gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None, outs: tuple[Tensor, Tensor | None], eps: float
+) -> None:
+    from . import triton_denoiser as kernels
+
+    x, branch, gate, scale = _dense(x), _dense(branch), _dense(gate), None if scale is None else _dense(scale)
+    launch(
+        kernels.gated_residual, _per_token(x), x, branch, gate, scale, *outs,
+        *_steps(x), *branch.stride()[:2], _step(gate), 0 if scale is None else _step(scale),
+        EPS=eps, NORM=scale is not None, **_width(x),
+    )  # fmt: skip
+
+
+@custom_op("mochi::swiglu", mutates_args=())
+def swiglu(packed: Tensor) -> Tensor:
+    """silu(gate) * value of `packed` (B, N, 2 * H), gate first, to (B, N, H)."""
+    from . import triton_denoiser as kernels
+
+    packed, out = _dense(packed), _halved(packed)
+    hidden = out.shape[-1]
+    grid = (*_per_token(packed), -(-hidden // SWIGLU_BLOCK))
+    constants = {"WIDTH": hidden, "BLOCK": SWIGLU_BLOCK, "num_warps": 4}
+    launch(kernels.swiglu, grid, packed, out, *_steps(packed), **constants)
+    return out
+
+
+@custom_op("mochi::final_norm", mutates_args=())
+def final_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """layer_norm(x) * (1 + scale) + shift in the shape and dtype of `x` (B, N, W); `shift` and `scale` (B, W)."""
+    from . import triton_denoiser as kernels
+
+    x, shift, scale, out = _dense(x), _dense(shift), _dense(scale), _like_x(x)
+    steps = *_steps(x), _step(shift), _step(scale)
+    launch(kernels.final_norm, _per_token(x), x, shift, scale, out, *steps, EPS=eps, **_width(x))
+    return out
+
+
+@custom_op("mochi::joint_heads", mutates_args=())
+def joint_heads(
+    visual: Tensor,
+    text: Tensor,
+    q_norm_x: Tensor,
+    k_norm_x: Tensor,
+    q_norm_y: Tensor,
+    k_norm_y: Tensor,
+    frames: Tensor,
+    spatial: Tensor,
+    eps: float,
+) -> Tensor:
+    """q, k and v of both streams, (3, B, N + L, K, D), with q and k normed and the visual ones rotated.
+
+    Args:
+        visual, text: (B, N, 3 * K * D) and (B, L, 3 * K * D), the q, k and v of one stream.
+        q_norm_x, k_norm_x, q_norm_y, k_norm_y: (D,), weights of the norms.
+        frames, spatial: (T, K, D / 2, 2) and (N / T, K, D / 2, 2) float32, the factors of the rotations, see `Rope`.
+        eps: added to the mean square of a head.
+    """
+    from . import triton_denoiser as kernels
+
+    visual, text, out = _dense(visual), _dense(text), _joint(visual, text, frames)
+    _, batch, tokens, heads, head_dim = out.shape
+    block = min(HEADS_BLOCK, power_of_two(heads))
+    features = power_of_two(head_dim)
+    launch(
+        kernels.joint_heads, (batch * tokens, -(-heads // block)),
+        visual, text, q_norm_x, k_norm_x, q_norm_y, k_norm_y, frames.contiguous(), spatial.contiguous(), out,
+        tokens, visual.shape[1], len(frames), *visual.stride()[:2], *text.stride()[:2], out.stride(0),
+        HEADS=heads, HEAD_DIM=head_dim, EPS=eps, BLOCK=block, FEATURES=features, num_warps=warps(block * features),
+    )  # fmt: skip
+    return out
+
+
+def _like_x(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _halved(packed: Tensor) -> Tensor:
+    return packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 2)
+
+
+def _joint(visual: Tensor, text: Tensor, frames: Tensor) -> Tensor:
+    """An empty (3, B, N + L, K, D)."""
+    heads, half = frames.shape[1:3]
+    return visual.new_empty(3, len(visual), visual.shape[1] + text.shape[1], heads, 2 * half)
+
+
+for operator in (modulated_norm, gated_residual, final_norm):
+    operator.register_fake(_like_x)
+gated_residual_norm.register_fake(lambda x, *_: (_like_x(x), _like_x(x)))
+swiglu.register_fake(_halved)
+joint_heads.register_fake(lambda visual, text, *rest: _joint(visual, text, rest[4]))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x` with its last axis without gaps, as the kernels read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _per_token(x: Tensor) -> tuple[int]:
+    return (x.shape[0] * x.shape[1],)
+
+
+def _steps(x: Tensor) -> tuple[int, int, int]:
+    """Tokens of a sample, and what separates two samples and two tokens in memory."""
+    return x.shape[1], x.stride(0), x.stride(1)
+
+
+def _step(modulation: Tensor) -> int:
+    """What separates two samples of a modulation in memory; nothing if it has one row for all."""
+    return 0 if len(modulation) == 1 else modulation.stride(0)
+
+
+def _width(x: Tensor) -> dict[str, Any]:
+    block = power_of_two(x.shape[-1])
+    return {"WIDTH": x.shape[-1], "BLOCK": block, "num_warps": warps(block)}

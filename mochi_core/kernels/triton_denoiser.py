@@ -1,0 +1,141 @@
+"""The denoiser's kernels in Triton: float32 inside, rounded once when stored.
+
+A program works on one token, in blocks whose sizes are powers of two; what lies beyond the width is masked. Arguments in capitals
+are constants of the compiled kernel. `*_sample` and `*_token` are distances in memory between samples and between tokens.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def modulated_norm(
+    x, scale, out, length, x_sample, x_token, scale_sample, EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """rms_norm(x) * (1 + scale)."""
+    row, sample, token = _place(length)
+    column = tl.arange(0, BLOCK)
+    valid = column < WIDTH
+    values = _read(x + sample * x_sample + token * x_token + column, valid)
+    factor = 1 + _read(scale + sample * scale_sample + column, valid)
+    tl.store(out + row * WIDTH + column, _rms_norm(values, WIDTH, EPS) * factor, valid)
+
+
+@triton.jit
+def gated_residual(
+    x, branch, gate, scale, out, normed, length, x_sample, x_token, branch_sample, branch_token, gate_sample, scale_sample,
+    EPS: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """x + rms_norm(branch) * tanh(gate); with NORM also the norm of that, times 1 + scale."""
+    row, sample, token = _place(length)
+    column = tl.arange(0, BLOCK)
+    valid = column < WIDTH
+    added = _rms_norm(_read(branch + sample * branch_sample + token * branch_token + column, valid), WIDTH, EPS)
+    added *= _tanh(_read(gate + sample * gate_sample + column, valid))
+    total = _read(x + sample * x_sample + token * x_token + column, valid) + added
+    tl.store(out + row * WIDTH + column, total, valid)
+    if NORM:
+        factor = 1 + _read(scale + sample * scale_sample + column, valid)
+        tl.store(normed + row * WIDTH + column, _rms_norm(total, WIDTH, EPS) * factor, valid)
+
+
+@triton.jit
+def swiglu(packed, out, length, packed_sample, packed_token, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """silu(gate) * value, one block of one token; the second axis of the grid runs over the blocks."""
+    row, sample, token = _place(length)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = column < WIDTH
+    start = packed + sample * packed_sample + token * packed_token
+    gate = _read(start + column, valid)
+    value = _read(start + WIDTH + column, valid)
+    tl.store(out + row * WIDTH + column, gate / (1 + tl.exp(-gate)) * value, valid)
+
+
+@triton.jit
+def final_norm(
+    x, shift, scale, out, length, x_sample, x_token, shift_sample, scale_sample,
+    EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """layer_norm(x) * (1 + scale) + shift."""
+    row, sample, token = _place(length)
+    column = tl.arange(0, BLOCK)
+    valid = column < WIDTH
+    values = _read(x + sample * x_sample + token * x_token + column, valid)
+    centred = tl.where(valid, values - tl.sum(values) / WIDTH, 0)
+    factor = 1 + _read(scale + sample * scale_sample + column, valid)
+    offset = _read(shift + sample * shift_sample + column, valid)
+    tl.store(out + row * WIDTH + column, _rms_norm(centred, WIDTH, EPS) * factor + offset, valid)
+
+
+@triton.jit
+def joint_heads(
+    visual, text, q_norm_x, k_norm_x, q_norm_y, k_norm_y, frames, spatial, out,
+    tokens, num_visual, num_frames, visual_sample, visual_token, text_sample, text_token, out_third,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr
+):  # fmt: skip
+    """Some heads of one token: q and k normed and, if it is a visual token, rotated; v copied.
+
+    Programs that follow each other take the same patch in all frames: they find its rotation in space in a cache.
+    """
+    _, sample, place = _place(tokens)
+    is_visual = place < num_visual
+    frame, patch = place % num_frames, place // num_frames
+    token = tl.where(is_visual, frame * (num_visual // num_frames) + patch, place)
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    feature = tl.arange(0, FEATURES)[None, :]
+    valid = (head < HEADS) & (feature < HEAD_DIM)
+    column = head * HEAD_DIM + feature
+    valid_x, valid_y = valid & is_visual, valid & (place >= num_visual)
+    source_x = visual + sample * visual_sample + token * visual_token + column
+    source_y = text + sample * text_sample + (token - num_visual) * text_token + column
+    target = out + (sample * tokens + token) * (HEADS * HEAD_DIM) + column
+
+    of_frame = _read(frames + frame * (HEADS * HEAD_DIM) + column, valid_x)
+    of_patch = _read(spatial + patch * (HEADS * HEAD_DIM) + column, valid_x)
+    rotation = tl.where(is_visual, _complex_mul(of_frame, of_patch), (feature % 2 == 0).to(tl.float32))  # text: 1 + 0i
+    for i in tl.static_range(3):  # pyright: ignore[reportGeneralTypeIssues] - Triton unrolls it
+        values = _read(source_x + i * HEADS * HEAD_DIM, valid_x) + _read(source_y + i * HEADS * HEAD_DIM, valid_y)
+        if i < 2:
+            norm_x, norm_y = (q_norm_x, q_norm_y) if i == 0 else (k_norm_x, k_norm_y)
+            weight = _read(norm_x + feature, valid_x) + _read(norm_y + feature, valid_y)
+            values = _complex_mul(_rms_norm(values, HEAD_DIM, EPS) * weight, rotation)
+        tl.store(target, values, valid)
+        target += out_third
+
+
+@triton.jit
+def _place(length):
+    """Row of this program among all tokens, its sample, and its token there; 64 bits, as offsets may need them."""
+    row = tl.program_id(0).to(tl.int64)
+    return row, row // length, row % length
+
+
+@triton.jit
+def _read(pointers, valid):
+    return tl.load(pointers, valid, 0).to(tl.float32)
+
+
+@triton.jit
+def _rms_norm(x, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """Norm over the last axis, whose values beyond the width are 0; the operations `_rn` round correctly, others need not."""
+    square = tl.sum(x * x, axis=-1, keep_dims=True) / WIDTH
+    return x * tl.div_rn(1.0, tl.sqrt_rn(square + EPS))
+
+
+@triton.jit
+def _complex_mul(a, b):
+    """Products of neighbouring pairs of two matrices as complex numbers."""
+    real, imaginary = tl.split(tl.reshape(a, a.shape[0], a.shape[1] // 2, 2))
+    cos, sin = tl.split(tl.reshape(b, b.shape[0], b.shape[1] // 2, 2))
+    joined = tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos)
+    return tl.reshape(joined, a.shape[0], a.shape[1])
+
+
+@triton.jit
+def _tanh(x):
+    """Around 0 Cephes' polynomial (tanhf.c), because 1 - 2 / (exp(2x) + 1) loses its digits there."""
+    square = x * x
+    series = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square
+    series = ((series + 1.33314422036e-1) * square - 3.33332819422e-1) * square
+    magnitude = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
+    return tl.where(tl.abs(x) < 0.625, x + x * series, tl.where(x < 0, -magnitude, magnitude))

@@ -1,0 +1,242 @@
+"""The kernels in Triton's interpreter, on CPU tensors: each against the plain version and against float64.
+
+No module of its own for pytest: Triton decides when it is imported whether to interpret, so test_kernels.py runs this one in
+another process, as does
+
+    TRITON_INTERPRET=1 python -m pytest tests/core/interpreted_kernels.py
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+from mochi_core import AsymmDiTConfig, kernels, load_lora
+from mochi_core.transformer import layers
+from mochi_core.transformer.block import QK_NORM_EPS, AsymmetricAttention
+from mochi_core.transformer.layers import NORM_EPS
+from mochi_core.transformer.rope import rope_table
+from tests.harness.lora_files import random_adapter, write_adapter
+from tests.harness.random_inputs import inputs
+from tests.harness.tiny_models import random_dit
+
+DTYPES = [torch.float32, torch.bfloat16]
+# Samples, tokens, width: one row, none as of an empty prompt, and widths that are no power of two.
+SIZES = [(1, 1, 96), (1, 0, 96), (2, 3, 48), (2, 3, 3072)]
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch):
+    """Have the interpreter round float32 to bfloat16, to the nearest as GPUs do: it cuts the last 16 bits off."""
+    convert = interpreter._convert_float
+
+    def rounded(values, source, target, mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.uint16).numpy()
+        return convert(values, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def streams(batch, tokens, width, dtype, seed=0):
+    """Tokens (B, N, width) that are a slice of more tokens and more features, so no axis but the last is dense."""
+    return random(batch, tokens + 3, 2 * width, dtype=dtype, seed=seed)[
+        :, 2 : tokens + 2, width // 2 : width // 2 + width
+    ]
+
+
+def modulations(samples, width, dtype, seed=9):
+    """Four slices (B, width) of the output of one layer."""
+    return random(samples, 4 * width, dtype=dtype, seed=seed).chunk(4, dim=-1)
+
+
+def double(*tensors):
+    return [tensor.double() for tensor in tensors]
+
+
+def rms_norm(x, eps=NORM_EPS):
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+
+
+def check(function, exact, *tensors):
+    """The fused version of `function` is no further from `exact`, in float64, than the plain one.
+
+    The last bit of float32 apart: sums have another order. A thousandth is for the few values that it rounds to another side.
+    """
+    with kernels.using("plain"):
+        plain = function(*tensors)
+    with kernels.using("triton"):
+        fused = function(*tensors)
+    plain, fused = (out if isinstance(out, tuple) else (out,) for out in (plain, fused))
+    expected = exact(*double(*tensors))
+    for p, f, e in zip(plain, fused, expected if isinstance(expected, tuple) else (expected,), strict=True):
+        assert (f.shape, f.dtype) == (p.shape, p.dtype)
+        assert error(f, e) <= 1.001 * error(p, e) + 2**-24 * e.norm()
+
+
+def error(found, exact):
+    return (found.double() - exact).norm().item()
+
+
+def exact_modulated_norm(x, scale):
+    return rms_norm(x) * (1 + scale[:, None])
+
+
+def exact_gated_residual(x, branch, gate):
+    return x + rms_norm(branch) * gate[:, None].tanh()
+
+
+def exact_gated_residual_norm(x, branch, gate, scale):
+    total = exact_gated_residual(x, branch, gate)
+    return total, exact_modulated_norm(total, scale)
+
+
+def exact_swiglu(packed):
+    gate, value = packed.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def exact_final_norm(x, shift, scale):
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return rms_norm(centred) * (1 + scale[:, None]) + shift[:, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_rows(size, dtype):
+    samples, _, width = size
+    x, branch = streams(*size, dtype), 3 * streams(*size, dtype, seed=1)
+    scale, gate, shift, _ = modulations(samples, width, dtype)
+    check(layers.modulated_norm, exact_modulated_norm, x, scale)
+    check(layers.gated_residual, exact_gated_residual, x, branch, gate)
+    check(layers.gated_residual_norm, exact_gated_residual_norm, x, branch, gate, scale)
+    check(layers.final_norm, exact_final_norm, x, shift, scale)
+    check(layers.swiglu, exact_swiglu, x)
+
+
+def test_one_modulation_for_all_samples():
+    x, (scale, gate, shift, _) = streams(3, 2, 96, torch.float32), modulations(1, 96, torch.float32)
+    check(layers.gated_residual_norm, exact_gated_residual_norm, x, 2 * x, gate, scale)
+    check(layers.final_norm, exact_final_norm, x, shift, scale)
+
+
+def test_half_precision():
+    x, (scale, gate, *_) = streams(2, 5, 96, torch.float16), modulations(2, 96, torch.float16)
+    check(layers.gated_residual_norm, exact_gated_residual_norm, x, 2 * x, gate, scale)
+    check(layers.swiglu, exact_swiglu, x)
+
+
+def test_gates_of_any_size():
+    """tanh is made of two formulas: digits are lost near 0, signs or bounds far from it."""
+    gate = torch.cat((torch.linspace(-1, 1, 64), torch.logspace(-30, 2, 32), -torch.logspace(-6, 38, 32)))[None]
+    check(layers.gated_residual, exact_gated_residual, torch.zeros(1, 1, 128), torch.ones(1, 1, 128), gate)
+
+
+@pytest.mark.parametrize("value", [-200.0, 0.0, 200.0])
+def test_swiglu_of_large_gates(value):
+    packed = torch.tensor([[[value, 2.0]]])
+    with kernels.using("triton"):
+        torch.testing.assert_close(layers.swiglu(packed), exact_swiglu(packed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 32), (9, 12), (24, 128)])
+@pytest.mark.parametrize(("batch", "text_tokens"), [(2, 1), (1, 0)])
+def test_joint_heads(heads, head_dim, batch, text_tokens, dtype):
+    config = AsymmDiTConfig(hidden_size_x=heads * head_dim, hidden_size_y=heads * head_dim, num_heads=heads)
+    attention = AsymmetricAttention(config, update_y=False, ops=torch.nn)
+    norms = attention.q_norm_x, attention.k_norm_x, attention.q_norm_y, attention.k_norm_y
+    for i, norm in enumerate(norms):
+        norm.weight.copy_(1 + random(head_dim, seed=20 + i))
+    rope = rope_table(random(3, heads, head_dim // 2), 2, 2, 1)  # 2 frames of 2 tokens
+    packed = 3 * heads * head_dim
+    visual, text = (streams(batch, tokens, packed, dtype, seed=tokens) for tokens in (4, text_tokens))
+
+    def exact(visual, text):
+        x, y = (packed.unflatten(-1, (3, heads, head_dim)) for packed in (visual, text))
+        weights = [norm.weight.double() for norm in norms]
+        t, s = (torch.view_as_complex(table.double()) for table in (rope.frames, rope.spatial))
+        turns = (t[:, None] * s).flatten(0, 1)  # (N, K, D / 2)
+
+        def rotated(x):
+            pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+            return torch.view_as_real(pairs * turns).flatten(-2)
+
+        def normed(stream, i):
+            return rms_norm(stream[:, :, i], QK_NORM_EPS)
+
+        q, k = (torch.cat((rotated(normed(x, i) * weights[i]), normed(y, i) * weights[2 + i]), dim=1) for i in range(2))
+        return q, k, torch.cat((x[:, :, 2], y[:, :, 2]), dim=1)
+
+    check(lambda visual, text: attention._joint_heads(visual, text, rope), exact, visual, text)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_denoiser(tmp_path, dtype):
+    """With a LoRA, an empty prompt beside another and odd sizes."""
+    dit, exact = random_dit(dtype=dtype), random_dit()
+    lora = random_adapter(dit.state_dict(), "qkv_x", "mlp_x.w2")
+    path = write_adapter(tmp_path / "a.safetensors", lora, "comfyui")
+    arguments = inputs([4, 0], size=(1, 3, 4), tokens=4)
+    for model in (dit, exact):
+        load_lora(model, path)
+    plain, expected = dit(*arguments), exact(*arguments)
+    with kernels.using("triton"):
+        fused = dit(*arguments)
+    assert error(fused, expected) <= 1.2 * error(plain, expected) + 1e-5 * expected.norm()
+
+
+def test_every_kernel_is_one_operation_of_a_whole_graph():
+    """`torch.compile` finds nothing to stop at, and the operators take part as they are."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    dit = random_dit()
+    expected = dit(*inputs([2], size=(1, 3, 4)))
+    dit.compile_blocks(backend=keep)
+    with kernels.using("triton"):
+        torch.testing.assert_close(dit(*inputs([2], size=(1, 3, 4))), expected, rtol=1e-5, atol=1e-5)
+    names = [str(node.target) for node in graphs[0].graph.nodes if str(node.target).startswith("mochi.")]
+    counts = {name.split(".")[1]: names.count(name) for name in names}
+    assert counts == {
+        "modulated_norm": 2, "joint_heads": 1, "gated_residual_norm": 2, "swiglu": 2, "gated_residual": 2
+    }  # fmt: skip
+
+
+def test_gradients_take_the_plain_path():
+    dit = random_dit()
+    dit.blocks[1].mlp_x.w1.weight.requires_grad_()
+    with kernels.using("triton"), torch.enable_grad():
+        dit(*inputs([2], size=(1, 3, 4))).sum().backward()
+    found = dit.blocks[1].mlp_x.w1.weight.grad.clone()
+    dit.zero_grad()
+    with kernels.using("plain"), torch.enable_grad():
+        dit(*inputs([2], size=(1, 3, 4))).sum().backward()
+    torch.testing.assert_close(found, dit.blocks[1].mlp_x.w1.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", ["modulated_norm", "swiglu", "gated_residual_norm"])
+def test_operators_keep_pytorchs_rules(operator):
+    x, (scale, gate, *_) = random(2, 3, 96), modulations(2, 96, torch.float32)
+    arguments = {
+        "modulated_norm": (x, scale, NORM_EPS),
+        "swiglu": (x,),
+        "gated_residual_norm": (x, 2 * x, gate, scale, NORM_EPS),
+    }[operator]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(kernels, operator), arguments, test_utils=checks)

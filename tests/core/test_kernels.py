@@ -1,0 +1,163 @@
+"""Kernels in Triton: who chooses them, what refuses them, and that they can be built for every card.
+
+What they compute is tested in interpreted_kernels.py, which this module runs.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mochi_core import AsymmDiT, AsymmDiTConfig, kernels
+from mochi_core.transformer.layers import modulated_norm
+from mochi_core.transformer.model import TextConditioning
+from tests.harness import triton_builds
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
+# Turing, Ampere, Ada, Hopper and Blackwell, of which 86, 89 and 120 are people's cards; AMD's RX 7900 and MI300.
+TARGETS = [("cuda", 75), ("cuda", 80), ("cuda", 86), ("cuda", 89), ("cuda", 90), ("cuda", 100), ("cuda", 120)]
+TARGETS += [("hip", "gfx1100"), ("hip", "gfx942")]
+WAVES = {"gfx942": 64}  # lanes of a warp, elsewhere 32
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_a_cpu_takes_plain_kernels():
+    assert kernels.chosen(CPU) == "plain"
+    assert kernels.reason(CPU) == "the kernels in Triton are for CUDA and ROCm, not for cpu"
+    assert not kernels.fused(torch.ones(1))
+
+
+def test_triton_on_a_cpu_is_refused():
+    with (
+        kernels.using("triton"),
+        pytest.raises(ValueError, match="do not run on cpu; choose auto or plain, or set TRI"),
+    ):
+        modulated_norm(torch.ones(1, 1, 8), torch.ones(1, 8))
+
+
+def test_choices_hold_for_the_duration_and_for_one_thread():
+    seen = []
+    with kernels.using("triton"):
+        assert kernels.chosen(CUDA) == "triton"
+        assert kernels.reason(CUDA) is None
+        with kernels.using("plain"):
+            assert kernels.reason(CUDA) == "plain kernels were asked for"
+        thread = threading.Thread(target=lambda: seen.append(kernels.chosen(CPU)))
+        thread.start()
+        thread.join()
+        assert kernels.chosen(CUDA) == "triton"
+    assert seen == ["plain"]
+
+
+def test_the_default_of_the_process():
+    kernels.set_default("triton")
+    try:
+        assert kernels.chosen(CUDA) == "triton"
+        with kernels.using("plain"):
+            assert kernels.chosen(CUDA) == "plain"
+    finally:
+        kernels.set_default("auto")
+
+
+@pytest.mark.parametrize("choose", [kernels.set_default, lambda name: kernels.using(name).__enter__()])
+def test_unknown_choices_are_refused(choose):
+    with pytest.raises(ValueError, match="auto, triton, plain; 'fast' is none of them"):
+        choose("fast")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
+def test_a_device_that_cannot_run_them_takes_plain_kernels():
+    assert kernels.chosen(CUDA) == "plain"
+    assert kernels.reason(CUDA) in ("there is no such device", "Triton is not installed")
+
+
+class Operations(TorchDispatchMode):
+    """How often each operator of ours was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mochi":
+            self.counts[func._opname] = self.counts.get(func._opname, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_simulated_gpu_takes_the_operators():
+    """Counted: a block's operators by name, and none with other kernels or gradients."""
+
+    def counts(choice, gradients):
+        with FakeTensorMode(), kernels.using(choice), torch.set_grad_enabled(gradients), Operations() as operations:
+            dit = AsymmDiT(AsymmDiTConfig(depth=2, hidden_size_x=384, num_heads=3), device="cuda", dtype=torch.bfloat16)
+            latents, tokens, pooled = (
+                torch.ones(1, *shape, device="cuda", dtype=torch.bfloat16)
+                for shape in ((12, 2, 4, 4), (4, 1536), (384,))
+            )
+            text = TextConditioning(tokens, (4,), pooled)
+            modulation = dit.modulation(torch.ones(1, device="cuda"), text.pooled)
+            dit.denoise(latents, text, modulation, dit.rope(latents.shape, latents.device))
+        return operations.counts
+
+    once = {
+        "modulated_norm": 4,
+        "joint_heads": 2,
+        "gated_residual_norm": 3,
+        "swiglu": 3,
+        "gated_residual": 3,
+        "final_norm": 1,
+    }
+    assert counts("triton", gradients=False) == once
+    assert counts("plain", gradients=False) == {}
+    assert counts("triton", gradients=True) == {}
+
+
+@pytest.mark.slow
+def test_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, cwd=INTERPRETED.parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr
+
+
+def released_launches(monkeypatch, dtype):
+    """Every start of a kernel that a block of the released size makes, for few tokens."""
+    launches = []
+    monkeypatch.setattr("mochi_core.kernels.denoiser.launch", triton_builds.recorder(launches))
+    x, y = torch.ones(1, 6, 3072, dtype=dtype), torch.ones(1, 4, 1536, dtype=dtype)
+    for stream in (x, y):
+        scale, gate, shift, _ = torch.ones(1, 4 * stream.shape[-1], dtype=dtype).chunk(4, dim=-1)
+        kernels.modulated_norm(stream, scale, 1e-6)
+        kernels.gated_residual(stream, stream, gate, 1e-6)
+        kernels.gated_residual_norm(stream, stream, gate, scale, 1e-6)
+        kernels.final_norm(stream, shift, scale, 1e-6)
+    kernels.swiglu(torch.ones(1, 6, 16384, dtype=dtype))
+    packed, weight, turns = torch.ones(1, 6, 9216, dtype=dtype), torch.ones(128), torch.ones(2, 24, 64, 2)
+    kernels.joint_heads(packed, packed, *[weight] * 4, turns, torch.ones(3, 24, 64, 2), 1e-5)
+    return launches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
+def test_kernels_can_be_built_for_cards_that_are_not_here(target, monkeypatch, tmp_path):
+    """In bf16, on the oldest cards too, and in fp32 on one; none keeps registers in memory."""
+    compiler = pytest.importorskip("triton.backends.compiler")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    dtypes = [torch.bfloat16, torch.float32] if target == ("cuda", 89) else [torch.bfloat16]
+    for dtype in dtypes:
+        for launch in released_launches(monkeypatch, dtype):
+            gpu = compiler.GPUTarget(*target, WAVES.get(target[1], 32))
+            compiled = triton_builds.build(launch, gpu)
+            assert triton_builds.spilled_bytes(compiled, tmp_path) == 0, launch.kernel
