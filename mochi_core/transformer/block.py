@@ -20,6 +20,9 @@ from .rope import Rope, rotate
 QK_NORM_EPS = 1e-5
 """Added to the mean square in the norms of q and k: the default of `RMSNorm` in Genmo's joint_model/layers.py."""
 
+ROTATION_TOKEN_CHUNK = 7168
+"""Tokens at a time in q/k norms and rotations on a GPU: few, because all of q, k and v are there twice just then."""
+
 
 @dataclass(frozen=True)
 class BlockContext:
@@ -84,9 +87,10 @@ class AsymmetricAttention(nn.Module):
         batch, num_tokens = visual.shape[:2]
         joint = visual.new_empty(3, batch, num_tokens + text.shape[1], *visual.shape[3:])  # (3, B, N + L, K, D)
         norms = (self.q_norm_x, self.q_norm_y), (self.k_norm_x, self.k_norm_y)
-        for tokens, freqs in rope.chunks(token_chunk(visual)):
+        for tokens, part in rope.chunks(token_chunk(visual, ROTATION_TOKEN_CHUNK)):
             for i, (norm_x, _) in enumerate(norms):
-                joint[i, :, tokens] = rotate(norm_x(visual[:, tokens, i].float()), freqs)
+                # The table is made after the norm, and twice, so that less is held at a time.
+                joint[i, :, tokens] = rotate(norm_x(visual[:, tokens, i].float()), part.table())
         for i, (_, norm_y) in enumerate(norms):
             joint[i, :, num_tokens:] = norm_y(text[:, :, i].float())
         joint[2, :, :num_tokens], joint[2, :, num_tokens:] = visual[:, :, 2], text[:, :, 2]

@@ -26,24 +26,28 @@ TIMESTEP_PERIOD = 10000.0
 """Longest period of the timestep's sinusoids, over 2 pi: `max_period` of `timestep_embedding`, Genmo's joint_model/layers.py."""
 TOKEN_CHUNK = {"cpu": 256}
 """Tokens at a time in norms, gates and rotations, by kind of device: as many as a CPU's caches hold in float32."""
-DEFAULT_TOKEN_CHUNK = 2048
-"""Tokens at a time on other devices, where every call of a kernel costs."""
+DEFAULT_TOKEN_CHUNK = 24576
+"""Tokens at a time on other devices, where every start of a kernel costs: copies of so many in float32 need no more memory than
+the attention of 163 frames of 848x480."""
 FEED_FORWARD_TOKEN_CHUNK = 16384
 """Tokens at a time in a feed-forward: many, because a layer may have to fetch or dequantise its weight for each call."""
 
 
-def token_chunk(x: Tensor) -> int:
+def token_chunk(x: Tensor, default: int = DEFAULT_TOKEN_CHUNK) -> int:
     """How many tokens of each sample of `x` (B, L, ...) to work on at a time, so that little is held in float32.
 
+    `default` is for devices that `TOKEN_CHUNK` does not name.
     All of them while compiling, because a compiler fuses the operations and so holds nothing in between.
     """
     if torch.compiler.is_compiling():
         return x.shape[1]
-    return max(1, TOKEN_CHUNK.get(x.device.type, DEFAULT_TOKEN_CHUNK) // x.shape[0])
+    return max(1, TOKEN_CHUNK.get(x.device.type, default) // x.shape[0])
 
 
 def apply_chunked(function: Callable[..., Tensor], *tensors: Tensor, tokens: int | None = None) -> Tensor:
     """function(*tensors) in the shape and dtype of the first, (B, L, D), for a function that treats all tokens alike.
+
+    It may return a dtype with more digits.
 
     At most `tokens` tokens of the whole batch, by default `token_chunk` of each sample, are given to it at a time, so that
     what it holds in between stays small.
@@ -51,7 +55,7 @@ def apply_chunked(function: Callable[..., Tensor], *tensors: Tensor, tokens: int
     batch, length = tensors[0].shape[:2]
     chunk = token_chunk(tensors[0]) if tokens is None else max(1, tokens // batch)
     if length <= chunk:
-        return function(*tensors)
+        return function(*tensors).to(tensors[0].dtype)
     out = torch.empty_like(tensors[0])
     for start in range(0, length, chunk):
         some = slice(start, start + chunk)
@@ -64,20 +68,34 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
 
 
+def scaled_rms_norm(x: Tensor, factor: Tensor) -> Tensor:
+    """rms_norm(x) * factor in float32; `x` (B, L, D), `factor` (B, D) float32, or (1, D) for all samples."""
+    if len(factor) > 1 or x.device.type == "cpu":
+        return rms_norm(x) * factor[:, None]
+    # As the norm's weight: one kernel less. A CPU gains nothing.
+    return F.rms_norm(x.float(), x.shape[-1:], factor[0], eps=NORM_EPS)
+
+
 def modulated_norm(x: Tensor, scale: Tensor) -> Tensor:
     """rms_norm(x) * (1 + scale) in the dtype of `x` (B, L, D); `scale` (B, D)."""
     if kernels.fused(x, scale):
         return kernels.modulated_norm(x, scale, NORM_EPS)
-    factor = 1 + scale.float()[:, None]
-    return apply_chunked(lambda x: (rms_norm(x) * factor).to(x.dtype), x)
+    factor = 1 + scale.float()
+    return apply_chunked(lambda x: scaled_rms_norm(x, factor), x)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x + rms_norm(branch) * tanh(gate), rounded once; `x` and `branch` (B, L, D), `gate` (B, D)."""
     if kernels.fused(x, branch, gate):
         return kernels.gated_residual(x, branch, gate, NORM_EPS)
-    gate = gate.float().tanh()[:, None]
-    return apply_chunked(lambda x, branch: torch.addcmul(x.float(), rms_norm(branch), gate).to(x.dtype), x, branch)
+    gate = gate.float().tanh()
+    if x.device.type == "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return apply_chunked(lambda x, branch: torch.addcmul(x.float(), rms_norm(branch), gate[:, None]), x, branch)
+    out = torch.empty_like(x)
+    for start in range(0, x.shape[1], token_chunk(x)):
+        some = slice(start, start + token_chunk(x))
+        torch.add(x[:, some], scaled_rms_norm(branch[:, some], gate), out=out[:, some])  # no copy of x in float32
+    return out
 
 
 def gated_residual_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,17 +110,19 @@ def swiglu(packed: Tensor) -> Tensor:
     """silu(gate) * value of `packed` (B, L, 2 * H), gate first, to (B, L, H)."""
     if kernels.fused(packed):
         return kernels.swiglu(packed)
-    return apply_chunked(lambda gate, value: F.silu(gate) * value, *packed.chunk(2, dim=-1))
+    return apply_chunked(lambda gate, value: F.silu(gate).mul_(value), *packed.chunk(2, dim=-1))
 
 
 def final_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """layer_norm(x) * (1 + scale) + shift in the dtype of `x` (B, L, D), rounded once; `shift` and `scale` (B, D)."""
     if kernels.fused(x, shift, scale):
         return kernels.final_norm(x, shift, scale, NORM_EPS)
-    shift, factor = shift.float()[:, None], 1 + scale.float()[:, None]  # (B, 1, D)
+    shift, factor = shift.float(), 1 + scale.float()
 
     def modulated(x: Tensor) -> Tensor:
-        return (F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * factor + shift).to(x.dtype)
+        if len(factor) == len(shift) == 1 and x.device.type != "cpu":
+            return F.layer_norm(x.float(), x.shape[-1:], factor[0], shift[0], eps=NORM_EPS)
+        return F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * factor[:, None] + shift[:, None]
 
     return apply_chunked(modulated, x)
 

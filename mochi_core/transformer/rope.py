@@ -30,16 +30,20 @@ class Rope:
     spatial: Tensor
     """(rows * columns, heads, head_dim / 2, 2) float32."""
 
-    def chunks(self, tokens: int) -> Iterator[tuple[slice, Tensor]]:
-        """Which tokens, and their rotations (n, heads, head_dim / 2, 2), in chunks of whole frames.
+    def chunks(self, tokens: int) -> Iterator[tuple[slice, Rope]]:
+        """Which tokens, and their part of the table, in chunks of whole frames.
 
         A chunk has at most `tokens` tokens, but at least one frame.
         """
         step = max(1, tokens // len(self.spatial))
         for first in range(0, len(self.frames), step):
-            freqs = complex_mul(self.frames[first : first + step, None], self.spatial).flatten(0, 1)
+            part = Rope(self.frames[first : first + step], self.spatial)
             start = first * len(self.spatial)
-            yield slice(start, start + len(freqs)), freqs
+            yield slice(start, start + len(part.frames) * len(self.spatial)), part
+
+    def table(self) -> Tensor:
+        """The rotations of all tokens, (N, heads, head_dim / 2, 2)."""
+        return complex_mul(self.frames[:, None], self.spatial).flatten(0, 1)
 
 
 def axis_positions(num_latents: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,8 +76,15 @@ def rope_table(pos_frequencies: Tensor, num_latents: int, rows: int, columns: in
 
 
 def rotate(x: Tensor, freqs: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of the last axis of `x` (B, N, heads, head_dim) by `freqs` (N, heads, head_dim / 2, 2)."""
-    return complex_mul(x.unflatten(-1, (-1, 2)), freqs).flatten(-2)
+    """Rotate neighbouring pairs of the last axis of `x` (B, N, heads, head_dim) by `freqs` (N, heads, head_dim / 2, 2).
+
+    Unless a compiler is at work, `x` is overwritten.
+    """
+    pairs = x.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        return complex_mul(pairs, freqs).flatten(-2)
+    torch.view_as_complex(pairs).mul_(torch.view_as_complex(freqs))
+    return x
 
 
 def complex_mul(a: Tensor, b: Tensor) -> Tensor:

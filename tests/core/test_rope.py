@@ -26,7 +26,8 @@ def test_angles_are_exact_on_the_real_grid_in_any_module_dtype(dtype):
     dit.pos_frequencies.data.copy_(frequencies)
     rope = dit.rope((1, 12, 28, 60, 106), torch.device("cpu"))
     angles, seen = reference_angles(frequencies, 28, 30, 53), []
-    for tokens, freqs in rope.chunks(5000):
+    for tokens, part in rope.chunks(5000):
+        freqs = part.table()
         assert freqs.dtype == torch.float32
         assert (freqs[..., 0] - angles[tokens].cos()).abs().max() < 1e-6
         assert (freqs[..., 1] - angles[tokens].sin()).abs().max() < 1e-6
