@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .. import kernels
 from .decoder import Decoder, DecoderStage
 from .encoder import Encoder, EncoderStage, fourier_features
 from .layers import CONV_SIZE, RGB, ResBlock, TemporalAttentionBlock, frame_norm, pointwise
@@ -103,18 +104,38 @@ def norm_silu_conv(
 ) -> tuple[Tensor, Tensor]:
     """Causal convolution of silu(norm(x)), and what the next call needs as `past`: the last two frames that went into it."""
     strips, height = plan.strips(x), x.shape[3]
-    normed = strip_norm(norm, x, strips)
+    padded_rows = _padded_rows(norm, x, strips)
     kept = torch.empty((*x.shape[:2], CONV_SIZE - 1, *x.shape[3:]), dtype=x.dtype, device=plan.cache_device)
 
     def convolved(rows: slice) -> Tensor:
-        top, bottom = max(rows.start - 1, 0), min(rows.stop + 1, height)
-        frames = F.silu(normed(slice(top, bottom)), inplace=True)  # (B, C, f, r + 2, W)
-        before = frames[:, :, :1] if past is None else past[..., top:bottom, :]
-        padded = pad_causal(before, frames, above=rows.start == top, below=rows.stop == bottom)
+        seen = slice(max(rows.start - 1, 0), min(rows.stop + 1, height))
+        padded = padded_rows(seen, past, above=rows.start == seen.start, below=rows.stop == seen.stop)
         kept[..., rows, :] = padded[:, :, 1 - CONV_SIZE :, 1:-1, 1:-1]
         return conv(padded)  # (B, C, f, r, W)
 
     return by_strips(strips, convolved), kept
+
+
+def _padded_rows(norm: nn.GroupNorm, x: Tensor, strips: list[slice]) -> Callable[..., Tensor]:
+    """A function that makes some rows of silu(norm(x)), behind the past and padded as by `pad_causal`."""
+    if kernels.fused(x, norm.weight):
+        mean, variance = kernels.merge_sums(kernels.frame_sums(x), norm.num_groups, x.shape[3] * x.shape[4])
+        weight, bias = norm.weight.to(x.device), norm.bias.to(x.device)
+
+        def fused(seen: slice, past: Tensor | None, *, above: bool, below: bool) -> Tensor:
+            before = None if past is None else past[..., seen, :].to(x.device)
+            statistics = mean, variance, weight, bias, norm.eps
+            return kernels.norm_silu_pad(x[..., seen, :], before, *statistics, above, below)
+
+        return fused
+    normed = strip_norm(norm, x, strips)
+
+    def plain(seen: slice, past: Tensor | None, *, above: bool, below: bool) -> Tensor:
+        frames = F.silu(normed(seen), inplace=True)  # (B, C, f, r + 2, W)
+        before = frames[:, :, :1] if past is None else past[..., seen, :]
+        return pad_causal(before, frames, above=above, below=below)
+
+    return plain
 
 
 def pad_causal(before: Tensor, frames: Tensor, *, above: bool, below: bool) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 MIB, GIB = 2**20, 2**30
 # More brings no speed: weights are read often enough for this much work, and caches of processors are small.
-MAX_WORKING_SET = {"cpu": 32 * MIB, "default": 128 * MIB}
+MAX_WORKING_SET = {"cpu": 32 * MIB, "default": 256 * MIB}
 # Less costs speed, so that moving the caches off the device is the better way to save memory.
 MOVE_CACHES_BELOW = 8 * MIB
 # Still less costs a lot of time and saves next to nothing: only for when memory has really run out.

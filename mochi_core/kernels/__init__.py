@@ -12,10 +12,13 @@ versions of the same names in `transformer` and `autoencoder`.
 | `gated_residual_norm` | the same, and the modulated norm that follows |
 | `swiglu` | silu(gate) * value of packed halves |
 | `final_norm` | LayerNorm with shift and scale |
+| `frame_sums`, `merge_sums` | mean and variance of each group of channels of each frame |
+| `norm_silu_pad` | group norm, SiLU, the last two frames and padding for a causal convolution |
 
 `using` and `set_default` choose between them and the plain versions.
 """
 
+from .autoencoder import frame_sums, merge_sums, norm_silu_pad
 from .choice import CHOICES, Kernels, chosen, fused, reason, set_default, using
 from .denoiser import final_norm, gated_residual, gated_residual_norm, joint_heads, modulated_norm, swiglu
 
@@ -24,11 +27,14 @@ __all__ = [
     "Kernels",
     "chosen",
     "final_norm",
+    "frame_sums",
     "fused",
     "gated_residual",
     "gated_residual_norm",
     "joint_heads",
+    "merge_sums",
     "modulated_norm",
+    "norm_silu_pad",
     "reason",
     "set_default",
     "swiglu",

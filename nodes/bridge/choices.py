@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from ...mochi_core import kernels
 from ...mochi_core.checkpoints import Checkpoint
 from ...mochi_core.dtypes import dtype_name
 
@@ -30,3 +31,9 @@ def weights_choice(stored: str, held: str, asked: bool, device: torch.device) ->
 
 def arithmetic_choice(compute: torch.dtype, device: torch.device) -> str:
     return f"arithmetic {dtype_name(compute)} on {device}"
+
+
+def kernels_choice(device: torch.device) -> str:
+    """Whose kernels work between matrix products, and why not the fused ones."""
+    reason = kernels.reason(device)
+    return "kernels fused (Triton)" if reason is None else f"kernels plain ({reason})"

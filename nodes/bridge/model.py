@@ -32,7 +32,7 @@ from ...mochi_core.transformer.block import BlockCall, RunBlock, run_block
 from ...mochi_core.transformer.layers import TIMESTEP_PERIOD
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
-from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
+from .choices import arithmetic_choice, kernels_choice, log_choice, stored_name, weights_choice
 from .prepared import Conditioning, conditioning_of, full_mask, prepared, with_run
 from .preview import MochiLatents, with_previews
 from .quantized import by_layer, describe_matmul, host_weights, is_quantized, quantized_operations, read_part
@@ -194,7 +194,7 @@ def _log_choices(patcher, stored: str, quantize: str | None, dtype: torch.dtype 
     weights = weights_choice(stored, kept, bool(quantize or dtype), patcher.load_device)
     compute = arithmetic_choice(patcher.model.manual_cast_dtype or held, patcher.load_device)
     compute += describe_matmul(patcher.model.diffusion_model)
-    log_choice("transformer", weights, compute, f"attention {attending}")
+    log_choice("transformer", weights, compute, kernels_choice(patcher.load_device), f"attention {attending}")
 
 
 def _build(config: AsymmDiTConfig, checkpoint: Checkpoint, dtype: torch.dtype | None, disable_dynamic: bool):

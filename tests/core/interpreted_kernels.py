@@ -14,13 +14,14 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
 from mochi_core import AsymmDiTConfig, kernels, load_lora
+from mochi_core.autoencoder.steps import _padded_rows
 from mochi_core.transformer import layers
 from mochi_core.transformer.block import QK_NORM_EPS, AsymmetricAttention
 from mochi_core.transformer.layers import NORM_EPS
 from mochi_core.transformer.rope import rope_table
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.random_inputs import inputs
-from tests.harness.tiny_models import random_dit
+from tests.harness.tiny_models import random_dit, random_vae
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Samples, tokens, width: one row, none as of an empty prompt, and widths that are no power of two.
@@ -240,3 +241,37 @@ def test_operators_keep_pytorchs_rules(operator):
     }[operator]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(kernels, operator), arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_past", [True, False])
+def test_norm_silu_pad(has_past, dtype):
+    """The middle rows, and all of them; frames of more pixels than a program takes, with a mean far from 0."""
+    norm = torch.nn.GroupNorm(2, 6)
+    norm.weight.copy_(1 + random(6)), norm.bias.copy_(random(6, seed=1))
+    norm.to(dtype)
+    x = 5 + random(2, 6, 4, 48, 47, dtype=dtype)[:, :, 1:3]
+    past = random(2, 6, 2, 48, 47, dtype=dtype, seed=2) if has_past else None
+
+    def exact(x):
+        y = F.silu(F.group_norm(x.transpose(1, 2).flatten(0, 1), 2, norm.weight.double(), norm.bias.double(), norm.eps))
+        y = y.unflatten(0, (2, 2)).transpose(1, 2)
+        y = torch.cat((past.double() if past is not None else y[:, :, :1].expand(-1, -1, 2, -1, -1), y), dim=2)
+        return F.pad(y, (1, 1, 1, 1, 0, 0), mode="replicate")
+
+    def padded(strips, seen, **borders):
+        return lambda x: _padded_rows(norm, x, strips)(seen, past, **borders)
+
+    check(padded([slice(0, 48)], slice(0, 48), above=True, below=True), exact, x)
+    strips = [slice(0, 20), slice(20, 48)]
+    check(padded(strips, slice(0, 21), above=True, below=False), lambda x: exact(x)[..., :22, :], x)
+    check(padded(strips, slice(19, 48), above=False, below=True), lambda x: exact(x)[..., 20:, :], x)
+
+
+def test_decoder():
+    """In one piece, and in single rows, whose result is the same."""
+    vae, latents = random_vae(), random(1, 12, 2, 1, 2)
+    expected = vae.decode(latents)
+    for limit in (1 << 30, 1 << 10):
+        with kernels.using("triton"):
+            torch.testing.assert_close(vae.decode(latents, memory_limit=limit), expected, rtol=1e-5, atol=1e-5)

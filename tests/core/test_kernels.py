@@ -135,7 +135,8 @@ def test_in_tritons_interpreter():
 def released_launches(monkeypatch, dtype):
     """Every start of a kernel that a block of the released size makes, for few tokens."""
     launches = []
-    monkeypatch.setattr("mochi_core.kernels.denoiser.launch", triton_builds.recorder(launches))
+    for module in ("denoiser", "autoencoder"):
+        monkeypatch.setattr(f"mochi_core.kernels.{module}.launch", triton_builds.recorder(launches))
     x, y = torch.ones(1, 6, 3072, dtype=dtype), torch.ones(1, 4, 1536, dtype=dtype)
     for stream in (x, y):
         scale, gate, shift, _ = torch.ones(1, 4 * stream.shape[-1], dtype=dtype).chunk(4, dim=-1)
@@ -146,6 +147,11 @@ def released_launches(monkeypatch, dtype):
     kernels.swiglu(torch.ones(1, 6, 16384, dtype=dtype))
     packed, weight, turns = torch.ones(1, 6, 9216, dtype=dtype), torch.ones(128), torch.ones(2, 24, 64, 2)
     kernels.joint_heads(packed, packed, *[weight] * 4, turns, torch.ones(3, 24, 64, 2), 1e-5)
+    frames, vector = torch.ones(1, 128, 3, 8, 848, dtype=dtype), torch.ones(128, dtype=dtype)
+    kernels.merge_sums(kernels.frame_sums(frames), 32, 8 * 848)
+    statistics = torch.ones(1, 32, 3), torch.ones(1, 32, 3), vector, vector, 1e-5
+    for past in (None, frames[:, :, :2]):
+        kernels.norm_silu_pad(frames, past, *statistics, True, False)
     return launches
 
 
