@@ -109,33 +109,43 @@ def norm_silu_conv(
 
     def convolved(rows: slice) -> Tensor:
         seen = slice(max(rows.start - 1, 0), min(rows.stop + 1, height))
-        padded = padded_rows(seen, past, above=rows.start == seen.start, below=rows.stop == seen.stop)
-        kept[..., rows, :] = padded[:, :, 1 - CONV_SIZE :, 1:-1, 1:-1]
-        return conv(padded)  # (B, C, f, r, W)
+        borders = {"above": rows.start == seen.start, "below": rows.stop == seen.stop}
+        return conv(padded_rows(seen, past, kept[..., rows, :], **borders))  # (B, C, f, r, W)
 
     return by_strips(strips, convolved), kept
 
 
 def _padded_rows(norm: nn.GroupNorm, x: Tensor, strips: list[slice]) -> Callable[..., Tensor]:
-    """A function that makes some rows of silu(norm(x)), behind the past and padded as by `pad_causal`."""
+    """A function that makes some rows of silu(norm(x)), behind the past and padded as by `pad_causal`.
+
+    It puts the last two frames, without what is beside the rows, into its argument `kept`.
+    """
     if kernels.fused(x, norm.weight):
         mean, variance = kernels.merge_sums(kernels.frame_sums(x), norm.num_groups, x.shape[3] * x.shape[4])
         weight, bias = norm.weight.to(x.device), norm.bias.to(x.device)
 
-        def fused(seen: slice, past: Tensor | None, *, above: bool, below: bool) -> Tensor:
+        def fused(seen: slice, past: Tensor | None, kept: Tensor, *, above: bool, below: bool) -> Tensor:
             before = None if past is None else past[..., seen, :].to(x.device)
             statistics = mean, variance, weight, bias, norm.eps
-            return kernels.norm_silu_pad(x[..., seen, :], before, *statistics, above, below)
+            if kept.device == x.device:
+                return kernels.norm_silu_pad(x[..., seen, :], before, *statistics, above, below, kept)
+            padded = kernels.norm_silu_pad(x[..., seen, :], before, *statistics, above, below, None)
+            return _keep(padded, kept)
 
         return fused
     normed = strip_norm(norm, x, strips)
 
-    def plain(seen: slice, past: Tensor | None, *, above: bool, below: bool) -> Tensor:
+    def plain(seen: slice, past: Tensor | None, kept: Tensor, *, above: bool, below: bool) -> Tensor:
         frames = F.silu(normed(seen), inplace=True)  # (B, C, f, r + 2, W)
         before = frames[:, :, :1] if past is None else past[..., seen, :]
-        return pad_causal(before, frames, above=above, below=below)
+        return _keep(pad_causal(before, frames, above=above, below=below), kept)
 
     return plain
+
+
+def _keep(padded: Tensor, kept: Tensor) -> Tensor:
+    kept.copy_(padded[:, :, 1 - CONV_SIZE :, 1:-1, 1:-1])
+    return padded
 
 
 def pad_causal(before: Tensor, frames: Tensor, *, above: bool, below: bool) -> Tensor:

@@ -43,10 +43,10 @@ def merge_sums(sums: Tensor, groups: int, pixels: int) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-@custom_op("mochi::norm_silu_pad", mutates_args=())
+@custom_op("mochi::norm_silu_pad", mutates_args=("kept",))
 def norm_silu_pad(
     x: Tensor, past: Tensor | None, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float,
-    above: bool, below: bool,
+    above: bool, below: bool, kept: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """silu of the group norm of `x` (B, C, T, H, W) by its statistics, behind two earlier frames and padded for a convolution.
 
@@ -54,7 +54,9 @@ def norm_silu_pad(
         past: (B, C, 2, H, W), what went into the convolution before; None repeats the first frame.
         mean, variance: (B, G, T) float32.
         weight, bias: (C,), of the norm.
-        above, below: whether the border is repeated there, as it is left and right.
+        above, below: whether the border is repeated there, as it is left and right. Where it is not, the outermost row of `x`
+            belongs to a neighbouring strip.
+        kept: (B, C, 2, H or less, W), gets the last two frames of the result without their padding and neighbours' rows.
 
     Returns:
         (B, C, 2 + T, above + H + below, W + 2).
@@ -67,9 +69,10 @@ def norm_silu_pad(
     pixels = out.shape[3] * out.shape[4]
     launch(
         kernels.norm_silu_pad, (batch * channels * out.shape[2], -(-pixels // BLOCK)),
-        x, before, mean, variance, weight, bias, out, channels, frames, height, width, mean.shape[1], int(above), pixels,
-        *x.stride()[:4], *((0,) * 4 if before is None else before.stride()[:4]),
-        EPS=eps, HAS_PAST=past is not None, BLOCK=BLOCK, num_warps=warps(BLOCK),
+        x, before, mean, variance, weight, bias, out, kept,
+        channels, frames, height, width, mean.shape[1], int(above), 0 if kept is None else kept.shape[3], pixels,
+        *x.stride()[:4], *_steps(before), *_steps(kept),
+        EPS=eps, HAS_PAST=past is not None, KEEPS=kept is not None, BLOCK=BLOCK, num_warps=warps(BLOCK),
     )  # fmt: skip
     return out
 
@@ -91,7 +94,12 @@ def _padded(x: Tensor, above: bool, below: bool) -> Tensor:
 
 frame_sums.register_fake(_sums)
 merge_sums.register_fake(_statistics)
-norm_silu_pad.register_fake(lambda x, *rest: _padded(x, *rest[-2:]))
+norm_silu_pad.register_fake(lambda x, *rest: _padded(x, *rest[-3:-1]))
+
+
+def _steps(x: Tensor | None) -> tuple[int, ...]:
+    """What separates two samples, channels, frames and rows in memory."""
+    return (0,) * 4 if x is None else x.stride()[:4]
 
 
 def _dense(x: Tensor) -> Tensor:
