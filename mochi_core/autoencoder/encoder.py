@@ -25,8 +25,9 @@ def fourier_features(video: Tensor) -> Tensor:
     The frequencies 2^6 and 2^7 turns per unit leave nothing of a pixel that was rounded to 16 bits.
     """
     video = video.to(torch.promote_types(video.dtype, torch.float32))
-    frequencies = video.new_tensor([2.0**exponent for exponent in FOURIER_EXPONENTS]) * (2 * math.pi)
-    angles = rearrange(video[..., None] * frequencies, "b c f h w k -> b (c k) f h w")
+    # Numbers, not a tensor of them: bringing that to a GPU would wait until all earlier work there is done.
+    angles = [video * (2.0**exponent * 2 * math.pi) for exponent in FOURIER_EXPONENTS]
+    angles = rearrange(angles, "k b c f h w -> b (c k) f h w")
     return torch.cat((video, angles.sin(), angles.cos()), dim=1)
 
 
