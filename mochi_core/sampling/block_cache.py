@@ -144,7 +144,10 @@ class CachedBlocks:
 
     def _select(self, batch: Tensor) -> Tensor:
         """The samples that blocks run for, of a tensor (B or 1, ...)."""
-        return batch if len(batch) in (1, len(self.samples)) and self.samples else batch[self.samples]
+        if len(batch) in (1, len(self.samples)) and self.samples:
+            return batch
+        # Not batch[self.samples]: bringing the indices to a GPU would wait until all earlier work there is done.
+        return torch.cat([batch[:0], *(batch[i : i + 1] for i in self.samples)])
 
     def _select_text(self, y: Tensor, context: BlockContext) -> Tensor:
         """The samples that blocks run for, of y (B, L, Dy), as long as the longest prompt among them."""
@@ -160,7 +163,8 @@ class CachedBlocks:
         if len(self.samples) == len(self.states):
             return x
         merged = self.entering.clone()
-        merged[self.samples] = x
+        for result, i in zip(x, self.samples, strict=True):
+            merged[i] = result
         for i in set(range(len(merged))) - set(self.samples):
             merged[i] += self.states[i].residual  # pyright: ignore[reportOperatorIssue] - skipped samples have one
         return merged
