@@ -1,13 +1,17 @@
 """What the benchmarks compute rather than measure."""
 
 import math
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.dit import forward_flops
 from benchmarks.measure import Measurement, attempt, table
+from benchmarks.simulated_gpu import GpuCounter, no_attention, simulated_gpu, text_of_lengths
 from mochi_core import AsymmDiT, AsymmDiTConfig
 from mochi_core.transformer.attention import BACKENDS
 
@@ -40,3 +44,90 @@ def test_a_contender_that_fails_is_a_row_that_says_so():
     assert failed.median == failed.largest("peak_mib") == math.inf
     lines = table(lambda case: case["name"], [{"name": "x"}], [{"ours": worked, "peer": failed}], [column, column])
     assert lines[2:] == ["| x | ours | 0.0 | 0.0 |", "| x | peer | ValueError: it takes / nothing here |  |"]
+
+
+WAITS = {
+    "a number": lambda t: t.gpu.sum().item(),
+    "a list": lambda t: t.gpu.tolist(),
+    "a decision": lambda t: bool(t.mask.any()),
+    "a mask as index": lambda t: t.gpu[t.mask],
+    "places": lambda t: t.mask.nonzero(),
+    "selected values": lambda t: t.gpu.masked_select(t.mask),
+    "to the host": lambda t: t.gpu.cpu(),
+    "to the device": lambda t: t.cpu.to(t.gpu.device),
+    "into the device": lambda t: t.gpu.copy_(t.cpu),
+    "a list as index": lambda t: t.gpu[[0, 2]],
+    "a new tensor": lambda t: t.gpu.new_tensor([1.0, 2.0]),
+}
+NO_WAITS = {
+    "a queued copy": lambda t: t.gpu.copy_(t.cpu, non_blocking=True) + t.cpu.to(t.gpu.device, non_blocking=True),
+    "a number for the device": lambda t: t.gpu[0].fill_(1.0) * 2.0,
+    "no values": lambda t: t.gpu[:0].cpu(),
+    "indices on the device": lambda t: t.gpu[torch.arange(2, device=t.gpu.device)],
+    "a mask as operand": lambda t: torch.where(t.mask, t.gpu, 0.0),
+    "on the host": lambda t: t.cpu.sum() + t.cpu.clone(),
+}
+
+
+def counted(call):
+    """What `call` does with tensors and a mask of 4 x 8, up to where it asks for values, which fake tensors have not."""
+    with simulated_gpu():
+        gpu, mask = torch.empty(4, 8, device="cuda"), torch.empty(4, 8, device="cuda", dtype=torch.bool)
+        tensors = SimpleNamespace(gpu=gpu, mask=mask, cpu=torch.empty(4, 8))
+        with (
+            GpuCounter() as counter,
+            suppress(DataDependentOutputException, DynamicOutputShapeException, StopIteration),
+        ):
+            call(tensors)
+    return counter
+
+
+@pytest.mark.parametrize("call", WAITS.values(), ids=WAITS)
+def test_waiting_for_a_simulated_gpu_is_seen(call):
+    assert counted(call).waits
+
+
+@pytest.mark.parametrize("call", NO_WAITS.values(), ids=NO_WAITS)
+def test_what_does_not_wait_for_a_simulated_gpu(call):
+    assert not counted(call).waits
+
+
+def test_tensors_of_two_devices_cannot_be_added():
+    with pytest.raises(RuntimeError, match="same device"):
+        counted(lambda t: t.gpu + t.cpu)
+
+
+def test_what_is_counted_on_a_simulated_gpu():
+    def call(t):
+        x = t.gpu * 2  # 2 x 128 bytes
+        x.add_(t.gpu[:1])  # 2 x 128 and 32
+        x[0] = t.gpu[1]  # 2 x 32
+        x.t()
+        del x
+        return (t.gpu @ torch.empty(8, 2, device="cuda")).sum()  # 128 + 64 + 32, and 32 + 4
+
+    counter = counted(call)
+    assert counter.moved == {
+        "aten.mul.Tensor": 256,
+        "aten.add_.Tensor": 288,
+        "aten.copy_.default": 64,
+        "aten.sum.default": 36,
+    }
+    assert counter.products == [(2 * 4 * 8 * 2, 224)]
+    assert counter.starts == 5
+    assert counter.peak == 128  # x, as the rest is smaller
+
+
+def test_products_on_a_simulated_gpu_are_those_that_torch_counts():
+    config = AsymmDiTConfig(depth=2, **TINY, **MLP)
+    with simulated_gpu():
+        dit, latents = AsymmDiT(config, device="cuda"), torch.empty(1, 12, 3, 8, 10, device="cuda")
+        text = text_of_lengths(dit, 7)
+        modulation, rope = (
+            dit.modulation(torch.ones(1, device="cuda"), text.pooled),
+            dit.rope(latents.shape, latents.device),
+        )
+        with GpuCounter() as counter:
+            dit.denoise(latents, text, modulation, rope, attention=no_attention)
+    attention = 2 * 2 * 2 * (60 + 7) ** 2 * TINY["hidden_size_x"]
+    assert sum(flops for flops, _ in counter.products) + attention == forward_flops(config, 60, 7)
