@@ -240,8 +240,12 @@ def comfyui_version() -> str:
 
 def write_report(name: str, page: str) -> None:
     """Print the page and keep it beside the script, one file per kind of device."""
-    kind = "gpu" if torch.cuda.is_available() else "cpu"
-    path = Path(__file__).parent / "results" / f"{name}_{kind}.md"
+    keep(f"{name}_{'gpu' if torch.cuda.is_available() else 'cpu'}", page)
+
+
+def keep(name: str, page: str) -> None:
+    """Print the page and keep it beside the script."""
+    path = Path(__file__).parent / "results" / f"{name}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(page)
     print(page)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -66,11 +67,11 @@ def our_dit(config: AsymmDiTConfig, dtype: torch.dtype, quantize: str | None = N
     return model.eval()
 
 
-def comfy_dit(depth: int, dtype: torch.dtype) -> nn.Module:
-    return fill(empty_comfy_dit(depth, dtype))
+def comfy_dit(depth: int, dtype: torch.dtype, device: str = DEVICE) -> nn.Module:
+    return fill(empty_comfy_dit(depth, dtype, device))
 
 
-def empty_comfy_dit(depth: int, dtype: torch.dtype) -> nn.Module:
+def empty_comfy_dit(depth: int, dtype: torch.dtype, device: str = DEVICE) -> nn.Module:
     use_comfyui()
     import comfy.ops
     from comfy.ldm.genmo.joint_model.asymm_models_joint import AsymmDiTJoint
@@ -79,31 +80,37 @@ def empty_comfy_dit(depth: int, dtype: torch.dtype) -> nn.Module:
         depth=depth, patch_size=2, num_heads=24, hidden_size_x=3072, hidden_size_y=1536, mlp_ratio_x=4.0,
         mlp_ratio_y=4.0, learn_sigma=False, in_channels=12, qk_norm=True, qkv_bias=False, out_bias=True,
         patch_embed_bias=True, timestep_mlp_bias=True, timestep_scale=1000.0, use_t5=True, t5_feat_dim=4096,
-        t5_token_length=256, attend_to_padding=False, rope_theta=10000.0, device=DEVICE, dtype=dtype,
+        t5_token_length=256, attend_to_padding=False, rope_theta=10000.0, device=device, dtype=dtype,
         operations=comfy.ops.disable_weight_init,
     )  # fmt: skip
 
 
-def diffusers_dit(depth: int, dtype: torch.dtype) -> nn.Module:
+def diffusers_dit(depth: int, dtype: torch.dtype, device: str = DEVICE) -> nn.Module:
     from diffusers import MochiTransformer3DModel
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # or there would be all of it in float32 first
-    try:
-        with torch.device(DEVICE):
-            return fill(MochiTransformer3DModel(num_layers=depth).to(dtype))
-    finally:
-        torch.set_default_dtype(before)
+    return built(lambda: MochiTransformer3DModel(num_layers=depth), dtype, device)
 
 
-def comfy_vae(dtype: torch.dtype) -> nn.Module:
+def comfy_vae(dtype: torch.dtype, device: str = DEVICE) -> nn.Module:
     use_comfyui()
     from comfy.ldm.genmo.vae.model import VideoVAE
 
-    return fill(VideoVAE().to(DEVICE, dtype))
+    return built(VideoVAE, dtype, device)
 
 
-def diffusers_vae(dtype: torch.dtype) -> nn.Module:
+def diffusers_vae(dtype: torch.dtype, device: str = DEVICE) -> nn.Module:
     from diffusers import AutoencoderKLMochi
 
-    return fill(AutoencoderKLMochi().to(DEVICE, dtype))
+    return built(AutoencoderKLMochi, dtype, device)
+
+
+def built(model: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> nn.Module:
+    """With random weights, and never in another dtype or on another device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            module = model()
+    finally:
+        torch.set_default_dtype(before)
+    return fill(module)

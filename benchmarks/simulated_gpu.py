@@ -14,7 +14,8 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_stack
 from typing import Any
@@ -39,6 +40,8 @@ COPIES = ("aten.copy_.", "aten._to_copy.")
 """Beginnings of the names of operations that may copy from one device to another."""
 WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """Tags of operations that give the host a number or a shape which depends on what the device computed."""
+KERNELS = ("triton", "plain") if find_spec("mochi_core.kernels") else ("plain",)
+"""The ways in which ours can compute what stands between matrix products."""
 PROJECT = f"{Path(__file__).parents[1]}{os.sep}"
 ELSEWHERE = (__file__.removeprefix(PROJECT), ".")
 """Beginnings of paths in the project that call no operation of a model: this file, and installed packages."""
@@ -49,6 +52,15 @@ def simulated_gpu() -> Iterator[None]:
     """Within it, tensors are fake, those on "cuda" too, and without gradients; real ones become fake when they are used."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         yield
+
+
+def using(kernels: str) -> AbstractContextManager:
+    """Have ours use one of `KERNELS`."""
+    if KERNELS == ("plain",):
+        return nullcontext()
+    from mochi_core.kernels import using  # pyright: ignore[reportMissingImports]
+
+    return using(kernels)
 
 
 class GpuCounter(TorchDispatchMode):

@@ -3,9 +3,7 @@
 Fake tensors refuse operations on tensors of two devices, so each test also shows that nothing is in the wrong place.
 """
 
-from contextlib import nullcontext
 from functools import partial
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.simulated_gpu import GpuCounter, no_attention, simulated_gpu, text_of_lengths
+from benchmarks.simulated_gpu import KERNELS, GpuCounter, no_attention, simulated_gpu, text_of_lengths, using
 from mochi_core import AsymmDiT, AsymmDiTConfig, AsymmVAE, linear_quadratic_schedule
 from mochi_core.autoencoder.memory import encoder_memory_estimate
 from mochi_core.lora.files import LoraDelta
@@ -29,9 +27,9 @@ GIB, MIB = 2**30, 2**20
 HEIGHT, WIDTH = 60, 106
 """Latent rows and columns of 848x480 pixels."""
 PROMPT = 256
+pytestmark = pytest.mark.slow
 SCHEDULES = {steps: linear_quadratic_schedule(steps) for steps in (1, 2, 4)}
 """Made here, as real tensors: their numbers are read."""
-KERNELS = ("plain", "triton") if find_spec("mochi_core.kernels") else ("plain",)
 
 
 class Bar(NamedTuple):
@@ -91,14 +89,6 @@ def kernels(request):
     fp8._probe.cache_clear()
 
 
-def using(kernels):
-    if len(KERNELS) == 1:
-        return nullcontext()
-    from mochi_core.kernels import using
-
-    return using(kernels)
-
-
 def check(counted, parts, bar):
     """No wait, and for each of so many parts no more than the bar."""
     found = Bar(counted.starts / parts, counted.moved.total() / parts / 1e9, counted.peak / MIB)
@@ -132,7 +122,7 @@ def test_a_forward(kernels, frames):
     check(count_forward(build(), frames), 2, FORWARD[kernels, frames])
 
 
-@pytest.mark.parametrize("kernels", KERNELS[-1:], indirect=True)
+@pytest.mark.parametrize("kernels", KERNELS[:1], indirect=True)
 def test_a_forward_of_released_depth(kernels):
     check(count_forward(build(48), 25), 48, FORWARD[kernels, 25])
 
@@ -219,7 +209,9 @@ def test_a_decode_stays_within_its_limit(kernels, limit, frames):
     check(counted, frames, DECODE[kernels, limit, frames])
 
 
-@pytest.mark.parametrize("limit", [1, 24])
+@pytest.mark.parametrize(
+    ("kernels", "limit"), [(KERNELS[0], 1), *((kernels, 24) for kernels in KERNELS)], indirect=["kernels"]
+)
 def test_an_encode_stays_within_its_limit(kernels, limit):
     """With 163 frames, for which counting takes minutes, 3 and 5 GiB have the caches in main memory, as here 1 GiB has."""
     vae = AsymmVAE(device="cuda", dtype=torch.bfloat16, decoder=False)
