@@ -1,4 +1,4 @@
-"""`python -m mochi_core generate | decode | inspect | convert`, or `mochi ...` once installed: the library from a shell."""
+"""`python -m mochi_core generate | decode | inspect | convert | doctor`, or `mochi ...` once installed: for a shell."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from .checkpoints.convert import KEEP, LAYOUTS, TARGET_DTYPES, plan_conversion, 
 from .checkpoints.inspect import inspect as inspect_file
 from .checkpoints.inspect import render
 from .checkpoints.names.detect import PARTS
+from .doctor import examine
+from .doctor import render as render_report
 from .dtypes import DTYPES
 from .geometry import FPS, seconds_to_frames
 from .io.latent_files import load_latents, save_latents
@@ -115,6 +117,11 @@ def inspect(options: argparse.Namespace) -> None:
     print(json.dumps(report, indent=2) if options.json else render(report))
 
 
+def doctor(options: argparse.Namespace) -> None:
+    report = examine(options.device, options.files)
+    print(json.dumps(report, indent=2) if options.json else render_report(report))
+
+
 def convert(options: argparse.Namespace) -> None:
     destination: Path = options.destination
     if destination.exists() and not options.force:
@@ -140,7 +147,7 @@ def command_name() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=command_name(), description="Mochi 1 text to video.")
-    commands = parser.add_subparsers(required=True, metavar="generate | decode | inspect | convert")
+    commands = parser.add_subparsers(required=True, metavar="generate | decode | inspect | convert | doctor")
     _add_generate(commands.add_parser("generate", help="make a video from a prompt"))
     _add_decode(commands.add_parser("decode", help="make a video from latents"))
     command = commands.add_parser("inspect", help="say what a model file is")
@@ -148,6 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=inspect)
     _add_convert(commands.add_parser("convert", help="rewrite a model in another layout or dtype"))
+    command = commands.add_parser("doctor", help="say what works on this machine, for a bug report")
+    command.add_argument("files", type=Path, nargs="*", help="model files, to say what they would need here")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--device", default=default_device(), help="(default: %(default)s)")
+    command.set_defaults(run=doctor)
     # No argument starts with NUL: whatever options follow are positional, and get the sentence, too.
     moved = "moved: python -m migrate, in the folder of the node pack"
     command = commands.add_parser("migrate", help=moved, prefix_chars="\0", add_help=False)
@@ -215,12 +227,16 @@ def _add_decode(command: argparse.ArgumentParser) -> None:
 
 def _add_output(command: argparse.ArgumentParser, what: str) -> None:
     """Add the options of commands that make a video; `what` describes the output file."""
-    device, add = "cuda" if torch.cuda.is_available() else "cpu", command.add_argument
+    add = command.add_argument
     add("--vae", required=True, type=Path, nargs="+", help="e.g. mochi_vae.safetensors, or decoder.safetensors")
     add("--vae-dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
-    add("--device", default=device, help="(default: %(default)s)")
+    add("--device", default=default_device(), help="(default: %(default)s)")
     add("--fps", type=int, default=FPS, help="(default: %(default)s)")
     add("-o", "--output", type=Path, default=Path("mochi.mp4"), help=f"{what} (default: %(default)s)")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def gibibytes(text: str) -> int | None:

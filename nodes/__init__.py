@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .bridge.doctor import log_report_if_asked
 from .loaders import LoadT5, LoadTransformer, LoadVAE
 from .lora import LoadLoRA
 from .replacements import register
@@ -31,6 +32,7 @@ NODES: list[type[io.ComfyNode]] = [
 class MochiExtension(ComfyExtension):
     async def on_load(self) -> None:
         await register()
+        log_report_if_asked()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

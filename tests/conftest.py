@@ -37,7 +37,9 @@ def comfy_server(comfy_path, tmp_path_factory):
 
     base = tmp_path_factory.mktemp("comfyui")
     write_models(base / "models")
-    with ComfyServer(comfy_path, base, packs=(PROBE,)) as server:
+    server = ComfyServer(comfy_path, base, packs=(PROBE,))
+    server.environment["MOCHI_DOCTOR"] = "1"  # takes a second; tests/comfy/test_doctor.py
+    with server:
         yield server
 
 

@@ -17,7 +17,7 @@ FLOORS = (
     ("quantization",),
     ("transformer", "autoencoder"),
     ("sampling", "checkpoints"),
-    ("lora", "text_encoder", "io"),
+    ("lora", "text_encoder", "io", "doctor"),
     ("pipeline",),
     ("__init__", "__main__"),
     ("train",),

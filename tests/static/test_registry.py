@@ -96,8 +96,9 @@ def test_issue_forms_ask_for_what_is_needed():
     folder = ROOT / ".github" / "ISSUE_TEMPLATE"
     forms = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yml")}
     assert set(forms) == {"bug_report", "feature_request", "config"}
-    asked = {field["id"] for field in forms["bug_report"]["body"]}
-    assert {"workflow", "console", "version", "hardware", "files"} <= asked
+    asked = {field["id"]: field["attributes"] for field in forms["bug_report"]["body"]}
+    assert {"workflow", "console", "version", "doctor", "files"} <= set(asked)
+    assert "python -m mochi_core doctor" in asked["doctor"]["description"]
 
 
 def test_archive_holds_what_users_need_and_nothing_else(published):

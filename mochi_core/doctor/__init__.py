@@ -1,0 +1,6 @@
+"""A report to paste into a bug: what this machine is, what works on it, and what model files would need."""
+
+from .report import examine
+from .text import render
+
+__all__ = ["examine", "render"]

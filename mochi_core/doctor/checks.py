@@ -1,0 +1,126 @@
+"""What works on a device, each compared with plain arithmetic on a small input; and why the rest does not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..autoencoder.model import AsymmVAE
+from ..config import AsymmDiTConfig, AsymmVAEConfig
+from ..quantization.fp8 import unsupported_reason as fp8_unsupported_reason
+from ..quantization.weights import FP8_ROWWISE, QUANTIZERS, QuantizedLinear
+from ..transformer.attention import BACKENDS, choose_attention, sdpa, unsupported_reason
+from ..transformer.model import AsymmDiT
+from .attempt import attempt, compared
+
+DTYPE = torch.bfloat16
+"""What the probes compute in: the dtype of the released weights."""
+TOLERANCE, NETWORK_TOLERANCE, TOLERANCE_8_BITS = 0.02, 0.05, 0.1
+"""Bounds of a probe's largest error: rounding in bf16 of one operation and of a network, and operands in 8 bits."""
+IN_8_BITS = ("sage", FP8_ROWWISE)
+ATTENTION_SHAPE = (3, 1, 2, 333, 128)
+"""q, k and v, (B, heads, length, head_dim) each; head_dim is the released one, the length no power of two."""
+DIT = AsymmDiTConfig(
+    depth=2,
+    hidden_size_x=256,
+    hidden_size_y=128,
+    num_heads=2,
+    text_width=64,
+    pool_heads=4,
+    mlp_size_x=384,
+    mlp_size_y=256,
+)
+VAE = AsymmVAEConfig(
+    decoder_channels=(32, 32, 32, 32),
+    decoder_blocks=(1, 1, 1, 1, 1),
+    encoder_channels=(32, 32, 32, 32),
+    encoder_blocks=(1, 1, 1, 1, 1),
+)
+"""The smallest that have all kinds of layers; group norms have 32 groups."""
+M = TypeVar("M", bound=nn.Module)
+
+
+def kernels(device: torch.device) -> dict[str, Any]:
+    """Which kernels `device` gets between matrix products: {"chosen", "reason"}, reason None if they are fused ones."""
+    package = f"{__name__.rpartition('.doctor')[0]}.kernels"
+    if importlib.util.find_spec(package) is None:
+        return {"chosen": "plain", "reason": "this version has no fused kernels"}
+    module = importlib.import_module(package)
+    return {"chosen": module.chosen(device), "reason": module.reason(device)}
+
+
+def networks(device: torch.device) -> dict[str, Any]:
+    """A small denoiser and decoder in bf16 on `device`, with the kernels that it gets, beside plain float32 on the CPU."""
+    return {"denoiser": attempt(_denoiser, device), "decoder": attempt(_decoder, device)}
+
+
+@torch.no_grad()
+def _denoiser(device: torch.device) -> dict[str, Any]:
+    latents, text, mask = gaussian(1, 12, 2, 12, 10), gaussian(1, 9, DIT.text_width), torch.arange(9)[None] < 7
+    arguments = latents, torch.tensor([0.5]), text, mask
+    dit = randomized(AsymmDiT(DIT))
+    exact = dit(*arguments)
+    return compared(dit.to(device, DTYPE)(*(t.to(device) for t in arguments)), exact, NETWORK_TOLERANCE)
+
+
+@torch.no_grad()
+def _decoder(device: torch.device) -> dict[str, Any]:
+    latents, vae = gaussian(1, 12, 2, 6, 8), randomized(AsymmVAE(VAE, encoder=False))
+    exact = vae.decode(latents)
+    return compared(vae.to(device, DTYPE).decode(latents.to(device, DTYPE)), exact, NETWORK_TOLERANCE)
+
+
+def attention(device: torch.device) -> dict[str, Any]:
+    """What "auto" is on `device`, and every backend: its error beside float64, or the reason why it cannot be used."""
+    q, k, v = gaussian(*ATTENTION_SHAPE).to(DTYPE)
+    exact = sdpa(q.double(), k.double(), v.double())
+    here = [t.to(device) for t in (q, k, v)]
+    return {"auto": attempt(_automatic, device), **{name: attempt(_backend, name, here, exact) for name in BACKENDS}}
+
+
+def _automatic(device: torch.device) -> dict[str, Any]:
+    choice = choose_attention("auto", device, DTYPE)
+    return {"chosen": choice.name, "reason": choice.reason}
+
+
+def _backend(name: str, qkv: list[Tensor], exact: Tensor) -> dict[str, Any]:
+    if reason := unsupported_reason(name, qkv[0]):
+        return {"works": False, "reason": reason}
+    return compared(choose_attention(name, qkv[0].device, DTYPE).run(*qkv), exact, _tolerance(name))
+
+
+def products(device: torch.device) -> dict[str, Any]:
+    """Layers with each kind of quantised weight: the error beside float64, or the reason why it cannot be used as meant."""
+    return {kind: attempt(_product, kind, device) for kind in QUANTIZERS}
+
+
+@torch.no_grad()
+def _product(kind: str, device: torch.device) -> dict[str, Any]:
+    if kind == FP8_ROWWISE and (reason := fp8_unsupported_reason(device)):
+        return {"works": False, "reason": f"weights are dequantized instead: {reason}"}
+    layer, x = QuantizedLinear(QUANTIZERS[kind](gaussian(64, 256))), gaussian(32, 256).to(DTYPE)
+    exact = F.linear(x.double(), layer.dequantized().double())
+    return compared(layer.to(device)(x.to(device)), exact, _tolerance(kind))
+
+
+def _tolerance(name: str) -> float:
+    return TOLERANCE_8_BITS if name in IN_8_BITS else TOLERANCE
+
+
+def gaussian(*shape: int) -> Tensor:
+    """The same standard normal values in every run, float32 on the CPU; the generators of the process are left alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def randomized(module: M) -> M:
+    """Random weights under which signals neither vanish nor explode; those of norms stay 1."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            parameter.copy_(gaussian(*parameter.shape) * parameter[0].numel() ** -0.5)
+    return module.requires_grad_(False).eval()

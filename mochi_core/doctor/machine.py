@@ -1,0 +1,112 @@
+"""The machine: versions, driver, devices and their memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..autoencoder.streaming import free_memory
+from ..transformer.attention import BACKENDS
+from .attempt import attempt
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 10
+"""Longest wait for another program's answer."""
+OPTIONAL = ("triton", *sorted({backend.package.split(".")[0] for backend in BACKENDS.values() if backend.package}))
+"""Modules that are used where they are installed."""
+
+
+def system() -> str:
+    """Operating system and processor."""
+    return f"{platform.system()} {platform.release()}, {platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Of us, what we run on, and the optional packages; what does not apply is left out."""
+    host = sys.modules.get("comfyui_version")
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    found = {
+        "mochi-nodes": attempt(_own_version),
+        "ComfyUI": getattr(host, "__version__", None),
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda,
+        "ROCm": torch.version.hip,
+        "cuDNN": cudnn,
+        **attempt(_optional_packages),
+    }
+    return {name: str(version) for name, version in found.items() if version is not None}
+
+
+def _own_version() -> str:
+    """Of the pack that this file lies in, with its commit; of the installed core where there is no pack around it."""
+    project = ROOT / "pyproject.toml"
+    if not project.exists():
+        return importlib.metadata.version("mochi-nodes")
+    match = re.search(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), re.M)
+    commit = (
+        attempt(_answer, "git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") if (ROOT / ".git").exists() else ""
+    )
+    return (match[1] if match else "unknown") + (f" ({commit})" if isinstance(commit, str) and commit else "")
+
+
+def _optional_packages() -> dict[str, str]:
+    distributions = importlib.metadata.packages_distributions()
+    return {module: _version(distributions.get(module, [])) for module in OPTIONAL}
+
+
+def _version(distributions: list[str]) -> str:
+    return importlib.metadata.version(distributions[0]) if distributions else "not installed"
+
+
+def driver() -> str:
+    """The version of NVIDIA's or AMD's driver, in a sentence where there is none."""
+    if torch.version.hip:
+        return f"amdgpu {Path('/sys/module/amdgpu/version').read_text(encoding='utf-8').strip()}"
+    if not torch.cuda.is_available():
+        return "none is used: PyTorch sees no GPU of NVIDIA or AMD"
+    query = _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return f"NVIDIA {query.splitlines()[0]}"
+
+
+def _answer(*command: str) -> str:
+    """What a program prints; raises where it does not exist, takes too long or fails."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout.strip()
+
+
+def devices() -> list[dict[str, Any]]:
+    """Every device that PyTorch can use, with bytes of memory; the CPU's are main memory."""
+    return [{"device": str(device), **attempt(_describe, device)} for device in _all_devices()]
+
+
+def _all_devices() -> list[torch.device]:
+    found = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    found += [torch.device("mps")] if torch.backends.mps.is_available() else []
+    found += [torch.device("xpu", i) for i in range(torch.xpu.device_count())] if torch.xpu.is_available() else []
+    return [*found, torch.device("cpu")]
+
+
+def _describe(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        architecture = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+        architecture = architecture or f"sm_{properties.major}{properties.minor}"
+        return _memory(f"{properties.name}, {architecture}", properties.total_memory, free_memory(device))
+    if device.type == "xpu":
+        properties = torch.xpu.get_device_properties(device)
+        return _memory(properties.name, properties.total_memory, None)
+    import psutil  # as `free_memory` does
+
+    name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return _memory(name if device.type == "cpu" else device.type, psutil.virtual_memory().total, free_memory(device))
+
+
+def _memory(name: str, total: int, free: int | None) -> dict[str, Any]:
+    return {"name": name, "total_bytes": total, "free_bytes": free}

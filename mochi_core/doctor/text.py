@@ -1,0 +1,157 @@
+"""The report as text: lines of at most 100 columns, about two screens for the three models."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+WIDTH = 100
+MAX_LINES = 2
+"""Of one finding; what is longer is cut here, and whole in the data."""
+MAX_DEVICES = 8
+GB, MB, GIB = 1e9, 1e6, 2**30
+
+
+def render(report: dict[str, Any]) -> str:
+    """`examine`'s report as text for people; a part of it that cannot be told becomes a line, too."""
+    lines = [f"Mochi doctor, for work on {report['device']}"]
+    for name, tell in SECTIONS.items():
+        found = report[name]
+        lines += [f"{name}: {PROBLEM}{found['problem']}"] if _is_problem(found) else tell(found)
+    for file in report["files"]:
+        lines += _file(file)
+    return "\n".join(wrapped for line in lines for wrapped in _wrap(printable(line)))
+
+
+PROBLEM = "could not be found out: "
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal obeys or cannot show: control and formatting characters and lone surrogates become ?."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _wrap(line: str) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.wrap(
+        line, WIDTH, subsequent_indent=indent, max_lines=MAX_LINES, placeholder=" ...", break_on_hyphens=False
+    )
+
+
+def _is_problem(found: Any) -> bool:
+    return isinstance(found, dict) and "problem" in found
+
+
+def _versions(found: dict[str, str]) -> list[str]:
+    there = [f"{name} {version}" for name, version in found.items() if version != MISSING]
+    missing = [name for name, version in found.items() if version == MISSING]
+    return [f"versions: {', '.join(there)}", *([f"not installed: {', '.join(missing)}"] if missing else [])]
+
+
+MISSING = "not installed"
+
+
+def _one(name: str) -> Callable[[str], list[str]]:
+    return lambda found: [f"{name}: {found}"]
+
+
+def _devices(found: list[dict[str, Any]]) -> list[str]:
+    lines = [f"device {one['device']}: {_device(one)}" for one in found[:MAX_DEVICES]]
+    return lines + ([f"and {len(found) - MAX_DEVICES} more devices"] if len(found) > MAX_DEVICES else [])
+
+
+def _device(one: dict[str, Any]) -> str:
+    if _is_problem(one):
+        return PROBLEM + one["problem"]
+    free = "" if one["free_bytes"] is None else f", {one['free_bytes'] / GIB:.1f} free"
+    return f"{one['name']}, {one['total_bytes'] / GIB:.1f} GiB{free}"
+
+
+def _kernels(found: dict[str, Any]) -> list[str]:
+    return [f"kernels: {found['chosen']}" + (f", because {found['reason']}" if found["reason"] else "")]
+
+
+def _checked(title: str) -> Callable[[dict[str, Any]], list[str]]:
+    return lambda found: [title, *_outcomes(found)]
+
+
+def _outcomes(found: dict[str, Any]) -> Iterator[str]:
+    for name, one in found.items():
+        yield f"  {name:<12} {_outcome(one)}"
+
+
+def _outcome(one: dict[str, Any]) -> str:
+    """One check: its error and a verdict, or why there is none."""
+    if _is_problem(one):
+        return f"FAILED: {one['problem']}"
+    if "chosen" in one:
+        return f"{one['chosen']}: {one['reason']}"
+    if not one["works"]:
+        return f"no: {one['reason']}"
+    return f"{'ok' if one['ok'] else 'FAILED'}, largest error {one['error']:.2%}"
+
+
+def _file(file: dict[str, Any]) -> list[str]:
+    if _is_problem(file):
+        return [f"file {file['file']}: {file['problem']}"]
+    lines = [f"file {file['file']}: {file['is']}"]
+    for part, tell in PARTS.items():
+        if part in file:
+            found = file[part]
+            lines += [f"  {part}: {found['problem']}"] if _is_problem(found) else tell(found)
+    return lines if len(lines) > 1 else [lines[0] + "; no model of Mochi's"]
+
+
+def _transformer(found: dict[str, Any]) -> list[str]:
+    weights = ", ".join(f"{way} {_gb(count)}" for way, count in found["weights"].items())
+    lengths = [
+        f"{frames} frames {_gib(one['working_bytes'])}, {one['plan'] or 'no way fits'}"
+        for frames, one in found["frames"].items()
+    ]
+    return [
+        f"  weights on the device in {found['dtype']}: {weights}",
+        f"  working memory, guided: {'; '.join(lengths)}",
+    ]
+
+
+def _vae(found: dict[str, Any]) -> list[str]:
+    lines = [f"  weights in {found['dtype']}: {_gb(found['weights'])}"]
+    if "decode" not in found:
+        return [*lines, "  no decoder in it"]
+    plan = found["decode"]
+    video = ", ".join(f"{frames} frames {_gib(count)}" for frames, count in found["video_bytes"].items())
+    return [
+        *lines,
+        f"  decode of any length: {_gib(plan['working_bytes'])}, caches on {plan['caches_on']}, pieces of "
+        f"{plan['working_set'] / 2**20:.0f} MiB; at least {_gib(plan['least_bytes'])}",
+        f"  the video itself: {video}",
+    ]
+
+
+def _t5(found: dict[str, Any]) -> list[str]:
+    return [
+        f"  weights in {found['dtype']}: {_gb(found['weights'])}, in fp32 {_gb(found['weights_fp32'])}; once per prompt"
+    ]
+
+
+def _gb(count: int) -> str:
+    return f"{count / GB:.2f} GB" if count > GB / 10 else f"{count / MB:.1f} MB"
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+SECTIONS = {
+    "versions": _versions,
+    "system": _one("system"),
+    "driver": _one("driver"),
+    "devices": _devices,
+    "kernels": _kernels,
+    "networks": _checked("networks in bf16, beside plain float32 on the CPU"),
+    "attention": _checked("attention in bf16, beside float64"),
+    "products": _checked("layers with quantised weights, beside float64"),
+}
+"""How each probe of the report is told."""
+PARTS = {"transformer": _transformer, "vae": _vae, "t5": _t5}

@@ -1,0 +1,32 @@
+"""What denoising will take besides the weights, in bytes, counted from the sizes of the tensors that are alive at once."""
+
+from __future__ import annotations
+
+from ..config import AsymmDiTConfig
+from .layers import FEED_FORWARD_TOKEN_CHUNK
+
+MAX_TEXT_TOKENS = 256
+SMALL_TENSORS = 48 * 2**20
+"""For float32 chunks, text streams and the rotary table, which do not grow with the video."""
+
+
+def working_bytes(config: AsymmDiTConfig, num_tokens: int, itemsize: int, conditions: int = 2) -> int:
+    """Most bytes at once in a forward over `num_tokens` visual tokens, for `conditions` prompts in one pass.
+
+    A block holds most either when it places packed q, k and v as joint ones, where 7 tensors of the width of the stream are
+    alive (the stream, 3 packed, 3 joint), or in the feed-forward: 3 of the stream's width, and 3 of the hidden width for a
+    chunk of tokens. Each further condition holds its stream meanwhile. At 848x480 this is 0 to 10 % above what was measured
+    with 77 text tokens: benchmarks/results/memory_cpu.md. Attention itself is taken to hold no matrix of tokens by tokens.
+    """
+    tokens = num_tokens + MAX_TEXT_TOKENS
+    stream = tokens * config.hidden_size_x
+    hidden = min(tokens, FEED_FORWARD_TOKEN_CHUNK) * config.mlp_size_x
+    block = max(7 * stream, 3 * stream + 3 * hidden)
+    return (block + (conditions - 1) * stream) * itemsize + SMALL_TENSORS
+
+
+def modulation_bytes(config: AsymmDiTConfig, steps: int, itemsize: int, conditions: int = 2) -> int:
+    """Bytes of the prepared modulation of a schedule: scales and gates of all blocks and the final layer, for each prompt."""
+    both, width = 4 * (config.hidden_size_x + config.hidden_size_y), config.hidden_size_x
+    last = 4 * width + config.hidden_size_y
+    return ((config.depth - 1) * both + last + 2 * width) * steps * itemsize * conditions

@@ -1,0 +1,23 @@
+"""The core's report about this machine, in the host's log."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import comfy.model_management as mm
+
+from ...mochi_core.doctor import examine, render
+
+VARIABLE = "MOCHI_DOCTOR"
+"""Environment variable that asks for the report.
+
+Bug reports hold the console from its start, so the report belongs there. A route would let every page of the browser start
+work on the device, in the middle of a run.
+"""
+
+
+def log_report_if_asked() -> None:
+    """Log what `python -m mochi_core doctor` prints, for the device of the transformer, if the environment asks for it."""
+    if os.environ.get(VARIABLE, "0") not in ("", "0"):
+        logging.info("%s", render(examine(mm.get_torch_device())))
