@@ -78,7 +78,8 @@ class LoadTransformer(io.ComfyNode):
                     default="auto",
                     tooltip="Precision of the weights. auto keeps bf16 where the device can, and quantised files as they "
                     "are. fp8_e4m3fn and int8 halve the memory of the blocks, q4_0 brings it to 28 %; the result changes a "
-                    "little, least with int8. fp8_rowwise also multiplies in fp8 where the GPU can, which changes it more.",
+                    "little, least with int8. fp8_rowwise also multiplies in fp8 where the GPU can, which changes it more; it "
+                    "has not yet been run on a GPU.",
                 ),
                 io.Combo.Input(
                     "attention",
@@ -86,9 +87,9 @@ class LoadTransformer(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="auto is the fastest exact attention for the device, or what the server was started with; host "
-                    "leaves it to ComfyUI. A name is that one or an error that says why not. All are exact but sage, which "
-                    "multiplies in 8 bits.",
+                    tooltip="auto is the exact attention that published figures call the fastest for the device, or what the "
+                    "server was started with; host leaves it to ComfyUI. A name is that one or an error that says why not. All "
+                    "are exact but sage, which multiplies in 8 bits. None has yet been run on a GPU with this pack.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="Works with every sampler, LoRA loader and model patch of ComfyUI.")],

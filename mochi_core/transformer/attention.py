@@ -114,12 +114,21 @@ BACKENDS = {
 ATTENTIONS = ("auto", *BACKENDS)
 
 FLASH_FIRST = ("flash", "cudnn", "efficient", "math")
+"""Exact kernels from the fastest on; none of the order has been measured by us.
+
+Source of flash before efficient and math: `priority_order` in PyTorch, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp,
+which calls FlashAttention-2 universally faster. PyTorch has cudnn last there; here it is tried before the kernels that are slower
+than flash, for tensors that flash does not take.
+"""
 CUDNN_FIRST = ("cudnn", "flash", "efficient", "math")
+"""The order where cuDNN is the fastest."""
 CUDNN_IS_FASTEST_ON = (9, 10)
 """Major numbers of NVIDIA's compute capability on which cuDNN goes first: Hopper, and Blackwell in data centres.
 
-PyTorch prefers it on the same two: `check_prefer_cudnn_attention`, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. On an
-H100 it reaches 595 TFLOP/s and FlashAttention-2 370, 16 k tokens and heads of 128 in fp16 (FlashAttention-3, arXiv 2407.08608).
+Sources: PyTorch prefers it on 9.0, 10.0 and 10.3 (`check_prefer_cudnn_attention`, same file). On an H100 it reaches 595 TFLOP/s
+and FlashAttention-2 370, 16 k tokens and heads of 128 in fp16 (FlashAttention-3, arXiv 2407.08608). Newer PyTorch asks for a
+cuDNN after 9.15.0 besides, for a fault at lengths that are no multiple of 128 (its issue 169849, whose examples take gradients).
+The doctor and the tests compare each kernel at such lengths.
 """
 
 
