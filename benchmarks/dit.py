@@ -22,6 +22,7 @@ from mochi_core.transformer.attention import Attention, choose_attention
 from mochi_core.transformer.offload import stream_blocks
 
 GPU = DEVICE == "cuda"
+DEPTH = 48 if GPU else 2
 TEXT_TOKENS, STEPS, STEP, GUIDANCE = 77, 64, 20, 4.5
 SIGMAS = linear_quadratic_schedule(STEPS)
 OTHER_ATTENTION = "cudnn" if GPU else "flash"
@@ -148,8 +149,10 @@ CONTENDERS = FORWARD | STEPPING
 WHOLE_RUNS = ("ours", "ours, streamed", *IN_8_BITS)
 
 
-def new_case(latent: tuple[int, int, int], guided: bool = False, dtype: str = "bfloat16", **more: bool) -> dict:
-    config = AsymmDiTConfig(depth=48 if GPU else 2)
+def new_case(
+    latent: tuple[int, int, int], guided: bool = False, dtype: str = "bfloat16", depth: int = DEPTH, **more: bool
+) -> dict:
+    config = AsymmDiTConfig(depth=depth)
     texts = (TEXT_TOKENS, 0) if guided else (TEXT_TOKENS,)
     tflop = sum(forward_flops(config, token_count(latent), text) for text in texts) / 1e12
     return {"latent": latent, "depth": config.depth, "dtype": dtype, "guided": guided, "tflop": tflop, **more}

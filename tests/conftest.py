@@ -29,6 +29,16 @@ def float32_products():
         yield
 
 
+@pytest.fixture
+def new_compiler():
+    """Nothing compiled before counts towards PyTorch's limits, nor what the test compiles towards those of the next."""
+    import torch
+
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def comfy_server(comfy_path, tmp_path_factory):
     """A real server with the pack and tiny models in a folder of its own."""

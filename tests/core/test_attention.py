@@ -21,10 +21,10 @@ from mochi_core.transformer.attention import (
     sdpa,
     unsupported_reason,
 )
+from tests.harness.devices import DEVICES
 from tests.harness.random_inputs import NOISE, prompt
 from tests.harness.tiny_models import random_dit, random_vae
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 EXACT = [name for name in ATTENTIONS if name != "sage"]

@@ -1,0 +1,7 @@
+"""Devices that a test runs on: the CPU, and under the mark `gpu` a GPU where there is one."""
+
+import pytest
+import torch
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
