@@ -90,7 +90,7 @@ def test_fast(arguments: list[str]) -> int:
 
 def in_processes(arguments: list[str]) -> list[str]:
     """Where no tests are named, files of tests are shared out to processes, each with one thread for PyTorch."""
-    if any(argument.startswith(("tests", "-n")) for argument in arguments):
+    if any(argument.startswith(("tests", "-n", "gpu")) for argument in arguments):  # one process for one GPU, too
         return []
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     return ["-n", str(TEST_PROCESSES), "--dist", "loadfile"]
