@@ -23,7 +23,7 @@ from mochi_core.transformer.layers import NORM_EPS
 from mochi_core.transformer.rope import rope_table
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.random_inputs import inputs
-from tests.harness.tiny_models import random_dit, random_vae
+from tests.harness.tiny_models import random_dit
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Samples, tokens, width: one row, none as of an empty prompt, and widths that are no power of two.
@@ -249,24 +249,24 @@ def test_operators_keep_pytorchs_rules(operator):
 @pytest.mark.parametrize("has_past", [True, False])
 def test_norm_silu_pad(has_past, dtype):
     """The middle rows, and all of them; frames of more pixels than a program takes, with a mean far from 0."""
-    norm = torch.nn.GroupNorm(2, 6)
-    norm.weight.copy_(1 + random(6)), norm.bias.copy_(random(6, seed=1))
+    norm = torch.nn.GroupNorm(2, 4)
+    norm.weight.copy_(1 + random(4)), norm.bias.copy_(random(4, seed=1))
     norm.to(dtype)
-    x = 5 + random(2, 6, 4, 48, 47, dtype=dtype)[:, :, 1:3]
-    past = random(2, 6, 2, 48, 47, dtype=dtype, seed=2) if has_past else None
+    x = 5 + random(2, 4, 4, 48, 47, dtype=dtype)[:, :, 1:2]
+    past = random(2, 4, 2, 48, 47, dtype=dtype, seed=2) if has_past else None
 
     def exact(x):
         y = F.silu(F.group_norm(x.transpose(1, 2).flatten(0, 1), 2, norm.weight.double(), norm.bias.double(), norm.eps))
-        y = y.unflatten(0, (2, 2)).transpose(1, 2)
+        y = y.unflatten(0, (2, 1)).transpose(1, 2)
         y = torch.cat((past.double() if past is not None else y[:, :, :1].expand(-1, -1, 2, -1, -1), y), dim=2)
         return F.pad(y, (1, 1, 1, 1, 0, 0), mode="replicate")
 
     def padded(strips, rows, seen, **borders):
         def run(x):
-            kept = torch.full((2, 6, 2, 48, 47), torch.nan, dtype=dtype)
+            kept = torch.full((2, 4, 2, 48, 47), torch.nan, dtype=dtype)
             out = _padded_rows(norm, x, strips)(seen, past, kept[..., rows, :], **borders)
             assert not kept[..., rows, :].isnan().any()
-            assert kept.isnan().sum() == 2 * 6 * 2 * 47 * (48 - (rows.stop - rows.start))
+            assert kept.isnan().sum() == 2 * 4 * 2 * 47 * (48 - (rows.stop - rows.start))
             return out, kept[..., rows, :].clone()
 
         return run
@@ -280,20 +280,12 @@ def test_norm_silu_pad(has_past, dtype):
     check(padded([top, bottom], bottom, slice(19, 48), above=False, below=True), exact_rows(bottom, slice(20, None)), x)
 
 
-def test_decoder():
-    """One frame, because the interpreter is slow; for more, and for strips, see the next test."""
-    vae, latents = random_vae(), random(1, 12, 1, 1, 2)
-    expected = vae.decode(latents)
-    with kernels.using("triton"):
-        torch.testing.assert_close(vae.decode(latents), expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("working_set", [1 << 20, 1])
 def test_a_residual_block_in_pieces_and_strips(working_set):
-    """Two frames and then one, each whole or one row at a time."""
-    block, x = ResBlock(32, ops=torch.nn), random(1, 32, 3, 3, 2)
+    """One frame and then another, each whole or one row at a time."""
+    block, x = ResBlock(32, ops=torch.nn), random(1, 32, 2, 3, 2)
     plan = Plan(torch.device("cpu"), torch.device("cpu"), working_set)
     with kernels.using("triton"):
-        first, past = res_block(block, x[:, :, :2], None, plan)
-        second, _ = res_block(block, x[:, :, 2:], past, plan)
+        first, past = res_block(block, x[:, :, :1], None, plan)
+        second, _ = res_block(block, x[:, :, 1:], past, plan)
     torch.testing.assert_close(torch.cat((first, second), dim=2), block(x), rtol=1e-5, atol=1e-5)
