@@ -19,7 +19,7 @@ from .. import kernels
 from .decoder import Decoder, DecoderStage
 from .encoder import Encoder, EncoderStage, fourier_features
 from .layers import CONV_SIZE, RGB, ResBlock, TemporalAttentionBlock, frame_norm, pointwise
-from .streaming import Cache, ClipStep, OomRetry, Plan, Step, StreamStep, by_strips
+from .streaming import Cache, ClipStep, OomRetry, Plan, Step, StreamStep, by_strips, strip_step
 
 # Values that temporal attention holds per value that it takes: itself, normed and attended; then q, k, v and copies of them.
 STRIP_EXPANSION, ATTENTION_EXPANSION = 3, 8
@@ -31,9 +31,9 @@ def decoder_steps(decoder: Decoder) -> list[Step]:
     conv_in, *blocks = head.children()
     expansion = decoder.config.decoder_channels[0] / decoder.config.latent_channels
     return [
-        StreamStep(partial(_decoder_conv_in, conv_in, expansion), expansion),
+        strip_step(conv_in, expansion),
         *stream_steps(*blocks, *stages, *tail.children()),
-        StreamStep(partial(_decoder_conv_out, decoder.output_proj)),
+        strip_step(lambda x: pointwise(decoder.output_proj, F.silu(x))),
     ]
 
 
@@ -42,9 +42,9 @@ def encoder_steps(encoder: Encoder, dtype: torch.dtype) -> list[Step]:
     proj_in, *blocks_and_stages = encoder.layers
     expansion = encoder.config.encoder_channels[0] / RGB
     return [
-        StreamStep(partial(_encoder_conv_in, proj_in, dtype, expansion), expansion),
+        strip_step(lambda video: pointwise(proj_in, fourier_features(video).to(dtype)), expansion),
         *stream_steps(*blocks_and_stages),
-        StreamStep(partial(_encoder_conv_out, encoder.output_norm, encoder.output_proj)),
+        StreamStep(partial(_encoder_output, encoder.output_norm, encoder.output_proj)),
     ]
 
 
@@ -66,24 +66,7 @@ def stream_steps(*modules: nn.Module) -> list[Step]:
     return steps
 
 
-def _decoder_conv_in(conv: nn.Module, expansion: float, x: Tensor, _: Cache, plan: Plan) -> tuple[Tensor, Cache]:
-    return by_strips(plan.strips(x, expansion), lambda rows: conv(x[..., rows, :])), ()
-
-
-def _decoder_conv_out(linear: nn.Linear, x: Tensor, _: Cache, plan: Plan) -> tuple[Tensor, Cache]:
-    return by_strips(plan.strips(x), lambda rows: pointwise(linear, F.silu(x[..., rows, :]))), ()
-
-
-def _encoder_conv_in(
-    linear: nn.Module, dtype: torch.dtype, expansion: float, x: Tensor, _: Cache, plan: Plan
-) -> tuple[Tensor, Cache]:
-    def embedded(rows: slice) -> Tensor:
-        return pointwise(linear, fourier_features(x[..., rows, :]).to(dtype))
-
-    return by_strips(plan.strips(x, expansion), embedded), ()
-
-
-def _encoder_conv_out(norm: nn.GroupNorm, linear: nn.Linear, x: Tensor, _: Cache, plan: Plan) -> tuple[Tensor, Cache]:
+def _encoder_output(norm: nn.GroupNorm, linear: nn.Linear, x: Tensor, _: Cache, plan: Plan) -> tuple[Tensor, Cache]:
     strips = plan.strips(x)
     normed = strip_norm(norm, x, strips)
     return by_strips(strips, lambda rows: pointwise(linear, F.silu(normed(rows)))), ()

@@ -230,6 +230,15 @@ def by_strips(strips: list[slice], compute: Callable[[slice], Tensor], scale: in
     return out
 
 
+def strip_step(compute: Callable[[Tensor], Tensor], expansion: float = 1) -> StreamStep:
+    """A step without a cache whose `compute` takes some rows of some frames, (B, C, f, r, W), whatever is beside them."""
+
+    def run(x: Tensor, _: Cache, plan: Plan) -> tuple[Tensor, Cache]:
+        return by_strips(plan.strips(x, expansion), lambda rows: compute(x[..., rows, :])), ()
+
+    return StreamStep(run, expansion)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on whatever device: only CUDA has an exception class of its own."""
     said = str(error).lower()

@@ -58,7 +58,7 @@ class AsymmetricAttention(nn.Module):
 
         Args:
             x, y: (B, N, Dx) and (B, L, Dy), not yet normed.
-            scale_x, scale_y: (B, Dx) and (B, Dy), of their norms.
+            scale_x, scale_y: (B or 1, Dx) and (B or 1, Dy); the norms are multiplied by 1 + scale.
 
         Returns:
             (B, N, Dx), and (B, L, Dy) or in the last block None.
@@ -109,7 +109,8 @@ def norm_weight(norm: nn.RMSNorm, device: torch.device) -> Tensor:
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
     """Attend over visual and valid text tokens; (B, N + L, K, D) each to (B, N + L, K * D).
 
-    Samples with prompts of different lengths are attended to one at a time, so that no padding takes part.
+    L is the largest of `context.lengths`; rows past a sample's own length come out as zeros. Samples with prompts of different
+    lengths are attended to one at a time, so that no padding takes part.
     """
     padding = [max(context.lengths) - length for length in context.lengths]
     if not any(padding):
@@ -141,7 +142,10 @@ class AsymmetricJointBlock(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, modulation: tuple[Tensor, Tensor], context: BlockContext
     ) -> tuple[Tensor, Tensor]:
-        """`x` (B, N, Dx), `y` (B, L, Dy) and `modulation`, the outputs of mod_x and mod_y, to the new x and y."""
+        """`x` (B, N, Dx) and `y` (B, L, Dy) to the new x and y.
+
+        `modulation` are the outputs of mod_x and mod_y: (B or 1, 4 * Dx) and (B or 1, 4 * Dy), in the last block (B or 1, Dy).
+        """
         mod_x, mod_y = modulation
         scale_attn_x, gate_attn_x, scale_mlp_x, gate_mlp_x = mod_x.chunk(4, dim=-1)  # (B, Dx) each
         if self.mlp_y is None:

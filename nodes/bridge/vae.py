@@ -16,7 +16,7 @@ import torch
 
 from ...mochi_core import AsymmVAE
 from ...mochi_core.autoencoder.memory import decoder_memory_estimate, encoder_memory_estimate
-from ...mochi_core.autoencoder.streaming import GIB, MemoryEstimate, StreamStep
+from ...mochi_core.autoencoder.streaming import GIB, MemoryEstimate, strip_step
 from ...mochi_core.checkpoints import check_fit, empty_vae, merge
 from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
@@ -69,7 +69,7 @@ class HostAsymmVAE(AsymmVAE):
 
     def encoder_steps(self, encoder):
         """The core's steps behind one that scales the host's pixels: a scaled copy of the whole clip need not exist."""
-        return [StreamStep(lambda pixels, _, plan: (pixels * 2 - 1, ())), *super().encoder_steps(encoder)]  # noqa: ARG005
+        return [strip_step(lambda pixels: pixels * 2 - 1), *super().encoder_steps(encoder)]
 
     # The host falls back to these when it runs out of memory.
 
