@@ -1,4 +1,4 @@
-"""All that only a GPU can show, in ten minutes: `COMFYUI_PATH=... python -m benchmarks.gpu`.
+"""All that only a GPU can show, in calls of ten minutes: `COMFYUI_PATH=... python -m benchmarks.gpu`.
 
 The most important parts come first, each in a process of its own with a time limit, so that one that fails or hangs does not
 end the rest. All results go into one file; parts that it has already are skipped, so what did not fit into the time is measured
@@ -66,16 +66,22 @@ TINY_LIMIT = 600
 """Seconds for a tiny part, on a CPU of any speed."""
 
 
-def run_parts(parts: Sequence[Part], path: Path, head: str, seconds: float, again: bool = False) -> dict[str, Result]:
+def run_parts(
+    parts: Sequence[Part], path: Path, head: str, seconds: float, again: bool = False, only: Sequence[str] = ()
+) -> dict[str, Result]:
     """Run what the page at `path` does not have yet, for at most `seconds` in all, and write the page after each part.
+
+    `only` names those to run, if not all; `again` repeats those, too, that the page has. What else it has stays.
 
     Raises:
         ValueError: the page is from another card or other versions, which `head` names.
     """
-    results = {} if again else read_page(path, head)
-    deadline = time.monotonic() + seconds
+    results = read_page(path, head)
+    deadline, done = time.monotonic() + seconds, () if again else [name for name in results if results[name].ok]
     for part in parts:
-        if part.name in results and results[part.name].ok:
+        if only and part.name not in only:
+            continue
+        if part.name in done:
             print(f"{part.name}: in {path.name} already", flush=True)
             continue
         left = deadline - time.monotonic()
@@ -92,10 +98,14 @@ def run_parts(parts: Sequence[Part], path: Path, head: str, seconds: float, agai
 def run_part(part: Part, limit: float) -> Result:
     """Run one part for at most `limit` seconds; what it said last if it fails."""
     began = time.monotonic()
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,  # a part that is killed cleans nothing up
+    ):
         process = subprocess.Popen(
-            part.command, stdout=subprocess.PIPE, stderr=said, text=True, errors="replace", start_new_session=True
-        )
+            part.command, stdout=subprocess.PIPE, stderr=said, text=True, errors="replace", start_new_session=True,
+            env={**os.environ, "TMPDIR": scratch},
+        )  # fmt: skip
         try:
             text, _ = process.communicate(timeout=limit)
             problem = None if process.returncode == 0 else f"ended with {process.returncode}"
@@ -138,7 +148,9 @@ def read_page(path: Path, head: str) -> dict[str, Result]:
         return {}
     page = path.read_text(encoding="utf-8")
     if head not in page.splitlines():
-        raise ValueError(f"{path} was made on another machine or with other versions; use --again or another --output.")
+        raise ValueError(
+            f"{path} was made on another machine or with other versions; use another --output, or remove it."
+        )
     return {name: Result(outcome == "ok", int(s), text) for name, outcome, s, text in SECTION.findall(page)}
 
 
@@ -165,18 +177,17 @@ def main() -> None:
     )
     if head.returncode:
         raise SystemExit(head.returncode)  # it has said why
-    chosen = {name: entry for name, entry in NAMES.items() if name in (options.parts or NAMES)}
     parts = [
         Part(name, title, [*command, name, *tiny], TINY_LIMIT if tiny else limit)
-        for name, (title, limit) in chosen.items()
+        for name, (title, limit) in NAMES.items()
     ]
     path = options.output or (TINY_PAGE if options.tiny else PAGE)
     try:
-        results = run_parts(parts, path, head.stdout.strip(), options.minutes * 60, options.again)
+        results = run_parts(parts, path, head.stdout.strip(), options.minutes * 60, options.again, options.parts)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     print(path)
-    raise SystemExit(0 if all(part.name in results and results[part.name].ok for part in parts) else 1)
+    raise SystemExit(0 if all(name in results and results[name].ok for name in options.parts or NAMES) else 1)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ NODES: list[type[io.ComfyNode]] = [
 class MochiExtension(ComfyExtension):
     async def on_load(self) -> None:
         await register()
-        log_report_if_asked()
+        await log_report_if_asked()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

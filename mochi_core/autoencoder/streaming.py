@@ -29,8 +29,11 @@ SMALLEST_FIRST_CHOICE = MIB
 WORKING_SETS = {"cpu": 16, "default": 6}
 
 CPU = torch.device("cpu")
-# What PyTorch says on CUDA, in cuBLAS and cuDNN, and on the CPU of Linux, macOS and Windows.
-ALLOCATION_FAILED = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
+# What PyTorch says on CUDA, in cuBLAS and cuDNN (which tries other engines until none is left), and on the CPU of Linux, macOS
+# and Windows.
+ALLOCATION_FAILED = (
+    "out of memory", "alloc_failed", "unable to find an engine", "can't allocate memory", "not enough memory",
+)  # fmt: skip
 
 Cache = tuple[Tensor, ...] | None
 Result = TypeVar("Result")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels as fused_kernels
 from ..autoencoder.model import AsymmVAE
 from ..config import AsymmDiTConfig, AsymmVAEConfig
 from ..quantization.fp8 import unsupported_reason as fp8_unsupported_reason
@@ -47,11 +46,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def kernels(device: torch.device) -> dict[str, Any]:
     """Which kernels `device` gets between matrix products: {"chosen", "reason"}, reason None if they are fused ones."""
-    package = f"{__name__.rpartition('.doctor')[0]}.kernels"
-    if importlib.util.find_spec(package) is None:
-        return {"chosen": "plain", "reason": "this version has no fused kernels"}
-    module = importlib.import_module(package)
-    return {"chosen": module.chosen(device), "reason": module.reason(device)}
+    return {"chosen": fused_kernels.chosen(device), "reason": fused_kernels.reason(device)}
 
 
 def networks(device: torch.device) -> dict[str, Any]:

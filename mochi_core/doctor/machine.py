@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,14 @@ def versions() -> dict[str, str]:
     host = sys.modules.get("comfyui_version")
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     found = {
-        "mochi-nodes": attempt(_own_version),
+        "mochi-nodes": _known(_own_version),
         "ComfyUI": getattr(host, "__version__", None),
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
         "ROCm": torch.version.hip,
         "cuDNN": cudnn,
-        **attempt(_optional_packages),
+        **{module: _known(_version, module) for module in OPTIONAL},
     }
     return {name: str(version) for name, version in found.items() if version is not None}
 
@@ -57,12 +58,13 @@ def _own_version() -> str:
     return (match[1] if match else "unknown") + (f" ({commit})" if isinstance(commit, str) and commit else "")
 
 
-def _optional_packages() -> dict[str, str]:
-    distributions = importlib.metadata.packages_distributions()
-    return {module: _version(distributions.get(module, [])) for module in OPTIONAL}
+def _known(version: Callable[..., str], *arguments: str) -> str:
+    found = attempt(version, *arguments)
+    return found if isinstance(found, str) else f"unknown ({found['problem']})"
 
 
-def _version(distributions: list[str]) -> str:
+def _version(module: str) -> str:
+    distributions = importlib.metadata.packages_distributions().get(module)
     return importlib.metadata.version(distributions[0]) if distributions else "not installed"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 
 from . import checks, machine
 from .attempt import attempt
+from .machine import ROOT
 from .needs import file_needs
 
 MACHINE = {
@@ -35,7 +38,23 @@ def examine(device: torch.device | str, files: Sequence[str | Path] = ()) -> dic
     found: dict[str, Any] = {"device": str(device)}
     found |= {name: attempt(probe) for name, probe in MACHINE.items()}
     found |= {name: attempt(_on, device, check) for name, check in CHECKS.items()}
-    return found | {"files": [{"file": Path(file).name, **attempt(_on, device, file_needs, file)} for file in files]}
+    found["files"] = [{"file": Path(file).name, **attempt(_on, device, file_needs, file)} for file in files]
+    private = {str(Path(file).parent) + os.sep: "" for file in files if Path(file).parent != Path()}
+    return without_folders(
+        found, private | {str(ROOT): "<pack>", tempfile.gettempdir(): "<temporary>", str(Path.home()): "~"}
+    )
+
+
+def without_folders(found: Any, folders: dict[str, str]) -> Any:
+    """Data with these folders, some of which bear the names of people, replaced in all of its strings."""
+    if isinstance(found, dict):
+        return {key: without_folders(value, folders) for key, value in found.items()}
+    if isinstance(found, list):
+        return [without_folders(value, folders) for value in found]
+    if isinstance(found, str):
+        for folder, name in folders.items():
+            found = found.replace(folder, name)
+    return found
 
 
 def _on(device: torch.device | str, function: Any, *arguments: Any) -> Any:

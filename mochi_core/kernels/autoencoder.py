@@ -65,6 +65,12 @@ def norm_silu_pad(
 
     x, out = _dense(x), _padded(x, above, below)
     batch, channels, frames, height, width = x.shape
+    own = height - (not above) - (not below)
+    for given, rows in ((past, height), (kept, own)):
+        if given is not None and (given.shape != (batch, channels, PAST, rows, width) or given.device != x.device):
+            raise ValueError(
+                f"Two frames of {(*given.shape,)} on {given.device} do not fit {(*x.shape,)} on {x.device}."
+            )
     before = None if past is None else _dense(past)
     pixels = out.shape[3] * out.shape[4]
     launch(

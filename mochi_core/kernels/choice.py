@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,26 +16,31 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .denoiser import modulated_norm
+from .probe import probe
 
 Kernels = Literal["auto", "triton", "plain"]
 CHOICES = get_args(Kernels)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels read and write; other dtypes take the plain path."""
-PROBE_SHAPE = (1, 3, 96)
-PROBE_TOLERANCE = 1e-5
-"""Largest error of the kernel that a device is tried with, for float32 values around 1."""
+INTERPRET = "TRITON_INTERPRET"
+"""Environment variable with which Triton runs kernels on a CPU, in NumPy."""
+OLDEST_TRITON = (((10, 0), (3, 3)), ((8, 0), (3, 2)), ((7, 5), (3, 3)), ((0, 0), None))
+"""Compute capabilities, and the oldest Triton that builds the kernels for cards from there on; bf16 on 7.5 needs 3.3."""
 
 _default: Kernels = "auto"
 _choice: ContextVar[Kernels | None] = ContextVar("mochi_kernels", default=None)
+_verdicts: dict[tuple[torch.device, torch.dtype], str | None] = {}
+_LOCK = threading.Lock()
+"""Held while a device is tried."""
 
 
 @contextmanager
 def using(choice: Kernels) -> Iterator[None]:
     """Choose kernels for the duration, in this thread or task: "auto", "triton" or "plain".
 
-    "auto" takes Triton's on a CUDA or ROCm device where a first small call of one gives the right result, and plain PyTorch
-    elsewhere. "triton" asks for them without that call; on the CPU they run in Triton's interpreter only.
+    "auto" takes Triton's on a CUDA or ROCm device where a first small call of each gives the right result, and plain PyTorch
+    elsewhere, and where a compiler is at work, which fuses plain operations by itself. "triton" asks for them in any case; on
+    the CPU they run in Triton's interpreter only.
 
     Raises:
         ValueError: there is no such choice.
@@ -61,8 +68,8 @@ def _checked(choice: Kernels) -> Kernels:
     return choice
 
 
-def chosen(device: torch.device) -> Literal["triton", "plain"]:
-    """Kernels for tensors on `device`.
+def chosen(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Literal["triton", "plain"]:
+    """Kernels for tensors on `device` of that dtype.
 
     Raises:
         ValueError: Triton's were asked for and cannot run there.
@@ -73,11 +80,13 @@ def chosen(device: torch.device) -> Literal["triton", "plain"]:
     if choice == "triton":
         _require_triton(device)
         return "triton"
-    return "plain" if device.type != "cuda" or _refusal(device) else "triton"
+    if device.type != "cuda" or torch.compiler.is_compiling() or _refusal(device, dtype):
+        return "plain"
+    return "triton"
 
 
-def reason(device: torch.device) -> str | None:
-    """Why Triton's kernels do not run on `device`, in a clause; None if they do."""
+def reason(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why Triton's kernels do not run on `device` for tensors of that dtype, in a clause; None if they do."""
     choice = _choice.get() or _default
     if choice == "plain":
         return "plain kernels were asked for"
@@ -85,7 +94,7 @@ def reason(device: torch.device) -> str | None:
         _require_triton(device)
         return None
     return (
-        _refusal(device)
+        _refusal(device, dtype)
         if device.type == "cuda"
         else f"the kernels in Triton are for CUDA and ROCm, not for {device.type}"
     )
@@ -94,13 +103,13 @@ def reason(device: torch.device) -> str | None:
 def fused(*tensors: Tensor) -> bool:
     """Whether a kernel in Triton is to work on these tensors: the choice for the device of the first, and no gradients."""
     first = tensors[0]
-    if chosen(first.device) == "plain" or first.dtype not in DTYPES:
+    if first.dtype not in DTYPES or chosen(first.device, first.dtype) == "plain":
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def _require_triton(device: torch.device) -> None:
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and os.environ.get(INTERPRET) != "1":
         raise ValueError(
             f"Kernels in Triton do not run on {device.type}; choose auto or plain, or set TRITON_INTERPRET=1 to try them in "
             "Triton's interpreter."
@@ -108,28 +117,46 @@ def _require_triton(device: torch.device) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _refusal(device: torch.device) -> str | None:
-    """Why a CUDA or ROCm device cannot run the kernels, or None; each device is tried once."""
-    return _tried(str(device))
+def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a CUDA or ROCm device cannot run the kernels for tensors of that dtype, or None; each pair is tried once."""
+    if device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    with _LOCK:
+        if (device, dtype) not in _verdicts:
+            # In a thread of its own no mode of the caller holds: fake tensors, autocast, a trace.
+            with ThreadPoolExecutor(1) as thread:
+                refusal, lasts = thread.submit(_tried, device, dtype).result()
+            if not lasts:
+                return refusal
+            _verdicts[device, dtype] = refusal
+        return _verdicts[device, dtype]
 
 
-@functools.cache
-def _tried(device: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+def _tried(device: torch.device, dtype: torch.dtype) -> tuple[str | None, bool]:
+    """What speaks against the kernels, or None; and whether it would again: memory and disks may be full for a moment."""
+    try:
+        return _unsuited(device) or probe(device, dtype), True
+    except Exception as error:  # a compiler, a driver or Triton itself may refuse in any way
+        said = (str(error).strip() or "no message").splitlines()[0]
+        return f"{type(error).__name__}: {said}", not isinstance(error, torch.OutOfMemoryError | OSError)
+
+
+def _unsuited(device: torch.device) -> str | None:
+    """What is known without a try, which on too old cards or with too old compilers could end the process."""
     if not torch.cuda.is_available():
         return "there is no such device"
-    # In a thread of its own no mode of the caller holds: fake tensors, autocast, a trace.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_probe, torch.device(device)).result()
-
-
-def _probe(device: torch.device) -> str | None:
-    """What a first small call on `device` says against the kernels, or None."""
-    try:
-        x = torch.linspace(-2, 2, 288, device=device).view(PROBE_SHAPE)
-        expected = x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
-        error = (modulated_norm(x, torch.zeros_like(x[:, 0]), 1e-6) - expected).abs().max().item()
-    except Exception as error:  # a compiler, a driver or Triton itself may refuse in any way
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-    return None if error < PROBE_TOLERANCE else f"a first call gave a wrong result, off by {error:.2g}"
+    if os.environ.get(INTERPRET) == "1":
+        return f"{INTERPRET}=1 is set, which is for tests"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.version.hip:
+        return None
+    version = tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("triton"))[:2])
+    capability = torch.cuda.get_device_capability(device)
+    needed = next(triton for card, triton in OLDEST_TRITON if capability >= card)
+    if needed is None or version < needed:
+        wanted = (
+            f"Triton {'.'.join(map(str, needed))} or newer" if needed else "a card of compute capability 7.5 or more"
+        )
+        return f"they need {wanted}"
+    return None

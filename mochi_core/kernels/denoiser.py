@@ -24,6 +24,7 @@ def modulated_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """rms_norm(x) * (1 + scale) in the shape and dtype of `x` (B, N, W); `scale` (B, W)."""
     from . import triton_denoiser as kernels  # Triton is large, and may be missing
 
+    _check(x, scale)
     x, scale, out = _dense(x), _dense(scale), _like_x(x)
     launch(kernels.modulated_norm, _per_token(x), x, scale, out, *_steps(x), _step(scale), EPS=eps, **_width(x))
     return out
@@ -50,6 +51,7 @@ def _gated_residual(
 ) -> None:
     from . import triton_denoiser as kernels
 
+    _check(x, gate, *(() if scale is None else (scale,)), branch=branch)
     x, branch, gate, scale = _dense(x), _dense(branch), _dense(gate), None if scale is None else _dense(scale)
     launch(
         kernels.gated_residual, _per_token(x), x, branch, gate, scale, *outs,
@@ -76,6 +78,7 @@ def final_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """layer_norm(x) * (1 + scale) + shift in the shape and dtype of `x` (B, N, W); `shift` and `scale` (B, W)."""
     from . import triton_denoiser as kernels
 
+    _check(x, shift, scale)
     x, shift, scale, out = _dense(x), _dense(shift), _dense(scale), _like_x(x)
     steps = *_steps(x), _step(shift), _step(scale)
     launch(kernels.final_norm, _per_token(x), x, shift, scale, out, *steps, EPS=eps, **_width(x))
@@ -106,6 +109,14 @@ def joint_heads(
 
     visual, text, out = _dense(visual), _dense(text), _joint(visual, text, frames)
     _, batch, tokens, heads, head_dim = out.shape
+    packed, norms = 3 * heads * head_dim, (q_norm_x, k_norm_x, q_norm_y, k_norm_y)
+    if visual.shape[1] != len(frames) * len(spatial) or not visual.shape[2] == text.shape[2] == packed:
+        raise ValueError(
+            f"Tokens {(*visual.shape,)} and {(*text.shape,)} do not fit a rotary table of {(*frames.shape,)}."
+        )
+    if len(text) != batch or any(norm.shape != (head_dim,) or not norm.is_contiguous() for norm in norms):
+        raise ValueError(f"Norm weights must be ({head_dim},), and both streams have as many samples.")
+    _check_devices(visual, text, *norms, frames, spatial)
     block = min(HEADS_BLOCK, power_of_two(heads))
     features = power_of_two(head_dim)
     launch(
@@ -136,6 +147,22 @@ for operator in (modulated_norm, gated_residual, final_norm):
 gated_residual_norm.register_fake(lambda x, *_: (_like_x(x), _like_x(x)))
 swiglu.register_fake(_halved)
 joint_heads.register_fake(lambda visual, text, *rest: _joint(visual, text, rest[4]))
+
+
+def _check(x: Tensor, *modulations: Tensor, branch: Tensor | None = None) -> None:
+    """Kernels read what they are told to: a tensor that is too small would be read beyond its end."""
+    if any(m.shape not in ((len(x), x.shape[-1]), (1, x.shape[-1])) for m in modulations):
+        raise ValueError(f"Modulations {[(*m.shape,) for m in modulations]} do not fit tokens {(*x.shape,)}.")
+    if branch is not None and branch.shape != x.shape:
+        raise ValueError(f"A branch of {(*branch.shape,)} does not fit a stream of {(*x.shape,)}.")
+    _check_devices(x, *modulations, *(() if branch is None else (branch,)))
+
+
+def _check_devices(first: Tensor, *others: Tensor) -> None:
+    if any(other.device != first.device for other in others):
+        raise ValueError(
+            f"Tensors are on {sorted({str(t.device) for t in (first, *others)})}; all must be on one device."
+        )
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ def joint_heads(
     valid = (head < HEADS) & (feature < HEAD_DIM)
     column = head * HEAD_DIM + feature
     valid_x, valid_y = valid & is_visual, valid & (place >= num_visual)
+    own_x, own_y = (feature < HEAD_DIM) & is_visual, (feature < HEAD_DIM) & (place >= num_visual)
     source_x = visual + sample * visual_sample + token * visual_token + column
     source_y = text + sample * text_sample + (token - num_visual) * text_token + column
     target = out + (sample * tokens + token) * (HEADS * HEAD_DIM) + column
@@ -97,7 +98,7 @@ def joint_heads(
         values = _read(source_x + i * HEADS * HEAD_DIM, valid_x) + _read(source_y + i * HEADS * HEAD_DIM, valid_y)
         if i < 2:
             norm_x, norm_y = (q_norm_x, q_norm_y) if i == 0 else (k_norm_x, k_norm_y)
-            weight = _read(norm_x + feature, valid_x) + _read(norm_y + feature, valid_y)
+            weight = _read(norm_x + feature, own_x) + _read(norm_y + feature, own_y)
             values = _complex_mul(_rms_norm(values, HEAD_DIM, EPS) * weight, rotation)
         tl.store(target, values, valid)
         target += out_third

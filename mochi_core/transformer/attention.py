@@ -186,7 +186,7 @@ def unsupported_reason(name: str, probe: Tensor) -> str | None:
 def _installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ImportError:  # the package around a submodule is missing
+    except (ImportError, ValueError):  # the package around a submodule is missing, or something stands in for it
         return False
 
 

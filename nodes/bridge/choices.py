@@ -33,7 +33,7 @@ def arithmetic_choice(compute: torch.dtype, device: torch.device) -> str:
     return f"arithmetic {dtype_name(compute)} on {device}"
 
 
-def kernels_choice(device: torch.device) -> str:
+def kernels_choice(device: torch.device, dtype: torch.dtype) -> str:
     """Whose kernels work between matrix products, and why not the fused ones."""
-    reason = kernels.reason(device)
+    reason = kernels.reason(device, dtype)
     return "kernels fused (Triton)" if reason is None else f"kernels plain ({reason})"

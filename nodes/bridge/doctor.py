@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 
@@ -17,7 +18,12 @@ work on the device, in the middle of a run.
 """
 
 
-def log_report_if_asked() -> None:
+async def log_report_if_asked() -> None:
     """Log what `python -m mochi_core doctor` prints, for the device of the transformer, if the environment asks for it."""
-    if os.environ.get(VARIABLE, "0") not in ("", "0"):
-        logging.info("%s", render(examine(mm.get_torch_device())))
+    if os.environ.get(VARIABLE, "0") in ("", "0"):
+        return
+    try:
+        device = mm.get_torch_device()
+        logging.info("%s", await asyncio.to_thread(lambda: render(examine(device))))
+    except Exception:  # the nodes are there without it
+        logging.exception("The report that %s asks for could not be made.", VARIABLE)

@@ -192,9 +192,10 @@ def _log_choices(patcher, stored: str, quantize: str | None, dtype: torch.dtype 
     held = patcher.model.get_dtype()
     kept = quantize or (stored if patcher.model.model_config.quant_config else dtype_name(held))
     weights = weights_choice(stored, kept, bool(quantize or dtype), patcher.load_device)
-    compute = arithmetic_choice(patcher.model.manual_cast_dtype or held, patcher.load_device)
-    compute += describe_matmul(patcher.model.diffusion_model)
-    log_choice("transformer", weights, compute, kernels_choice(patcher.load_device), f"attention {attending}")
+    arithmetic = patcher.model.manual_cast_dtype or held
+    compute = arithmetic_choice(arithmetic, patcher.load_device) + describe_matmul(patcher.model.diffusion_model)
+    kernels = kernels_choice(patcher.load_device, arithmetic)
+    log_choice("transformer", weights, compute, kernels, f"attention {attending}")
 
 
 def _build(config: AsymmDiTConfig, checkpoint: Checkpoint, dtype: torch.dtype | None, disable_dynamic: bool):

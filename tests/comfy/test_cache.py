@@ -177,7 +177,7 @@ def test_in_a_graph(latents_of, comfy_server):
     )
 
 
-@pytest.mark.parametrize("patch", PATCHES.keys() - {"LoraLoaderModelOnly"})
+@pytest.mark.parametrize("patch", sorted(PATCHES.keys() - {"LoraLoaderModelOnly"}))
 def test_with_the_hosts_own_patches(latents_of, comfy_client, patch):
     """EasyCache skips whole forwards, skip-layer guidance asks twice in a step, context windows ask for each window."""
     graph = upto_sampler(steps=12)

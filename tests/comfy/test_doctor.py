@@ -3,7 +3,7 @@
 from tests.harness.comfy_process import run_in_comfyui
 
 LOGS = """
-import logging, os
+import asyncio, logging, os
 from pack.nodes.bridge import doctor
 logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
 doctor.examine = lambda device: device
@@ -12,7 +12,13 @@ for value in (None, "", "0", "1"):
     os.environ.pop("MOCHI_DOCTOR", None)
     os.environ |= {} if value is None else {"MOCHI_DOCTOR": value}
     logging.info("asked by %r", value)
-    doctor.log_report_if_asked()
+    asyncio.run(doctor.log_report_if_asked())
+
+def broken(_):
+    raise RuntimeError("no such thing")
+
+doctor.render = broken
+asyncio.run(doctor.log_report_if_asked())
 """
 
 
@@ -34,6 +40,7 @@ def test_the_log_has_the_report_from_the_start(comfy_server):
 
 def test_it_is_there_only_if_it_is_asked_for(comfy_path):
     said = run_in_comfyui(comfy_path, LOGS).stderr.splitlines()
-    assert said[said.index("asked by None") :] == [
-        "asked by None", "asked by ''", "asked by '0'", "asked by '1'", "report for cpu",
-    ]  # fmt: skip
+    said = said[said.index("asked by None") :]
+    assert said[:5] == ["asked by None", "asked by ''", "asked by '0'", "asked by '1'", "report for cpu"]
+    assert said[5] == "The report that MOCHI_DOCTOR asks for could not be made."
+    assert said[-1] == "RuntimeError: no such thing"

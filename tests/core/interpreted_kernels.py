@@ -17,6 +17,8 @@ from mochi_core import AsymmDiTConfig, kernels, load_lora
 from mochi_core.autoencoder.layers import ResBlock
 from mochi_core.autoencoder.steps import _padded_rows, res_block
 from mochi_core.autoencoder.streaming import Plan
+from mochi_core.kernels import autoencoder, denoiser
+from mochi_core.kernels.probe import probe
 from mochi_core.transformer import layers
 from mochi_core.transformer.block import QK_NORM_EPS, AsymmetricAttention
 from mochi_core.transformer.layers import NORM_EPS
@@ -231,6 +233,32 @@ def test_gradients_take_the_plain_path():
     with kernels.using("plain"), torch.enable_grad():
         dit(*inputs([2], size=(1, 3, 4))).sum().backward()
     torch.testing.assert_close(found, dit.blocks[1].mlp_x.w1.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_the_probe_of_a_device_finds_a_wrong_kernel(monkeypatch, dtype):
+    assert probe(torch.device("cpu"), dtype) is None
+    for module, name in ((denoiser, "swiglu"), (denoiser, "joint_heads"), (autoencoder, "norm_silu_pad")):
+        operator = getattr(module, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *arguments, operator=operator: 1.1 * operator(*arguments))
+            assert probe(torch.device("cpu"), dtype).startswith(f"{name} gave a wrong result, off by 0.")
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    x, row = random(2, 3, 96), random(2, 96)
+    heads = random(1, 4, 288), random(1, 1, 288), *(random(32),) * 4, random(2, 3, 16, 2), random(2, 3, 16, 2), 1e-6
+    calls = [
+        (kernels.modulated_norm, x, random(3, 96), 1e-6),
+        (kernels.final_norm, x, row, random(2, 95), 1e-6),
+        (kernels.gated_residual, x, x[:1], row, 1e-6),
+        (kernels.joint_heads, heads[0][:, :3], *heads[1:]),
+        (kernels.joint_heads, *heads[:2], random(31), *heads[3:]),
+        (kernels.norm_silu_pad, random(1, 4, 1, 6, 5), random(1, 4, 1, 6, 5), *(row,) * 4, 1e-6, True, True, None),
+    ]
+    for operator, *arguments in calls:
+        with pytest.raises(ValueError, match=r"fit|must be"):
+            operator(*arguments)
 
 
 @pytest.mark.parametrize("operator", ["modulated_norm", "swiglu", "gated_residual_norm"])

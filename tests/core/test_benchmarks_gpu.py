@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,8 +48,20 @@ def test_a_failed_part_ends_nothing_and_is_all_that_is_repeated(tmp_path, capsys
     assert ran.read_text() == "acb"
     assert "| failed |" not in page.read_text()
     assert "a: in gpu.md already" in capsys.readouterr().out
-    run_parts(parts[:1], page, HEAD, 60, again=True)
+    kept = read_page(page, HEAD)
+    run_parts(parts, page, HEAD, 60, again=True, only=["a"])
     assert ran.read_text() == "acba"
+    assert {name: result for name, result in read_page(page, HEAD).items() if name != "a"} == {
+        name: result for name, result in kept.items() if name != "a"
+    }
+
+
+@pytest.mark.slow
+def test_what_a_killed_part_leaves_is_removed(tmp_path):
+    mark = tmp_path / "where"
+    code = f"import tempfile, time; open({str(mark)!r}, 'w').write(tempfile.mkdtemp()); time.sleep(60)"
+    run_parts([part("a", code, limit=3)], tmp_path / "gpu.md", HEAD, 60)
+    assert not Path(mark.read_text()).exists()
 
 
 @pytest.mark.slow
@@ -71,7 +84,7 @@ def test_what_has_no_time_left_waits_for_the_next_call(tmp_path, capsys):
 def test_results_of_another_machine_are_not_mixed_in(tmp_path):
     page = tmp_path / "gpu.md"
     page.write_text(write_page([], "Another card.", {}))
-    with pytest.raises(ValueError, match="made on another machine or with other versions; use --again"):
+    with pytest.raises(ValueError, match="made on another machine or with other versions; use another --output"):
         run_parts([part("a", "")], page, HEAD, 60)
 
 

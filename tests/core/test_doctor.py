@@ -176,7 +176,7 @@ def test_a_broken_probe_becomes_a_line_and_the_rest_stays(monkeypatch, name):
     assert report_of_it[name] == {"problem": "RuntimeError: no such thing"}
     text = render(report_of_it)
     assert lines_about(text, f"{name}: could not be found out: RuntimeError: no such thing")
-    assert lines_about(text, "file none.safetensors: There is no file ")
+    assert lines_about(text, "file none.safetensors: There is no file none.safetensors; check the name.")
     assert text.count("could not be found out") == 1
 
 
@@ -189,7 +189,19 @@ def test_a_part_of_a_probe_that_breaks_is_a_line_of_its_own(monkeypatch):
     assert "device cpu: could not be found out: RuntimeError: no such thing" in text
     assert text.count("FAILED: RuntimeError: no such thing") == len(BACKENDS) + 1
     assert lines_about(text, "denoiser     ok, ")
-    assert lines_about(text, "versions: mochi-nodes")
+    assert lines_about(text, "versions: mochi-nodes unknown (RuntimeError: no such thing)")
+    assert f"torch {torch.__version__}" in text
+
+
+def test_folders_with_names_of_people_are_not_told(monkeypatch):
+    def told(*_):
+        raise PermissionError(f"[Errno 13] Permission denied: '{Path.home()}/.triton/cache'; see {ROOT}/dev.py")
+
+    monkeypatch.setattr(report, "CHECKS", {"kernels": told})
+    found = examine("cpu", ["/somebody/secret/m.safetensors"])
+    assert str(Path.home()) not in (said := json.dumps(found))
+    assert "somebody" not in said
+    assert found["kernels"]["problem"] == "[Errno 13] Permission denied: '~/.triton/cache'; see <pack>/dev.py"
 
 
 def test_a_device_that_does_not_exist_leaves_the_machine_to_be_told():

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mochi_core import AsymmDiT, AsymmDiTConfig, kernels
+from mochi_core.kernels import choice
 from mochi_core.transformer.layers import modulated_norm
 from mochi_core.transformer.model import TextConditioning
 from tests.harness import triton_builds
@@ -80,6 +81,41 @@ def test_unknown_choices_are_refused(choose):
 def test_a_device_that_cannot_run_them_takes_plain_kernels():
     assert kernels.chosen(CUDA) == "plain"
     assert kernels.reason(CUDA) in ("there is no such device", "Triton is not installed")
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "needed"),
+    [
+        ((6, 1), "3.8.0", "a card of compute capability 7.5"),
+        ((7, 5), "3.2.0", "Triton 3.3"),
+        ((8, 9), "3.1.0", "Triton 3.2"),
+        ((12, 0), "3.2.0", "Triton 3.3"),
+    ],
+)
+def test_cards_and_compilers_that_could_end_the_process_are_not_tried(monkeypatch, capability, triton, needed):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(choice.importlib.metadata, "version", lambda _: triton)
+    monkeypatch.setattr(choice, "probe", lambda *_: pytest.fail("it was tried"))
+    device = torch.device("cuda", 7)
+    assert needed in choice._tried(device, torch.bfloat16)[0]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "for tests" in choice._tried(device, torch.bfloat16)[0]
+
+
+def test_only_verdicts_that_last_are_remembered(monkeypatch):
+    answers = [torch.OutOfMemoryError("full"), OSError("no space"), RuntimeError("refused\nin detail"), None]
+
+    def answer(*_):
+        error = answers.pop(0)
+        raise error
+
+    monkeypatch.setattr(choice, "_verdicts", {})
+    monkeypatch.setattr(choice, "_unsuited", lambda _: None)
+    monkeypatch.setattr(choice, "probe", answer)
+    device = torch.device("cuda", 7)
+    reasons = [kernels.reason(device) for _ in range(4)]
+    assert reasons == ["OutOfMemoryError: full", "OSError: no space", "RuntimeError: refused", "RuntimeError: refused"]
 
 
 class Operations(TorchDispatchMode):
