@@ -72,7 +72,7 @@ def _render_part(part: str, found: dict[str, Any]) -> list[str]:
     lines = [part + (", sizes of the released model" if found["released_sizes"] else "")]
     lines += [f"  {key} = {value}" for key, value in found["config"].items()]
     complete = not any(found[kind] for kind in ("missing", "unexpected", "misshapen"))
-    lines += ["  complete: every tensor is there, and no other"] if complete else []
+    lines += ["  complete: every tensor is there, and no unknown one"] if complete else []
     for kind in ("missing", "unexpected", "misshapen"):
         names = found[kind]
         more = f", and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""

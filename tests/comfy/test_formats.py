@@ -17,6 +17,7 @@ from tests.harness.tiny_models import random_dit, random_vae
 
 SCRIPT = '''
 import comfy.model_management
+from comfy_extras.nodes_model_merging import CLIPSave
 from pathlib import Path
 from pack.nodes.bridge.model import load_model
 from pack.nodes.bridge.quantized import read_part
@@ -64,7 +65,14 @@ for kind in ("fp8", "int8", "q4_0"):
     patcher = load_model(str(folder / "plain.safetensors"), None, kind)
     results[f"{kind}/velocity"] = velocity(patcher)
 for path in sorted(folder.glob("t5/*")):
-    results[f"{path.stem}/text"] = encode_prompt(load_clip(str(path)), "a red kite")[0][0]
+    clip = load_clip(str(path))
+    results[f"{path.stem}/text"] = encode_prompt(clip, "a red kite")[0][0]
+    if path.stem in ("torch.float16", "scaled fp8", "Q4_0 gguf"):
+        save = CLIPSave()
+        save.output_dir = str(folder)
+        save.save(clip, path.stem)
+        clip = load_clip(str(folder / f"{path.stem}_t5xxl_00001_.safetensors"))
+        results[f"{path.stem}/saved text"] = encode_prompt(clip, "a red kite")[0][0]
 generator = torch.Generator().manual_seed(0)
 latents, video = (torch.randn(s, generator=generator) for s in ((1, 12, 2, 2, 4), (1, 3, 7, 16, 16)))
 for path in sorted(folder.glob("vae/*")):
@@ -160,6 +168,12 @@ def test_text_encoder_computes_what_the_file_means(folder, results, form):
     meaning = load_text_encoder(folder / "t5 meaning" / f"{form}.safetensors", trained.TOKENIZER)
     embeds, mask = meaning.encode("a red kite")
     assert relative_error(results[f"{form}/text"][mask], embeds[mask]) < 1e-4
+
+
+@pytest.mark.parametrize("form", ["torch.float16", "scaled fp8", "Q4_0 gguf"])
+def test_what_the_hosts_clip_save_writes_loads_again(results, form):
+    """With a `logit_scale` beside the encoder."""
+    assert torch.equal(results[f"{form}/saved text"], results[f"{form}/text"])
 
 
 @pytest.mark.parametrize("form", VAE_FORMS)

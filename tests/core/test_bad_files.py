@@ -275,6 +275,7 @@ OWN = {
     "a T5 text encoder": random_t5,
     "a Mochi autoencoder": lambda: random_vae().state_dict(),
 }
+PHRASES = {"transformer": "a Mochi transformer", "vae": "a Mochi autoencoder", "t5": "a T5 text encoder"}
 LOADERS = {
     "a Mochi transformer": load_transformer,
     "a Mochi autoencoder": load_vae,
@@ -314,7 +315,15 @@ PREFIXES = {
         "transformer.",
     ],
     "vae": ["_orig_mod.", "module.first_stage_model.", "vae._orig_mod."],
-    "t5": ["_orig_mod.module.", "text_encoders.t5xxl.transformer.", "text_encoder.", "module.model."],
+    "t5": [
+        "_orig_mod.module.",
+        "text_encoders.t5xxl.transformer.",
+        "text_encoder.",
+        "module.model.",
+        "conditioner.embedders.0.transformer.",
+        "cond_stage_model.t5xxl.transformer.",
+        "text_encoder_3.",
+    ],
 }
 
 
@@ -325,6 +334,28 @@ def test_wrappers_are_stripped(part, prefix):
     weights = {"transformer": DIT, "vae": random_vae().state_dict(), "t5": random_t5()}[part]
     file = Checkpoint("x", Path("x"), from_state_dict({prefix + name: t for name, t in weights.items()}))
     assert select_part(file, part).tensors.keys() == weights.keys()
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("transformer", "num_updates"), ("transformer", "ema.decay"), ("t5", "logit_scale"), ("t5", "lm_head.weight")],
+)
+def test_what_is_known_and_not_needed_is_left_out(caplog, part, name):
+    weights = {"transformer": DIT, "t5": random_t5()}[part]
+    file = Checkpoint("x.pt", Path("x.pt"), from_state_dict({**weights, name: torch.tensor(3)}))
+    with caplog.at_level("INFO"):
+        assert select_part(file, part).tensors.keys() == weights.keys()
+    assert caplog.messages == [f"x.pt: 1 tensors that {PHRASES[part]} does not need are left out: {name}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_updates", torch.zeros(2)), ("lm_head.weight", torch.zeros(2)), ("decoder.surprise", torch.zeros(1))],
+)
+def test_unknown_companions_are_an_error(tmp_path, name, value):
+    save_file({**DIT, name: value}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=rf"^x.safetensors does not fit the model: 1 unexpected \({name}\)"):
+        load_transformer(tmp_path / "x.safetensors")
 
 
 def test_wrappers_inside_names():

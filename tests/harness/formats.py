@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from mochi_core.quantization.weights import QuantizedLinear
 from tests.harness import quantized_files
 from tests.harness.quantized_files import GGUF, SAFETENSORS, gguf_file, llama_cpp_name
-from tests.harness.tiny_models import DIT, random_t5
+from tests.harness.tiny_models import DIT, T5_HEADS, random_t5
 
 # Rows of 256 weights, which the K types need.
 WIDE = replace(
@@ -110,6 +110,54 @@ def sharded(suffix, save):
     return write
 
 
+def whole_t5(tensors):
+    """A whole T5 of transformers, decoder and output layer included, around the tensors of an encoder."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    vocabulary, width = tensors["shared.weight"].shape
+    config = T5Config(
+        vocab_size=vocabulary, d_model=width, d_kv=width // T5_HEADS, d_ff=2 * width, num_heads=T5_HEADS, num_layers=2,
+        num_decoder_layers=2, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    assert not model.load_state_dict(tensors, strict=False).unexpected_keys
+    return model
+
+
+def saved_by_transformers(tensors, path):
+    whole_t5(tensors).save_pretrained(path)
+    return tensors
+
+
+def pytorch_model_bin(tensors, path):
+    """As google/t5-v1_1-xxl has it, with the embedding under all of its names."""
+    path.mkdir()
+    torch.save(whole_t5(tensors).state_dict(), path / "pytorch_model.bin")
+    (path / "config.json").write_text('{"model_type": "t5"}')
+    return tensors
+
+
+def whole_gguf(tensors, path):
+    """The names are llama.cpp's own table of them."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5, 2)
+    whole = {name: tensor for name, tensor in whole_t5(tensors).state_dict().items() if "embed_tokens" not in name}
+
+    def name_of(name):
+        return names.get_name(name, (".weight",)) or name
+
+    meaning = gguf_file("BF16", "t5", name_of, small="F16")(whole, path)
+    return {name: meaning[name] for name in tensors}
+
+
+def with_what_comfyui_adds(tensors, path):
+    """Under the prefix of SDXL's files, with what other text encoders have beside their weights."""
+    prefixed = {f"conditioner.embedders.0.transformer.{name}": tensor for name, tensor in tensors.items()}
+    extras = {"logit_scale": torch.tensor(4.6), "spiece_model": torch.zeros(9, dtype=torch.uint8)}
+    extras |= {"text_projection.weight": torch.ones(2, 2), "n_averaged": torch.tensor(3)}
+    save_file(prefixed | {f"conditioner.embedders.0.transformer.{name}": t for name, t in extras.items()}, path)
+    return tensors
+
+
 T5_FORMS = {
     **SAFETENSORS,
     **{str(dtype): in_dtype(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)},
@@ -121,6 +169,10 @@ T5_FORMS = {
     "Q4_0 gguf": gguf_file("Q4_0", "t5"),
     "Q8_0 gguf, names of llama.cpp": gguf_file("Q8_0", "t5encoder", llama_cpp_name, small="Q8_0"),
     "BF16 gguf, names of llama.cpp": gguf_file("BF16", "t5", llama_cpp_name, small="F16"),
+    "whole, by transformers": saved_by_transformers,
+    "whole, by torch.save": pytorch_model_bin,
+    "whole gguf, names of llama.cpp": whole_gguf,
+    "with what belongs to no encoder": with_what_comfyui_adds,
 }
 
 

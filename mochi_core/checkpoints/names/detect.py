@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..tensors import Checkpoint, LazyStateDict
+from ..tensors import Checkpoint, LazyStateDict, LazyTensor
 from .diffusers import autoencoder_rules, to_canonical, transformer_rules
 from .quantized import gather_quantized, unknown_formats
 from .sizes import count_numbers
-from .t5 import canonical_t5
+from .t5 import COMPANIONS, canonical_t5
 
 # What torch.compile, sharding and activation checkpointing put anywhere in a name; kohya's trainers make dots underscores.
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]")
@@ -27,6 +28,9 @@ OTHER_MODELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a CLIP text encoder", (r".*text_model\.encoder\.layers\.0\..*",)),
     ("an image autoencoder", (r".*decoder\.(mid|mid_block|up_blocks\.0\.resnets\.0\.norm1)\..*",)),
 )
+# Numbers that a training keeps among the weights: counters and rates of moving averages.
+TRAINING_STATE = re.compile(r"(.*\.)?(n_averaged|num_updates|decay|initted|step|global_step|num_batches_tracked)")
+QUOTED_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,16 @@ class Part:
     signatures: tuple[str, ...]
     """Ends of tensor names; every layout has one of them."""
     to_canonical: Callable[[LazyStateDict], LazyStateDict]
+    companions: re.Pattern[str] | None = None
+    """Names of tensors that whole files of the model bring, and that a video does not need."""
 
 
 def select_part(checkpoint: Checkpoint, part: str) -> Checkpoint:
     """The tensors of "transformer", "vae" or "t5" under their canonical names, whatever the file calls them.
 
-    Prefixes are stripped, diffusers' names converted, tensors of other models left out. Names of the autoencoder always
-    begin with `encoder.` or `decoder.`. A quantised weight is one tensor, with its stored form in `quantized`.
+    Prefixes are stripped, diffusers' names converted, tensors of other models left out. What is known to belong to the same
+    model or its training, such as T5's decoder, is left out with a line in the log. Names of the autoencoder always begin with
+    `encoder.` or `decoder.`. A quantised weight is one tensor, with its stored form in `quantized`.
 
     Raises:
         ValueError: the file holds no such model, or holds it in a form that cannot be loaded.
@@ -57,12 +64,29 @@ def select_part(checkpoint: Checkpoint, part: str) -> Checkpoint:
     if (found := find_parts(checkpoint).get(part)) is None:
         holds, wanted = describe(checkpoint), PARTS[part]
         raise checkpoint.error(f"holds {holds}, not {wanted.phrase}; choose a file such as {wanted.example}.")
+    found = _without_companions(checkpoint, found, PARTS[part])
     if formats := unknown_formats(found):
         raise checkpoint.error(
             f"has weights in a form that cannot be read: {', '.join(sorted(formats))}; use another file."
         )
     with checkpoint.named_errors():
         return checkpoint.with_tensors(PARTS[part].to_canonical(found))
+
+
+def _without_companions(checkpoint: Checkpoint, tensors: LazyStateDict, part: Part) -> LazyStateDict:
+    """The tensors of a model without those that are known not to belong to it; the log names some of these."""
+
+    def is_companion(name: str, tensor: LazyTensor) -> bool:
+        known = part.companions is not None and part.companions.fullmatch(name)
+        return bool(known or (tensor.numel == 1 and TRAINING_STATE.fullmatch(name)))
+
+    needed = {name: tensor for name, tensor in tensors.items() if not is_companion(name, tensor)}
+    if companions := [name for name in tensors if name not in needed]:
+        some = ", ".join(companions[:QUOTED_NAMES]) + (", ..." if len(companions) > QUOTED_NAMES else "")
+        logging.info(
+            f"{checkpoint.name}: {len(companions)} tensors that {part.phrase} does not need are left out: {some}"
+        )
+    return needed
 
 
 def find_parts(checkpoint: Checkpoint) -> dict[str, LazyStateDict]:
@@ -159,8 +183,11 @@ PARTS = {
     ),
     "t5": Part(
         "a T5 text encoder", "t5xxl_fp16.safetensors", "text_encoder",
-        re.compile(r"((module|model|text_encoders?|t5xxl|transformer)\.)*"),
+        re.compile(
+            r"((module|model|text_encoders?|text_encoder_\d|t5xxl|transformer|conditioner|embedders\.\d+|cond_stage_model)\.)*"
+        ),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "enc.blk.0.attn_q.weight"),
         canonical_t5,
+        COMPANIONS,
     ),
 }  # fmt: skip

@@ -18,6 +18,11 @@ LLAMA_CPP_T5 = {
     "ffn_norm": "1.layer_norm", "ffn_gate": "1.DenseReluDense.wi_0", "ffn_up": "1.DenseReluDense.wi_1",
     "ffn_down": "1.DenseReluDense.wo",
 }  # fmt: skip
+# What files bring besides the encoder: the decoder of a whole T5 in either spelling, and what ComfyUI saves of a CLIP.
+COMPANIONS = re.compile(
+    r"decoder\.(block\.\d+\.layer|embed_tokens|final_layer_norm)\..*|lm_head\.weight|dec\.(blk\.\d+|output_norm)\..*"
+    r"|output\.weight|logit_scale|text_projection(\.weight)?|spiece_model"
+)
 
 
 def canonical_t5(tensors: LazyStateDict) -> LazyStateDict:
