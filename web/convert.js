@@ -2,8 +2,8 @@
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 
-const COMMAND = "MochiNodes.Convert";
-const BUILT_IN = "EmptyMochiLatentVideo", OURS = "Mochi1", OFFERED = "MochiNodes.Offered";
+const COMMAND = "mochinodes.Convert";
+const BUILT_IN = "EmptyMochiLatentVideo", OURS = "Mochi1", OFFERED = "mochinodes.Offered";
 
 const toast = (severity, summary, detail, life = 12000) => app.extensionManager.toast.add({ severity, summary, detail, life });
 
@@ -20,7 +20,7 @@ async function convert() {
 }
 
 app.registerExtension({
-  name: "MochiNodes.Convert",
+  name: "mochinodes.Convert",
   commands: [{ id: COMMAND, label: "Convert to Mochi Nodes", icon: "pi pi-sync", function: convert }],
   menuCommands: [{ path: ["Extensions", "Mochi Nodes"], commands: [COMMAND] }],
   afterConfigureGraph() {

@@ -35,7 +35,7 @@ function annotate(node, widget, inOtherUnit) {
 }
 
 app.registerExtension({
-  name: "MochiNodes.Lengths",
+  name: "mochinodes.Lengths",
   nodeCreated(node) {
     for (const [name, inOtherUnit] of Object.entries(IN_OTHER_UNIT[node.comfyClass] ?? {})) {
       const widget = node.widgets?.find((widget) => widget.name === name);

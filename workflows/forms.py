@@ -63,7 +63,7 @@ def to_editor(template: Template, definitions: Json) -> Json:
     ]  # fmt: skip
     places = _places(template.nodes, definitions)
     nodes = [
-        _editor_node(node, ids[name], places[name], links, definitions[node.type])
+        _editor_node(node, ids[name], places[name], links, definitions[node.type], template.after_run)
         | {"title": _title(node, definitions)}
         for name, node in template.nodes.items()
     ]
@@ -148,7 +148,7 @@ def _output(template: Template, definitions: Json, link: Link) -> str:
     return definitions[template.nodes[link.node].type]["output"][link.slot]
 
 
-def _editor_node(node: Node, number: int, place: Json, links: list[list], definition: Json) -> Json:
+def _editor_node(node: Node, number: int, place: Json, links: list[list], definition: Json, after_run: str) -> Json:
     into = {link[4]: link[0] for link in links if link[3] == number}
     sockets = []
     for slot, key in enumerate(_sockets(node, definition)):
@@ -169,7 +169,7 @@ def _editor_node(node: Node, number: int, place: Json, links: list[list], defini
         "inputs": sockets,
         "outputs": outputs,
         "properties": _properties(node),
-        "widgets_values": list(_widget_values(node, definition)),
+        "widgets_values": list(_widget_values(node, definition, after_run)),
     }
 
 
@@ -183,14 +183,14 @@ def _properties(node: Node) -> Json:
     }
 
 
-def _widget_values(node: Node, definition: Json):
+def _widget_values(node: Node, definition: Json, after_run: str):
     """By position. A linked widget keeps its default, and a seed is followed by what becomes of it after a run."""
     for key, spec in _specs(definition).items():
         if _is_widget(spec):
             given = key in node.inputs and not isinstance(node.inputs[key], Link)
             yield node.inputs[key] if given else _default(spec)
             if len(spec) > 1 and spec[1].get("control_after_generate"):
-                yield "fixed"
+                yield after_run
 
 
 def _places(nodes: Nodes, definitions: Json) -> dict[str, Json]:

@@ -1,6 +1,6 @@
 """What the templates are: the one source of both of their forms.
 
-`python dev.py generate templates` writes <name>.json, which the editor opens, and api/<name>.json, which the server runs.
+`python dev.py generate templates` writes <title>.json, which the editor opens, and api/<name>.json, which the server runs.
 """
 
 from __future__ import annotations
@@ -44,9 +44,14 @@ Nodes = dict[str, Node]
 @dataclass(frozen=True)
 class Template:
     name: str
+    """Of the file in API form, for those who type it."""
+    title: str
+    """Of the file that the editor opens, which shows no other title, and finds no other words."""
     note: str
     """Markdown; stands beside the graph."""
     nodes: Nodes
+    after_run: str = "randomize"
+    """What becomes of seeds after a run, as the editor calls it."""
 
 
 def text_to_video(
@@ -176,6 +181,7 @@ Any other Mochi file works as well: Genmo's own, diffusers', fp8, int8, GGUF.
 TEMPLATES = [
     Template(
         "text_to_video",
+        "Mochi 1 - Text to Video",
         f"""# Text to video
 
 Write what the video shows into **Prompt** and press Run.
@@ -188,6 +194,7 @@ of **cfg** are 3 to 6.
     ),
     Template(
         "fast_preview",
+        "Mochi 1 - Quick draft",
         f"""# Fast preview
 
 A small, short, coarse video to try prompts with: 1.2 seconds of 432 x 240 in 16 steps, about a sixtieth of the work of the
@@ -200,6 +207,7 @@ The full video from the same seed is **another** video: noise of another size is
     ),
     Template(
         "video_to_video",
+        "Mochi 1 - Video to Video",
         f"""# Video to video
 
 Choose your video in **Load Video**, and describe what it shall become.
@@ -213,6 +221,7 @@ your video, first of all its motion. The first 163 frames are taken, of those 6k
     ),
     Template(
         "long_video_low_memory",
+        "Mochi 1 - Long video, 8 to 12 GB",
         """# Long video on 8 to 12 GB
 
 10 seconds with 8-bit weights, the text encoder on the CPU, and the denoiser in overlapping windows of the length that Mochi
@@ -233,24 +242,26 @@ latents; 6 frames each), then width and height. The decode needs the same memory
     ),
     Template(
         "fastmochi",
+        "Mochi 1 - FastMochi, 8 steps",
         """# FastMochi: 8 steps
 
 Distilled weights: **dit.safetensors** from FastVideo's FastMochi, saved as
 **models/diffusion_models/fastmochi.safetensors**. Text encoder and VAE as always.
 
 Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cfg 1.5.** Ordinary Mochi weights need the
-64 steps and cfg 4.5 of the template *text_to_video*.
+64 steps and cfg 4.5 of the template *Text to Video*.
 """,
         fastmochi(),
     ),
     Template(
         "faster",
+        "Mochi 1 - Faster",
         f"""# Faster, with another result
 
 **Mochi Cache** leaves out the blocks of the transformer where little changes; **Mochi Guider** guides from the tenth part of
 the steps on, and a step without guidance takes half the time. The console says how much was left out.
 {FILES}
-The video is **not** the one that *text_to_video* makes from the same seed, only one like it. For that one, set **threshold**
+The video is **not** the one that *Text to Video* makes from the same seed, only one like it. For that one, set **threshold**
 to 0 and **start** to 0.
 
 **Worth changing:** **threshold** 0 is exact, more is faster and further from that.
@@ -259,6 +270,7 @@ to 0 and **start** to 0.
     ),
     Template(
         "genmo_exact",
+        "Mochi 1 - Genmo exact",
         """# Genmo-exact reproduction
 
 The precision and the settings of Genmo's own code: T5 and autoencoder in fp32, denoiser in bf16, 163 frames of 848 x 480 in
@@ -276,9 +288,11 @@ GPU: its seeds are other noise, but the same noise gives the same video.
         text_to_video(
             WAVES, transformer={"weight_dtype": "bf16"}, t5={"dtype": "fp32"}, vae={"dtype": "fp32"}, cfg=6.0
         ),
+        after_run="fixed",
     ),
     Template(
         "lora",
+        "Mochi 1 - LoRA",
         f"""# LoRA
 
 Put the LoRA into **models/loras** and choose it in **Load Mochi LoRA**. Every kind works: Genmo's trainer with its alphas,
@@ -290,6 +304,7 @@ diffusers, PEFT, kohya, DoRA.
     ),
     Template(
         "tiny_mochi",
+        "Mochi 1 - Tiny demo, no download",
         """# Tiny Mochi
 
 A Mochi of 22 MB that comes with this pack: nothing to download, a video in seconds, also without a GPU. It was trained on
@@ -304,12 +319,13 @@ The files have the form of the real ones, and the nodes are the same: what works
     ),
     Template(
         "stock_nodes",
+        "Mochi 1 - KSampler and stock nodes",
         f"""# With ComfyUI's own nodes
 
 Only the loaders are from this pack; prompt, sampler, decoder and everything else are ComfyUI's. All types are native: put
 any other sampler, LoRA loader, guider, cache or patch for models in between.
 {FILES}
-What differs from *text_to_video*: ComfyUI's text encode gives an empty prompt one token, Genmo gives it none. With the
+What differs from *Text to Video*: ComfyUI's text encode gives an empty prompt one token, Genmo gives it none. With the
 prompts encoded by **T5 Encode (Mochi)**, KSampler makes the same video as **Mochi Sampler**.
 """,
         stock_nodes(),

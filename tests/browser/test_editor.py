@@ -5,7 +5,7 @@ import pytest
 from mochi_core import seconds_to_frames
 from tests.harness.browser import PLAYING, label
 from tests.harness.locales import read as texts_of
-from tests.harness.templates import read
+from tests.harness.templates import editor_form
 
 NODES = list(texts_of("en"))  # of all nodes, as tests/comfy/test_locales.py sees to
 WATCH_PREVIEWS = """() => {
@@ -34,7 +34,7 @@ def set_widget(editor, node_type, name, value):
 
 def test_run_button_makes_a_video_that_plays_and_shows_it_on_the_way(editor):
     editor.errors.clear()
-    editor.load(read("tiny_mochi.json"), "tiny")
+    editor.load(editor_form("tiny_mochi"), "tiny")
     editor.page.evaluate(WATCH_PREVIEWS)
     editor.page.get_by_test_id("queue-button").click()
     editor.page.wait_for_function(PLAYING, timeout=120_000)
@@ -44,8 +44,20 @@ def test_run_button_makes_a_video_that_plays_and_shows_it_on_the_way(editor):
     assert editor.errors == []
 
 
+def test_three_runs_make_three_videos(editor):
+    editor.load(editor_form("tiny_mochi"), "tiny")
+    set_widget(editor, "Mochi1Sampler", "steps", 1)
+    editor.page.evaluate("window.files = []")
+    editor.page.evaluate(
+        "window.comfyAPI.api.api.addEventListener('executed', event => window.files.push(...event.detail.output.images))"
+    )
+    editor.page.evaluate("app.queuePrompt(0, 3)")
+    editor.page.wait_for_function("window.files.length === 3", timeout=60_000)
+    assert len(set(editor.page.evaluate("window.files.map(file => file.filename)"))) == 3
+
+
 def test_invalid_width_is_explained_on_the_node(editor):
-    workflow = read("tiny_mochi.json")
+    workflow = editor_form("tiny_mochi")
     (sampler,) = (node for node in workflow["nodes"] if node["type"] == "Mochi1Sampler")
     sampler["widgets_values"][0] = 100  # the editor itself rounds what is typed
     editor.load(workflow, "invalid")
@@ -60,13 +72,13 @@ def test_invalid_width_is_explained_on_the_node(editor):
 
 
 def test_lengths_are_shown_in_the_other_unit(editor):
-    editor.load(read("fast_preview.json"), "fast")
+    editor.load(editor_form("fast_preview"), "fast")
     assert label(editor, "Mochi1Length", "seconds") == "seconds (37 frames)"
     for seconds in (2.0, 0.5, 0.9, 1.3):  # in the middle between two lengths, both sides have to go up
         set_widget(editor, "Mochi1Length", "seconds", seconds)
         assert label(editor, "Mochi1Length", "seconds") == f"seconds ({seconds_to_frames(seconds)} frames)"
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames"  # comes from the link
-    editor.load(read("text_to_video.json"), "text")
+    editor.load(editor_form("text_to_video"), "text")
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (5.4 s)"
     set_widget(editor, "Mochi1Sampler", "num_frames", 31)
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (1 s)"

@@ -5,7 +5,7 @@ import pytest
 from tests.harness.browser import open_editor
 from tests.harness.client import ComfyClient
 from tests.harness.locales import read as texts_of
-from tests.harness.templates import essence, read
+from tests.harness.templates import api_form, editor_form, essence
 
 LANGUAGE = "zh"
 SHOWN = """types => Object.fromEntries(types.map(type => {
@@ -37,5 +37,5 @@ def test_names_are_shown_in_that_language(translated):
 
 
 def test_the_prompt_is_the_same(translated):
-    translated.load(read("text_to_video.json"), "text")
-    assert essence(translated.prompt()) == essence(read("api", "text_to_video.json"))
+    translated.load(editor_form("text_to_video"), "text")
+    assert essence(translated.prompt()) == essence(api_form("text_to_video"))

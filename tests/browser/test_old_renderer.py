@@ -1,12 +1,12 @@
 """The same nodes, drawn on the canvas as ComfyUI did before its "Nodes 2.0"."""
 
 from tests.harness.browser import label, open_editor
-from tests.harness.templates import read
+from tests.harness.templates import editor_form
 
 
 def test_old_renderer_opens_and_names_everything_too(templates_server):
     with open_editor(templates_server.url, **{"Comfy.VueNodes.Enabled": False}) as editor:
-        editor.load(read("tiny_mochi.json"), "tiny")
+        editor.load(editor_form("tiny_mochi"), "tiny")
         assert editor.missing() == []
         assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (0.8 s)"
         editor.page.get_by_test_id("queue-button").click()

@@ -16,7 +16,7 @@ def old(name):
 
 
 def convert(editor):
-    editor.command("MochiNodes.Convert")
+    editor.command("mochinodes.Convert")
     editor.page.wait_for_timeout(1500)
 
 
@@ -44,7 +44,7 @@ def test_command_says_when_there_is_nothing_to_convert(editor):
 
 def test_builtin_graphs_get_an_offer_once_and_are_left_alone(editor):
     before = old("stock")
-    editor.page.evaluate("localStorage.removeItem('MochiNodes.Offered')")  # a person who has never been asked
+    editor.page.evaluate("localStorage.removeItem('mochinodes.Offered')")  # a person who has never been asked
     offer = editor.page.get_by_text("This workflow uses ComfyUI's built-in Mochi", exact=False)
     editor.load(before, "stock")
     offer.first.wait_for()

@@ -6,7 +6,7 @@ from tests.harness.client import ComfyClient
 from tests.harness.frames import read_frames
 from tests.harness.semantics import main_color
 from tests.harness.template_files import shrunk
-from tests.harness.templates import FOLDER, NAMES, files, read
+from tests.harness.templates import FOLDER, NAMES, TITLES, api_form, files
 
 
 def test_files_are_what_the_source_says(templates_server):
@@ -15,14 +15,14 @@ def test_files_are_what_the_source_says(templates_server):
         assert path.read_text(encoding="utf-8") == text, (
             f"run `python dev.py generate templates`; {path} is older than its source"
         )
-    assert {path.stem for path in FOLDER.glob("*.json")} == set(NAMES)
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(TITLES.values())
     assert {path.stem for path in FOLDER.glob("api/*.json")} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_to_a_video(templates_server, name):
     client = ComfyClient(templates_server.url)
-    run = client.run(shrunk(read("api", f"{name}.json"), "a green square moving left"))
+    run = client.run(shrunk(api_form(name), "a green square moving left"))
     assert run.outcome == "execution_success", run.error
     frames = read_frames(client.download(run.files[0]))
     assert len(frames) == 25

@@ -1,7 +1,6 @@
 """The help pages of the nodes say what the nodes do: every input with its real range and default, and real messages."""
 
 import ast
-import json
 import re
 import urllib.request
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 from tests.harness.locales import inputs_of, node_infos
 from tests.harness.server import PACK, ROOT
+from tests.harness.templates import TITLES, api_form
 
 PAGES = ROOT / "web" / "docs"
 SECTIONS = ["Inputs", "Outputs", "Example", "Common errors"]
@@ -109,16 +109,16 @@ def test_every_output_is_there(infos):
 
 def test_examples_show_the_node():
     """One picture, and templates (in bold) that have the node; the front end follows no other links from here."""
+    names = {title.removeprefix("Mochi 1 - "): name for name, title in TITLES.items()}
     for name, page in pages().items():
         example = sections(page)["Example"]
         (picture,) = re.findall(r"!\[.+\]\((.+)\)", example)
         assert page.count("](") == 1, name
         assert (PAGES / picture).is_file(), picture
-        templates = [*re.findall(r"\*\*(.+?)\*\*", example), Path(picture).stem]
-        assert len(templates) > 1, name
-        for template in templates:
-            nodes = json.loads((ROOT / "workflows" / "api" / f"{template}.json").read_text(encoding="utf-8"))
-            assert name in {node["class_type"] for node in nodes.values()}, f"{name}: {template}"
+        templates = [names[title] for title in re.findall(r"\*\*(.+?)\*\*", example)]
+        assert templates, name
+        for template in [*templates, Path(picture).stem]:
+            assert name in {node["class_type"] for node in api_form(template).values()}, f"{name}: {template}"
 
 
 def test_messages_are_those_of_the_code():

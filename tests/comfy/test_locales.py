@@ -126,9 +126,9 @@ def test_the_server_hands_them_to_the_front_end(comfy_client):
 
 
 def test_the_editors_command_has_a_name_in_every_language():
-    name = read("en", "commands")["MochiNodes_Convert"]["label"]
+    name = read("en", "commands")["mochinodes_Convert"]["label"]
     assert f'label: "{name}"' in (ROOT / "web" / "convert.js").read_text(encoding="utf-8")
     for language in LANGUAGES:
-        label = read(language, "commands")["MochiNodes_Convert"]["label"]
+        label = read(language, "commands")["mochinodes_Convert"]["label"]
         assert label
         assert read(language, "main")["menuLabels"] == {name: label}

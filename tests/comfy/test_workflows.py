@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
-NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+NAMES = sorted(path.stem for path in WORKFLOWS.glob("api/*.json"))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from workflows.api.client import run
 BASE = ROOT / ".dev" / "comfyui-data"
 VIDEOS = ROOT / ".dev" / "videos"
 WORKFLOWS = ROOT / "workflows"
+TINY = "Mochi 1 - Tiny demo, no download.json"
 SMALL = {"width": 96, "height": 64, "num_frames": 25, "steps": 8}
 PROMPTS = (
     "a red star moving to the right",
@@ -42,9 +43,9 @@ def main() -> None:
 
 
 def keep_open(server: ComfyServer) -> None:
-    saved = BASE / "user" / "default" / "workflows" / "tiny_mochi.json"
+    saved = BASE / "user" / "default" / "workflows" / TINY
     saved.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(WORKFLOWS / "tiny_mochi.json", saved)
+    shutil.copyfile(WORKFLOWS / TINY, saved)
     print(f"The editor is at {server.url}; open the workflow {saved.stem} there. Ctrl+C ends it.", flush=True)
     try:
         server.process.wait()

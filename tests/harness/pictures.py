@@ -5,7 +5,6 @@ Thumbnails of the templates are videos that the templates made, with the tiny mo
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from tests.harness.frames import read_frames
 from tests.harness.purple import train_purple
 from tests.harness.server import ROOT, ComfyServer
 from tests.harness.template_files import shrunk, write_files
+from tests.harness.templates import TITLES, api_form, editor_form
 
 WORKFLOWS = ROOT / "workflows"
 HELP = ROOT / "web" / "docs" / "images"
@@ -60,12 +60,12 @@ def main() -> None:
                 frames = template_frames(client, name, prompt)
                 if name == "video_to_video":
                     frames = side_by_side(pictures_of((base / "input" / "mochi_input.mp4").read_bytes()), frames)
-                write_thumbnail(frames, WORKFLOWS / f"{name}.jpg")
+                write_thumbnail(frames, WORKFLOWS / f"{TITLES[name]}.jpg")
             take_screenshots(server.url)
 
 
 def template_frames(client: ComfyClient, name: str, prompt: str) -> list[Image.Image]:
-    graph = shrunk(json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8")), prompt)
+    graph = shrunk(api_form(name), prompt)
     for node in graph.values():
         if name == "long_video_low_memory" and node["class_type"] == "Mochi1Length":
             node["inputs"]["seconds"] = LONG
@@ -120,7 +120,7 @@ def take_screenshots(url: str) -> None:
 
 
 def open_template(editor: Editor, name: str) -> None:
-    editor.load(json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")), name)
+    editor.load(editor_form(name), TITLES[name])
     editor.command("Comfy.Canvas.FitView")
     editor.page.wait_for_timeout(1500)
 

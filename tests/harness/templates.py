@@ -20,7 +20,7 @@ def files(definitions: dict[str, Any]) -> dict[Path, str]:
     """What stands in every file, given a server's /object_info."""
     found = {}
     for template in TEMPLATES:
-        found[FOLDER / f"{template.name}.json"] = written(to_editor(template, definitions))
+        found[FOLDER / f"{template.title}.json"] = written(to_editor(template, definitions))
         found[FOLDER / "api" / f"{template.name}.json"] = written(to_api(template, definitions))
     return found
 
@@ -29,11 +29,20 @@ def written(graph: dict[str, Any]) -> str:
     return json.dumps(graph, indent=2, ensure_ascii=False) + "\n"
 
 
-NAMES = [template.name for template in TEMPLATES]
+TITLES = {template.name: template.title for template in TEMPLATES}
+NAMES = list(TITLES)
 
 
-def read(*parts):
-    return json.loads(FOLDER.joinpath(*parts).read_text(encoding="utf-8"))
+def editor_form(name: str) -> dict[str, Any]:
+    return _read(FOLDER / f"{TITLES[name]}.json")
+
+
+def api_form(name: str) -> dict[str, Any]:
+    return _read(FOLDER / "api" / f"{name}.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def essence(prompt):

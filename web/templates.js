@@ -1,0 +1,41 @@
+// The templates of this pack: the two for a beginner lead, and a link opens one by its title.
+import { app } from "/scripts/app.js";
+import { api } from "/scripts/api.js";
+
+const PACK = decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2));
+const FIRST = ["Mochi 1 - Text to Video", "Mochi 1 - Tiny demo, no download"];
+
+// The server lists files in the order of the disk.
+const place = (title) => (FIRST.indexOf(title) + 1 || FIRST.length + 1);
+const inOrder = (titles) => titles.sort((a, b) => place(a) - place(b) || a.localeCompare(b));
+
+const getWorkflowTemplates = api.getWorkflowTemplates;
+api.getWorkflowTemplates = async function () {
+  const titles = await getWorkflowTemplates.call(this);
+  if (titles[PACK]) inOrder(titles[PACK]);
+  return titles;
+};
+
+// The host's own links, ?template=NAME&source=PACK, refuse names with spaces.
+async function openLinked() {
+  const query = new URLSearchParams(location.search);
+  const title = query.get("template");
+  if (query.get("source") !== PACK || !title?.includes(" ")) return;
+  const response = await api.fetchApi(`/workflow_templates/${PACK}/${encodeURIComponent(title)}.json`);
+  history.replaceState(history.state, "", location.pathname);
+  if (!response.ok) {
+    const detail = `There is no template named ${title}; the menu lists all of them under Templates, Extensions.`;
+    return app.extensionManager.toast.add({ severity: "warn", summary: "Mochi Nodes", detail, life: 12000 });
+  }
+  await app.loadGraphData(await response.json(), true, true, title, { openSource: "template" });
+}
+
+let opened = false;
+
+app.registerExtension({
+  name: "mochinodes.Templates",
+  afterConfigureGraph() {
+    if (!opened) setTimeout(openLinked); // behind the workflow that the host opens first
+    opened = true;
+  },
+});
