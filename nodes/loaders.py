@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
@@ -23,12 +24,24 @@ DTYPE_CHOICES_WITH_FP8 = {**DTYPE_CHOICES, "fp8_e4m3fn": torch.float8_e4m3fn}
 QUANTIZED = {"fp8_e4m3fn": "fp8", "fp8_rowwise": "fp8_rowwise", "int8": "int8", "q4_0": "q4_0"}
 UNLISTED = ("*.gguf", INDEX_PATTERN)
 NO_SECOND_FILE = "none"
+# Where an entry of the host's cache has the time at which it was made.
+WALKED_AT = 2
 # The tiny Mochi that comes with the pack: only these loaders list it, so that other nodes' lists stay as they are.
 OWN_MODELS = Path(__file__).parents[1] / "models"
 
 
 def files(*kinds: str) -> list[str]:
-    """What the host lists in its model folders, what it does not (GGUF, indices of sharded files), and the tiny Mochi."""
+    """What the host lists in its model folders, what it does not (GGUF, indices of sharded files), and the tiny Mochi.
+
+    Schemas, and with them these lists, are made many times for a prompt; the host walks through a folder only if it has changed.
+    """
+    for kind in kinds:
+        folder_paths.get_filename_list(kind)
+    return [*_files(kinds, tuple(folder_paths.filename_list_cache[kind][WALKED_AT] for kind in kinds))]
+
+
+@lru_cache(maxsize=4)  # as many loaders
+def _files(kinds: tuple[str, ...], _walked_at: tuple[float, ...]) -> list[str]:
     listed = {name for kind in kinds for name in [*folder_paths.get_filename_list(kind), *unlisted_files(kind)]}
     return [*sorted(listed - own_files(*kinds)), *sorted(own_files(*kinds))]
 
@@ -38,9 +51,8 @@ def own_files(*kinds: str) -> set[str]:
 
 
 def unlisted_files(kind: str) -> list[str]:
-    names = (
-        name for folder in folder_paths.get_folder_paths(kind) for name in folder_paths.recursive_search(folder)[0]
-    )
+    folders = folder_paths.get_folder_paths(kind)
+    names = (name for folder in folders for name in folder_paths.recursive_search(folder, [".git"])[0])
     return [name for name in names if any(fnmatch(name.lower(), pattern) for pattern in UNLISTED)]
 
 

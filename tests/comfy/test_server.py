@@ -1,6 +1,7 @@
 """A real ComfyUI server, driven over its API as a client would."""
 
 import io
+import os
 import shutil
 import threading
 import time
@@ -78,6 +79,31 @@ def test_file_names_cannot_leave_the_model_folders(comfy_client, comfy_server):
     assert (comfy_server.base / "models/vae/mochi_vae.safetensors").is_file()
     with pytest.raises(PromptRefused, match="not in list"):
         comfy_client.run(graph)
+
+
+def test_model_folders_are_read_again_when_one_has_changed_and_only_then(comfy_client, comfy_server):
+    def reads():
+        return comfy_client.run({"count": node("ProbeCountReads", turn=next(FRESH_SEEDS))}).outputs["count"]["count"][0]
+
+    def listed():
+        return comfy_client.get("/object_info/Mochi1LoadT5")["Mochi1LoadT5"]["input"]["required"]["t5_name"][1][
+            "options"
+        ]
+
+    folder = comfy_server.base / "models" / "text_encoders" / "of mine"
+    (folder / ".git").mkdir(parents=True)
+    for name in ("new.gguf", ".git/old.gguf", "other.json"):
+        (folder / name).touch()
+    assert f"of mine{os.sep}new.gguf" in listed()
+    assert not [name for name in listed() if name.endswith(("old.gguf", "other.json"))]
+    comfy_client.run(prompt())
+    before = reads()
+    comfy_client.run(prompt())
+    assert reads() == before + 1  # which is the count of the line above
+    (folder / "newer.gguf").touch()
+    assert f"of mine{os.sep}newer.gguf" in listed()
+    shutil.rmtree(folder)
+    assert not [name for name in listed() if name.startswith("of mine")]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,12 @@
-"""A node pack for the tests alone: it writes tensors where a test can read them, makes memory scarce, and has an old name."""
+"""A node pack for the tests alone: it writes tensors where a test can read them, makes memory scarce, counts what is read, and
+has an old name."""
 
 import ctypes
+import itertools
+import logging
 import resource
+import sys
+import threading
 from pathlib import Path
 
 import folder_paths
@@ -44,6 +49,39 @@ class LimitMemory(io.ComfyNode):
         return io.NodeOutput(value)
 
 
+class CountReads(io.ComfyNode):
+    """How often a folder of models has been read since the server began."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="ProbeCountReads", inputs=[io.Int.Input("turn")], is_output_node=True)
+
+    @classmethod
+    def execute(cls, turn):  # noqa: ARG003 - no result is cached for another turn
+        return io.NodeOutput(ui={"count": [next(FOLDER_READS)]})
+
+
+FOLDER_READS = itertools.count()
+
+
+def count_folder_reads(event, arguments):
+    if event in ("os.listdir", "os.scandir") and "/models" in str(arguments[0]):
+        next(FOLDER_READS)
+
+
+sys.addaudithook(count_folder_reads)
+
+
+def name_the_thread(record):
+    """Put in front of what is said of an old workflow whether the server's own thread, which answers clients, says it."""
+    if str(record.msg).startswith("Old Mochi workflow"):
+        record.msg = f"[{threading.current_thread().name}] {record.msg}"
+    return True
+
+
+logging.getLogger().addFilter(name_the_thread)
+
+
 class Unprepared(io.ComfyNode):
     """A MODEL whose runs prepare nothing."""
 
@@ -72,7 +110,7 @@ class OldName(io.ComfyNode):
 
 class Probe(ComfyExtension):
     async def get_node_list(self):
-        return [SaveTensor, LimitMemory, OldName, Unprepared]
+        return [SaveTensor, LimitMemory, OldName, Unprepared, CountReads]
 
 
 async def comfy_entrypoint():
