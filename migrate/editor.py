@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 from .graph import Link, Node, NodeId, Nodes
 from .our_nodes import NEW_NODES
 from .tables import MODEL_TYPES
+from .unseen import add_unseen_links
 
 Json = dict[str, Any]
 """An object of a file."""
@@ -101,6 +102,7 @@ def read(graph: Json) -> Nodes:
     records = {record["id"]: record for record in map(_record, _links(graph))}
     where = f" in {graph['name']}" if "name" in graph else ""
     nodes = {raw["id"]: _node(raw, records, where) for raw in graph["nodes"]}
+    add_unseen_links(graph, nodes)
     outward = [record for record in records.values() if record["target_id"] == OUTSIDE]
     if outward:
         links = {str(record["target_slot"]): _link(record) for record in outward}

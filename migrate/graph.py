@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from .our_nodes import AFTER_SEED, NEW_NODES
-from .tables import CLIP_LOADERS, DROPPED, LEFT, PASSES_ON, REMOVED, Part, ReplacementRule
+from .tables import CLIP_LOADERS, DROPPED, LEFT, PASSES_ALL_ON, PASSES_ON, REMOVED, SENDERS, Part, ReplacementRule
 
 NodeId: TypeAlias = int | str
 Nodes: TypeAlias = dict[NodeId, "Node"]
@@ -60,19 +60,36 @@ def named_values(node: Node, names: tuple[str, ...]) -> dict[str, object]:
     return values
 
 
-def source(nodes: Nodes, link: Link | None) -> Link | None:
-    """Where a link comes from in the end, through reroutes and outputs that only pass an input on; None if it is a circle."""
-    for _ in nodes:
-        if link is None or link.origin not in nodes:
-            return link
-        node = nodes[link.origin]
-        if node.type == "Reroute":
-            link = next(iter(node.links.values()), None)
-        elif name := PASSES_ON.get((node.type, link.slot)):
-            link = node.links.get(name)
-        else:
-            return link
-    return None
+def sources(nodes: Nodes) -> Callable[[Link | None], Link | None]:
+    """A function from a link to where it comes from in the end, through nodes and outputs that only pass an input on.
+
+    It gives None for a circle, and for an end without a link. Each output is looked at once, however many links come from it.
+    """
+    known: dict[tuple[NodeId, NodeId], Link | None] = {}
+
+    def source(link: Link | None) -> Link | None:
+        way = []
+        while link is not None and (link.origin, link.slot) not in known:
+            known[link.origin, link.slot] = None  # until the end is found, which a circle has not
+            way.append((link.origin, link.slot))
+            name = _passed_input(nodes, link)
+            if name is None:
+                known[way[-1]] = link
+            else:
+                link = nodes[link.origin].links.get(name)
+        end = None if link is None else known[link.origin, link.slot]
+        known.update(dict.fromkeys(way, end))
+        return end
+
+    return source
+
+
+def _passed_input(nodes: Nodes, link: Link) -> str | None:
+    """The input that the output which `link` comes from only passes on; None if it gives something of its own."""
+    node = nodes.get(link.origin)
+    if node is not None and node.type in PASSES_ALL_ON:
+        return next(iter(node.links), "")
+    return PASSES_ON.get((node.type, link.slot)) if node is not None else None
 
 
 def convert(nodes: Nodes, rules: Rules, new_id: Callable[[], NodeId]) -> list[str]:
@@ -110,8 +127,9 @@ def _use_mochi_clip(nodes: Nodes, rules: Rules) -> list[str]:
     """Have CLIP loaders in front of MochiTextEncode load for Mochi: the wrapper took T5 out of any CLIP, mostly one for sd3."""
     notes: list[str] = []
     loaders: Nodes = {}
+    source = sources(nodes)
     for encoder in [nodes[key] for key in rules if nodes[key].type == "MochiTextEncode"]:
-        link = source(nodes, encoder.links.get("clip"))
+        link = source(encoder.links.get("clip"))
         loader = nodes.get(link.origin) if link else None
         if loader is None or loader.type not in (*CLIP_LOADERS, "Mochi1LoadT5"):
             notes.append(f"{encoder.label} needs a CLIP from Load Mochi T5, or from Load CLIP with type mochi.")
@@ -124,9 +142,10 @@ def _use_mochi_clip(nodes: Nodes, rules: Rules) -> list[str]:
 def _other_users(nodes: Nodes, rules: Rules) -> dict[NodeId, str]:
     """{node: the label of a node that uses it}, where the user is neither replaced nor a node of this pack."""
     users: dict[NodeId, str] = {}
+    source = sources(nodes)
     for node in nodes.values():
-        if node.id not in rules and node.type not in NEW_NODES and node.type != "Reroute":
-            found = [source(nodes, link) for link in node.links.values()]
+        if node.id not in rules and node.type not in (*NEW_NODES, *PASSES_ALL_ON, *SENDERS):
+            found = [source(link) for link in node.links.values()]
             users |= {link.origin: node.label for link in found if link}
     return users
 
@@ -160,9 +179,10 @@ def passes_on(nodes: Nodes) -> list[tuple[Node, str]]:
 def _shorten_clip_links(nodes: Nodes) -> list[str]:
     """Link what used MochiTextEncode's second output, its CLIP, to the CLIP's source: T5 Encode has no such output."""
     notes: list[str] = []
+    source = sources(nodes)
     for node, name in passes_on(nodes):
         link = node.links[name]
-        if found := source(nodes, link):
+        if found := source(link):
             node.links[name] = Link(found.origin, found.slot, link.number)
         else:
             del node.links[name]

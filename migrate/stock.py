@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from .graph import Node, NodeId, Nodes, Rules, named_values, source
+from .graph import Node, NodeId, Nodes, Rules, named_values, sources
 from .tables import STOCK
 
 LATENT = "EmptyMochiLatentVideo"
@@ -26,7 +26,7 @@ def _names_mochi(node: Node) -> bool:
 def stock_rules(nodes: Nodes) -> tuple[Rules, list[str]]:
     """The rules for Mochi's loaders and what is linked to them, and a note for each loader that stays as it is."""
     loaders = _mochi_loaders(nodes)
-    links = {key: _loaded_from(nodes, node) for key, node in nodes.items() if node.type in LOADED_INPUTS}
+    links = _loaded_from(nodes, [node for node in nodes.values() if node.type in LOADED_INPUTS])
     chosen = loaders | {key for key, origin in links.items() if origin in loaders}
     left = [node for node in nodes.values() if node.type in LOADER_FILES and node.id not in loaders]
     notes = [f"{node.label} stays as it is; neither its links nor the name of its file say mochi." for node in left]
@@ -41,7 +41,7 @@ def _mochi_loaders(nodes: Nodes) -> set[NodeId]:
     latents = _reached(nodes, {key for key, node in nodes.items() if node.type == LATENT})
     models = unets & named or {key for key in unets if _reached(nodes, {key}) & latents}
     decodes = [nodes[key] for key in latents | _reached(nodes, models) if nodes[key].type in DECODES]
-    decoding = {_loaded_from(nodes, node) for node in decodes}
+    decoding = set(_loaded_from(nodes, decodes).values())
     vaes = {key for key, node in nodes.items() if node.type == "VAELoader" and key in named | decoding}
     clips = {key for key, node in nodes.items() if node.type == "CLIPLoader" and _is_for_mochi(node)}
     return models | vaes | clips
@@ -51,9 +51,11 @@ def _is_for_mochi(loader: Node) -> bool:
     return "mochi" in named_values(loader, tuple(STOCK["CLIPLoader"].widgets)).values()
 
 
-def _loaded_from(nodes: Nodes, node: Node) -> NodeId | None:
-    link = source(nodes, node.links.get(LOADED_INPUTS[node.type]))
-    return link.origin if link else None
+def _loaded_from(nodes: Nodes, users: list[Node]) -> dict[NodeId, NodeId | None]:
+    """{node: the loader of what it uses} for nodes that have a place in `LOADED_INPUTS`; None where nothing is linked."""
+    source = sources(nodes)
+    links = {node.id: source(node.links.get(LOADED_INPUTS[node.type])) for node in users}
+    return {key: link.origin if link else None for key, link in links.items()}
 
 
 def _reached(nodes: Nodes, start: set[NodeId]) -> set[NodeId]:

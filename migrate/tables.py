@@ -186,5 +186,17 @@ LEFT = ("MochiWrapperSamplerCustom", "MochiUnsampler", "MochiResampler", "MochiP
 PASSES_ON: dict[tuple[str, int | str], str] = {("MochiTextEncode", 1): "clip", ("Mochi1T5Encode", 1): "clip"}
 """{(type, output): the input that this output only passes on}. T5 Encode has none, but for links that stay behind when the editor
 puts it in MochiTextEncode's place."""
+SETTERS, GETTERS = ("SetNode", "easy setNode"), ("GetNode", "easy getNode")
+"""Nodes of KJNodes and Easy-Use that link without a line: a getter gives what the setter of the same name takes."""
+PASSES_ALL_ON = ("Reroute", "Reroute (rgthree)", *SETTERS, *GETTERS)
+"""Nodes whose only input comes out again."""
+SENDERS = (
+    "Anything Everywhere",
+    "Anything Everywhere3",
+    "Anything Everywhere?",
+    "Prompts Everywhere",
+    "Seed Everywhere",
+)
+"""Nodes of Use Everywhere: what they take goes to inputs of that type which have no link."""
 CLIP_LOADERS = {"CLIPLoader": ("clip_name", "type"), "CLIPLoaderGGUF": ("clip_name", "type")}
 """Widgets of ComfyUI's loaders of text encoders, in the editor's order, up to the one that says for which model."""

@@ -7,7 +7,10 @@ those and, as only a person who chose the command wants it, graphs for the built
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 from aiohttp import web
@@ -17,8 +20,11 @@ from server import PromptServer
 import nodes as host
 
 from ..migrate import migrate, migrate_prompt
-from ..migrate.api import is_prompt
+from ..migrate.api import Prompt, is_prompt
 from ..migrate.tables import WRAPPER, ReplacementRule
+
+CONVERTED: ContextVar[tuple[object, object]] = ContextVar("CONVERTED", default=(None, None))
+"""The prompt of the request that is being answered, as it has arrived and converted; None for both if it is none."""
 
 
 async def register() -> None:
@@ -27,6 +33,8 @@ async def register() -> None:
     for old, rule in WRAPPER.items():
         if len(rule.parts) == 1:
             await api.node_replacement.register(replacement(old, rule))
+    app = PromptServer.instance.app
+    app.middlewares.append(convert_in_a_thread)
     PromptServer.instance.add_on_prompt_handler(on_prompt)
     PromptServer.instance.routes.post("/mochi-nodes/migrate")(migrate_request)
 
@@ -48,18 +56,44 @@ def mapping(new: str, old: str) -> dict[str, Any]:
     return {"new_id": new, "set_value": "auto"} if new == "weight_dtype" else {"new_id": new, "old_id": old}
 
 
+@web.middleware
+async def convert_in_a_thread(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Convert a prompt before the host's handler reads it: a large one would keep every other client waiting there."""
+    if request.method == "POST" and request.path in ("/prompt", "/api/prompt"):
+        CONVERTED.set(await asyncio.to_thread(read_and_convert, await request.read()))  # the request keeps what is read
+    return await handler(request)
+
+
+def read_and_convert(body: bytes) -> tuple[object, object]:
+    try:
+        prompt = json.loads(body)["prompt"]
+    except (ValueError, LookupError, TypeError, RecursionError):  # the host says what is wrong with it
+        return None, None
+    return (prompt, converted(prompt)) if is_prompt(prompt) else (None, None)
+
+
 def on_prompt(request: Any) -> Any:
     """Convert the old nodes of a prompt that nothing here runs; every other request stays as it is."""
     prompt = request.get("prompt") if isinstance(request, dict) else None
     if not is_prompt(prompt):
         return request
+    arrived, done = CONVERTED.get()
+    if arrived != prompt:  # another handler has changed it
+        done = converted(prompt)
+    return {**request, "prompt": done}
+
+
+def converted(prompt: Prompt) -> Prompt:
+    """The prompt with our nodes in the place of old ones, of which it may have none."""
     try:
         migration = migrate_prompt(prompt, runs=host.NODE_CLASS_MAPPINGS)  # pyright: ignore[reportAttributeAccessIssue] - a type checker takes our folder for it
     except ValueError:  # nothing of the wrapper's in it
-        return request
+        return prompt
     for note in migration.notes:
         logging.info("Old Mochi workflow: %s", note)
-    return {**request, "prompt": migration.workflow}
+    return migration.workflow
 
 
 async def migrate_request(request: web.Request) -> web.Response:

@@ -213,6 +213,19 @@ def test_other_nodes_beside_old_ones_arrive_unchanged(comfy_client, frames_of, b
     assert frames_of(graph, "15").equal(frames_of(by_hand, "decode"))
 
 
+def test_prompts_are_converted_where_they_keep_no_other_client_waiting(comfy_server, comfy_client):
+    note = "MochiSampler (node 7): "
+    prompt = {"7": {"class_type": "MochiSampler", "inputs": {"fastercache": ["8", 0]}}}
+    for path in ("/prompt", "/api/prompt"):
+        before = comfy_server.log.stat().st_size
+        status, _ = refusal(comfy_client, path, json.dumps({"prompt": prompt}).encode())
+        assert status == 400
+        said = comfy_server.log.read_bytes()[before:].decode().splitlines()
+        (line,) = (line for line in said if note in line)
+        assert "Old Mochi workflow" in line
+        assert "[MainThread]" not in line
+
+
 def refusal(client, path, body, content_type="application/json"):
     """Status and answer of a request that is refused."""
     request = urllib.request.Request(client.url + path, body, {"Content-Type": content_type})

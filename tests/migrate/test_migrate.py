@@ -537,6 +537,113 @@ def test_work_grows_with_the_graph_and_no_faster():
     assert migration.workflow["nodes"][:3000] == graph["nodes"][:3000]
 
 
+def chain(count, kind, users):
+    """A CLIP that goes through `count` nodes of a kind, one after the other, to as many encoders as there are users."""
+    name, slot = ("clip", 1) if kind == "MochiTextEncode" else ("", 0)
+    prompt = {"0": {"class_type": "CLIPLoader", "inputs": {"clip_name": "t5.safetensors", "type": "sd3"}}}
+    for i in range(1, count + 1):
+        prompt[str(i)] = {"class_type": kind, "inputs": {name: [str(i - 1), slot if i > 1 else 0]}}
+    for i in range(users):
+        prompt[f"user {i}"] = {"class_type": "MochiTextEncode", "inputs": {"prompt": "x", "clip": [str(count), slot]}}
+    return prompt
+
+
+@pytest.mark.parametrize("kind", ["Reroute", "MochiTextEncode"])
+def test_chains_are_followed_in_linear_time(kind):
+    _, few = calls_of(lambda: migrate(chain(50, kind, 50)))
+    migration, many = calls_of(lambda: migrate(chain(500, kind, 500)))
+    assert many < 15 * few
+    assert migration.workflow["0"]["inputs"]["type"] == "mochi"
+    assert migration.workflow["user 499"]["inputs"]["clip"] == (["0", 0] if kind == "MochiTextEncode" else ["500", 0])
+
+
+def graph_without_lines(*nodes, extra=None):
+    """A CLIP loader, a line from it to the node 2, an encoder 9 whose CLIP has none, and `nodes`: (id, type, values, output)."""
+    loader = {"id": 1, "type": "CLIPLoader", "widgets_values": ["t5.safetensors", "sd3"]}
+    loader["outputs"] = [{"name": "CLIP", "type": "CLIP", "links": [1]}]
+    encoder = {"id": 9, "type": "MochiTextEncode", "widgets_values": ["x"], "outputs": []}
+    encoder["inputs"] = [{"name": "clip", "type": "CLIP", "link": None}]
+    others = [
+        {
+            "id": key,
+            "type": kind,
+            "widgets_values": values,
+            "inputs": [{"name": "*", "type": "*", "link": 1 if key == 2 else None}],
+        }
+        for key, kind, values in nodes
+    ]
+    return {"nodes": [loader, *others, encoder], "links": [[1, 1, 0, 2, 0, "*"]], "extra": extra}
+
+
+def with_line(graph, origin, target):
+    link = 1 + len(graph["links"])
+    ends = {node["id"]: node for node in graph["nodes"]}
+    ends[origin]["outputs"] = [{"name": "CLIP", "type": "*", "links": [link]}]
+    ends[target]["inputs"][0]["link"] = link
+    graph["links"].append([link, origin, 0, target, 0, "CLIP"])
+    return graph
+
+
+SENT = {"downstream": 9, "downstream_slot": 0, "upstream": "1", "upstream_slot": 0, "controller": 2, "type": "CLIP"}
+WITHOUT_LINES = {
+    "SetNode": with_line(graph_without_lines((2, "SetNode", ["T5"]), (3, "GetNode", ["T5"])), 3, 9),
+    "easy setNode": with_line(graph_without_lines((2, "easy setNode", ["T5"]), (3, "easy getNode", ["T5"])), 3, 9),
+    "two names": with_line(
+        graph_without_lines((2, "SetNode", ["a"]), (4, "SetNode", ["b"]), (3, "GetNode", ["a"])), 3, 9
+    ),
+    "Anything Everywhere": graph_without_lines((2, "Anything Everywhere", [])),
+    "and saved": graph_without_lines((2, "Anything Everywhere?", []), extra={"ue_links": [SENT]}),
+    "and through a reroute": with_line(
+        graph_without_lines((2, "Reroute (rgthree)", []), (3, "Anything Everywhere3", [])), 2, 3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_LINES)
+def test_a_clip_that_comes_without_a_line_is_loaded_for_mochi(name):
+    graph = WITHOUT_LINES[name]
+    migration = migrate(graph)
+    assert migration.notes == ["CLIPLoader (node 1): type sd3 becomes mochi."]
+    nodes = {node["id"]: node for node in migration.workflow["nodes"]}
+    assert nodes[1]["widgets_values"] == ["t5.safetensors", "mochi"]
+    assert nodes[9]["type"] == "Mochi1T5Encode"
+    assert migration.workflow["links"] == graph["links"]
+    assert nodes[9]["inputs"][0]["link"] == graph["nodes"][-1]["inputs"][0]["link"]
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        [],
+        None,
+        {},
+        [None],
+        [{}],
+        [{**SENT, "downstream_slot": 5}],
+        [{**SENT, "upstream": [1]}],
+        [{**SENT, "upstream": 77}],
+    ],
+)
+def test_a_clip_that_comes_from_nowhere_is_reported(saved):
+    graph = graph_without_lines((2, "Anything Everywhere?", []), (3, "GetNode", []), extra={"ue_links": saved})
+    graph["nodes"][1]["mode"] = 4  # bypassed
+    migration = migrate(graph)
+    assert migration.notes == [
+        "MochiTextEncode (node 9) needs a CLIP from Load Mochi T5, or from Load CLIP with type mochi."
+    ]
+
+
+@pytest.mark.parametrize("kind", ["GetNode", "Anything Everywhere"])
+def test_who_else_uses_a_clip_without_a_line_is_found(kind):
+    graph = with_line(graph_without_lines((2, "SetNode", ["T5"]), (3, "GetNode", ["T5"]), (4, kind, ["T5"])), 3, 9)
+    graph["nodes"].append(
+        {"id": 5, "type": "CLIPTextEncode", "inputs": [{"name": "clip", "type": "CLIP", "link": None}]}
+    )
+    graph = with_line(graph, 4, 5) if kind == "GetNode" else with_line(with_line(graph, 3, 9), 3, 4)
+    (note,) = migrate(graph).notes
+    assert note.startswith("CLIPLoader (node 1) keeps its type sd3, as CLIPTextEncode (node 5) uses it, too")
+
+
 @pytest.mark.parametrize("form", ["editor", "api"])
 def test_a_clip_loader_that_others_use_keeps_its_type(form):
     if form == "api":
