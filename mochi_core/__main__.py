@@ -24,8 +24,9 @@ from .doctor import render as render_report
 from .dtypes import DTYPES
 from .geometry import FPS, seconds_to_frames
 from .io.latent_files import load_latents, save_latents
-from .io.video import VideoWriter, save_video, to_unit_range
+from .io.video import save_video, to_unit_range, video_file
 from .lora import load_lora
+from .output_files import check_writable
 from .pipeline import MochiPipeline
 from .quantization.weights import QUANTIZERS
 from .sampling.block_cache import METHODS, BlockCache
@@ -51,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def generate(options: argparse.Namespace) -> None:
-    choose_attention(options.attention, options.device, DTYPES[options.dtype])  # fails before anything is loaded
+    check_writable(options.output)  # before anything is loaded, as the next
+    choose_attention(options.attention, options.device, DTYPES[options.dtype])
     home = "cpu" if options.offload else options.device
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
     transformer = load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize)
@@ -105,7 +107,7 @@ def decode_to_file(vae: AsymmVAE, latents: torch.Tensor, output: Path, options: 
     """Decode latents (1, 12, T, H, W) into a video file a few frames at a time, so that memory does not grow with its length."""
     with (
         tqdm(total=vae.decoded_shape(latents.shape)[2], unit="frame") as bar,
-        VideoWriter(output, options.fps) as writer,
+        video_file(output, options.fps) as writer,
     ):
         for piece in vae.decode_stream(latents, options.memory_limit):
             writer.write(to_unit_range(piece)[0].permute(1, 2, 3, 0))
@@ -132,7 +134,7 @@ def convert(options: argparse.Namespace) -> None:
         raise ValueError(f"{destination} must end in .safetensors; only diffusers has a folder for a model.")
     conversion = plan_conversion(options.source, options.to, options.dtype, options.part)
     with tqdm(total=len(conversion.tensors), unit="tensor") as bar:
-        write_conversion(conversion, destination, bar.update)
+        write_conversion(conversion, destination, bar.update, overwrite=options.force)
     print(destination)
 
 

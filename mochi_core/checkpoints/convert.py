@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
 from ..dtypes import DTYPES
+from ..output_files import folder, replacing
 from ..quantization.weights import quantize_fp8
 from .formats.reader import open_checkpoint
 from .formats.writer import write_safetensors
@@ -78,21 +79,22 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
     return Conversion(converted, {"format": "pt", **metadata}, _config_entries(model), WEIGHTS[part])
 
 
-def write_conversion(conversion: Conversion, destination: Path, on_tensor: Callable[[], object] = lambda: None) -> None:
-    """Write a .safetensors file or, under any other name, a folder that `from_pretrained` loads."""
-    is_file = destination.suffix == ".safetensors"
-    weights = destination if is_file else destination / conversion.weights_name
-    is_new_folder = not weights.parent.exists()
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write_safetensors(weights, conversion.tensors, conversion.metadata, on_tensor)
-    except BaseException:
-        if is_new_folder:
-            weights.parent.rmdir()
-        raise
-    if not is_file:
-        config = json.dumps(conversion.config_entries, indent=2) + "\n"
-        (destination / "config.json").write_text(config, encoding="utf-8")
+def write_conversion(
+    conversion: Conversion, destination: Path, on_tensor: Callable[[], object] = lambda: None, *, overwrite: bool = True
+) -> None:
+    """Write a .safetensors file or, under any other name, a folder that `from_pretrained` loads.
+
+    Raises:
+        OSError: it cannot be written; without `overwrite`, also if there is a file by the end.
+    """
+    if destination.suffix == ".safetensors":
+        with folder(destination.parent):
+            write_safetensors(destination, conversion.tensors, conversion.metadata, on_tensor, overwrite=overwrite)
+        return
+    weights, config = destination / conversion.weights_name, destination / "config.json"
+    with folder(destination), replacing(config, overwrite=overwrite) as temporary:
+        temporary.write_text(json.dumps(conversion.config_entries, indent=2) + "\n", encoding="utf-8")
+        write_safetensors(weights, conversion.tensors, conversion.metadata, on_tensor, overwrite=overwrite)
 
 
 def _only_part(files: list[Checkpoint]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoints import open_checkpoint
+from ..checkpoints import from_state_dict, open_checkpoint
+from ..checkpoints.formats.writer import write_safetensors
 from ..geometry import LATENT_CHANNELS
 
 NAME = "latent_tensor"
@@ -18,8 +18,13 @@ UNMARKED_SCALE = 0.18215
 
 
 def save_latents(latents: Tensor, path: str | Path) -> None:
-    """Write VAE-space latents (B, 12, T, H, W)."""
-    save_file({NAME: latents.float().contiguous(), VERSION_MARK: torch.tensor([])}, path)
+    """Write VAE-space latents (B, 12, T, H, W) on any device.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    tensors = from_state_dict({NAME: latents.float().cpu(), VERSION_MARK: torch.tensor([])})
+    write_safetensors(Path(path), tensors, {})
 
 
 def load_latents(path: str | Path) -> Tensor:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..geometry import FPS
+from ..output_files import replacing
+
+if TYPE_CHECKING:
+    from av.container import OutputContainer
 
 CRF = "17"
+BT709 = 1
+"""Primaries, transfer function and matrix of HD video, one code for all three (ITU-T H.273, tables 2 to 4)."""
+LIMITED_RANGE = 1
+"""Black is 16 and white 235 of 255, as players expect of video (AVCOL_RANGE_MPEG in FFmpeg's libavutil/pixfmt.h)."""
 
 
 def to_unit_range(video: Tensor) -> Tensor:
@@ -20,7 +30,7 @@ def to_unit_range(video: Tensor) -> Tensor:
 
 
 def save_video(frames: np.ndarray[Any, Any] | Tensor, path: str | Path, fps: int = FPS) -> None:
-    """Write one video as H.264 mp4.
+    """Write one video as H.264 mp4, in the colours of BT.709.
 
     Args:
         frames: (F, H, W, 3) or (1, F, H, W, 3); floats in [0, 1] or uint8; even H and W.
@@ -29,22 +39,37 @@ def save_video(frames: np.ndarray[Any, Any] | Tensor, path: str | Path, fps: int
 
     Raises:
         ValueError: another shape.
+        OSError: it cannot be written.
     """
-    with VideoWriter(path, fps) as writer:
+    with video_file(path, fps) as writer:
         writer.write(frames)
 
 
+@contextmanager
+def video_file(path: str | Path, fps: int = FPS) -> Iterator[VideoWriter]:
+    """Write an H.264 mp4 while its frames are made; the file is there when all is well at the end.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import av  # optional outside ComfyUI, and slow to import
+
+    with replacing(Path(path)) as temporary, av.open(str(temporary), mode="w", format="mp4") as container:
+        writer = VideoWriter(container, fps)
+        yield writer
+        container.mux(writer.stream.encode())
+
+
 class VideoWriter:
-    """Context manager that writes an H.264 mp4 while its frames are made; the file is there when all is well at the end."""
+    """The frames of a `video_file`: converted as BT.709 with limited range, and marked so, that players need not guess."""
 
-    def __init__(self, path: str | Path, fps: int = FPS) -> None:
-        import av  # optional outside ComfyUI, and slow to import
-
-        self.path = Path(path)
-        self.partial = self.path.with_stem(f".{self.path.stem}.partial")
-        self.container = av.open(str(self.partial), mode="w", format="mp4")
-        self.stream = self.container.add_stream("libx264", rate=fps, options={"crf": CRF})
+    def __init__(self, container: OutputContainer, fps: int) -> None:
+        self.container = container
+        self.stream = container.add_stream("libx264", rate=fps, options={"crf": CRF})
         self.stream.pix_fmt = "yuv420p"
+        codec = self.stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
+        codec.color_range = LIMITED_RANGE
 
     def write(self, frames: np.ndarray[Any, Any] | Tensor) -> None:
         """Append frames, of the shapes that `save_video` takes."""
@@ -54,21 +79,10 @@ class VideoWriter:
         if not self.stream.codec_context.is_open:
             self.stream.height, self.stream.width = images.shape[1:3]
         for image in images:
-            self.container.mux(self.stream.encode(VideoFrame.from_ndarray(image, format="rgb24")))
-
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        try:
-            if failure is None:
-                self.container.mux(self.stream.encode())
-        finally:
-            self.container.close()
-        if failure is None:
-            self.partial.replace(self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
+            frame = VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                format=self.stream.pix_fmt, dst_colorspace=BT709, dst_color_range=LIMITED_RANGE
+            )
+            self.container.mux(self.stream.encode(frame))
 
 
 def _as_uint8(frames: np.ndarray[Any, Any] | Tensor) -> np.ndarray[Any, Any]:

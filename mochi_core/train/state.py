@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+
+from ..output_files import replacing
 
 LOG_HEAD = ("step", "loss", "learning_rate", "seconds")
 
@@ -28,9 +31,10 @@ def save_state(
 
 def replace_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state file; an older one stays until the new one is complete."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    with replacing(path) as temporary:
+        file = BytesIO()  # a disk that is full has torch.save say nothing of it
+        torch.save(state, file)
+        temporary.write_bytes(file.getbuffer())
 
 
 def load_state(path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, settings: Settings) -> int:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from mochi_core import AsymmDiT, AsymmDiTConfig, AsymmVAE, load_transformer, load_vae
 from mochi_core.__main__ import main
 from mochi_core.checkpoints import from_state_dict, to_diffusers, transformer_rules
+from mochi_core.checkpoints.convert import plan_conversion, write_conversion
 from mochi_core.quantization.weights import quantize_fp8
 from tests.harness.command_line import convert, refused
 from tests.harness.memory import in_a_process, needs_proc, write_sparse
@@ -49,7 +50,7 @@ def test_there_and_back_is_the_identity(sources, tmp_path, part):
         back = tmp_path / f"back from {there}.safetensors"
         convert(tmp_path / there, back, "--to", "canonical")
         assert back.read_bytes() == (tmp_path / "ours.safetensors").read_bytes()
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_metadata_is_kept(sources, tmp_path):
@@ -180,10 +181,28 @@ def test_a_conversion_that_fails_leaves_nothing(sources, tmp_path, capsys):
     tensors = load_file(sources / "transformer.safetensors")
     tensors["blocks.2.attn.proj_x.bias"][3] = torch.nan
     save_file(tensors, tmp_path / "nan.safetensors")
-    for destination in ("x.safetensors", "folder"):
+    for destination in ("x.safetensors", "folder", "new/folder"):
         run = ("convert", tmp_path / "nan.safetensors", tmp_path / destination, "--to", "diffusers")
         assert "nan.safetensors holds NaN or infinite values in blocks.2.attn.proj_x.bias" in refused(capsys, *run)
     assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "folder"])
+def test_of_two_conversions_to_one_place_the_first_stays(sources, tmp_path, name):
+    source, destination = sources / "vae.safetensors", tmp_path / "new" / name
+    slow = plan_conversion([source], "diffusers", "fp32")
+
+    def overtake():
+        if not destination.exists() or not list(destination.parent.rglob("*.safetensors")):
+            convert(source, destination, "--to", "diffusers", "--force")
+
+    with pytest.raises(
+        FileExistsError, match=r"has been written by another program meanwhile, and stays; choose another name\.$"
+    ):
+        write_conversion(slow, destination, overtake, overwrite=False)
+    convert(source, tmp_path / "alone" / name, "--to", "diffusers")
+    alone = {path.name: path.read_bytes() for path in (tmp_path / "alone").rglob("*") if path.is_file()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "new").rglob("*") if path.is_file()} == alone
 
 
 def test_inspect(sources, tmp_path, capsys):

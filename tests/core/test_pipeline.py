@@ -1,5 +1,7 @@
 """Prompt to mp4 without ComfyUI: text encoder, pipeline, command line."""
 
+import sys
+
 import av
 import numpy as np
 import pytest
@@ -9,8 +11,11 @@ from torch._dynamo.utils import counters
 
 from mochi_core import MochiPipeline, denormalize_latents, load_text_encoder, save_video
 from mochi_core.__main__ import main
+from mochi_core.checkpoints import from_state_dict
+from mochi_core.checkpoints.formats.writer import write_safetensors
 from mochi_core.io.latent_files import load_latents, save_latents
-from mochi_core.io.video import VideoWriter
+from mochi_core.io.video import video_file
+from mochi_core.train.state import replace_state
 from tests.harness import trained
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit, random_t5, random_vae, write_models
@@ -230,12 +235,60 @@ def test_latent_files(tmp_path):
         load_latents(tmp_path / "other.latent")
 
 
+# Corners of the colour cube and two between.
+COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40], [30, 140, 210]])
+
+
+def test_videos_have_the_colours_of_bt_709_and_say_so(tmp_path):
+    patches = np.repeat(COLOURS[None, :, None], 16, axis=2).reshape(1, -1, 3).repeat(32, axis=0)
+    save_video(patches[None].astype(np.uint8), tmp_path / "x.mp4")
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        codec = container.streams.video[0].codec_context
+        assert (codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range) == (1, 1, 1, 1)
+        frame = next(container.decode(video=0))
+    luma = 16 + 219 * (COLOURS / 255) @ [0.2126, 0.7152, 0.0722]  # ITU-R BT.709-6, 3.2
+    assert np.abs(frame.to_ndarray(format="yuv420p")[8, 8 : patches.shape[1] : 16] - luma).max() < 2
+    assert np.abs(frame.to_ndarray(format="rgb24")[8, 8::16].astype(int) - COLOURS).max() < 6
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
+@pytest.mark.parametrize("name", ["x.mp4", "x.latent", "x.pt", "x.safetensors"])
+def test_a_disk_that_is_full_is_one_sentence_and_leaves_what_was_there(tmp_path, name):
+    import resource
+
+    write = {
+        "x.mp4": lambda path: save_video(np.random.default_rng(0).random((7, 128, 128, 3)), path),
+        "x.latent": lambda path: save_latents(torch.randn(1, 12, 7, 16, 16), path),
+        "x.pt": lambda path: replace_state(path, {"weights": torch.randn(100, 100)}),
+        "x.safetensors": lambda path: write_safetensors(path, from_state_dict({"a": torch.randn(100, 100)}), {}),
+    }[name]
+    (tmp_path / name).write_bytes(b"earlier")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(
+            OSError, match=rf"There is no room for \S*{name} \(.*\); free some, or choose another place.$"
+        ):
+            write(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"earlier"]
+    write(tmp_path / name)
+    assert (tmp_path / name).stat().st_size > 20_000
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, capsys):
+    files = ["--transformer", "a", "--vae", "b", "--t5", "c", "--prompt", "x"]
+    assert main(["generate", *files, "-o", str(tmp_path / "none" / "x.mp4")]) == 2
+    assert "x.mp4 cannot be written (No such file or directory); choose another place." in capsys.readouterr().err
+
+
 def test_a_video_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "x.mp4"
     path.write_bytes(b"an earlier video")
 
     def fail():
-        with VideoWriter(path) as writer:
+        with video_file(path) as writer:
             writer.write(np.zeros((2, 32, 48, 3)))
             raise KeyboardInterrupt
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from ...output_files import replacing
 from ..tensors import LazyStateDict
 from .safetensors import DTYPE_CODES, LENGTH_BYTES
 
@@ -19,24 +19,25 @@ ALIGNMENT = 8
 
 
 def write_safetensors(
-    path: Path, tensors: LazyStateDict, metadata: dict[str, str], on_tensor: Callable[[], object] = lambda: None
+    path: Path,
+    tensors: LazyStateDict,
+    metadata: dict[str, str],
+    on_tensor: Callable[[], object] = lambda: None,
+    *,
+    overwrite: bool = True,
 ) -> None:
     """Read the tensors in their order and write each to its place; `path` appears when it is complete.
 
-    Until then the file is a temporary one beside it, which is removed if anything goes wrong.
+    Raises:
+        OSError: see `replacing`; or a tensor cannot be read.
     """
     header, places = layout(tensors, metadata)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(header)
-            for name, tensor in tensors.items():
-                file.seek(len(header) + places[name])
-                file.write(tensor.read().contiguous().flatten().view(torch.uint8).numpy().data)
-                on_tensor()
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for name, tensor in tensors.items():
+            file.seek(len(header) + places[name])
+            file.write(tensor.read().contiguous().flatten().view(torch.uint8).numpy().data)
+            on_tensor()
 
 
 def layout(tensors: LazyStateDict, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:

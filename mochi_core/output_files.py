@@ -1,0 +1,65 @@
+"""Files that are there when they are complete, and not before."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_writable(path: Path) -> None:
+    """Raise an OSError if no file can be made where `path` is."""
+    temporary = temporary_file(path)
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+
+
+def temporary_file(path: Path) -> Path:
+    """A new name for what is not complete yet, under which no program lists models."""
+    return path.with_name(f".{path.name}.{token_hex(4)}.part")
+
+
+@contextmanager
+def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """A temporary file beside `path`: what is written to it takes the place of `path` at the end, and is gone if anything fails.
+
+    Raises:
+        OSError: `path` cannot be written, the disk is full, or without `overwrite` there is a file by then.
+    """
+    check_writable(path)
+    temporary = temporary_file(path)
+    try:
+        yield temporary
+        if not overwrite and path.exists():
+            raise FileExistsError(
+                f"{path} has been written by another program meanwhile, and stays; choose another name."
+            )
+        temporary.replace(path)
+    except OSError as error:  # of what is read for it, too
+        if error.errno not in NO_ROOM:
+            raise
+        raise OSError(f"There is no room for {path} ({error.strerror}); free some, or choose another place.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder(path: Path) -> Iterator[None]:
+    """Have a folder; what had to be made of it and of the folders around it is gone if anything fails."""
+    made = [path, *path.parents]
+    made = made[: next(i for i, place in enumerate(made) if place.exists())]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for place in made:
+            with suppress(OSError):  # another program has put something there
+                place.rmdir()
+        raise
