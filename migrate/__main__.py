@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from .migration import Migration, migrate
 
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         if output.exists() and not options.force:
             raise ValueError(f"{output} exists already; choose another name with -o, or overwrite it with --force.")
         migration = migrate_file(options.workflow, stock=options.stock)
-        output.write_text(json.dumps(migration.workflow, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_workflow(migration.workflow, output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,6 +46,18 @@ def migrate_file(path: Path, *, stock: bool) -> Migration:
         return migrate(workflow, stock=stock)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def write_workflow(workflow: dict[str, Any], path: Path) -> None:
+    """Write a JSON file, which is there when it is complete."""
+    text = json.dumps(workflow, indent=2, ensure_ascii=False) + "\n"
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        # UTF-8 has no bytes for one half of a pair of surrogates, but JSON writes it as this does: \ud800.
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import sys
 from copy import deepcopy
 from functools import reduce
@@ -821,6 +822,24 @@ def test_command_says_what_is_wrong(tmp_path, capsys, monkeypatch, content, opti
     assert not out
     assert [item.name for item in tmp_path.iterdir()] == ["old.json"]
     assert path.read_text(encoding="utf-8") == content
+
+
+def test_halves_of_surrogate_pairs_arrive_as_they_were(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text('{"1": {"class_type": "MochiTextEncode", "inputs": {"prompt": "\\ud83d ü"}}}', encoding="utf-8")
+    assert main([str(path)]) == 0
+    text = (tmp_path / "old-mochi1.json").read_text(encoding="utf-8")
+    assert '"prompt": "\\ud83d ü"' in text
+    assert json.loads(text)["1"]["inputs"]["prompt"] == "\ud83d ü"
+
+
+def test_command_that_cannot_write_leaves_what_was_there(tmp_path, capsys, monkeypatch):
+    for name in ("old.json", "new.json"):
+        shutil.copy(OLD / "api.json", tmp_path / name)
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert main([str(tmp_path / "old.json"), "-o", str(tmp_path / "new.json"), "--force"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(file.read_bytes() for file in tmp_path.iterdir()) == [(OLD / "api.json").read_bytes()] * 2
 
 
 def test_command_without_a_name_of_a_file(capsys):
