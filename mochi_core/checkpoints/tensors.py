@@ -17,6 +17,10 @@ from ..quantization.ggml import BLOCK_TYPES, columns
 from ..quantization.weights import QuantizedWeight
 
 T = TypeVar("T")
+FLOATS = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+}  # fmt: skip
+"""Dtypes that weights may have which are not quantised."""
 QUANTIZATION = "_quantization_metadata"
 """The entry of a file's metadata that tells the formats of its quantised layers."""
 
@@ -40,6 +44,11 @@ class LazyTensor:
     def stored_dtype(self) -> str:
         """The name of the dtype or block type in the file: bfloat16, float8_e4m3fn, Q4_0 ..."""
         return self.block_type or str(self.dtype).removeprefix("torch.")
+
+    @property
+    def is_float(self) -> bool:
+        """Whether `read` gives numbers that a weight can have: not bool, integers, complex numbers or powers of two alone."""
+        return self.quantized is not None or self.dtype in FLOATS
 
     @property
     def numel(self) -> int:

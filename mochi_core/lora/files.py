@@ -1,7 +1,7 @@
-"""LoRA files of Genmo's, PEFT's, diffusers', kohya's and ComfyUI's kinds, all read as `LoraDelta`s to canonical layers.
+"""LoRA files of Genmo's, PEFT's, diffusers', kohya's and ComfyUI's kinds, all read as changes of canonical parameters.
 
 A LoRA changes a weight (rows, columns) to weight + scale * up @ down, where scale is alpha / rank. A DoRA then multiplies
-every row so that it has the length in the file.
+every row so that it has the length in the file. Files by ComfyUI also bring what is added to norms, biases and whole weights.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checkpoints import Checkpoint, LazyTensor, describe, is_finite, open_checkpoint
@@ -25,6 +26,7 @@ from .targets import TargetRows, find_target, lora_targets
 LORA_KEY = re.compile(
     r"(?P<layer>.+)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up)|(?P<alpha>alpha)"
     r"|(?P<magnitude>dora_scale|lora_magnitude_vector))(?:\.(?!bias$)\w+){0,2}"
+    r"|(?P<whole_layer>.+)\.(?:(?P<weight>diff|w_norm)|(?P<bias>diff_b|b_norm))"  # names of ComfyUI's comfy/lora.py
 )
 # How LoRAs for other models are known: a phrase, and a pattern of one of their tensor names.
 OTHER_LORAS = (
@@ -36,6 +38,8 @@ OTHER_LORAS = (
     ("a LoRA for Stable Diffusion", r".*(down_blocks|up_blocks|mid_block|input_blocks|output_blocks).*"),
     ("a LoRA for a text encoder", r"(lora_te|text_encoder).*"),
 )
+LEAVES = ("bias", "weight")
+"""Roles of tensors that are added to the parameter of that name."""
 EXAMPLES = 6
 """Names quoted in a message at most."""
 
@@ -59,12 +63,40 @@ class LoraDelta:
 
 
 @dataclass(frozen=True)
+class ParameterDelta:
+    """A change of any parameter, number by number: parameter[rows] becomes parameter[rows] + change."""
+
+    parameter: str
+    """Canonical name, e.g. blocks.3.attn.q_norm_x.weight."""
+    rows: tuple[int, int]
+    """First row and the one after the last."""
+    change: Tensor
+    """(rows, ...)."""
+
+
+@dataclass(frozen=True)
 class LoraFile:
     """What a LoRA file holds for a denoiser."""
 
-    deltas: tuple[LoraDelta, ...]
-    unmatched: str | None
-    """A sentence that names what in the file has no layer in Mochi; None if everything has one."""
+    checkpoint: Checkpoint
+    deltas: tuple[LoraDelta | ParameterDelta, ...]
+    unmatched: tuple[str, ...]
+    """Layers and tensors that Mochi has no place for, or that are in no form that is read here."""
+
+    def report(self, read_elsewhere: Collection[str] = ()) -> str | None:
+        """A sentence that names what was left out, None if that is nothing; `read_elsewhere` is what a host has read.
+
+        Raises:
+            ValueError: nothing was read.
+        """
+        left = [name for name in self.unmatched if name not in read_elsewhere]
+        if not self.deltas and not read_elsewhere:
+            raise self.checkpoint.error(
+                f"holds {_kind(self.checkpoint)}; Mochi has none of its layers, e.g. {_some(left)}. "
+                "Choose a LoRA made for Mochi."
+            )
+        sentence = f"{self.checkpoint.name}: Mochi has no place for {len(left)} of its names, left out: {_some(left)}."
+        return sentence if left else None
 
 
 @dataclass(frozen=True)
@@ -99,44 +131,71 @@ def read_lora(path: str | Path, config: AsymmDiTConfig) -> LoraFile:
     file = open_checkpoint(path)
     layers, unmatched = _group(file)
     targets, alphas = lora_targets(config), _alphas(file)
-    deltas: dict[tuple[str, int], LoraDelta] = {}
+    deltas: dict[tuple[str, int], LoraDelta | ParameterDelta] = {}
+
+    def add(target: TargetRows, delta: LoraDelta | ParameterDelta) -> None:
+        if deltas.setdefault((target.parameter, target.first_row), delta) is not delta:
+            raise file.error(f"changes {target.parameter.removesuffix('.weight')} twice; use a file with one LoRA.")
+
     for layer, tensors in layers.items():
-        target = find_target(targets, layer)
-        if target is None or not {"down", "up"} & tensors.keys():
+        found = {leaf: target for leaf in LEAVES if (target := find_target(targets, layer, leaf))}
+        factors = {role: tensor for role, tensor in tensors.items() if role not in LEAVES}
+        wholes = tensors.keys() & LEAVES
+        if not wholes <= found.keys() or (not wholes and (not found or not {"down", "up"} & factors.keys())):
             unmatched.append(layer)
             continue
-        delta = _read_delta(file, layer, tensors, target, alphas)
-        if deltas.setdefault((delta.layer, delta.rows[0]), delta) is not delta:
-            raise file.error(f"changes {target.layer} twice; use a file with one LoRA.")
-    if not deltas:
-        raise file.error(
-            f"holds {_kind(file)}; Mochi has none of its layers, e.g. {_some(unmatched)}. Choose a LoRA made for Mochi."
-        )
-    left_out = f"{file.name}: Mochi has no place for {len(unmatched)} of its names, left out: {_some(unmatched)}."
-    return LoraFile(tuple(deltas.values()), left_out if unmatched else None)
+        for leaf in sorted(wholes):
+            add(found[leaf], _read_whole(file, layer, tensors[leaf], found[leaf]))
+        if {"down", "up"} & factors.keys():
+            add(found["weight"], _read_delta(file, layer, factors, found["weight"], alphas))
+    return LoraFile(file, tuple(deltas.values()), tuple(unmatched))
 
 
 def _group(file: Checkpoint) -> tuple[dict[str, dict[str, LazyTensor]], list[str]]:
-    """The tensors of each layer by role (down, up, alpha, magnitude), and the names of tensors that have no such role."""
+    """The tensors of each layer by role (down, up, alpha, magnitude, or one of `LEAVES`), and names that have no such role."""
     layers: dict[str, dict[str, LazyTensor]] = {}
     others = []
     for name, tensor in file.tensors.items():
         if match := LORA_KEY.fullmatch(name):
-            layers.setdefault(match["layer"], {})[str(match.lastgroup)] = tensor
+            layers.setdefault(match["layer"] or match["whole_layer"], {})[str(match.lastgroup)] = tensor
         else:
             others.append(name)
     return layers, others
+
+
+def _read_whole(file: Checkpoint, layer: str, tensor: LazyTensor, target: TargetRows) -> ParameterDelta:
+    """What is added to a whole parameter, or to the rows of it that the file's layer stands for."""
+    if tensor.shape != target.shape:
+        raise file.error(
+            f"does not fit: the change of {layer} is {tensor.shape}, but {target.parameter} in Mochi is {target.shape}; "
+            f"it looks like {_kind(file)}."
+        )
+    change = _read_finite(file, layer, tensor)
+    rows = (target.first_row, target.first_row + target.rows)
+    return ParameterDelta(target.parameter, rows, swapped_halves(change) if target.swap_halves else change)
+
+
+def _read_finite(file: Checkpoint, layer: str, tensor: LazyTensor) -> Tensor:
+    """A copy of the values, because a trainer may write the file again while the LoRA is in use."""
+    if not tensor.is_float:
+        raise file.error(
+            f"has {tensor.stored_dtype} in {layer}, where floating-point numbers belong; use another file."
+        )
+    value = tensor.read().clone()
+    if not is_finite(value):
+        raise file.error(f"has NaN or infinite numbers in {layer}; its training failed, use another.")
+    return value
 
 
 def _read_delta(
     file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], target: TargetRows, alphas: Alphas
 ) -> LoraDelta:
     _check(file, layer, tensors, target)
-    # Copies, because a trainer may write the file again while the LoRA is in use.
-    values = {role: tensor.read().clone() for role, tensor in tensors.items()}
+    alpha = tensors["alpha"].read().item() if "alpha" in tensors else alphas.of(layer)
+    values = {role: _read_finite(file, layer, tensor) for role, tensor in tensors.items() if role != "alpha"}
     down, up = values["down"].flatten(1), values["up"].flatten(1)
-    scale = alphas.scale(values["alpha"].item() if "alpha" in values else alphas.of(layer), len(down))
-    if not math.isfinite(scale) or not all(map(is_finite, values.values())):
+    scale = alphas.scale(alpha, len(down))
+    if not math.isfinite(scale):
         raise file.error(f"has NaN or infinite numbers in {layer}; its training failed, use another.")
     magnitude = values["magnitude"].flatten() if "magnitude" in values else None
     if target.swap_halves:
@@ -163,6 +222,8 @@ def _check(file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], target:
         )
     if "alpha" in tensors and math.prod(tensors["alpha"].shape) != 1:
         raise file.error(f"has {tensors['alpha'].shape} alphas for {layer}, but must have one.")
+    if "alpha" in tensors and tensors["alpha"].dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise file.error(f"has {tensors['alpha'].stored_dtype} for the alpha of {layer}, where a number belongs.")
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:

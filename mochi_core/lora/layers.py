@@ -1,7 +1,8 @@
 """LoRAs applied to a denoiser.
 
 Each LoRA adds to the output of its linear layers and leaves their weights alone, so weights may have any dtype or be
-quantised, and after removal the denoiser computes what it did before, bit for bit.
+quantised. Biases, norms and the few other parameters are small: what LoRAs add to them is added to their values, and the
+original is kept. After removal the denoiser computes what it did before, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,18 +17,16 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
+from ..quantization.weights import QuantizedLinear
 from ..transformer.model import AsymmDiT
-from .files import LoraDelta, read_lora
+from .files import LoraDelta, ParameterDelta, read_lora
 
 
 class Lora:
     """A LoRA applied to a denoiser. `strength` may be set at any time; `remove` takes the LoRA out."""
 
-    def __init__(self, dit: AsymmDiT, deltas: Iterable[LoraDelta], strength: float) -> None:
-        layers = [(dit.get_submodule(delta.layer), delta) for delta in deltas]
-        self._lora_layers = [(layer, LoraLayer(layer, delta, dit.dtype)) for layer, delta in layers]
-        for layer, lora_layer in self._lora_layers:
-            _attach(layer, lora_layer)
+    def __init__(self, dit: AsymmDiT, deltas: Iterable[LoraDelta | ParameterDelta], strength: float) -> None:
+        self._parts = [_attached(dit, delta) for delta in deltas]
         self.strength = strength
 
     @property
@@ -38,14 +37,14 @@ class Lora:
     @strength.setter
     def strength(self, value: float) -> None:
         self._strength = _finite(value)
-        for _, lora_layer in self._lora_layers:
-            lora_layer.strength = value
+        for part in self._parts:
+            part.set_strength(value)
 
     def remove(self) -> None:
         """Take the LoRA out of the denoiser and free its memory; other LoRAs stay. A second call does nothing."""
-        for layer, lora_layer in self._lora_layers:
-            _detach(layer, lora_layer)
-        self._lora_layers = []
+        for part in self._parts:
+            part.detach()
+        self._parts = []
 
 
 def load_lora(dit: AsymmDiT, path: str | Path, strength: float = 1.0) -> Lora:
@@ -61,8 +60,8 @@ def load_lora(dit: AsymmDiT, path: str | Path, strength: float = 1.0) -> Lora:
     """
     _finite(strength)  # before the file is read
     file = read_lora(path, dit.config)
-    if file.unmatched:
-        warn(file.unmatched, stacklevel=2)
+    if left_out := file.report():
+        warn(left_out, stacklevel=2)
     return Lora(dit, file.deltas, strength)
 
 
@@ -80,31 +79,59 @@ def dora_scale(changed: Tensor, magnitude: Tensor) -> Tensor:
     return magnitude.to(changed) / torch.linalg.vector_norm(changed, dim=1)
 
 
-class LoraLayer(nn.Module):
-    """One `LoraDelta` beside its linear layer: buffers that move with the layer but are not in its state dict.
+def _attached(dit: AsymmDiT, delta: LoraDelta | ParameterDelta) -> LoraLayer | ParameterChange:
+    """One delta, attached to the denoiser with strength 1."""
+    parameter = delta.parameter if isinstance(delta, ParameterDelta) else f"{delta.layer}.weight"
+    owner, _, leaf = parameter.rpartition(".")
+    layer = dit.get_submodule(owner)
+    if leaf == "weight" and isinstance(layer, nn.Linear | QuantizedLinear):
+        return LoraLayer(layer, delta, dit.dtype)
+    return ParameterChange(layer, leaf, delta)
 
-    With DoRA, the row factors are multiplied into `up`, and `dora_scale_minus_1` (rows of the layer,) is what they add to the
-    layer's own output; it is zero for rows that the delta does not change.
+
+class LoraLayer(nn.Module):
+    """One delta beside its linear layer: buffers that move with the layer but are not in its state dict.
+
+    `up` is None where the whole weight is changed by `down`. With DoRA, the row factors are multiplied into `up`, and
+    `dora_scale_minus_1` (rows of the layer,) is what they add to the layer's own output; it is zero for rows that the delta
+    does not change.
     """
 
-    def __init__(self, layer: nn.Module, delta: LoraDelta, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Module, delta: LoraDelta | ParameterDelta, dtype: torch.dtype) -> None:
         super().__init__()
         self.rows = delta.rows
         self.strength = 1.0
         device = next(chain(layer.parameters(), layer.buffers())).device
-        down, up = (factor.to(device, torch.float32) for factor in (delta.down, delta.up))
-        up, minus_1 = delta.scale * up, None
-        if delta.magnitude is not None:
-            weight = _dense_weight(layer)
-            scale = dora_scale(weight[slice(*self.rows)] + up @ down, delta.magnitude)
-            up, minus_1 = scale[:, None] * up, torch.zeros_like(weight[:, 0])
-            minus_1[slice(*self.rows)] = scale - 1
+        up, minus_1 = None, None
+        if isinstance(delta, ParameterDelta):
+            down = delta.change.to(device, torch.float32)
+        else:
+            down, up = (factor.to(device, torch.float32) for factor in (delta.down, delta.up))
+            up = delta.scale * up
+            if delta.magnitude is not None:
+                weight = _dense_weight(layer)
+                scale = dora_scale(weight[slice(*self.rows)] + up @ down, delta.magnitude)
+                up, minus_1 = scale[:, None] * up, torch.zeros_like(weight[:, 0])
+                minus_1[slice(*self.rows)] = scale - 1
         self.down: Tensor
-        self.up: Tensor
+        self.up: Tensor | None
         self.dora_scale_minus_1: Tensor | None
-        self.register_buffer("down", down.to(dtype), persistent=False)
-        self.register_buffer("up", up.to(dtype), persistent=False)
-        self.register_buffer("dora_scale_minus_1", None if minus_1 is None else minus_1.to(dtype), persistent=False)
+        for name, value in (("down", down), ("up", up), ("dora_scale_minus_1", minus_1)):
+            self.register_buffer(name, None if value is None else value.to(dtype), persistent=False)
+        self._layer = (layer,)  # in a tuple, so that it is no submodule of this one
+        _attach(layer, self)
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """Add what the delta makes of `x` (N, columns) to `out` (N, rows of the layer)."""
+        x, factor = (x, self.down) if self.up is None else (x @ self.down.T, self.up)
+        # In place, because the outputs of the largest layers leave no room for a second tensor of their size.
+        out[:, slice(*self.rows)].addmm_(x, factor.T, alpha=self.strength)
+
+    def set_strength(self, strength: float) -> None:
+        self.strength = strength
+
+    def detach(self) -> None:
+        _detach(*self._layer, self)
 
 
 class LoraAdapters(nn.ModuleList):
@@ -124,8 +151,7 @@ class LoraAdapters(nn.ModuleList):
             out = out + torch.stack(scales).sum(dim=0) * (out if bias is None else out - bias)
         x, rows = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
         for lora_layer in active:
-            # In place, because the outputs of the largest layers leave no room for a second tensor of their size.
-            rows[:, slice(*lora_layer.rows)].addmm_(x @ lora_layer.down.T, lora_layer.up.T, alpha=lora_layer.strength)
+            lora_layer.add_to(rows, x)
         return out
 
 
@@ -155,3 +181,51 @@ def _dense_weight(layer: nn.Module) -> Tensor:
     """A layer's weight (rows, columns) in float32; quantised layers have `dequantized`, plain tensors `dequantize`."""
     dequantized = getattr(layer, "dequantized", None) or cast(Tensor, layer.weight).dequantize
     return dequantized()
+
+
+class ParameterChange:
+    """One delta of a parameter that is no weight of a linear layer: it is added to the parameter's values."""
+
+    def __init__(self, layer: nn.Module, leaf: str, delta: LoraDelta | ParameterDelta) -> None:
+        self.rows, self.strength = delta.rows, 1.0
+        changed = layer.__dict__.setdefault("lora_parameters", {})
+        self._parameter = changed.setdefault(leaf, ChangedParameter(layer, leaf))
+        self._parameter.changes.append(self)
+        self.change = delta.change if isinstance(delta, ParameterDelta) else self._product(delta)
+
+    def _product(self, delta: LoraDelta) -> Tensor:
+        """The low-rank change of a convolution as a matrix (rows, columns), with DoRA that of its lengths, too."""
+        change = delta.scale * delta.up.float() @ delta.down.float()
+        if delta.magnitude is None:
+            return change
+        weight = self._parameter.original[slice(*self.rows)].float().flatten(1).to(change)
+        return dora_scale(weight + change, delta.magnitude)[:, None] * (weight + change) - weight
+
+    def set_strength(self, strength: float) -> None:
+        self.strength = strength
+        self._parameter.update()
+
+    def detach(self) -> None:
+        self._parameter.changes.remove(self)
+        self._parameter.update()
+
+
+class ChangedParameter:
+    """The original of a parameter, and all that LoRAs add to it."""
+
+    def __init__(self, layer: nn.Module, leaf: str) -> None:
+        self.layer, self.leaf = layer, leaf
+        self.original: Tensor = getattr(layer, leaf).data
+        self.changes: list[ParameterChange] = []
+
+    def update(self) -> None:
+        """Give the parameter its original plus all changes, summed in float32 and rounded once; wherever it is by now."""
+        parameter: nn.Parameter = getattr(self.layer, self.leaf)
+        active = [change for change in self.changes if change.strength]
+        value = self.original.float().clone() if active else self.original
+        for change in active:
+            some = value[slice(*change.rows)]
+            some += change.strength * change.change.to(some).reshape(some.shape)
+        parameter.data = value.to(parameter.device, parameter.dtype)
+        if not self.changes:
+            del self.layer.__dict__["lora_parameters"][self.leaf]

@@ -1,7 +1,8 @@
-"""Targets of LoRAs: which rows of which linear layer of the denoiser a layer name in a LoRA file means."""
+"""Targets of LoRAs: which rows of which parameter of the denoiser a name in a LoRA file means."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..checkpoints.names.detect import WRAPPERS
@@ -18,53 +19,59 @@ LAYER_PREFIXES = (
 
 @dataclass(frozen=True)
 class TargetRows:
-    """Rows of a linear layer's weight that one layer name in a LoRA file stands for."""
+    """Rows of a parameter that one name in a LoRA file stands for."""
 
-    layer: str
-    """Canonical name of the layer, e.g. blocks.3.attn.qkv_x."""
+    parameter: str
+    """Canonical name, e.g. blocks.3.attn.qkv_x.weight."""
     first_row: int
-    rows: int
-    """Number of rows: all of the weight, or one of q, k and v."""
-    columns: int
+    shape: tuple[int, ...]
+    """Shape of the rows: that of the parameter, or with the rows of one of q, k and v."""
     swap_halves: bool
     """Whether the file keeps the second half of the rows first; see `checkpoints.names.diffusers`."""
 
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
 
-def linear_shapes(config: AsymmDiTConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of the weight, (rows, columns), of every linear layer of `AsymmDiT`, by canonical layer name."""
-    weights = AsymmDiT(config, device="meta").named_parameters()
-    return {
-        name.removesuffix(".weight"): tuple(weight.shape)
-        for name, weight in weights
-        if name.endswith(".weight") and weight.ndim == 2
-    }
+    @property
+    def columns(self) -> int:
+        """Inputs of a row; of a convolution, all of its kernel."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def layer(self) -> str:
+        """Canonical name of the layer that has the parameter, e.g. blocks.3.attn.qkv_x."""
+        return self.parameter.rpartition(".")[0]
 
 
 def lora_targets(config: AsymmDiTConfig) -> dict[str, TargetRows]:
-    """Every linear layer under its canonical and its diffusers names, with underscores for dots."""
-    shapes, targets = linear_shapes(config), {}
+    """Every parameter of `AsymmDiT` under its canonical and its diffusers names, with underscores for dots."""
+    shapes = {name: tuple(p.shape) for name, p in AsymmDiT(config, device="meta").named_parameters()}
+    targets = {}
     for rule in transformer_rules(config.depth):
-        layer = rule.canonical.removesuffix(".weight")
-        if layer not in shapes:
+        if rule.canonical not in shapes:
             continue
-        rows, columns = shapes[layer]
-        targets[_flat(layer)] = TargetRows(layer, 0, rows, columns, swap_halves=False)
+        rows, *rest = shapes[rule.canonical]
         part = rows // len(rule.foreign)
         for i, name in enumerate(rule.foreign):
-            foreign = _flat(name.removesuffix(".weight"))
-            targets[foreign] = TargetRows(layer, i * part, part, columns, rule.swap_halves)
+            targets[_flat(name)] = TargetRows(rule.canonical, i * part, (part, *rest), rule.swap_halves)
+        targets[_flat(rule.canonical)] = TargetRows(rule.canonical, 0, (rows, *rest), swap_halves=False)
     return targets
 
 
-def find_target(targets: dict[str, TargetRows], layer: str) -> TargetRows | None:
-    """The entry of `lora_targets` for a layer name in a file, whatever prefixes and wrappers it has; None if there is none."""
+def find_target(targets: dict[str, TargetRows], layer: str, leaf: str = "weight") -> TargetRows | None:
+    """The entry of `lora_targets` for the weight or bias of a layer in a file, whatever prefixes and wrappers its name has.
+
+    `layer` may also be the name of a parameter that is in no layer. None if there is no such parameter.
+    """
     name = _flat(WRAPPERS.sub("", layer))
-    while name not in targets:
+    while True:
+        if found := targets.get(f"{name}_{leaf}") or (targets.get(name) if leaf == "weight" else None):
+            return found
         prefix = next((prefix for prefix in LAYER_PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
             return None
         name = name.removeprefix(prefix)
-    return targets[name]
 
 
 def _flat(name: str) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 
+import comfy.lora
 import comfy.model_base
 import comfy.model_management as mm
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
 from ...mochi_core.checkpoints import dit_config, from_state_dict
-from ...mochi_core.lora import LoraDelta, dora_scale, read_lora
+from ...mochi_core.lora import LoraDelta, LoraFile, ParameterDelta, dora_scale, read_lora
+from ...mochi_core.lora.targets import TargetRows, find_target, lora_targets
 
 
 class DoRAAdapter(LoRAAdapter):
@@ -39,17 +41,45 @@ def add_lora(model, path: str, strength: float):
     # The stock loader's denoiser has the same tensors, but no configuration.
     config = getattr(denoiser, "config", None) or dit_config(from_state_dict(denoiser.state_dict()))
     file = read_lora(path, config)
-    if file.unmatched:
-        logging.warning(file.unmatched)
+    adapters, read_by_host = _host_adapters(file, lora_targets(config))
+    if left_out := file.report(read_by_host):
+        logging.warning(left_out)
     patched = model.clone()
-    patched.add_patches(dict(_patch(delta) for delta in file.deltas), strength)
+    patched.add_patches(dict(_patch(delta) for delta in file.deltas) | adapters, strength)
     return patched
 
 
-def _patch(delta: LoraDelta):
-    """A `LoraDelta` as the host's patch: the key of a weight with a range of its rows, and the adapter that changes them."""
-    first, end = delta.rows
-    key = (f"diffusion_model.{delta.layer}.weight", (0, first, end - first))
+def _patch(delta: LoraDelta | ParameterDelta):
+    """A delta as the host's patch: the key of a parameter with a range of its rows, and what changes them."""
+    if isinstance(delta, ParameterDelta):
+        return _key(delta.parameter, *delta.rows), ("diff", (delta.change,))
     adapter = LoRAAdapter if delta.magnitude is None else DoRAAdapter
     alpha = delta.scale * len(delta.down)
-    return key, adapter(set(), (delta.up, delta.down, alpha, None, delta.magnitude, None))
+    weights = (delta.up, delta.down, alpha, None, delta.magnitude, None)
+    return _key(f"{delta.layer}.weight", *delta.rows), adapter(set(), weights)
+
+
+def _key(parameter: str, first: int, end: int):
+    return f"diffusion_model.{parameter}", (0, first, end - first)
+
+
+def _host_adapters(file: LoraFile, targets: dict[str, TargetRows]) -> tuple[dict, set[str]]:
+    """LoHa, LoKr and whatever else the host can read of what the core cannot: its patches, and the names that it read."""
+    unread = {name for name in file.checkpoint.tensors if name in file.unmatched}
+    layers = {".".join(name.split(".")[:-count]) for name in unread for count in (1, 2)}
+    found = {layer: target for layer in layers if (target := find_target(targets, layer)) is not None}
+    # Rows in another order would need adapters in another order; only the core's own forms know how.
+    keys = {
+        layer: _key(target.parameter, target.first_row, target.first_row + target.rows)
+        for layer, target in found.items()
+        if not target.swap_halves
+    }
+    tensors = {
+        name: tensor.read().clone()
+        for name, tensor in file.checkpoint.tensors.items()
+        if any(name.startswith(f"{layer}.") for layer in keys)
+    }
+    patches = comfy.lora.load_lora(tensors, keys, log_missing=False)
+    layers_read = {layer for layer, key in keys.items() if key in patches}
+    names_read = {name for name in tensors if any(name.startswith(f"{layer}.") for layer in layers_read)}
+    return patches, layers_read | names_read

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mochi_core import AsymmDiT
+from mochi_core import AsymmDiT, load_lora
 from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.graphs import (
     MODEL,
@@ -26,11 +26,15 @@ from tests.harness.lora_files import (
     diffusers_weights,
     merged,
     random_adapter,
+    random_changes,
     with_weights,
     write_adapter,
 )
 from tests.harness.numbers import relative_error
+from tests.harness.random_inputs import inputs
 from tests.harness.tiny_models import random_dit
+
+INPUTS = inputs([5, 9])
 
 GENMO_NOTES = {"kwargs": {"qkv_proj_lora_alpha": ALPHA, "out_proj_lora_alpha": ALPHA}}
 PEFT_NOTES = {"lora_adapter_metadata": {"transformer.r": RANK, "transformer.lora_alpha": ALPHA}}
@@ -196,7 +200,10 @@ def test_names_without_a_place_are_logged(comfy_client, comfy_server, dit):
 SCRIPT = """
 import json
 import comfy.model_detection, comfy.model_patcher
-model, lora, released_lora, result = arguments
+from comfy_extras.nodes_lora_extract import LORAType, calc_lora_model
+from comfy_extras.nodes_model_merging import ModelSubtract
+from comfy_extras.nodes_train import _setup_lora_adapters
+model, other_model, lora, released_lora, folder = arguments
 from pack.nodes.bridge.lora import add_lora
 from pack.nodes.bridge.model import load_model
 
@@ -214,7 +221,22 @@ def host(file):
     return comfy.sd.load_lora_for_models(load_model(model, torch.float32), None, tensors, 0.8, 0.0)[0]
 
 ours = add_lora(load_model(model, torch.float32), lora, 0.8)
-save_file(streamed(ours, "") | streamed(host(lora), "host/"), result)
+save_file(streamed(ours, "") | streamed(host(lora), "host/"), folder + "/result.safetensors")
+
+# Files as the host's nodes Extract and Save LoRA and Train LoRA write them, by both loaders.
+difference = ModelSubtract().merge(load_model(other_model, torch.float32), load_model(model, torch.float32), 1.0)[0]
+generator = torch.Generator().manual_seed(0)
+files = {f"extracted {kind.name}": calc_lora_model(difference, 4, *2 * ["diffusion_model."], {}, kind, True) for kind in LORAType}
+for algorithm in ("LoRA", "LoHa", "LoKr"):
+    tensors, _ = _setup_lora_adapters(load_model(model, torch.float32), {}, algorithm, torch.float32, 2)
+    files[f"trained {algorithm}"] = {
+        name: t if "alpha" in name else 0.1 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()
+    }
+for name, tensors in files.items():
+    path = f"{folder}/{name}.safetensors"
+    save_file({key: t.detach().contiguous() for key, t in tensors.items()}, path)
+    both = streamed(add_lora(load_model(model, torch.float32), path, 0.8), "") | streamed(host(path), "host/")
+    save_file(both, f"{folder}/{name} weights.safetensors")
 assert not host(released_lora).patches
 
 names = {"t5_yproj.weight": torch.zeros(1)}
@@ -230,17 +252,37 @@ except ValueError as error:
 """
 
 
+HOSTS_FILES = ("extracted FULL_DIFF", "extracted STANDARD", "trained LoHa", "trained LoKr", "trained LoRA")
+
+
+def assert_equal_to_the_hosts_loader(folder, name, dit):
+    """Ours in ComfyUI, and in the core unless the host alone knows the adapter; every weight that a norm or bias is, too."""
+    weights = load_file(folder / f"{name} weights.safetensors")
+    own = {key: tensor for key, tensor in weights.items() if not key.startswith("host/")}
+    assert len(own) == len(weights) / 2 == len(dit.state_dict()) - 1  # no node of the host's changes pos_frequencies
+    assert any("norm" in key for key in own)
+    for key, tensor in own.items():
+        assert relative_error(tensor, weights[f"host/{key}"]) < 1e-6, key
+    if name not in ("trained LoHa", "trained LoKr"):
+        changed = with_weights(dit, dit.state_dict() | own)
+        applied = with_weights(dit, dit.state_dict())
+        load_lora(applied, folder / f"{name}.safetensors", 0.8)
+        assert relative_error(applied(*INPUTS), changed(*INPUTS)) < 1e-5
+        assert relative_error(applied(*INPUTS), dit(*INPUTS)) > 0.05
+
+
 def test_weight_streaming_and_the_stock_loaders_model(comfy_path, dit, tmp_path):
     """Of the host's low-VRAM mode what runs without a GPU; the stock denoiser without its 20 GB."""
     weights = dit.state_dict()
     adapter = random_adapter(weights, dora=True)
-    model, lora, result = (tmp_path / f"{name}.safetensors" for name in ("model", "lora", "result"))
+    model, other, lora = (tmp_path / f"{name}.safetensors" for name in ("model", "other", "lora"))
     save_file(weights, model)
+    save_file({name: weights[name] + change for name, change in random_changes(weights).items()}, other)
     write_adapter(lora, adapter, "comfyui", alpha=ALPHA)
     released = random_adapter(diffusers_weights(AsymmDiT(device="meta")), "0.attn1.to_k", "47.norm1_context.linear_1")
     released_lora = write_adapter(tmp_path / "released.safetensors", released, "diffusers")
-    done = run_in_comfyui(comfy_path, SCRIPT, model, lora, released_lora, result)
-    streamed, expected = load_file(result), merged(weights, adapter, ALPHA / RANK, 0.8)
+    done = run_in_comfyui(comfy_path, SCRIPT, model, other, lora, released_lora, tmp_path)
+    streamed, expected = load_file(tmp_path / "result.safetensors"), merged(weights, adapter, ALPHA / RANK, 0.8)
     assert streamed.keys() == {f"{host}{layer}.weight" for layer in adapter for host in ("", "host/")}
     for layer in adapter:
         name = f"{layer}.weight"
@@ -253,3 +295,5 @@ def test_weight_streaming_and_the_stock_loaders_model(comfy_path, dit, tmp_path)
         *(f"{blocks}.{i}.attn.qkv_x.weight" for i in (0, 10, 20, 30, 40)), f"{blocks}.47.mod_y.weight"
     ]  # fmt: skip
     assert refusal == "The MODEL is Identity, not Mochi; connect Load Mochi Transformer."
+    for name in HOSTS_FILES:
+        assert_equal_to_the_hosts_loader(tmp_path, name, dit)

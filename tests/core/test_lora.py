@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from mochi_core import AsymmDiT, AsymmDiTConfig, load_lora, load_transformer
 from mochi_core.__main__ import lora_option
-from mochi_core.lora.targets import linear_shapes
+from mochi_core.lora.targets import find_target, lora_targets
 from mochi_core.quantization.weights import QuantizedLinear
 from tests.harness.lora_files import (
     ALPHA,
@@ -19,6 +19,7 @@ from tests.harness.lora_files import (
     diffusers_weights,
     merged,
     random_adapter,
+    random_changes,
     with_weights,
     write_adapter,
 )
@@ -48,10 +49,14 @@ def assert_changes_like(dit, lora_path, weights):
 
 
 @pytest.mark.parametrize("config", [AsymmDiTConfig(), DIT, AsymmDiTConfig(depth=1, patch_size=4, timestep_features=64)])
-def test_shapes_of_linear_layers_are_those_of_the_model(config):
-    layers = AsymmDiT(config, device="meta").named_modules()
-    expected = {name: tuple(layer.weight.shape) for name, layer in layers if isinstance(layer, torch.nn.Linear)}
-    assert linear_shapes(config) == expected
+def test_every_parameter_has_its_names(config):
+    expected = {name: tuple(p.shape) for name, p in AsymmDiT(config, device="meta").named_parameters()}
+    targets = lora_targets(config)
+    assert {target.parameter for target in targets.values()} == expected.keys()
+    for name, shape in expected.items():
+        layer, _, leaf = name.rpartition(".")
+        target = find_target(targets, f"diffusion_model.{layer or leaf}", leaf if layer else "weight")
+        assert (target.parameter, target.first_row, target.shape) == (name, 0, shape)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -126,6 +131,48 @@ def test_dora(dit, tmp_path, names, spelling):
     assert relative_error(dit(*INPUTS), with_weights(dit, blended)(*INPUTS)) <= 1e-5
 
 
+@pytest.mark.parametrize("spelling", ["comfyui", "kohya"])
+@pytest.mark.parametrize("names", [own_names, diffusers_weights])
+def test_whole_parameters(dit, tmp_path, names, spelling):
+    """Norms, biases, convolutions and frequencies, and whole matrices."""
+    weights, before = names(dit), dit(*INPUTS)
+    changes = random_changes(weights)
+    assert changes.keys() == weights.keys()
+    path = write_adapter(tmp_path / "a.safetensors", {}, spelling, changes=changes)
+    lora = assert_changes_like(dit, path, {name: weights[name] + change for name, change in changes.items()})
+    lora.strength = -0.5
+    halved = with_weights(dit, {name: weights[name] - 0.5 * change for name, change in changes.items()})
+    assert relative_error(dit(*INPUTS), halved(*INPUTS)) <= 1e-5
+    lora.remove()
+    assert torch.equal(dit(*INPUTS), before)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_lora_of_the_convolution(dit, tmp_path, dora):
+    weight = dit.x_embedder.proj.weight
+    adapter = random_adapter({"x_embedder.proj.weight": weight.flatten(1)}, dora=dora)
+    expected = merged({"x_embedder.proj.weight": weight.flatten(1)}, adapter)["x_embedder.proj.weight"]
+    path = write_adapter(tmp_path / "a.safetensors", adapter, "comfyui")
+    changed = {**own_names(dit), "x_embedder.proj.weight": expected.reshape(weight.shape)}
+    assert_changes_like(dit, path, changed)
+
+
+def test_changes_of_one_parameter_add_up_and_follow_the_denoiser(tmp_path):
+    dit, name = AsymmDiT(DIT, dtype=torch.bfloat16), "final_layer.linear.bias"
+    dit.load_state_dict(random_dit().state_dict())
+    original, loras = dit.state_dict()[name].clone(), []
+    changes = {name: torch.full_like(original, 0.001, dtype=torch.float32)}
+    path = write_adapter(tmp_path / "a.safetensors", {}, "comfyui", changes=changes)
+    loras = [load_lora(dit, path, strength) for strength in (1.0, 3.0)]
+    total = original.float() + 0.001 + 0.003
+    assert torch.equal(dit.state_dict()[name], total.bfloat16())
+    dit.to(torch.float32)
+    loras[0].remove()
+    assert torch.equal(dit.state_dict()[name], original.float() + 3 * changes[name])
+    loras[1].remove()
+    assert torch.equal(dit.state_dict()[name], original.float())
+
+
 def test_several_add_up_whatever_their_kind(dit, tmp_path):
     weights = diffusers_weights(dit)
     first, second = (random_adapter(weights, "attn1.to_q", "ff.net.2", seed=seed, dora=True) for seed in (1, 2))
@@ -145,8 +192,8 @@ def test_strength_and_removal_leave_no_trace(tmp_path, dtype):
     dit.load_state_dict(random_dit().state_dict())
     before, weights = dit(*INPUTS), {name: tensor.clone() for name, tensor in dit.state_dict().items()}
     modules = [name for name, _ in dit.named_modules()]
-    adapter = random_adapter(weights, dora=True)
-    path = write_adapter(tmp_path / "a.safetensors", adapter, "comfyui")
+    adapter, changes = random_adapter(weights, dora=True), random_changes(weights, "bias", "norm_x.weight")
+    path = write_adapter(tmp_path / "a.safetensors", adapter, "comfyui", changes=changes)
     lora, other = load_lora(dit, path, 0), load_lora(dit, path, 0.7)
     with_other = dit(*INPUTS)
     assert not torch.equal(with_other, before)
@@ -285,6 +332,14 @@ def test_misfits_name_the_layer_and_both_shapes(dit, tmp_path):
         (lambda t: t.update({"blocks.0.attn.qkv_x.alpha": torch.ones(2)}), "must have one"),
         (lambda t: t.update({"blocks.0.attn.qkv_x.alpha": torch.tensor(torch.inf)}), "NaN or infinite"),
         (lambda t: t.update({"blocks.0.attn.qkv_x.dora_scale": torch.ones(1, 96)}), "scales of columns"),
+        (
+            lambda t: t.update({"blocks.0.attn.qkv_x.lora_A": torch.ones(4, 96).long()}),
+            "has int64 in blocks.0.attn.qkv_x",
+        ),
+        (lambda t: t.update({"blocks.0.attn.qkv_x.alpha": torch.tensor(True)}), "has bool for the alpha of blocks.0"),
+        (lambda t: t.update({"blocks.0.attn.qkv_x.diff": torch.ones(288, 96)}), "changes blocks.0.attn.qkv_x twice"),
+        (lambda t: t.update({"final_layer.linear.diff_b": torch.ones(3)}), "the change of final_layer.linear is (3,)"),
+        (lambda t: t.update({"final_layer.linear.diff_b": torch.ones(48).bool()}), "has bool in final_layer.linear"),
         (
             lambda t: t.update({f"diffusion_model.{name}.weight": tensor for name, tensor in t.items()}),
             "changes blocks.0.attn.qkv_x twice",

@@ -16,7 +16,6 @@ from mochi_core import AsymmDiT, AsymmDiTConfig, AsymmVAE, linear_quadratic_sche
 from mochi_core.autoencoder.memory import encoder_memory_estimate
 from mochi_core.lora.files import LoraDelta
 from mochi_core.lora.layers import Lora
-from mochi_core.lora.targets import linear_shapes
 from mochi_core.quantization import fp8
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear
 from mochi_core.sampling.block_cache import BlockCache
@@ -130,8 +129,10 @@ def add_lora(dit):
     def delta(layer, rows, columns):
         return LoraDelta(layer, (0, rows), torch.empty(16, columns), torch.empty(rows, 16), 1.0, None)
 
-    layers = linear_shapes(dit.config).items()
-    Lora(dit, [delta(name, *shape) for name, shape in layers if "attn" in name], strength=0.8)
+    layers = [
+        (name, layer) for name, layer in dit.blocks.named_modules(prefix="blocks") if isinstance(layer, nn.Linear)
+    ]
+    Lora(dit, [delta(name, *layer.weight.shape) for name, layer in layers if "attn" in name], strength=0.8)
 
 
 def quantize(dit, kind):

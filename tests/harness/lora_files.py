@@ -62,6 +62,16 @@ def random_adapter(weights: dict[str, Tensor], *endings: str, seed: int = 0, dor
     return adapter
 
 
+def random_changes(weights: dict[str, Tensor], *endings: str, seed: int = 0) -> dict[str, Tensor]:
+    """What to add to every parameter whose name ends so (to all without `endings`): a fifth of its own size."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: 0.2 * weight.float().std(correction=0) * torch.randn(weight.shape, generator=generator)
+        for name, weight in weights.items()
+        if name.endswith(endings or ("",))
+    }
+
+
 def merged(
     weights: dict[str, Tensor], adapter: Adapter, scale: float = 1.0, strength: float = 1.0
 ) -> dict[str, Tensor]:
@@ -87,10 +97,19 @@ def with_weights(dit: AsymmDiT, weights: dict[str, Tensor]) -> AsymmDiT:
 
 
 def write_adapter(
-    path: Path, adapter: Adapter, spelling: str, alpha: float | None = None, metadata: dict | None = None
+    path: Path,
+    adapter: Adapter,
+    spelling: str,
+    alpha: float | None = None,
+    metadata: dict | None = None,
+    changes: dict[str, Tensor] | None = None,
 ) -> Path:
-    """`metadata` values become JSON; `alpha` becomes a tensor for each layer."""
+    """`metadata` values become JSON; `alpha` becomes a tensor for each layer; `changes` of parameters get ComfyUI's names."""
     tensors = {}
+    for name, change in (changes or {}).items():
+        layer, leaf = name.rpartition(".")[::2] if name.endswith((".weight", ".bias")) else (name, "weight")
+        stem = f"lora_unet_{layer.replace('.', '_')}" if spelling == "kohya" else f"diffusion_model.{layer}"
+        tensors[f"{stem}.{'diff_b' if leaf == 'bias' else 'diff'}"] = change.contiguous()
     for layer, factors in adapter.items():
         forms = {"flat": layer.replace(".", "_"), "compiled": re.sub(r"(blocks\.\d+\.)", r"\1_orig_mod.", layer)}
         down, up = (name.format(layer=layer, **forms) for name in SPELLINGS[spelling])
