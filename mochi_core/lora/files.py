@@ -6,7 +6,6 @@ every row so that it has the length in the file. Files by ComfyUI also bring wha
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Iterable
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import Checkpoint, LazyTensor, describe, is_finite, open_checkpoint
+from ..checkpoints.limits import read_json
 from ..checkpoints.names.diffusers import swapped_halves
 from ..config import AsymmDiTConfig
 from .targets import TargetRows, find_target, lora_targets
@@ -236,13 +236,13 @@ def _alphas(file: Checkpoint) -> Alphas:
     beside = file.path.with_name("adapter_config.json")
     try:
         if "kwargs" in file.metadata:
-            return _genmo_alphas(json.loads(file.metadata["kwargs"]))
+            return _genmo_alphas(read_json(file.metadata["kwargs"]))
         if "lora_adapter_metadata" in file.metadata:
-            return _peft_alphas(json.loads(file.metadata["lora_adapter_metadata"]))
+            return _peft_alphas(read_json(file.metadata["lora_adapter_metadata"]))
         if file.path.name.startswith("adapter_model.") and beside.is_file():
-            return _peft_alphas(json.loads(beside.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise file.error("has notes on its alpha that make no sense; save it again.") from error
+            return _peft_alphas(read_json(beside.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, OverflowError):
+        raise file.error("has notes on its alpha that make no sense; save it again.") from None
     return Alphas({})
 
 

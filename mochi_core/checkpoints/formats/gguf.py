@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ...quantization.ggml import BLOCK_TYPES
+from ...shown import shown
+from ..limits import MAX_AXES, MAX_GGUF_HEADER_BYTES, MAX_GGUF_TEXTS, MAX_NAME, MAX_TENSORS
 from ..tensors import Checkpoint, LazyStateDict, LazyTensor, ggml_weight
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-MAX_HEADER_BYTES = 100_000_000  # as in safetensors files; the vocabularies that some files bring take a few million
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 PLAIN_TYPES = {
@@ -30,7 +31,6 @@ PLAIN_TYPES = {
 BLOCK_NAMES = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
 }  # fmt: skip
-MAX_DIMENSIONS = 8
 DEFAULT_ALIGNMENT, ALIGNMENTS = 32, {2**power for power in range(3, 17)}
 TRUE_SHAPE = "comfy.gguf.orig_shape."
 """Key under which converters (city96/ComfyUI-GGUF) keep the shape of a tensor that they flattened to make whole blocks."""
@@ -42,6 +42,8 @@ class _Cursor:
 
     data: memoryview
     place: int = 0
+    texts: int = 0
+    """Texts in lists that have been passed over."""
 
     def take(self, count: int) -> memoryview:
         piece = self.data[self.place : self.place + count]
@@ -56,6 +58,13 @@ class _Cursor:
     def text(self) -> str:
         return bytes(self.take(self.number("Q"))).decode("utf-8", errors="replace")
 
+    def name(self) -> str:
+        """The text that names a key or a tensor."""
+        name = self.text()
+        if len(name) > MAX_NAME:
+            raise ValueError(f"it has the name {shown(name)}, and {MAX_NAME} are read at most")
+        return name
+
     def numbers(self, code: str, count: int) -> tuple[Any, ...]:
         return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}")))
 
@@ -65,14 +74,26 @@ class _Cursor:
         if kind != ARRAY:
             return self._scalar(kind)
         kind, count = self.number("I"), self.number("Q")
-        first = tuple(self._scalar(kind) for _ in range(min(count, MAX_DIMENSIONS)))
+        first = tuple(self._scalar(kind) for _ in range(min(count, MAX_AXES)))
         rest = count - len(first)
         if kind in SCALARS:
             self.take(rest * struct.calcsize(f"<{SCALARS[kind]}"))
         else:
-            for _ in range(rest):
-                self.text()
+            self._skip_texts(rest)
         return first
+
+    def _skip_texts(self, count: int) -> None:
+        self.texts += count
+        if self.texts > MAX_GGUF_TEXTS:
+            raise ValueError(f"its lists hold more than {MAX_GGUF_TEXTS:,} texts")
+        length_at, bytes_of_length = struct.Struct("<Q").unpack_from, struct.calcsize("<Q")
+        try:
+            for _ in range(count):
+                self.place += bytes_of_length + length_at(self.data, self.place)[0]
+        except (struct.error, OverflowError):
+            self.place = len(self.data) + 1
+        if self.place > len(self.data):
+            raise ValueError("it ends within its header")
 
     def _scalar(self, kind: int) -> Any:
         if kind == STRING:
@@ -104,11 +125,11 @@ def open_gguf(path: Path) -> Checkpoint:
             )
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)  # mapped, not read
     try:
-        keys, descriptions, start = _read_header(_Cursor(data[:MAX_HEADER_BYTES].numpy().data, len(MAGIC)))
+        keys, descriptions, start = _read_header(_Cursor(data[:MAX_GGUF_HEADER_BYTES].numpy().data, len(MAGIC)))
         tensors = {d.name: _stored(d, data[start:], keys) for d in descriptions}
         _refuse_shared_bytes(descriptions, tensors)
     except ValueError as error:
-        raise ValueError(f"{path.name} cannot be read: {error}; download it again or use another file.") from error
+        raise ValueError(f"{path.name} cannot be read: {error}; download it again or use another file.") from None
     metadata = {key: str(value) for key, value in keys.items() if not isinstance(value, tuple)}
     return Checkpoint(path.name, path, tensors, metadata)
 
@@ -118,23 +139,23 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], list[_Description], i
     version, num_tensors, num_keys = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
     if version not in VERSIONS:
         raise ValueError(f"its GGUF version is {version} and must be 2 or 3")
-    if num_tensors + num_keys > len(cursor.data):
-        raise ValueError(f"it claims {num_tensors:,} tensors and {num_keys:,} keys")
-    keys = {cursor.text(): cursor.value() for _ in range(num_keys)}
+    if max(num_tensors, num_keys) > MAX_TENSORS:
+        raise ValueError(f"it claims {num_tensors:,} tensors and {num_keys:,} keys; {MAX_TENSORS:,} are read at most")
+    keys = {cursor.name(): cursor.value() for _ in range(num_keys)}
     descriptions = [_describe(cursor) for _ in range(num_tensors)]
     alignment = keys.get("general.alignment", DEFAULT_ALIGNMENT)
     if alignment not in ALIGNMENTS:
-        raise ValueError(f"its alignment is {alignment} and must be a power of two from 8 to 65536")
+        raise ValueError(f"its alignment is {shown(str(alignment))} and must be a power of two from 8 to 65536")
     return keys, descriptions, -(-cursor.place // alignment) * alignment
 
 
 def _describe(cursor: _Cursor) -> _Description:
-    name, dimensions = cursor.text(), cursor.number("I")
-    if dimensions > MAX_DIMENSIONS:
-        raise ValueError(f"{name} has {dimensions} dimensions")
+    name, dimensions = cursor.name(), cursor.number("I")
+    if dimensions > MAX_AXES:
+        raise ValueError(f"{shown(name)} has {dimensions} dimensions")
     shape = tuple(reversed(cursor.numbers("Q", dimensions)))  # the file counts the innermost first
     if 0 in shape:
-        raise ValueError(f"{name} is empty")
+        raise ValueError(f"{shown(name)} is empty")
     return _Description(name, shape, cursor.number("I"), cursor.number("Q"))
 
 
@@ -144,21 +165,21 @@ def _refuse_shared_bytes(descriptions: list[_Description], tensors: LazyStateDic
     ordered = sorted(descriptions, key=lambda d: d.offset)
     for first, second in pairwise(ordered):
         if first.offset + tensors[first.name].num_bytes > second.offset:
-            raise ValueError(f"{first.name} and {second.name} overlap")
+            raise ValueError(f"{shown(first.name)} and {shown(second.name)} overlap")
 
 
 def _stored(description: _Description, data: Tensor, keys: dict[str, Any]) -> LazyTensor:
     d = description
     shape = keys.get(TRUE_SHAPE + d.name, d.shape)
     if not isinstance(shape, tuple) or not _same_size(shape, d.shape):
-        raise ValueError(f"{d.name} has the shape {d.shape}, which cannot become {shape}")
+        raise ValueError(f"{shown(d.name)} has the shape {d.shape}, which cannot become {shown(str(shape))}")
     if d.type in PLAIN_TYPES:
         dtype = PLAIN_TYPES[d.type]
         piece = _piece(d, data, math.prod(shape) * dtype.itemsize)
         return LazyTensor(shape, dtype, lambda: piece.view(dtype).reshape(shape))
     if d.type not in BLOCK_NAMES:
         raise ValueError(
-            f"{d.name} has the type {d.type}; types that can be read are F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K"
+            f"{shown(d.name)} has the type {d.type}; types that can be read are F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K"
         )
     return _stored_blocks(d, data, shape)
 
@@ -172,7 +193,7 @@ def _stored_blocks(d: _Description, data: Tensor, shape: tuple[int, ...]) -> Laz
     block = BLOCK_TYPES[BLOCK_NAMES[d.type]]
     columns = d.shape[-1] if d.shape else 1
     if columns % block.weights:
-        raise ValueError(f"{d.name} has rows of {columns}, no whole number of {BLOCK_NAMES[d.type]} blocks")
+        raise ValueError(f"{shown(d.name)} has rows of {columns}, no whole number of {BLOCK_NAMES[d.type]} blocks")
     row_bytes = columns // block.weights * block.bytes
     piece = _piece(d, data, math.prod(d.shape) // block.weights * block.bytes).view(-1, row_bytes)
     weight = ggml_weight(LazyTensor(tuple(piece.shape), torch.uint8, lambda: piece), BLOCK_NAMES[d.type])
@@ -181,5 +202,5 @@ def _stored_blocks(d: _Description, data: Tensor, shape: tuple[int, ...]) -> Laz
 
 def _piece(d: _Description, data: Tensor, count: int) -> Tensor:
     if d.offset % 8 or d.offset + count > len(data):
-        raise ValueError(f"{d.name} lies at byte {d.offset:,} with {count:,} bytes, the data has {len(data):,}")
+        raise ValueError(f"{shown(d.name)} lies at byte {d.offset:,} with {count:,} bytes, the data has {len(data):,}")
     return data[d.offset : d.offset + count]

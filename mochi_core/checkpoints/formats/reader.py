@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..tensors import QUANTIZATION, Checkpoint, LazyStateDict, from_state_dict
+from ...shown import shown, shown_names
+from ..limits import MAX_INDEX_BYTES, MAX_NAME, MAX_SHARDS, MAX_TENSORS, read_json
+from ..tensors import QUANTIZATION, Checkpoint, LazyStateDict
 from .gguf import open_gguf
 from .safetensors import open_safetensors
+from .torch_file import open_torch
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-# Keys under which trainers keep the weights inside a torch.save file.
-TORCH_KEYS = ("state_dict", "module", "model")
 INDEX_PATTERN = "*.index*.json"
 FOLDER_PATTERNS = ("*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin")
 
@@ -44,7 +40,7 @@ def _open_file(path: Path) -> Checkpoint:
     if path.suffix.lower() == ".gguf":
         return open_gguf(path)
     if path.suffix.lower() in TORCH_SUFFIXES:
-        return Checkpoint(path.name, path, _open_torch(path))
+        return Checkpoint(path.name, path, open_torch(path))
     return _open_shards(path) if path.match(INDEX_PATTERN) else open_safetensors(path)
 
 
@@ -66,34 +62,13 @@ def change_check(path: Path) -> Callable[[], None]:
     return check
 
 
-def _open_torch(path: Path) -> LazyStateDict:
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged pickle fails in any way it likes
-        reason = str(error).partition("\n")[0][:200]
-        raise ValueError(f"{path.name} is not a file of plain tensors ({reason}); use a .safetensors file.") from error
-    for key in TORCH_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(_is_plain(*item) for item in content.items()):
-        raise ValueError(f"{path.name} holds something other than named tensors; use a .safetensors file.")
-    return from_state_dict(content)
-
-
-def _is_plain(name: Any, value: Any) -> bool:
-    """A named tensor with all of its elements in the file: an expanded one would take any memory when it is copied."""
-    if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-        return False
-    return value.nbytes <= value.untyped_storage().nbytes()
-
-
 def _choose(folder: Path) -> Path:
     """The sharded or single file of a folder; among variants such as `.fp16`, the one without a variant's name."""
     found = next((files for pattern in FOLDER_PATTERNS if (files := sorted(folder.glob(pattern)))), [])
     choice = found if len(found) == 1 else [file for file in found if not _has_variant(file.name)]
     if len(choice) == 1:
         return choice[0]
-    names = ", ".join(file.name for file in found) or "none"
+    names = shown_names([file.name for file in found]) or "none"
     raise ValueError(f"{folder} must hold one weights file or one shard index, found: {names}; name the file itself.")
 
 
@@ -107,7 +82,9 @@ def _open_shards(index: Path) -> Checkpoint:
     tensors: LazyStateDict = {}
     for name, shard in weight_map.items():
         if name not in shards[shard].tensors:
-            raise ValueError(f"{index.name} says that {shard} holds {name}, but it does not; download both again.")
+            raise ValueError(
+                f"{index.name} says that {shown(shard)} holds {shown(name)}, but it does not; download both again."
+            )
         tensors[name] = shards[shard].tensors[name]
     metadata = _joined_metadata(index, [shard.metadata for shard in shards.values()])
     return Checkpoint(index.name, index, tensors, metadata)
@@ -117,28 +94,37 @@ def _joined_metadata(index: Path, shards: list[dict[str, str]]) -> dict[str, str
     """The metadata of all shards; each has notes on the quantised layers of its own."""
     joined = {key: value for shard in shards for key, value in shard.items()}
     try:
-        notes = [json.loads(shard[QUANTIZATION])["layers"] for shard in shards if QUANTIZATION in shard]
+        notes = [read_json(shard[QUANTIZATION])["layers"] for shard in shards if QUANTIZATION in shard]
         layers = {layer: note for shard in notes for layer, note in shard.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index.name} has a shard with an unreadable {QUANTIZATION}; download it again.") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index.name} has a shard with an unreadable {QUANTIZATION}; download it again.") from None
     return joined | ({QUANTIZATION: json.dumps({"layers": layers})} if layers else {})
 
 
 def _read_index(index: Path) -> dict[str, str]:
+    if (size := index.stat().st_size) > MAX_INDEX_BYTES:
+        raise ValueError(f"{index.name} has {size:,} bytes; {MAX_INDEX_BYTES:,} are read of an index at most.")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = set(weight_map.values())
         # A shard is no index again, or opening it might never end.
-        if weight_map and not any(Path(shard).match(INDEX_PATTERN) for shard in weight_map.values()):
-            return weight_map
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        pass
-    raise ValueError(f"{index.name} is not a shard index; download it again.")
+        is_index = bool(weight_map) and not any(Path(shard).match(INDEX_PATTERN) for shard in shards)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        is_index = False
+    if not is_index:
+        raise ValueError(f"{index.name} is not a shard index; download it again.")
+    if len(weight_map) > MAX_TENSORS or len(shards) > MAX_SHARDS:
+        raise ValueError(
+            f"{index.name} lists {len(weight_map):,} tensors in {len(shards):,} files; {MAX_TENSORS:,} in {MAX_SHARDS:,} are "
+            "read at most."
+        )
+    return weight_map
 
 
 def _open_shard(index: Path, name: str) -> Checkpoint:
     # A shard list is somebody else's text: it may only name files of its own folder.
-    if Path(name).name != name or name == ".." or "\0" in name:
-        raise ValueError(f"{index.name} names the shard {name!r} outside its folder; do not trust this file.")
+    if Path(name).name != name or name == ".." or "\0" in name or len(name) > MAX_NAME:
+        raise ValueError(f"{index.name} names the shard {shown(name)} outside its folder; do not trust this file.")
     if not (index.parent / name).is_file():
-        raise FileNotFoundError(f"{index.parent / name} is missing, but {index.name} lists it; download it.")
+        raise FileNotFoundError(f"{index.parent / shown(name)} is missing, but {index.name} lists it; download it.")
     return open_checkpoint(index.parent / name)

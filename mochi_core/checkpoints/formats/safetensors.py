@@ -6,8 +6,8 @@ Source: the section "Format" of the README of huggingface/safetensors.
 
 from __future__ import annotations
 
-import json
 import struct
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...shown import shown
+from ..limits import MAX_AXES, MAX_HEADER_BYTES, MAX_NAME, MAX_TENSORS, read_json
 from ..tensors import Checkpoint, LazyTensor
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 DTYPE_CODES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -43,18 +44,19 @@ def open_safetensors(path: Path) -> Checkpoint:
     """
     text = _read_header(path)
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        header = read_json(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
         header.pop("__metadata__", None)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(_wrong_header(path, error)) from error
+        _check_counts(header)
+    except ValueError as error:
+        raise ValueError(_wrong_header(path, error)) from None  # their text would be in the traceback as it is
     _check_size(path, len(text), header)
     try:
         file = safe_open(path, framework="pt")
         tensors = {name: _lazy(file.get_tensor, name, entry) for name, entry in header.items()}
     except (SafetensorError, ValueError) as error:
-        raise ValueError(_wrong_header(path, error)) from error
+        raise ValueError(_wrong_header(path, error)) from None
     except RuntimeError as error:
-        raise ValueError(f"{path.name} cannot be read ({error}).") from error
+        raise ValueError(f"{path.name} cannot be read ({shown(str(error))}).") from None
     return Checkpoint(path.name, path, tensors, file.metadata() or {})
 
 
@@ -75,19 +77,36 @@ def _refuse_other_file_types(path: Path, start: bytes, length: int) -> None:
     what = next((what for magic, what in OTHER_FILE_TYPES if start.lstrip().startswith(magic)), None)
     if not start:
         what = "an empty file"
-    elif what is None and (length > MAX_HEADER_BYTES or start[LENGTH_BYTES : LENGTH_BYTES + 1] not in (b"{", b"")):
+    elif what is None and start[LENGTH_BYTES : LENGTH_BYTES + 1] not in (b"{", b""):
         what = "something else"
     if what is not None:
         raise ValueError(f"{path.name} is not a safetensors file but {what}; download the weights again.")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"{path.name} says that its header has {length:,} bytes; {MAX_HEADER_BYTES:,} are read at most, "
+            "download it again."
+        )
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The library lets the last of two tensors of one name win."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+        twice, _ = (Counter(name for name, _ in pairs)).most_common(1)[0]
+        raise ValueError(f"{shown(twice)} is there twice")
     return content
+
+
+def _check_counts(header: dict[str, Any]) -> None:
+    """Refuse what no real file has, before time or memory goes into it."""
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{len(header):,} tensors; {MAX_TENSORS:,} are read at most")
+    for name, entry in header.items():
+        if len(name) > MAX_NAME:
+            raise ValueError(f"the name {shown(name)}; {MAX_NAME} are read at most")
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if isinstance(shape, list) and len(shape) > MAX_AXES:
+            raise ValueError(f"{shown(name)} has {len(shape):,} axes; {MAX_AXES} are read at most")
 
 
 def _no_constant(name: str) -> None:
@@ -107,9 +126,9 @@ def _check_size(path: Path, header_bytes: int, header: dict[str, Any]) -> None:
 
 def _lazy(get: Callable[[str], Tensor], name: str, entry: dict[str, Any]) -> LazyTensor:
     if entry["dtype"] not in DTYPE_CODES:
-        raise ValueError(f"{name} is stored as {entry['dtype']}, which cannot be read")
+        raise ValueError(f"{shown(name)} is stored as {shown(entry['dtype'])}, which cannot be read")
     if any(size >= 2**63 for size in entry["shape"]):
-        raise ValueError(f"{name} is too large")
+        raise ValueError(f"{shown(name)} is too large")
     return LazyTensor(tuple(entry["shape"]), DTYPE_CODES[entry["dtype"]], lambda: get(name))
 
 
@@ -118,6 +137,5 @@ def _incomplete(path: Path, size: int, expected: int) -> str:
 
 
 def _wrong_header(path: Path, error: Exception) -> str:
-    """The reason is cut and fit for a terminal, whatever names the file has."""
-    reason = ascii(str(error).removeprefix("Error while deserializing header: "))[1:-1][:200]
-    return f"{path.name} has a wrong header ({reason}); download it again or use another file."
+    reason = str(error).removeprefix("Error while deserializing header: ")
+    return f"{path.name} has a wrong header ({shown(reason)}); download it again or use another file."

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..tensors import Checkpoint, LazyStateDict, LazyTensor
 from .diffusers import autoencoder_rules, to_canonical, transformer_rules
 from .quantized import gather_quantized, unknown_formats
-from .sizes import count_numbers
+from .sizes import check_depth, count_by_place, count_numbers
 from .t5 import COMPANIONS, canonical_t5
 
 # What torch.compile, sharding and activation checkpointing put anywhere in a name; kohya's trainers make dots underscores.
@@ -144,7 +144,8 @@ def _is_mochi_vae(tensors: LazyStateDict) -> bool:
 def _canonical_transformer(tensors: LazyStateDict) -> LazyStateDict:
     if "t5_yproj.weight" in tensors:
         return tensors
-    return to_canonical(tensors, transformer_rules(count_numbers(tensors, r"transformer_blocks\.(\d+)\..*")))
+    depth = check_depth(count_numbers(tensors, r"transformer_blocks\.(\d+)\..*"))
+    return to_canonical(tensors, transformer_rules(depth))
 
 
 def _canonical_vae(tensors: LazyStateDict) -> LazyStateDict:
@@ -162,9 +163,12 @@ def _canonical_vae(tensors: LazyStateDict) -> LazyStateDict:
 def _resnets(tensors: LazyStateDict, stages: str) -> tuple[int, ...]:
     """How many residual blocks one half of a diffusers autoencoder has before, in and after its stages."""
     half = stages.partition(".")[0]
-    numbered = [f"{stages}.{i}" for i in range(count_numbers(tensors, re.escape(stages) + r"\.(\d+)\..*"))]
-    places = [f"{half}.block_in", *numbered, f"{half}.block_out"]
-    return tuple(count_numbers(tensors, re.escape(place) + r"\.resnets\.(\d+)\..*") for place in places)
+    count = check_depth(count_numbers(tensors, re.escape(stages) + r"\.(\d+)\..*"))
+    numbered = [f"{stages}.{i}" for i in range(count)]
+    resnets = count_by_place(tensors, r"([^.]+\.[^.]+(?:\.\d+)?)\.resnets\.(\d+)\..*")
+    counts = tuple(resnets[place] for place in (f"{half}.block_in", *numbered, f"{half}.block_out"))
+    check_depth(sum(counts))
+    return counts
 
 
 PARTS = {

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...quantization.fp8 import FP8, supports_scaled_mm
 from ...quantization.ggml import BLOCK_TYPES
 from ...quantization.weights import FP8_ROWWISE, QUANTIZERS, QuantizedWeight
+from ..limits import read_json
 from ..tensors import (
     QUANTIZATION,
     Checkpoint,
@@ -72,10 +73,10 @@ def gather_quantized(checkpoint: Checkpoint) -> LazyStateDict:
 def _notes_in_metadata(checkpoint: Checkpoint) -> LazyStateDict:
     """The notes of quantised layers in a file's metadata, as the tensors in which other files have them."""
     try:
-        layers = json.loads(checkpoint.metadata.get(QUANTIZATION, "{}")).get("layers", {})
+        layers = read_json(checkpoint.metadata.get(QUANTIZATION, "{}")).get("layers", {})
         return from_state_dict({f"{layer}.{NOTE}": note_tensor(note) for layer, note in layers.items()})
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise checkpoint.error(f"has an unreadable {QUANTIZATION}; download it again.") from error
+    except (ValueError, AttributeError):
+        raise checkpoint.error(f"has an unreadable {QUANTIZATION}; download it again.") from None
 
 
 def note_tensor(note: Any) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 from ...config import AsymmDiTConfig, AsymmVAEConfig
+from ..limits import MAX_BLOCKS
 from ..tensors import LazyStateDict
 
 
@@ -15,7 +17,7 @@ def dit_config(tensors: LazyStateDict) -> AsymmDiTConfig:
     dy, text_width = shape_of(tensors, "t5_yproj.weight")
     last_y = shape_of(tensors, "blocks.0.mlp_y.w2.weight")[1] if "blocks.0.mlp_y.w2.weight" in tensors else 0
     return AsymmDiTConfig(
-        depth=count_numbers(tensors, r"blocks\.(\d+)\..*"),
+        depth=check_depth(count_numbers(tensors, r"blocks\.(\d+)\..*")),
         hidden_size_x=dx,
         hidden_size_y=dy,
         num_heads=shape_of(tensors, "pos_frequencies", 3)[1],
@@ -31,8 +33,10 @@ def dit_config(tensors: LazyStateDict) -> AsymmDiTConfig:
 def vae_config(tensors: LazyStateDict) -> AsymmVAEConfig:
     """Read the sizes of an autoencoder from its canonical tensors; a half that is not there keeps the defaults."""
     found = halves(tensors)
-    sizes = _encoder_sizes(tensors) if found["encoder"] else {}
-    return AsymmVAEConfig(**sizes, **(_decoder_sizes(tensors) if found["decoder"] else {}))
+    encoder = _encoder_sizes(tensors) if found["encoder"] else {}
+    decoder = _decoder_sizes(tensors) if found["decoder"] else {}
+    check_depth(sum(encoder.get("encoder_blocks", ())) + sum(decoder.get("decoder_blocks", ())))
+    return AsymmVAEConfig(**encoder, **decoder)
 
 
 def halves(tensors: LazyStateDict) -> dict[str, bool]:
@@ -45,7 +49,8 @@ def _decoder_sizes(tensors: LazyStateDict) -> dict[str, Any]:
     stages = count_numbers(tensors, r"decoder\.blocks\.(\d+)\.proj\.weight")
     projections = [shape_of(tensors, f"decoder.blocks.{i + 1}.proj.weight") for i in range(stages)]
     widths = (*(columns for _, columns in projections), shape_of(tensors, "decoder.output_proj.weight")[1])
-    counts = [count_numbers(tensors, rf"decoder\.blocks\.{i + 1}\.blocks\.(\d+)\..*") for i in range(stages)]
+    inside = count_by_place(tensors, r"decoder\.blocks\.(\d+)\.blocks\.(\d+)\..*")
+    counts = [inside[str(i + 1)] for i in range(stages)]
     head = count_numbers(tensors, r"decoder\.blocks\.0\.(\d+)\..*") - 1
     tail = count_numbers(tensors, rf"decoder\.blocks\.{stages + 1}\.(\d+)\..*")
     return {
@@ -61,7 +66,10 @@ def _encoder_sizes(tensors: LazyStateDict) -> dict[str, Any]:
     stages = sorted(int(m[1]) for name in tensors if (m := stage_of.fullmatch(name)))
     total = count_numbers(tensors, r"encoder\.layers\.(\d+)\..*")
     convs = [shape_of(tensors, f"encoder.layers.{i}.layers.0.weight", 5) for i in stages]
-    inside = [count_numbers(tensors, rf"encoder\.layers\.{i}\.layers\.(\d+)\..*") - 1 for i in stages]
+    if stages and stages[-1] >= total:
+        raise ValueError(f"it has encoder.layers.{stages[-1]}, but not the layers before it; download it again.")
+    layers = count_by_place(tensors, r"encoder\.layers\.(\d+)\.layers\.(\d+)\..*")
+    inside = [layers[str(i)] - 1 for i in stages]
     head, tail = (stages[0] - 1, total - stages[-1] - 1) if stages else (total - 1, 0)
     places = ["1", *(f"{i}.layers.1" for i in stages), str(total - 1)]
     return {
@@ -86,3 +94,16 @@ def shape_of(tensors: LazyStateDict, name: str, axes: int = 2) -> tuple[int, ...
 def count_numbers(tensors: LazyStateDict, pattern: str) -> int:
     """How many different numbers the names have where the pattern has its group."""
     return len({match[1] for name in tensors if (match := re.fullmatch(pattern, name))})
+
+
+def count_by_place(tensors: LazyStateDict, pattern: str) -> Counter[str]:
+    """How many different numbers the names have in the pattern's second group, for each text in its first."""
+    found = {match.groups() for name in tensors if (match := re.fullmatch(pattern, name))}
+    return Counter(place for place, _ in found)
+
+
+def check_depth(blocks: int) -> int:
+    """The number of blocks of a model; ValueError if it is beyond all models, so that nobody builds them."""
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f"it has {blocks:,} blocks; {MAX_BLOCKS} are read at most.")
+    return blocks

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...config import T5EncoderConfig
 from ..tensors import Checkpoint, LazyStateDict
-from .sizes import shape_of
+from .sizes import check_depth, shape_of
 
 ATTENTION, FEED_FORWARD = "encoder.block.{}.layer.0.SelfAttention", "encoder.block.{}.layer.1.DenseReluDense"
 POSITION_BIAS = ATTENTION.format(0) + ".relative_attention_bias.weight"
@@ -49,8 +49,9 @@ def t5_config(checkpoint: Checkpoint) -> T5EncoderConfig:
         buckets, heads = shape_of(tensors, POSITION_BIAS)
         inner, _ = shape_of(tensors, ATTENTION.format(0) + ".q.weight")
         _, mlp_size = shape_of(tensors, FEED_FORWARD.format(0) + ".wo.weight")
+        depth = check_depth(sum(ATTENTION.format(i) + ".q.weight" in tensors for i in range(len(tensors))))
     return T5EncoderConfig(
-        depth=sum(ATTENTION.format(i) + ".q.weight" in tensors for i in range(len(tensors))),
+        depth=depth,
         width=width,
         num_heads=heads,
         head_dim=inner // heads,
