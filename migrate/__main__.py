@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .migration import Migration, migrate
+from .shown import sentence
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,12 +22,12 @@ def main(arguments: list[str] | None = None) -> int:
         migration = migrate_file(options.workflow, stock=options.stock)
         write_workflow(migration.workflow, output)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     for note in migration.notes:
-        print(note, file=sys.stderr)
+        print(sentence(note), file=sys.stderr)
     print(output)
     return 0
 

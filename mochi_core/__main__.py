@@ -31,6 +31,7 @@ from .pipeline import MochiPipeline
 from .quantization.weights import QUANTIZERS
 from .sampling.block_cache import METHODS, BlockCache
 from .sampling.schedule import linear_quadratic_schedule
+from .shown import sentence
 from .text_encoder import load_text_encoder
 from .transformer.attention import ATTENTIONS, choose_attention
 
@@ -39,12 +40,12 @@ LATENT_SUFFIXES = (".latent", ".safetensors")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, or 2 with one sentence on stderr about what has to change, or 130 for Ctrl-C."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {sentence(message)}", file=sys.stderr)
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
     except (ValueError, OSError, SafetensorError, OutOfMemory) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

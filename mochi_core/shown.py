@@ -20,6 +20,11 @@ def shown(text: str, longest: int = NAME_LENGTH) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:longest]) + more
 
 
+def sentence(message: object) -> str:
+    """An error, a warning or a note on one line; the parts of it that are not ours have been cut before."""
+    return shown(str(message), SENTENCE_LENGTH)
+
+
 def shown_names(names: Collection[str], most: int = EXAMPLES) -> str:
     """The first few of `names`, each made fit to be shown, with commas between them and dots for the others."""
     first = [shown(name) for name, _ in zip(names, range(most), strict=False)]

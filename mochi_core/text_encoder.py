@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .checkpoints import load_into, open_part
 from .checkpoints.names.t5 import hugging_face_entries, t5_config
+from .shown import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
@@ -34,7 +35,7 @@ def cut_tokens(tokens: list[Token], decode: Callable[[list[Token]], str]) -> tup
     if len(tokens) <= MAX_TOKENS:
         return tokens, None
     kept, lost, end = tokens[: MAX_TOKENS - 1], tokens[MAX_TOKENS - 1 : -1], tokens[-1:]
-    warning = f"The prompt has {len(tokens)} tokens and Mochi reads {MAX_TOKENS}; cut off: “{decode(lost)}”"
+    warning = f"The prompt has {len(tokens)} tokens and Mochi reads {MAX_TOKENS}; cut off: “{shown(decode(lost))}”"
     return kept + end, warning
 
 

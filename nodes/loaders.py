@@ -12,6 +12,7 @@ from comfy_api.latest import io
 
 from ..mochi_core.checkpoints.formats.reader import INDEX_PATTERN
 from ..mochi_core.dtypes import DTYPES
+from ..mochi_core.shown import shown
 from .bridge.attention import CHOICES as ATTENTIONS
 from .bridge.model import load_model
 from .bridge.text import load_clip
@@ -63,7 +64,7 @@ def full_path(name: str, *kinds: str) -> str:
             return path
         if name in own_files(kind):
             return str(OWN_MODELS / kind / name)
-    raise ValueError(f"{name} is in none of the model folders {', '.join(kinds)}; put it there and press R.")
+    raise ValueError(f"{shown(name)} is in none of the model folders {', '.join(kinds)}; put it there and press R.")
 
 
 class LoadTransformer(io.ComfyNode):

@@ -21,6 +21,7 @@ import nodes as host
 
 from ..migrate import migrate, migrate_prompt
 from ..migrate.api import Prompt, is_prompt
+from ..migrate.shown import sentence
 from ..migrate.tables import WRAPPER, ReplacementRule
 
 CONVERTED: ContextVar[tuple[object, object]] = ContextVar("CONVERTED", default=(None, None))
@@ -92,7 +93,7 @@ def converted(prompt: Prompt) -> Prompt:
     except ValueError:  # nothing of the wrapper's in it
         return prompt
     for note in migration.notes:
-        logging.info("Old Mochi workflow: %s", note)
+        logging.info("Old Mochi workflow: %s", sentence(note))
     return migration.workflow
 
 
@@ -106,8 +107,8 @@ async def migrate_request(request: web.Request) -> web.Response:
         migration = await asyncio.to_thread(migrate, workflow, stock=True)
     except ValueError as problem:
         return refused(str(problem))
-    return web.json_response({"workflow": migration.workflow, "notes": migration.notes})
+    return web.json_response({"workflow": migration.workflow, "notes": [*map(sentence, migration.notes)]})
 
 
 def refused(reason: str) -> web.Response:
-    return web.json_response({"error": reason}, status=400)
+    return web.json_response({"error": sentence(reason)}, status=400)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
+from ..shown import sentence, shown, shown_names
 from .formats.reader import open_checkpoint
 from .loading import model_spec, state_dict_diff
 from .names.detect import describe, find_parts, select_part
 from .tensors import Checkpoint, LazyStateDict
 
-SHOWN_NAMES, SHOWN_LETTERS = 20, 200
+SHOWN_NAMES = 20
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -55,14 +56,14 @@ def _stored(tensors: LazyStateDict) -> dict[str, dict[str, int]]:
 
 def render(report: dict[str, Any]) -> str:
     """`inspect`'s report as lines of text."""
-    lines = [f"{report['file']}: {report['is']}"]
+    lines = [f"{sentence(report['file'])}: {report['is']}"]
     for part, found in report["parts"].items():
         lines += ["", *_render_part(part, found)]
     lines += ["", "stored"]
     for dtype, found in report["stored"].items():
         lines.append(f"  {dtype}: {found['tensors']} tensors, {found['bytes'] / 1e9:.3f} GB")
     if report["metadata"]:
-        lines += ["", "metadata", *(f"  {key}: {_cut(value)}" for key, value in report["metadata"].items())]
+        lines += ["", "metadata", *(f"  {shown(key)}: {shown(value)}" for key, value in report["metadata"].items())]
     return "\n".join(lines)
 
 
@@ -75,10 +76,5 @@ def _render_part(part: str, found: dict[str, Any]) -> list[str]:
     lines += ["  complete: every tensor is there, and no unknown one"] if complete else []
     for kind in ("missing", "unexpected", "misshapen"):
         names = found[kind]
-        more = f", and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-        lines += [f"  {len(names)} {kind}: {', '.join(names[:SHOWN_NAMES])}{more}"] if names else []
+        lines += [f"  {len(names)} {kind}: {shown_names(names, SHOWN_NAMES)}"] if names else []
     return lines
-
-
-def _cut(value: str) -> str:
-    return value if len(value) <= SHOWN_LETTERS else value[:SHOWN_LETTERS] + " ..."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..autoencoder.model import AsymmVAE
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
 from ..quantization.weights import QuantizedLinear, QuantizedWeight
+from ..shown import shown, shown_names
 from ..transformer.model import AsymmDiT
 from .formats.reader import open_checkpoint
 from .names.detect import PARTS, select_part
@@ -21,7 +22,6 @@ from .names.sizes import dit_config, halves, vae_config
 from .names.t5 import t5_config, t5_shapes
 from .tensors import Checkpoint, LazyStateDict, LazyTensor, merge
 
-EXAMPLES = 6
 # The first bit pattern, without its sign, that is no finite number.
 FP8_INFINITY = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 SIGN_BIT = 0x80
@@ -157,7 +157,7 @@ def state_dict_diff(parameters: Mapping[str, Tensor], tensors: LazyStateDict) ->
         "missing": sorted(name for name in expected if name not in tensors),
         "unexpected": sorted(name for name in tensors if name not in expected),
         "misshapen": sorted(
-            f"{name} is {tensors[name].shape} instead of {shape}"
+            f"{shown(name)} is {tensors[name].shape} instead of {shape}"
             for name, shape in expected.items()
             if name in tensors and tensors[name].shape != shape
         ),
@@ -165,8 +165,7 @@ def state_dict_diff(parameters: Mapping[str, Tensor], tensors: LazyStateDict) ->
 
 
 def _listed(kind: str, names: list[str]) -> str:
-    more = ", ..." if len(names) > EXAMPLES else ""
-    return f"{len(names)} {kind} ({', '.join(names[:EXAMPLES])}{more})"
+    return f"{len(names)} {kind} ({shown_names(names)})"
 
 
 def check_finite(checkpoint: Checkpoint, name: str, value: Tensor | QuantizedWeight) -> None:

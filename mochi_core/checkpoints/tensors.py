@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..quantization.ggml import BLOCK_TYPES, columns
 from ..quantization.weights import QuantizedWeight
+from ..shown import sentence, shown
 
 T = TypeVar("T")
 FLOATS = {
@@ -111,8 +112,8 @@ class Checkpoint:
         return replace(self, tensors=tensors)
 
     def error(self, problem: str) -> ValueError:
-        """The error to raise for what is wrong with the file, such as "holds no tensors." """
-        return ValueError(f"{self.name} {problem}")
+        """The error to raise for what is wrong with the file, such as "holds no tensors.", on one line."""
+        return ValueError(sentence(f"{self.name} {problem}"))
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
@@ -120,7 +121,8 @@ class Checkpoint:
         try:
             yield
         except ValueError as error:
-            raise self.error(f"does not fit Mochi: {error}") from error
+            # Without the cause, whose text a traceback would show as it is.
+            raise self.error(f"does not fit Mochi: {error}") from None
 
     def main_dtype(self) -> tuple[torch.dtype, str | None]:
         """`dtype` and `block_type` of most of the weights."""
@@ -136,7 +138,7 @@ def merge(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     merged = replace(first, name=" and ".join(file.name for file in checkpoints))
     for file in others:
         if twice := sorted(merged.tensors.keys() & file.tensors.keys()):
-            raise merged.error(f"bring {twice[0]} a second time; give each half of the autoencoder once.")
+            raise merged.error(f"bring {shown(twice[0])} a second time; give each half of the autoencoder once.")
         merged = replace(merged, tensors=merged.tensors | file.tensors, metadata=merged.metadata | file.metadata)
     return merged
 

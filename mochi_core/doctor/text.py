@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..shown import sentence
+
 WIDTH = 100
 MAX_LINES = 2
 """Of one finding; what is longer is cut here, and whole in the data."""
@@ -21,15 +23,10 @@ def render(report: dict[str, Any]) -> str:
         lines += [f"{name}: {PROBLEM}{found['problem']}"] if _is_problem(found) else tell(found)
     for file in report["files"]:
         lines += _file(file)
-    return "\n".join(wrapped for line in lines for wrapped in _wrap(printable(line)))
+    return "\n".join(wrapped for line in lines for wrapped in _wrap(sentence(line)))
 
 
 PROBLEM = "could not be found out: "
-
-
-def printable(text: str) -> str:
-    """Text without what a terminal obeys or cannot show: control and formatting characters and lone surrogates become ?."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _wrap(line: str) -> list[str]:

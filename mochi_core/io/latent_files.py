@@ -39,11 +39,11 @@ def load_latents(path: str | Path) -> Tensor:
     names = [NAME] if NAME in tensors else [name for name, tensor in tensors.items() if len(tensor.shape) in (4, 5)]
     if len(names) != 1:
         raise file.error(f"holds {len(names)} tensors that could be latents; it must hold one.")
-    latents = tensors[names[0]].read().float()
-    if latents.ndim == 4:
-        latents = latents[None]
-    if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS:
-        shape = tuple(latents.shape)
-        raise file.error(f"holds latents of shape {shape}; Mochi's are (batch, {LATENT_CHANNELS}, T, H, W).")
+    stored = tensors[names[0]]
+    shape = (1, *stored.shape) if len(stored.shape) == 4 else stored.shape
+    if len(shape) != 5 or shape[1] != LATENT_CHANNELS or 0 in shape:
+        rule = f"Mochi's are (batch, {LATENT_CHANNELS}, T, H, W), each at least 1"
+        raise file.error(f"holds latents of shape {stored.shape}; {rule}.")
+    latents = stored.read().to(torch.float32, copy=True).reshape(shape)  # no map of a file that is soon written again
     unmarked = NAME in tensors and VERSION_MARK not in tensors
     return latents / UNMARKED_SCALE if unmarked else latents

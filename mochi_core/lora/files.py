@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..checkpoints import Checkpoint, LazyTensor, describe, is_finite, open_chec
 from ..checkpoints.limits import read_json
 from ..checkpoints.names.diffusers import swapped_halves
 from ..config import AsymmDiTConfig
+from ..shown import shown, shown_names
 from .targets import TargetRows, find_target, lora_targets
 
 # Tensor names of LoRAs: the name of a layer, then one of the spellings of the tensor's role.
@@ -40,8 +41,6 @@ OTHER_LORAS = (
 )
 LEAVES = ("bias", "weight")
 """Roles of tensors that are added to the parameter of that name."""
-EXAMPLES = 6
-"""Names quoted in a message at most."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,11 @@ class LoraFile:
         left = [name for name in self.unmatched if name not in read_elsewhere]
         if not self.deltas and not read_elsewhere:
             raise self.checkpoint.error(
-                f"holds {_kind(self.checkpoint)}; Mochi has none of its layers, e.g. {_some(left)}. "
+                f"holds {_kind(self.checkpoint)}; Mochi has none of its layers, e.g. {shown_names(left)}. "
                 "Choose a LoRA made for Mochi."
             )
-        sentence = f"{self.checkpoint.name}: Mochi has no place for {len(left)} of its names, left out: {_some(left)}."
+        name, some = shown(self.checkpoint.name), shown_names(left)
+        sentence = f"{name}: Mochi has no place for {len(left)} of its names, left out: {some}."
         return sentence if left else None
 
 
@@ -266,8 +266,3 @@ def _kind(file: Checkpoint) -> str:
             return phrase
     described = describe(file)
     return "a LoRA for another model" if described == "a LoRA" else described
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:EXAMPLES]) + (", ..." if len(names) > EXAMPLES else "")

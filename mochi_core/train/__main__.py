@@ -16,6 +16,7 @@ from ..autoencoder.streaming import OutOfMemory
 from ..checkpoints import load_vae
 from ..dtypes import DTYPES
 from ..geometry import VideoSize
+from ..shown import sentence
 from ..text_encoder import load_text_encoder
 from .config import read_config, read_size
 from .loop import new_accelerator, train
@@ -29,7 +30,7 @@ DTYPE_CHOICES = ("bf16", "fp32")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 if it worked, 2 with one sentence on stderr if the person has to change something."""
-    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {sentence(message)}", file=sys.stderr)
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {asked}; see gradient_checkpointing, quantize and batch_size in docs/train.md.", file=sys.stderr)
         return 2
     except (ValueError, OSError, SafetensorError, OutOfMemory) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -10,11 +11,20 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBo
 from pydantic_core import ErrorDetails
 
 from ..geometry import VideoSize
+from ..shown import NAME_LENGTH, shown
+
+MAX_BYTES = 50_000
+"""Of a training's file; a real one has a tenth, most of it prompts."""
+MAX_COUNT = 2**63 - 1
+MAX_DIGITS = 12
+"""Of a width and a height together."""
 
 
 def read_size(text: Any) -> tuple[int, int]:
     """(width, height) of "848x480"; ValueError for anything else."""
     width, _, height = str(text).partition("x")
+    if len(width) + len(height) > MAX_DIGITS:
+        raise ValueError("no video is so large.")
     return int(width), int(height)
 
 
@@ -24,8 +34,8 @@ def _read_number(value: Any) -> Any:
 
 
 # The descriptions end the sentences of `_sentence`: "steps is 0, but must be a whole number, 1 or more."
-Count = Annotated[int, Field(strict=True, ge=1, description="a whole number, 1 or more")]
-CountOrZero = Annotated[int, Field(strict=True, ge=0, description="a whole number, 0 or more")]
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT, description="a whole number, 1 or more")]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT, description="a whole number, 0 or more")]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_read_number)]
 Positive = Annotated[Number, Field(gt=0, description="a number above 0")]
 NotNegative = Annotated[Number, Field(ge=0, description="a number, 0 or more")]
@@ -130,10 +140,15 @@ def read_config(path: Path, *, full: bool = False) -> Config:
         ValueError: it is no YAML, or a key is unknown, missing or not what it must be.
         FileNotFoundError: there is no such file.
     """
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; {MAX_BYTES:,} are read of a training's file at most.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    except OSError:
+        raise
+    except Exception as error:  # PyYAML makes dates, numbers and bytes of text, which fail in any way they like
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ValueError(f"{path} is no YAML file: {shown(reason)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values, such as steps: 2000.")
     misplaced = [name for name in LORA_ONLY if full and values.get(name) is not None]
@@ -164,8 +179,19 @@ def _sentence(keys: type[Keys], values: dict[Any, Any], error: ErrorDetails) -> 
         return f"{place}{error.get('ctx', {})['error']}"
     name = path[0]
     if error["type"] == "extra_forbidden":
-        return f"{place}there is no key {name}; the keys are {', '.join(keys.model_fields)}."
+        return f"{place}there is no key {shown(name)}; the keys are {', '.join(keys.model_fields)}."
     rule = keys.model_fields[name].description
     if error["type"] == "missing":
         return f"{place}{name} is missing; it is {rule}."
-    return f"{place}{name} is {values[name]!r}, but must be {rule}."
+    at_most = f" and at most {MAX_COUNT:,}" if error.get("ctx", {}).get("le") == MAX_COUNT else ""
+    return f"{place}{name} is {_shown_value(values[name])}, but must be {rule}{at_most}."
+
+
+def _shown_value(value: Any) -> str:
+    """A value as YAML gives it, in a few words: by its aliases, a short file can hold more than any machine could write."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxlong = 2, NAME_LENGTH, NAME_LENGTH
+    try:
+        return shown(short.repr(value))
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"

@@ -48,8 +48,9 @@ def load_state(path: Path, parameters: Parameters, optimizer: torch.optim.Optimi
     try:
         state = torch.load(path, "cpu", weights_only=True)
         weights, before = state["weights"], state["settings"]
-    except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read; delete it to start from the beginning.") from error
+    except (RuntimeError, EOFError, KeyError, TypeError, UnpicklingError):
+        # Without the cause, whose text is PyTorch's advice to switch its check off.
+        raise ValueError(f"{path} cannot be read; delete it to start from the beginning.") from None
     if {name: value.shape for name, value in weights.items()} != {n: p.shape for n, p in parameters.items()}:
         raise ValueError(
             f"{path} is of a training of other layers or ranks; choose another output, or delete it to start anew."

@@ -237,6 +237,25 @@ def test_torch_files_with_flipped_bits(scratch, flips):
         assert sum(tensor.numel() for tensor in read) <= 7
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs the users of Unix")
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.gguf", "x.safetensors.index.json"])
+def test_a_file_that_may_not_be_read(tmp_path, name):
+    (tmp_path / name).write_bytes(VALID)
+    (tmp_path / name).chmod(0)
+    before = os.geteuid()
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    try:
+        if before == 0:  # whom nothing stops
+            os.seteuid(65534)
+        with pytest.raises(
+            PermissionError, match=rf"^{name} cannot be read \(Permission denied\); check who may read it"
+        ):
+            open_checkpoint(tmp_path / name)
+    finally:
+        os.seteuid(before)
+
+
 def test_a_file_that_changes_while_it_loads(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(VALID)

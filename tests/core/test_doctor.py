@@ -244,7 +244,7 @@ def test_names_are_fit_to_be_shown_and_folders_are_not():
     found = examine("cpu", [f"/home/somebody/{name}"])["files"]
     assert found[0]["file"] == name
     text = render({**EMPTY, "files": [{"file": name, "is": "a Mochi transformer"}]})
-    assert "file a?[2J?b?c?.safetensors: a Mochi transformer" in text
+    assert r"file a\x1b[2J\nb\u202ec\udc80.safetensors: a Mochi transformer" in text
     assert "somebody" not in text
     json.dumps(found).encode("ascii")
 

@@ -233,6 +233,19 @@ def test_latent_files(tmp_path):
     save_file({"latent_tensor": latents[:, :4].contiguous()}, tmp_path / "other.latent")
     with pytest.raises(ValueError, match=r"shape \(2, 4, 3, 4, 6\)"):
         load_latents(tmp_path / "other.latent")
+    for shape in ((0, 12, 3, 4, 6), (1, 12, 0, 4, 6), (12, 3, 0, 6)):
+        save_file({"latent_tensor": torch.zeros(shape)}, tmp_path / "empty.latent")
+        with pytest.raises(
+            ValueError, match=r"empty.latent holds latents of shape \(.*\); Mochi's are .* each at least 1"
+        ):
+            load_latents(tmp_path / "empty.latent")
+
+
+def test_latents_are_no_map_of_their_file(tmp_path):
+    save_latents(torch.ones(1, 12, 1, 2, 2), tmp_path / "a.latent")
+    latents = load_latents(tmp_path / "a.latent")
+    (tmp_path / "a.latent").write_bytes(b"")
+    assert torch.equal(latents, torch.ones(1, 12, 1, 2, 2))
 
 
 # Corners of the colour cube and two between.

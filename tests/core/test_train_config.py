@@ -12,6 +12,8 @@ from mochi_core.train.config import Config, LoraKeys, SampleKeys, parse, read_co
 ROOT = Path(__file__).parents[2]
 NEEDED = "transformer: dit.safetensors\ndataset: clips\noutput: out\n"
 SAMPLE = "sample:\n  prompts: [a kite]\n  vae: vae.safetensors\n  t5: t5.safetensors\n"
+# Lists of two that are the list before: 60 of them hold more than any machine could write.
+DOUBLED = "[" + ", ".join(["&l0 [x, x]", *(f"&l{i} [*l{i - 1}, *l{i - 1}]" for i in range(1, 60))]) + "]"
 
 
 @pytest.fixture
@@ -71,6 +73,19 @@ def test_the_example_in_the_documentation_is_complete():
         (NEEDED + SAMPLE + "  size: wide\n", "in sample, size is 'wide', but must be a width and a height, such as"),
         (NEEDED + SAMPLE + "  size: 848x470\n", "in sample, height is 470, but Mochi needs a multiple of 16"),
         (NEEDED + SAMPLE + "  frames: 36\n", "in sample, num_frames is 36, but Mochi needs 6k + 1 frames"),
+        (NEEDED + "steps: " + "9" * 400 + "\n", "steps is 9999"),
+        (NEEDED + "steps: 0x" + "f" * 5000 + "\n", "steps is a number of thousands of digits, but must be"),
+        (NEEDED + "learning_rate: " + "9" * 400 + "\n", "learning_rate is 9999"),
+        (NEEDED + "learning_rate: " + "9" * 5000 + "\n", "is no YAML file: Exceeds the limit"),
+        (NEEDED + SAMPLE + "  size: " + "9" * 400 + "x16\n", "in sample, size is '9999"),
+        (NEEDED + "steps: 2000-99-99\n", "is no YAML file: month must be in 1..12"),
+        (NEEDED + "steps: !!int ''\n", "is no YAML file: string index out of range"),
+        (NEEDED + f"steps: {DOUBLED}\n", "steps is [['x', 'x'], [[...], [...]], [[...], [...]], [[...], [...]]"),
+        (NEEDED + f"sample: {DOUBLED}\n", "sample is [['x', 'x'], [[...], [...]]"),
+        (NEEDED + f"surprise: {DOUBLED}\n", "there is no key surprise; the keys are"),
+        (NEEDED + 'steps: "\\e[31m\\n\\ud800"\n', r"steps is '\x1b[31m\n\ud800', but must be"),
+        ("[" * 5000, "is no YAML file: it is nested too deeply"),
+        ("a" * 60_000, "has 60,000 bytes; 50,000 are read of a training's file at most."),
         ("just text", "must hold keys and values, such as steps: 2000."),
         ("a: [1", "is no YAML file: while parsing"),
         ("a: !!python/object/apply:os.system ['x']", "is no YAML file: could not determine a constructor"),

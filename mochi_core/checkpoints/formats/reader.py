@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ...shown import shown, shown_names
+from ...shown import sentence, shown, shown_names
 from ..limits import MAX_INDEX_BYTES, MAX_NAME, MAX_SHARDS, MAX_TENSORS, read_json
 from ..tensors import QUANTIZATION, Checkpoint, LazyStateDict
 from .gguf import open_gguf
@@ -24,6 +24,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is nothing at `path`, or a shard is missing.
+        OSError: the system does not let it be read.
         ValueError: it is no readable weights file, or it is incomplete. Reading a tensor raises it, too, if the file has
             changed since.
     """
@@ -32,7 +33,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return replace(open_checkpoint(_choose(path)), name=str(path))
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the name.")
-    check, file = change_check(path), _open_file(path)
+    try:
+        check, file = change_check(path), _open_file(path)
+    except ValueError as error:
+        raise ValueError(sentence(error)) from None
+    except OSError as error:
+        if error.errno is None:  # a sentence of ours, about a shard
+            raise
+        raise type(error)(
+            f"{path.name} cannot be read ({error.strerror}); check who may read it, and its disk."
+        ) from None
     return file.with_tensors({name: tensor.guarded(check) for name, tensor in file.tensors.items()})
 
 

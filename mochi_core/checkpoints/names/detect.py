@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...shown import shown, shown_names
 from ..tensors import Checkpoint, LazyStateDict, LazyTensor
 from .diffusers import autoencoder_rules, to_canonical, transformer_rules
 from .quantized import gather_quantized, unknown_formats
@@ -67,7 +68,7 @@ def select_part(checkpoint: Checkpoint, part: str) -> Checkpoint:
     found = _without_companions(checkpoint, found, PARTS[part])
     if formats := unknown_formats(found):
         raise checkpoint.error(
-            f"has weights in a form that cannot be read: {', '.join(sorted(formats))}; use another file."
+            f"has weights in a form that cannot be read: {shown_names(sorted(formats))}; use another file."
         )
     with checkpoint.named_errors():
         return checkpoint.with_tensors(PARTS[part].to_canonical(found))
@@ -82,10 +83,8 @@ def _without_companions(checkpoint: Checkpoint, tensors: LazyStateDict, part: Pa
 
     needed = {name: tensor for name, tensor in tensors.items() if not is_companion(name, tensor)}
     if companions := [name for name in tensors if name not in needed]:
-        some = ", ".join(companions[:QUOTED_NAMES]) + (", ..." if len(companions) > QUOTED_NAMES else "")
-        logging.info(
-            f"{checkpoint.name}: {len(companions)} tensors that {part.phrase} does not need are left out: {some}"
-        )
+        some, name = shown_names(companions, QUOTED_NAMES), shown(checkpoint.name)
+        logging.info(f"{name}: {len(companions)} tensors that {part.phrase} does not need are left out: {some}")
     return needed
 
 
@@ -112,7 +111,7 @@ def describe(checkpoint: Checkpoint) -> str:
     for phrase, patterns in OTHER_MODELS:
         if all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns):
             return phrase
-    return f"an unknown model of {len(names)} tensors (e.g. {', '.join(names[:3])})" if names else "no tensors"
+    return f"an unknown model of {len(names)} tensors (e.g. {shown_names(names, 3)})" if names else "no tensors"
 
 
 def _describe_part(part: str, tensors: LazyStateDict) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...quantization.weights import QuantizedWeight
+from ...shown import shown_names
 from ..tensors import LazyStateDict, LazyTensor
 
 
@@ -215,5 +216,5 @@ def _arrange_rows(weights: list[QuantizedWeight], arrange: Callable[[list[Tensor
 
 def _refuse_unknown(names: set[str]) -> None:
     if names:
-        some = ", ".join(sorted(names)[:8])
+        some = shown_names(sorted(names))
         raise ValueError(f"{len(names)} tensors have no place in it, e.g. {some}; this is a file of another model.")

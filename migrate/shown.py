@@ -1,0 +1,16 @@
+"""Text of a workflow, made fit for a terminal."""
+
+from __future__ import annotations
+
+SENTENCE_LENGTH = 2000
+
+
+def sentence(message: object) -> str:
+    """`message` on one line, with at most `SENTENCE_LENGTH` characters of it; what does not show itself is escaped.
+
+    As in `mochi_core.shown`, which this package does not import: it needs no PyTorch.
+    """
+    text = str(message)
+    more = f" ... ({len(text):,} characters)" if len(text) > SENTENCE_LENGTH else ""
+    kept = text[:SENTENCE_LENGTH]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in kept) + more
