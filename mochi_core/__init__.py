@@ -6,7 +6,7 @@ from .checkpoints import load_transformer, load_vae
 from .config import AsymmDiTConfig, AsymmVAEConfig
 from .geometry import VideoSize, seconds_to_frames
 from .io.video import save_video
-from .lora import Lora, load_lora
+from .lora import Lora, fuse_loras, load_lora
 from .pipeline import MochiPipeline
 from .sampling.block_cache import BlockCache
 from .sampling.sample import euler, guided, sample
@@ -29,6 +29,7 @@ __all__ = [
     "VideoSize",
     "denormalize_latents",
     "euler",
+    "fuse_loras",
     "guidance_schedule",
     "guided",
     "linear_quadratic_schedule",

@@ -12,20 +12,23 @@ from torch import Tensor
 from .autoencoder.latents import denormalize_latents
 from .autoencoder.model import AsymmVAE
 from .geometry import VideoSize
-from .io.video import to_unit_range
+from .io.video import as_images, to_unit_range
+from .lora import NamedLoras
 from .sampling.block_cache import BlockCache
-from .sampling.sample import OnStep, sample
+from .sampling.sample import Condition, OnStep, sample
 from .sampling.schedule import linear_quadratic_schedule
-from .text_encoder import TextEncoder
+from .text_encoder import TextEncoder, empty_prompts
 from .transformer.model import AsymmDiT
 from .transformer.offload import offload_modulation, stream_blocks
 
-OUTPUT_TYPES = ("np", "pt", "latent")
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 OFFLOADS = (False, True, "stream")
 
 
-class MochiPipeline:
-    """The three models of Mochi, run one after the other.
+class MochiPipeline(NamedLoras):
+    """The three models of Mochi, run one after the other; without a text encoder, for text that is encoded already.
+
+    LoRAs of the denoiser can have names, see `NamedLoras`.
 
     Without `offload`, each model works where it is. With it, the models stay on the CPU and only the one at work is on
     `device`, the denoiser by `offload.offload_modulation`. With "stream", the denoiser has only two of its blocks on `device`,
@@ -39,7 +42,7 @@ class MochiPipeline:
         self,
         dit: AsymmDiT,
         vae: AsymmVAE,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | None,
         *,
         offload: bool | Literal["stream"] = False,
         device: torch.device | str | None = None,
@@ -50,7 +53,8 @@ class MochiPipeline:
             raise ValueError(f"offload is {offload!r}; use one of {', '.join(map(repr, OFFLOADS))}.")
         if offload and device is None:
             raise ValueError(f"offload={offload!r} needs device=..., the device on which the models take turns.")
-        self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
+        super().__init__(dit)
+        self.vae, self.text_encoder = vae, text_encoder
         # Where `device` is the CPU, whole models are there already: a copy of the denoiser's weights would only take memory.
         moves = offload == "stream" or (offload and torch.device(device or "cpu").type != "cpu")
         self.work_device = device if moves else None
@@ -60,8 +64,8 @@ class MochiPipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = "",
         height: int = 480,
         width: int = 848,
         num_frames: int = 85,
@@ -70,11 +74,17 @@ class MochiPipeline:
         seed: int = 0,
         latents: Tensor | None = None,
         output_type: str = "np",
-        sigmas: Tensor | None = None,
+        sigmas: Tensor | Sequence[float] | None = None,
         on_step: OnStep | None = None,
         cache: BlockCache | None = None,
+        *,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
     ) -> Any:
-        """Make one video per prompt.
+        """Make one video per prompt, or several.
 
         Args:
             prompt, negative_prompt: one string, or one per video; an empty negative prompt means no text at all.
@@ -83,11 +93,15 @@ class MochiPipeline:
             guidance_scale: one number, or one per step; a step with 1 costs one forward instead of two.
             seed: of the noise, which is made on the CPU: the same seed gives the same video on every device.
             latents: (B, 12, T, H, W) starting noise in DiT space, instead of `seed`.
-            output_type: "np" for float32 (B, F, H, W, 3) in [0, 1], "pt" for a (B, F, 3, H, W) tensor in [0, 1], "latent"
-                for VAE-space latents (B, 12, T, H, W).
-            sigmas: noise levels, instead of the linear-quadratic schedule of `num_inference_steps`.
+            output_type: "np" for float32 (B, F, H, W, 3) in [0, 1], "pt" for a (B, F, 3, H, W) tensor in [0, 1], "pil" for a
+                list of images per video, "latent" for VAE-space latents (B, 12, T, H, W).
+            sigmas: noise levels from 1 down to 0, instead of the linear-quadratic schedule of `num_inference_steps`.
             on_step: called as on_step(step, latents) after each step; returning True stops the run.
             cache: skips blocks where little changes, see `block_cache`.
+            num_videos_per_prompt: videos with noise of their own, those of one prompt one after the other.
+            prompt_embeds, prompt_attention_mask: features (B, L, width) and valid tokens (B, L), as `TextEncoder.encode` gives
+                them, instead of `prompt`; without a mask, all tokens are.
+            negative_prompt_embeds, negative_prompt_attention_mask: the same instead of `negative_prompt`.
 
         Returns:
             The videos, as `output_type` says.
@@ -97,35 +111,53 @@ class MochiPipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}.")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        shape = VideoSize(height, width, num_frames).latent_shape(len(prompts))
+        if num_videos_per_prompt < 1:
+            raise ValueError(f"num_videos_per_prompt is {num_videos_per_prompt}; use 1 or more.")
+        given = _given("prompt", prompt, prompt_embeds, prompt_attention_mask)
+        shape = VideoSize(height, width, num_frames).latent_shape(_count(given) * num_videos_per_prompt)
         noise = initial_noise(shape, seed) if latents is None else latents
         if noise.shape != shape:
-            raise ValueError(f"latents have shape {tuple(noise.shape)}; this size and number of prompts need {shape}.")
+            raise ValueError(f"latents have shape {tuple(noise.shape)}; this size and number of videos need {shape}.")
         if sigmas is None:
             sigmas = linear_quadratic_schedule(num_inference_steps)
 
+        unwanted = "" if negative_prompt is None else negative_prompt
+        negative = _given("negative_prompt", unwanted, negative_prompt_embeds, negative_prompt_attention_mask)
         with self._working(self.text_encoder):
-            cond = self.text_encoder.encode(prompts)
-            uncond = self.text_encoder.encode(negative_prompt)
+            cond, uncond = (_repeated(self._encoded(text), num_videos_per_prompt) for text in (given, negative))
         with self._working(self.dit):
+            sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
             denoised = sample(
                 self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step, attention=self.attention, cache=cache
             )
         denoised = denormalize_latents(denoised)
         return denoised if output_type == "latent" else self._decode(denoised, output_type)
 
+    def _encoded(self, given: list[str] | Condition) -> Condition:
+        if isinstance(given, tuple):
+            if (width := given[0].shape[2]) != self.dit.config.text_width:
+                raise ValueError(
+                    f"The text has features of width {width}; this denoiser reads {self.dit.config.text_width}."
+                )
+            return given
+        if self.text_encoder is not None:
+            return self.text_encoder.encode(given)
+        if any(given):
+            raise ValueError("There is no text encoder here; pass prompt_embeds, or load one with load_text_encoder.")
+        return empty_prompts(len(given), self.dit.config.text_width)
+
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         with self._working(self.vae):
             video = to_unit_range(self.vae.decode(latents))
         if output_type == "pt":
             return video.transpose(1, 2)
-        return video.permute(0, 2, 3, 4, 1).cpu().numpy()
+        frames = video.permute(0, 2, 3, 4, 1).cpu().numpy()
+        return [as_images(video) for video in frames] if output_type == "pil" else frames
 
     @contextmanager
-    def _working(self, model: AsymmDiT | AsymmVAE | TextEncoder) -> Iterator[None]:
+    def _working(self, model: AsymmDiT | AsymmVAE | TextEncoder | None) -> Iterator[None]:
         """Have `model` on the working device for the duration, if the pipeline offloads."""
-        if self.work_device is None:
+        if self.work_device is None or model is None:
             yield
             return
         model.to("cpu")  # it may have been given on another device
@@ -142,6 +174,37 @@ class MochiPipeline:
             model.to("cpu")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def _given(
+    name: str, prompt: str | Sequence[str] | None, embeds: Tensor | None, mask: Tensor | None
+) -> list[str] | Condition:
+    """What one prompt argument and its encoded form say: texts, or features and the mask of their valid tokens."""
+    if embeds is not None:
+        if prompt:
+            raise ValueError(f"{name} and {name}_embeds are both given; pass one of them.")
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        if embeds.ndim != 3 or mask.shape != embeds.shape[:2]:
+            shapes = f"{tuple(embeds.shape)} and {tuple(mask.shape)}"
+            raise ValueError(f"{name}_embeds and its mask have shapes {shapes}; pass (B, L, width) and (B, L).")
+        return embeds, mask.bool()
+    if mask is not None:
+        raise ValueError(f"{name}_attention_mask is for {name}_embeds, which are not given.")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    if not prompts:
+        raise ValueError(f"There is no {name}; pass one text, or a list of one or more.")
+    return prompts
+
+
+def _count(given: list[str] | Condition) -> int:
+    return len(given[0]) if isinstance(given, tuple) else len(given)
+
+
+def _repeated(condition: Condition, count: int) -> Condition:
+    """`count` of each of several prompts, one after the other; a single one goes to all videos."""
+    embeds, mask = condition
+    return condition if len(embeds) == 1 else (embeds.repeat_interleave(count, 0), mask.repeat_interleave(count, 0))
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:

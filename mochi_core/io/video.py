@@ -16,6 +16,7 @@ from ..output_files import replacing
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
+    from PIL.Image import Image
 
 CRF = "17"
 BT709 = 1
@@ -83,6 +84,13 @@ class VideoWriter:
                 format=self.stream.pix_fmt, dst_colorspace=BT709, dst_color_range=LIMITED_RANGE
             )
             self.container.mux(self.stream.encode(frame))
+
+
+def as_images(frames: np.ndarray[Any, Any] | Tensor) -> list[Image]:
+    """Frames of one video, of the shapes that `save_video` takes, as PIL images."""
+    from PIL.Image import fromarray  # optional outside ComfyUI
+
+    return [fromarray(frame) for frame in _as_uint8(frames)]
 
 
 def _as_uint8(frames: np.ndarray[Any, Any] | Tensor) -> np.ndarray[Any, Any]:

@@ -65,6 +65,29 @@ def load_lora(dit: AsymmDiT, path: str | Path, strength: float = 1.0) -> Lora:
     return Lora(dit, file.deltas, strength)
 
 
+def fuse_loras(dit: AsymmDiT) -> None:
+    """Compute all LoRAs of a denoiser into its weights, in float32 and rounded once, and take them out as layers.
+
+    A step then costs what it does without LoRAs. Rounding to the dtype of the weights is a loss that LoRAs beside them have not.
+
+    Raises:
+        ValueError: a weight is quantised, and would lose more; nothing is changed then.
+    """
+    changed = [(name, layer) for name, layer in dit.named_modules() if hasattr(layer, "lora")]
+    for name, layer in changed:
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"{name} is quantised, and a LoRA cannot be fused into it; leave the LoRA beside it.")
+    for _, layer in changed:
+        weight = cast(nn.Parameter, layer.weight)
+        # Not in place: it may be mapped from a file.
+        weight.data = _adapters(layer).changed(weight.float()).to(weight.dtype)
+        _adapters(layer).hook.remove()
+        del layer.lora
+    for layer in dit.modules():
+        for parameter in list(layer.__dict__.get("lora_parameters", {}).values()):
+            parameter.fuse()
+
+
 def _finite(strength: float) -> float:
     if not math.isfinite(strength):
         raise ValueError(f"The strength of a LoRA is {strength}, but must be a number; 1 is as trained.")
@@ -154,6 +177,16 @@ class LoraAdapters(nn.ModuleList):
             lora_layer.add_to(rows, x)
         return out
 
+    def changed(self, weight: Tensor) -> Tensor:
+        """The layer's weight (rows, columns) in float32 with all changes."""
+        total = weight.clone()
+        for lora_layer in cast(list[LoraLayer], list(self)):
+            if (scale := lora_layer.dora_scale_minus_1) is not None:
+                total += lora_layer.strength * scale.float()[:, None] * weight
+            down, up = lora_layer.down.float(), lora_layer.up
+            total[slice(*lora_layer.rows)] += lora_layer.strength * (down if up is None else up.float() @ down)
+        return total
+
 
 def _lora_hook(layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
     return _adapters(layer)(inputs[0], out, layer.bias)
@@ -170,6 +203,8 @@ def _attach(layer: nn.Module, lora_layer: LoraLayer) -> None:
 
 
 def _detach(layer: nn.Module, lora_layer: LoraLayer) -> None:
+    if not hasattr(layer, "lora") or lora_layer not in _adapters(layer):  # fused
+        return
     adapters = _adapters(layer)
     del adapters[list(adapters).index(lora_layer)]
     if not len(adapters):
@@ -206,8 +241,9 @@ class ParameterChange:
         self._parameter.update()
 
     def detach(self) -> None:
-        self._parameter.changes.remove(self)
-        self._parameter.update()
+        if self in self._parameter.changes:  # not fused
+            self._parameter.changes.remove(self)
+            self._parameter.update()
 
 
 class ChangedParameter:
@@ -228,4 +264,10 @@ class ChangedParameter:
             some += change.strength * change.change.to(some).reshape(some.shape)
         parameter.data = value.to(parameter.device, parameter.dtype)
         if not self.changes:
-            del self.layer.__dict__["lora_parameters"][self.leaf]
+            self.layer.__dict__["lora_parameters"].pop(self.leaf, None)
+
+    def fuse(self) -> None:
+        """Make what LoRAs have added a part of the original."""
+        self.original = getattr(self.layer, self.leaf).data
+        self.changes.clear()
+        self.update()

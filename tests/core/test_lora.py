@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mochi_core import AsymmDiT, AsymmDiTConfig, load_lora, load_transformer
+from mochi_core import AsymmDiT, AsymmDiTConfig, fuse_loras, load_lora, load_transformer
 from mochi_core.__main__ import lora_option
 from mochi_core.lora.targets import find_target, lora_targets
 from mochi_core.quantization.weights import QuantizedLinear
@@ -421,3 +421,40 @@ def test_strength_is_a_number(dit, tmp_path, strength):
 )
 def test_command_line_option(text, expected):
     assert lora_option(text) == expected
+
+
+def test_fused_loras_change_the_weights(tmp_path):
+    """A DoRA, a LoRA and changes of whole parameters, all relative to what the denoiser came with."""
+    dit = random_dit()
+    weights = {name: weight.clone() for name, weight in dit.state_dict().items()}
+    layer = dit.get_submodule("blocks.0.attn.qkv_x")
+    for name, dora in (("a", False), ("b", True)):
+        adapter = random_adapter(weights, "attn.qkv_x", seed=int(dora), dora=dora)
+        load_lora(dit, write_adapter(tmp_path / f"{name}.safetensors", adapter, "kohya"), 0.7)
+    whole = {"blocks.0.attn.qkv_x.weight", "blocks.1.attn.q_norm_x.weight", "final_layer.linear.bias"}
+    diffs = {name.replace(".weight", ".diff").replace(".bias", ".diff_b"): weights[name] * 0.1 for name in whole}
+    save_file(diffs, tmp_path / "c.safetensors")
+    last = load_lora(dit, tmp_path / "c.safetensors")
+    x = torch.randn(5, layer.in_features)
+    beside = layer(x)
+    fuse_loras(dit)
+    torch.testing.assert_close(layer(x), beside, rtol=1e-4, atol=1e-4)
+    last.strength = 0.5  # of what is no LoRA any more
+    last.remove()
+    torch.testing.assert_close(layer(x), beside, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dit.final_layer.linear.bias, weights["final_layer.linear.bias"] * 1.1)
+    assert dit.state_dict().keys() == weights.keys()
+    changed = {name for name, weight in dit.state_dict().items() if not torch.equal(weight, weights[name])}
+    assert changed == whole | {name for name in weights if name.endswith("attn.qkv_x.weight")}
+
+
+def test_what_is_quantised_is_not_fused(tmp_path):
+    save_file(random_dit().state_dict(), tmp_path / "dit.safetensors")
+    dit = load_transformer(tmp_path / "dit.safetensors", quantize="int8")
+    lora = load_lora(
+        dit, write_adapter(tmp_path / "a.safetensors", random_adapter(random_dit().state_dict()), "comfyui")
+    )
+    with pytest.raises(ValueError, match="is quantised, and a LoRA cannot be fused into it; leave the LoRA beside it"):
+        fuse_loras(dit)
+    lora.remove()
+    assert not [module for module in dit.modules() if hasattr(module, "lora")]

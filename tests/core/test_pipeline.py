@@ -346,3 +346,105 @@ def test_latent_output_is_in_vae_space(pipe):
     noise = torch.randn(1, 12, 2, 4, 6)
     out = pipe("a kite", latents=noise, output_type="latent", sigmas=torch.tensor([1.0, 1.0]), **SIZE)
     torch.testing.assert_close(out, denormalize_latents(noise))
+
+
+TEXT = {"height": 32, "width": 48, "num_frames": 7, "num_inference_steps": 2, "output_type": "latent"}
+
+
+def test_encoded_text_needs_no_text_encoder(pipe, t5):
+    without = MochiPipeline(pipe.dit, pipe.vae, None)
+    (embeds, mask), (fog, fog_mask) = t5.encode("a kite"), t5.encode("fog")
+    given = without(prompt_embeds=embeds, prompt_attention_mask=mask, **TEXT)
+    assert torch.equal(given, pipe("a kite", **TEXT))
+    cut = without(prompt_embeds=embeds[:, : mask.sum()], negative_prompt=None, **TEXT)
+    torch.testing.assert_close(cut, given)
+    negative = {"negative_prompt_embeds": fog, "negative_prompt_attention_mask": fog_mask.int()}
+    assert torch.equal(pipe("a kite", "", **negative, **TEXT), pipe("a kite", "fog", **TEXT))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "There is no prompt; pass one text, or a list of one or more."),
+        ({"prompt": None}, "There is no prompt"),
+        ({"negative_prompt": []}, "There is no negative_prompt"),
+        ({"prompt_embeds": torch.zeros(1, 4, TEXT_WIDTH)}, "prompt and prompt_embeds are both given"),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(4, TEXT_WIDTH)},
+            r"shapes \(4, 96\) and \(4, 96\)|pass \(B, L, width\)",
+        ),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 3)}, f"width 3; this denoiser reads {TEXT_WIDTH}"),
+        ({"prompt_attention_mask": torch.ones(1, 4)}, "prompt_attention_mask is for prompt_embeds"),
+        ({"negative_prompt": "fog"}, "There is no text encoder here; pass prompt_embeds"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt is 0; use 1 or more"),
+    ],
+)
+def test_text_that_does_not_fit_is_told(pipe, arguments, message):
+    without = MochiPipeline(pipe.dit, pipe.vae, None)
+    with pytest.raises(ValueError, match=message):
+        without(**{"prompt": "a kite", **arguments, **TEXT})
+
+
+def test_several_videos_of_each_prompt(pipe):
+    prompts = ["a kite", "the deep blue sea at night"]
+    noise = torch.randn(4, 12, 2, 4, 6)
+    videos = pipe(prompts, ["fog", "rain"], latents=noise, num_videos_per_prompt=2, **TEXT)
+    twice = [prompts[0], prompts[0], prompts[1], prompts[1]]
+    torch.testing.assert_close(videos, pipe(twice, ["fog", "fog", "rain", "rain"], latents=noise, **TEXT))
+    one, two = (pipe("a kite", seed=3, num_videos_per_prompt=count, **TEXT) for count in (1, 2))
+    torch.testing.assert_close(two[:1], one, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(two[1:], one, rtol=0.1, atol=0.1)
+
+
+def test_images_and_a_list_of_noise_levels(pipe):
+    sigmas = [1.0, 0.7, 0.0]
+    frames = pipe("a kite", sigmas=sigmas, **{**TEXT, "output_type": "np"})
+    assert np.array_equal(frames, pipe("a kite", sigmas=torch.tensor(sigmas), **{**TEXT, "output_type": "np"}))
+    (images,) = pipe("a kite", sigmas=sigmas, **{**TEXT, "output_type": "pil"})
+    assert [image.size for image in images] == [(48, 32)] * 7
+    assert np.abs(np.stack([np.asarray(image) for image in images]) / 255 - frames[0]).max() < 0.5 / 255 + 1e-6
+
+
+def test_loras_by_name(tmp_path, t5):
+    pipe = MochiPipeline(random_dit(), random_vae(), t5)
+    paths = {}
+    for name, seed in (("kites", 1), ("fog", 2)):
+        paths[name] = write_adapter(
+            tmp_path / f"{name}.safetensors", random_adapter(pipe.dit.state_dict(), seed=seed), "comfyui"
+        )
+    plain = pipe("a kite", **TEXT)
+
+    def made_by(**strengths):
+        other = MochiPipeline(random_dit(), pipe.vae, t5)
+        for name, strength in strengths.items():
+            other.load_lora_weights(paths[name], strength=strength)
+        return other("a kite", **TEXT)
+
+    pipe.load_lora_weights(paths["kites"])
+    pipe.load_lora_weights(paths["fog"], "dense fog", 0.5)
+    both = made_by(kites=1.0, fog=0.5)
+    assert torch.equal(pipe("a kite", **TEXT), both)
+    pipe.set_adapters("dense fog", 0.3)
+    assert torch.equal(pipe("a kite", **TEXT), made_by(fog=0.3))
+    pipe.set_adapters(["dense fog", "kites"], [0.5, 1.0])
+    assert torch.equal(pipe("a kite", **TEXT), both)
+    for call, message in {
+        lambda: pipe.load_lora_weights(paths["kites"]): "There is a LoRA kites already; pass another adapter_name",
+        lambda: pipe.set_adapters(["kites", "rain"]): "There is no LoRA rain; there are: kites, dense fog.",
+        lambda: pipe.set_adapters(["kites"], [1, 2]): "There are 1 names and 2 strengths",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert torch.equal(pipe("a kite", **TEXT), both)
+    pipe.delete_adapters("dense fog")
+    assert torch.equal(pipe("a kite", **TEXT), made_by(kites=1.0))
+    kites = pipe.loras["kites"]
+    pipe.fuse_lora()
+    kites.remove()  # is no longer there
+    assert not pipe.loras
+    assert not [module for module in pipe.dit.modules() if hasattr(module, "lora")]
+    torch.testing.assert_close(pipe("a kite", **TEXT), made_by(kites=1.0), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(pipe("a kite", **TEXT), plain, rtol=0.01, atol=0.01)
+    pipe.load_lora_weights(paths["fog"])
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(pipe("a kite", **TEXT), made_by(kites=1.0), rtol=1e-3, atol=1e-3)
