@@ -23,20 +23,53 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 256
 """Length of a prompt in T5 tokens, as in Genmo's pipeline: MAX_T5_TOKEN_LENGTH in genmoai/mochi, mochi_preview/pipelines.py."""
+MAX_CHARACTERS = 20_000
+"""Length up to which all of a prompt becomes tokens: one of T5 has 16 characters at most, and a megabyte takes ten seconds."""
+LINE = 120
+"""Characters of a prompt that a warning quotes at most."""
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 Token = TypeVar("Token")
 
 
-def cut_tokens(tokens: list[Token], decode: Callable[[list[Token]], str]) -> tuple[list[Token], str | None]:
+def cut_text(prompt: str) -> tuple[str, str]:
+    """The beginning of a prompt, which is all of it unless it is very long, and the rest; they are parted at a space if possible.
+
+    Raises:
+        ValueError: a half of a surrogate pair, which T5 cannot read.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        half = f"half of a character, U+{ord(prompt[error.start]):04X}, at place {error.start + 1}"
+        raise ValueError(f"The prompt has {half}; delete it, or write the whole character.") from None
+    if len(prompt) <= MAX_CHARACTERS:
+        return prompt, ""
+    text = " ".join(prompt.split())  # runs of spaces are one to T5
+    end = len(text) if len(text) <= MAX_CHARACTERS else max(text.rfind(" ", 0, MAX_CHARACTERS), 0) or MAX_CHARACTERS
+    return text[:end], text[end:]
+
+
+def cut_tokens(
+    tokens: list[Token], decode: Callable[[list[Token]], str], rest: str = ""
+) -> tuple[list[Token], str | None]:
     """The first 255 tokens of a prompt of more than 256, and the last one, which is T5's end token.
 
-    A second result is a warning that quotes what was cut off, as `decode` spells it; None if nothing was.
+    A second result is a warning that quotes what was cut off, as `decode` spells it, and `rest`, which never became tokens;
+    None if nothing was.
     """
-    if len(tokens) <= MAX_TOKENS:
+    if len(tokens) <= MAX_TOKENS and not rest:
         return tokens, None
-    kept, lost, end = tokens[: MAX_TOKENS - 1], tokens[MAX_TOKENS - 1 : -1], tokens[-1:]
-    warning = f"The prompt has {len(tokens)} tokens and Mochi reads {MAX_TOKENS}; cut off: “{shown(decode(lost))}”"
-    return kept + end, warning
+    kept, lost, end = tokens[: MAX_TOKENS - 1], tokens[MAX_TOKENS - 1 : -1], tokens[MAX_TOKENS - 1 :][-1:]
+    count = f"more than {len(tokens)}" if rest else len(tokens)
+    quote = _shortened((decode(lost) if lost else "") + rest)
+    return kept + end, f"The prompt has {count} tokens and Mochi reads {MAX_TOKENS}; cut off: “{quote}”"
+
+
+def _shortened(text: str) -> str:
+    """Text as at most a line: where it is longer, its beginning and its end."""
+    begin, end = (" ".join(part.split()) for part in (text[:LINE], text[-LINE:]))
+    line = f"{begin[: LINE // 2]} ... {end[-LINE // 2 :]}" if len(text) > LINE else begin
+    return shown(line, 2 * LINE)
 
 
 def empty_prompts(
@@ -80,7 +113,9 @@ class TextEncoder:
 
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids of a prompt, at most 256, the end token last; a warning quotes what was cut off."""
-        ids, warning = cut_tokens(self.tokenizer(prompt).input_ids, lambda lost: str(self.tokenizer.decode(lost)))
+        text, rest = cut_text(prompt)
+        ids = self.tokenizer(text, verbose=False).input_ids  # or transformers warns of what is cut here
+        ids, warning = cut_tokens(ids, lambda lost: str(self.tokenizer.decode(lost)), rest)
         if warning:
             warnings.warn(warning, stacklevel=3)
         return ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import comfy.model_management as mm
@@ -17,7 +18,7 @@ import torch
 from ...mochi_core.checkpoints import Checkpoint, check_fit
 from ...mochi_core.checkpoints.names.t5 import hugging_face_entries, t5_config
 from ...mochi_core.dtypes import dtype_name
-from ...mochi_core.text_encoder import cut_tokens, empty_prompts
+from ...mochi_core.text_encoder import cut_text, cut_tokens, empty_prompts
 from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
 from .quantized import host_weights, is_quantized, quantized_operations, read_part
 
@@ -37,19 +38,30 @@ class MochiTokenizer(comfy.text_encoders.genmo.MochiT5Tokenizer):
     """The host's T5 tokenizer, held to the 256 tokens that Mochi was trained with."""
 
     def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
+        text, rest = cut_text(text)
+        expect_any_length(self)
         tokens = super().tokenize_with_weights(text, return_word_ids, **kwargs)
-        return {TOKENS_KEY: limit_tokens(tokens[TOKENS_KEY], self)}
+        return {TOKENS_KEY: limit_tokens(tokens[TOKENS_KEY], self, rest)}
 
 
-def limit_tokens(batches: list[list[tuple]], tokenizer) -> list[list[tuple]]:
-    """The host's token batches, tuples of an id and a weight each, cut to 256 tokens with a warning in the console."""
+def expect_any_length(tokenizer) -> None:
+    """Have transformers not warn of more tokens than T5 was pre-trained with: what is too long for Mochi is cut here."""
+    if getattr(tokenizer, "clip", None) == f"clip_{TOKENS_KEY}":
+        getattr(tokenizer, tokenizer.clip).tokenizer.model_max_length = sys.maxsize
+
+
+def limit_tokens(batches: list[list[tuple]], tokenizer, rest: str = "") -> list[list[tuple]]:
+    """The host's token batches, tuples of an id and a weight each, cut to 256 tokens with a warning in the console.
+
+    `rest` is text that was cut off before.
+    """
 
     def spell(tokens) -> str:
         return tokenizer.decode([token for token, *_ in tokens if isinstance(token, int)])  # embeddings are tensors
 
     limited = []
     for tokens in batches:
-        kept, warning = cut_tokens(tokens, spell)
+        kept, warning = cut_tokens(tokens, spell, rest)
         if warning:
             logging.warning(warning)
         limited.append(kept)
@@ -100,13 +112,9 @@ def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:
     """CONDITIONING exactly as Genmo's: plain text, at most 256 tokens, and no token at all for an empty prompt.
 
     Raises:
-        ValueError: `clip` is not a T5 for Mochi.
+        ValueError: `clip` is not a T5 for Mochi, or the prompt cannot be read.
     """
-    tokens = clip.tokenize(prompt, disable_weights=True)
-    if set(tokens) != {TOKENS_KEY}:
-        raise ValueError("This CLIP is not Mochi's T5; use Load Mochi T5, or Load CLIP with type mochi.")
-    # Again, because the tokenizer of stock Load CLIP does not cut.
-    tokens = {TOKENS_KEY: limit_tokens(tokens[TOKENS_KEY], clip.tokenizer)}
+    tokens = _tokens(clip, prompt)
     if prompt:
         conditioning = clip.encode_from_tokens_scheduled(tokens)
         return [_with_mask(embeds, extra, tokens[TOKENS_KEY]) for embeds, extra in conditioning]
@@ -115,6 +123,18 @@ def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:
     # Hooks and schedules of the CLIP are in what it encodes, so it is asked for them; without, that would take time for nothing.
     hooked = clip.encode_from_tokens_scheduled(tokens) if clip.patcher.forced_hooks else [[embeds, {}]]
     return [[embeds, {**extra, "attention_mask": mask.long(), "pooled_output": None}] for _, extra in hooked]
+
+
+def _tokens(clip: comfy.sd.CLIP, prompt: str) -> dict[str, list[list[tuple]]]:
+    """The tokens of a prompt without weights, at most 256 of them."""
+    if isinstance(clip.tokenizer, MochiTokenizer):
+        return clip.tokenize(prompt, disable_weights=True)
+    text, rest = cut_text(prompt)
+    expect_any_length(clip.tokenizer)
+    tokens = clip.tokenize(text, disable_weights=True)
+    if set(tokens) != {TOKENS_KEY}:
+        raise ValueError("This CLIP is not Mochi's T5; use Load Mochi T5, or Load CLIP with type mochi.")
+    return {TOKENS_KEY: limit_tokens(tokens[TOKENS_KEY], clip.tokenizer, rest)}
 
 
 def _with_mask(embeds: torch.Tensor, extra: dict, batches: list[list[tuple]]) -> list:

@@ -18,14 +18,19 @@ from pack.nodes.bridge.text import encode_prompt, load_clip
 options = {"t5xxl_model_config": json.loads(config)}
 comfy.sd.detect_te_model = lambda _: comfy.sd.TEModel.T5_XXL  # it knows the encoder by the width of its MLPs
 long = " ".join(f"w{i}" for i in range(200))
+huge = " ".join(f"w{i}" for i in range(200_000))
 out = {}
 for i, path in enumerate(paths):
     stock = comfy.sd.load_clip([path], clip_type=comfy.sd.CLIPType.MOCHI, model_options=options)
     for name, clip in (("stock", stock), ("ours", load_clip(path))):
-        for kind, prompt in (("text", "a (blue:1.5) kite"), ("empty", ""), ("long", long))[:1 if i else 3]:
+        for kind, prompt in (("text", "a (blue:1.5) kite"), ("empty", ""), ("long", long), ("huge", huge))[:1 if i else 4]:
             (embeds, extra), = encode_prompt(clip, prompt)
             out[f"{i} {name} {kind}"] = embeds.contiguous()
             out[f"{i} {name} {kind} mask"] = extra["attention_mask"].contiguous()
+        try:
+            encode_prompt(clip, "a kite\\ud83d")
+        except ValueError as problem:
+            print(problem)
 save_file(out, result)
 """
 CONVERTED = ("fp32", "fp8_scaled")
@@ -49,7 +54,7 @@ def done(comfy_path, tmp_path_factory):
 def test_stock_clip_and_ours_condition_alike(done):
     log, out = done
     assert "Mochi reads 256; cut off" in log
-    for kind, valid in (("text", None), ("empty", 0), ("long", 256)):
+    for kind, valid in (("text", None), ("empty", 0), ("long", 256), ("huge", 256)):
         ours, theirs = out[f"0 ours {kind}"], out[f"0 stock {kind}"]
         assert ours.shape == (1, 256, TEXT_WIDTH)
         torch.testing.assert_close(ours, theirs)
@@ -57,6 +62,17 @@ def test_stock_clip_and_ours_condition_alike(done):
         if valid is not None:
             assert out[f"0 ours {kind} mask"].sum() == valid
     assert not out["0 ours empty"].any()
+    assert torch.equal(out["0 ours huge"], out["0 ours long"])
+
+
+def test_what_a_prompt_has_too_much_is_told_in_a_line(done):
+    log, _ = done
+    warnings = [line for line in log.splitlines() if "cut off" in line]
+    assert len(warnings) == 4  # two prompts, two CLIPs
+    assert max(map(len, warnings)) < 300
+    assert sum("w199" in line for line in warnings) == sum("w199999" in line for line in warnings) + 2 == 4
+    assert "indexing errors" not in log
+    assert log.count("The prompt has half of a character, U+D83D, at place 7;") == 2 * (1 + len(CONVERTED))
 
 
 @pytest.mark.parametrize("dtype", CONVERTED)
