@@ -87,7 +87,8 @@ def ours(
     if stream:
         OPEN.enter_context(stream_blocks(dit, DEVICE))
     if case.get("whole"):
-        return Timed(dit, lambda: sample(dit, latents, SIGMAS, *conditions, GUIDANCE))
+        run = partial(sample, dit, latents)
+        return Timed(dit, lambda: run(SIGMAS, *conditions, GUIDANCE), lambda: run(SIGMAS[-2:], *conditions, GUIDANCE))
     attention = choose_attention("auto", DEVICE, dtype, dit.config.head_dim).run
     passes = [conditions] if together else [[condition] for condition in conditions]
     prepared = [prepared_velocities(dit, latents, SIGMAS, each, attention) for each in passes]

@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.gpu`; each prints its markdown: `python -m benchmarks.gpu_parts forward-25`."""
+"""What `benchmarks.gpu` measures: `python -m benchmarks.gpu_parts forward-25 FILE` adds to a file what it lacks of a part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import dit, load, vae
-from benchmarks.measure import MEDIAN, RATIO, Timed, compare, environment, markdown, peak, table
+from benchmarks.gpu_results import STOPPED, Part, Results, Unit
+from benchmarks.measure import MEDIAN, RATIO, Column, Timed, environment, in_process, peak
 from benchmarks.peers import DEVICE, our_dit
 from mochi_core import AsymmDiTConfig
 from mochi_core.doctor.attempt import attempt
@@ -23,11 +24,12 @@ from mochi_core.sampling.sample import prepared_velocities
 from mochi_core.transformer.attention import Attention, choose_attention
 
 ROOT = Path(__file__).parents[1]
+MODULE = "benchmarks.gpu_parts"
+TESTS = "pytest"
 SHOWN_LINES = 25
-CALLS = 3
 PEERS = ["ours", *dit.COMFYUI, "diffusers"]
 LIMITS_GIB = (5, 3)
-MEMBERS = (1, 2, 4, 8)
+MEMBERS = {f"one of {count}": count for count in (1, 2, 4, 8)}
 SHARES = (
     "Members share the tokens outside attention and the heads inside it. Each exchange of one for the other is a copy on this "
     "card instead, so this is what is left to gain before communication. Each member has whole latent frames, of 28 for 8 "
@@ -35,26 +37,26 @@ SHARES = (
 )
 
 
-def tests(_: bool) -> list[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-q",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-        "tests/gpu",
-        "tests/core",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = ["```", *(done.stdout + done.stderr).splitlines()[-SHOWN_LINES:], "```"]
-    if done.returncode:
-        print("\n".join(lines))
-        raise SystemExit(done.returncode)
-    return lines
+def parts(tiny: bool) -> dict[str, Part]:
+    """By name, in the order of importance; their seconds leave half a minute of ten for the rest."""
+    forwards = {frames: new_case(frames, tiny) for frames in (25, 85, 163)}
+    seconds = {25: 56, 85: 60, 163: 94}
+    return {
+        "tests": Part("`pytest -m gpu`: every path of a GPU against the plain one", 80, [("tests", {}, [TESTS])]),
+        **{
+            f"forward-{frames}": steps(f"One forward, {frames} frames", seconds[frames], case, PEERS)
+            for frames, case in forwards.items()
+        },
+        "decode": decode(tiny),
+        "8-bit": steps("Weights and products in 8 bits, 85 frames", 30, forwards[85], ["ours", *dit.IN_8_BITS]),
+        "streamed": steps(
+            "A guided step, resident and streamed, 163 frames", 44,
+            new_case(163, tiny, guided=True), ["ours", "ours, streamed"],
+        ),
+        "whole-run": whole_run(tiny),
+        "load": loading(tiny),
+        "shares": shares(tiny),
+    }  # fmt: skip
 
 
 def new_case(frames: int, tiny: bool, **more: bool) -> dict:
@@ -65,73 +67,44 @@ def new_case(frames: int, tiny: bool, **more: bool) -> dict:
     return dit.new_case(latent, depth=48, **more)
 
 
-def forward(tiny: bool, frames: int, contenders: list[str]) -> list[str]:
-    return steps([new_case(frames, tiny)], contenders)
+def steps(title: str, seconds: float, case: dict, contenders: list[str]) -> Part:
+    return Part(title, seconds, [(dit.describe(case), case, contenders)], dit.COLUMNS)
 
 
-def steps(cases: list[dict], contenders: list[str]) -> list[str]:
-    results = compare("benchmarks.dit", contenders, cases, CALLS, rounds=1)
-    return table(dit.describe, cases, results, dit.COLUMNS)
+def whole_run(tiny: bool) -> Part:
+    case, title = new_case(25, tiny, guided=True, whole=True), "A whole guided run of 64 steps, 25 frames"
+    return Part(title, 40, [(dit.describe(case), case, ["ours"])], dit.WHOLE_COLUMNS, calls=0, note=dit.WHOLE)
 
 
-def streamed(tiny: bool) -> list[str]:
-    return steps([new_case(163, tiny, guided=True)], ["ours", "ours, streamed"])
-
-
-def whole_run(tiny: bool) -> list[str]:
-    cases = [new_case(25, tiny, guided=True, whole=True)]
-    results = compare("benchmarks.dit", ["ours"], cases, calls=0, rounds=1)
-    return [dit.WHOLE, "", *table(dit.describe, cases, results, dit.WHOLE_COLUMNS)]
-
-
-def decode(tiny: bool) -> list[str]:
+def decode(tiny: bool) -> Part:
     case = {"latent": (28, 60, 106), "dtype": "bfloat16"}
     case = {"latent": (2, 4, 4), "dtype": "float32"} if tiny else case
-    limited = [{**case, "memory_limit": gib * 2**30} for gib in LIMITS_GIB]
-    columns = [MEDIAN, RATIO, peak("the model")]
-    free = compare("benchmarks.vae", ["ours", "ComfyUI, tiled", "diffusers, tiled", "ComfyUI"], [case], 0, rounds=1)
-    ours = compare("benchmarks.vae", ["ours"], limited, calls=0, rounds=1)
-    return table(vae.describe, [case, *limited], [*free, *ours], columns)
+    cases = [(case, ["ours", "ComfyUI, tiled", "diffusers, tiled", "ComfyUI"])]
+    cases += [({**case, "memory_limit": gib * 2**30}, ["ours"]) for gib in LIMITS_GIB]
+    named = [(vae.describe(case), case, contenders) for case, contenders in cases]
+    return Part("Decode of 163 frames", 84, named, [MEDIAN, RATIO, peak("the model")], "benchmarks.vae", calls=1)
 
 
-def loading(tiny: bool) -> list[str]:
+def loading(tiny: bool) -> Part:
     config = AsymmDiTConfig(depth=1 if tiny else 48)
-    with tempfile.TemporaryDirectory() as folder:
-        path = load.write_original(Path(folder), "released", config)
-        case = {"path": path, "depth": config.depth, "name": f"{load.megabytes(path):,.0f} MiB"}
-        results = compare("benchmarks.load", ["ours", "ComfyUI's loader"], [case], calls=1, rounds=1)
-    columns = [MEDIAN, RATIO, peak("what was held before", "host_mib"), *load.ON_DEVICE]
-    return table(lambda case: case["name"], [case], results, columns)
+    columns: list[Column] = [MEDIAN, RATIO, peak("what was held before", "host_mib"), *load.ON_DEVICE]
+    cases = [(f"{config.depth} blocks", {"depth": config.depth}, [*LOADERS])]
+    return Part("Loading the 20 GB of the released size", 46, cases, columns, MODULE, calls=1)
 
 
-def shares(tiny: bool) -> list[str]:
-    whole = new_case(163, tiny)
-    frames, *size = whole["latent"]
-    cases = [
-        {**dit.new_case((-(-frames // count), *size), dtype=whole["dtype"], depth=whole["depth"]), "members": count}
-        for count in MEMBERS
-    ]
-    measured = [result["member"] for result in compare("benchmarks.gpu_parts", ["member"], cases, CALLS, rounds=1)]
-    alone = measured[0].median
-    rows = [
-        (
-            str(case["members"]),
-            f"{dit.token_count(case['latent'])}",
-            m.failure or f"{m.median:.3f}",
-            f"{alone / m.median:.2f}",
-        )
-        for case, m in zip(cases, measured, strict=True)
-    ]
-    return [SHARES, "", *markdown(("members", "tokens of each", "median s", "times as fast as one"), rows)]
+def shares(tiny: bool) -> Part:
+    case = new_case(163, tiny)
+    title = "A step with the share of tokens of one of several GPUs, 163 frames"
+    return Part(title, 34, [(dit.describe(case), case, [*MEMBERS])], [MEDIAN, RATIO], MODULE, note=SHARES)
 
 
-def member(case: dict) -> Timed:
+def member(case: dict, members: int) -> Timed:
     """A step of one of several members: its share of the tokens, with an exchange that goes nowhere."""
-    dtype = getattr(torch, case["dtype"])
+    dtype, (frames, *size) = getattr(torch, case["dtype"]), case["latent"]
+    case = {**case, "latent": (-(-frames // members), *size)}
     model, (latents, conditions) = our_dit(AsymmDiTConfig(depth=case["depth"]), dtype), dit.inputs(case)
     choice = choose_attention("auto", DEVICE, dtype, model.config.head_dim)
-    attention = null_exchange(choice.run, case["members"])
-    run = prepared_velocities(model, latents, dit.SIGMAS, conditions, attention)
+    run = prepared_velocities(model, latents, dit.SIGMAS, conditions, null_exchange(choice.run, members))
     return Timed(model, lambda: run(latents, dit.STEP, len(conditions)))
 
 
@@ -146,34 +119,70 @@ def null_exchange(attention: Attention, members: int) -> Attention:
     return exchanged
 
 
-CONTENDERS = {"member": member}
-PARTS: dict[str, Callable[[bool], list[str]]] = {
-    "tests": tests,
-    **{f"forward-{frames}": partial(forward, frames=frames, contenders=PEERS) for frames in (25, 85, 163)},
-    "decode": decode,
-    "8-bit": partial(forward, frames=85, contenders=["ours", *dit.IN_8_BITS]),
-    "streamed": streamed,
-    "whole-run": whole_run,
-    "load": loading,
-    "shares": shares,
-}
+def loaded(case: dict, loader: Callable[[dict], Callable[[], object]]) -> Callable[[], object]:
+    """The call of a contender of `benchmarks.load`; the file is made by the first one, and goes with the part's folder."""
+    path = Path(tempfile.gettempdir()) / "released.safetensors"
+    if not path.exists():
+        written = load.write_original(path.parent, "unfinished", AsymmDiTConfig(depth=case["depth"]))
+        Path(written).replace(path)
+    return loader({"path": str(path), "depth": case["depth"]})
 
 
-def head(device: str) -> str:
-    """Card, driver and versions, in one line."""
+LOADERS = {"ours": partial(loaded, loader=load.ours), "ComfyUI's loader": partial(loaded, loader=load.comfyui_loader)}
+CONTENDERS = {**LOADERS, **{name: partial(member, members=count) for name, count in MEMBERS.items()}}
+
+
+def run_tests() -> dict:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "tests/gpu",
+        "tests/core",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    said = "\n".join((done.stdout + done.stderr).splitlines()[-SHOWN_LINES:])
+    return {"said": said, **({"failure": f"ended with {done.returncode}"} if done.returncode else {})}
+
+
+def measure(part: Part, results: Results, about: dict) -> None:
+    """Measure what the file lacks of a part; what is at work when the process is ended stays there as stopped."""
+    for unit in results.missing(part):
+        results.add(unit, {"failure": STOPPED}, about)
+        results.add(unit, run(unit), about)
+
+
+def run(unit: Unit) -> dict:
+    if unit.contender == TESTS:
+        return run_tests()
+    return in_process(unit.module, unit.contender, unit.case, unit.calls)
+
+
+def about(device: str) -> dict[str, str]:
+    """The commit, and card, driver and versions in one line."""
     if device == "cuda" and DEVICE != "cuda":
         raise SystemExit("There is no GPU here; --device cpu --tiny shows that every part runs.")
     found = attempt(driver)
-    return f"{environment()} Driver: {found if isinstance(found, str) else found['problem']}."
+    machine = f"{environment()} Driver: {found if isinstance(found, str) else found['problem']}."
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    described = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {"commit": described.stdout.strip() or "unknown", "machine": machine}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["head", *PARTS])
+    parser.add_argument("part", choices=[*parts(tiny=True)])
+    parser.add_argument("results", type=Path)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default=DEVICE)
     options = parser.parse_args()
-    print(head(options.device) if options.part == "head" else "\n".join(PARTS[options.part](options.tiny)))
+    measure(parts(options.tiny)[options.part], Results(options.results), about(options.device))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ ROUNDS = 2
 MIB = 2**20
 PRODUCTS = 10
 FAILURE_LENGTH = 200
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Timed:
 
     model: nn.Module
     call: Callable[[], object]
+    warm_up: Callable[[], object] | None = None
+    """A shorter call before the first one, for what is built once, such as kernels."""
 
     def __call__(self) -> object:
         return self.call()
@@ -89,19 +92,20 @@ def compare(
     for _ in range(rounds):
         for case, measured in zip(cases, results, strict=True):
             for name in contenders:
-                run = _in_process(module, name, case, calls, environment)
+                run = in_process(module, name, case, calls, **environment)
                 measured[name].runs.append(run)
                 outcome = run.get("failure") or f"{statistics.median(run['seconds']):.3f} s"
                 print(f"{case} {name}: {outcome}", file=sys.stderr, flush=True)
     return results
 
 
-def _in_process(module: str, contender: str, case: dict, calls: int, environment: dict[str, str]) -> dict:
+def in_process(module: str, contender: str, case: dict, calls: int, **environment: str) -> dict:
+    """`attempt` in a process of its own, which sees the variables of `environment`, too."""
     # Not with -m: contenders import this module, and would get a second one.
     program = "from benchmarks.measure import main; main()"
     command = [sys.executable, "-c", program, module, contender, json.dumps(case), str(calls)]
-    environment = {**os.environ, **environment}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode:  # what Python cannot report itself, such as a kill for want of memory
         return {"failure": f"ended with {done.returncode}: {done.stderr[-FAILURE_LENGTH:].strip()}"}
     run = json.loads(done.stdout.splitlines()[-1])
@@ -115,7 +119,7 @@ def attempt(build: Callable[[dict], Callable[[], object]], case: dict, calls: in
     try:
         return measure(build, case, calls)
     except torch.OutOfMemoryError:
-        return {"failure": "out of memory"}
+        return {"failure": OUT_OF_MEMORY}
     except Exception as error:
         traceback.print_exc()
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -131,6 +135,8 @@ def measure(build: Callable[[dict], Callable[[], object]], case: dict, calls: in
     all three are of the process. A case with a tflop comes with the rate of a matrix product in its dtype, in FLOP/s.
     """
     call = build(case)
+    if isinstance(call, Timed) and call.warm_up is not None:
+        call.warm_up()
     held, held_by_host = _reset_peaks()
     first = _seconds(call)
     device, host = _peaks()

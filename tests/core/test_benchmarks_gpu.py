@@ -1,5 +1,6 @@
 """The ten minutes on a GPU: resumed, in order of importance, and whole although a part fails."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -7,96 +8,127 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu import NAMES, Part, read_page, run_parts, write_page
+from benchmarks import gpu, gpu_parts
+from benchmarks.gpu import MINUTES, run_part, run_parts
+from benchmarks.gpu_results import STOPPED, Part, Results, write_page
+from benchmarks.measure import MEDIAN, OUT_OF_MEMORY
 
-HEAD = "A card, Driver: 1.2."
+HERE = "A card, Driver: 1.2."
+ABOUT = {"commit": "abc1234", "machine": HERE}
+RUN = {"seconds": [1.5]}
 SLEEPER = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
 
 
-def part(name, code, limit=60):
-    return Part(name, f"Part {name}", [sys.executable, "-c", code], limit)
+def python(code):
+    return [sys.executable, "-c", code]
 
 
-def counting(path, name):
-    """A part that leaves a mark for each time that it ran."""
-    return part(name, f"print('| {name} |'); open({str(path)!r}, 'a').write({name!r})")
+def part(title="Part", seconds=60, contenders=("ours", "peer")):
+    return Part(title, seconds, [("small", {"size": title}, contenders)], [MEDIAN])
+
+
+def adds(results, unit, run=RUN):
+    """A command that leaves a result as a part does, and a mark for each time that it ran."""
+    line = json.dumps({"unit": unit.key, "run": run, **ABOUT}) + "\n"
+    return f"open({str(results)!r}, 'a').write({line!r}); open({str(results)!r} + '.ran', 'a').write({unit.case['size']!r});"
+
+
+def test_each_contender_and_case_is_kept_and_not_measured_again(tmp_path, monkeypatch):
+    results, ran, one = Results(tmp_path / "r.jsonl"), [], part(contenders=["ours", "peer", "large", "last"])
+    failures = {"peer": "ValueError: no kernel", "large": OUT_OF_MEMORY}
+
+    def run(unit):
+        ran.append(unit.contender)
+        if unit.contender == "last":
+            raise KeyboardInterrupt  # as good as killed
+        return {"failure": failures[unit.contender]} if unit.contender in failures else RUN
+
+    monkeypatch.setattr(gpu_parts, "run", run)
+    for expected in (["ours", "peer", "large", "last"], ["peer", "last"]):
+        with pytest.raises(KeyboardInterrupt):
+            gpu_parts.measure(one, results, ABOUT)
+        assert ran == expected
+        ran.clear()
+    page = write_page({"a": one}, HERE, results)
+    rows = [
+        "ours | 1.500 | abc1234",
+        "peer | ValueError: no kernel | ",
+        f"large | {OUT_OF_MEMORY} | ",
+        f"last | {STOPPED} | ",
+    ]
+    assert all(f"| small | {row} |" in page for row in rows), page
+    assert "| Part | 2 of 4 |" in page
+    failures["last"] = failures.pop("peer")
+    monkeypatch.setattr(gpu_parts, "run", lambda _: RUN)
+    gpu_parts.measure(one, results, ABOUT)
+    assert results.missing(one) == []
+    results.forget([unit for unit in one.units() if unit.contender == "large"])
+    assert [unit.contender for unit in results.missing(one)] == ["large"]
+
+
+def test_what_was_tried_in_vain_stops_nothing_else(tmp_path):
+    results, one = Results(tmp_path / "r.jsonl"), part()
+    ours, peer = one.units()
+    results.add(ours, {"failure": STOPPED}, ABOUT)
+    assert results.missing(one) == [peer, ours]
+    with results.path.open("a") as file:
+        file.write('{"unit": "cut o')
+    assert results.missing(one) == [peer, ours]
 
 
 @pytest.mark.slow
 def test_a_failed_part_ends_nothing_and_is_all_that_is_repeated(tmp_path, capsys):
-    page, ran = tmp_path / "gpu.md", tmp_path / "ran"
-    broken = part("b", "import sys; print('half'); sys.exit('no kernel for this card')")
-    parts = [counting(ran, "a"), broken, counting(ran, "c")]
-    results = run_parts(parts, page, HEAD, 60)
-    assert [results[name].ok for name in "abc"] == [True, False, True]
+    page, results = tmp_path / "gpu.md", tmp_path / "gpu.jsonl"
+    parts = {name: part(name, contenders=["ours"]) for name in "abc"}
+    commands = {name: python(adds(results, one.units()[0])) for name, one in parts.items()}
+    broken = {**commands, "b": python("import sys; sys.exit('no kernel for this card')")}
+    run_parts(parts, broken, page, HERE)
+    said = capsys.readouterr()
+    assert "b: ended with 1, 0 of 1 measured" in said.out and "no kernel for" in said.err
     text = page.read_text()
-    assert HEAD in text.splitlines()
-    for line in (
-        "| Part a | ok | 0 |",
-        "| Part b | failed |",
-        "## Part c",
-        "| c |",
-        "It ended with 1:",
-        "no kernel for",
-    ):
-        assert line in text
-    assert "half" in text
-    assert read_page(page, HEAD) == results
-
-    run_parts([parts[0], counting(ran, "b"), parts[2]], page, HEAD, 60)
-    assert ran.read_text() == "acb"
-    assert "| failed |" not in page.read_text()
-    assert "a: in gpu.md already" in capsys.readouterr().out
-    kept = read_page(page, HEAD)
-    run_parts(parts, page, HEAD, 60, again=True, only=["a"])
-    assert ran.read_text() == "acba"
-    assert {name: result for name, result in read_page(page, HEAD).items() if name != "a"} == {
-        name: result for name, result in kept.items() if name != "a"
-    }
+    assert HERE in text.splitlines()
+    assert [f"| {name} | {count} of 1 |" in text for name, count in zip("abc", (1, 0, 1), strict=True)] == [True] * 3
+    assert "| small | ours | not measured yet |" in text
+    run_parts(parts, commands, page, HERE)
+    assert (tmp_path / "gpu.jsonl.ran").read_text() == "acb"
+    assert "a: in gpu.jsonl already" in capsys.readouterr().out
+    assert "not measured yet" not in page.read_text()
 
 
 @pytest.mark.slow
-def test_what_a_killed_part_leaves_is_removed(tmp_path):
-    mark = tmp_path / "where"
-    code = f"import tempfile, time; open({str(mark)!r}, 'w').write(tempfile.mkdtemp()); time.sleep(60)"
-    run_parts([part("a", code, limit=3)], tmp_path / "gpu.md", HEAD, 60)
+def test_a_part_that_hangs_is_stopped_with_all_that_it_has_started_and_left(tmp_path):
+    mark, began = tmp_path / "where", time.monotonic()
+    code = f"import tempfile; open({str(mark)!r}, 'w').write(tempfile.mkdtemp()); {SLEEPER}"
+    assert run_part(python(code), limit=3) == "stopped after 3 s"
+    assert time.monotonic() - began < 100
     assert not Path(mark.read_text()).exists()
 
 
-@pytest.mark.slow
-def test_a_part_that_hangs_is_stopped_with_all_that_it_has_started(tmp_path):
-    began = time.monotonic()
-    results = run_parts([part("a", SLEEPER, limit=2)], tmp_path / "gpu.md", HEAD, 60)
-    assert not results["a"].ok
-    assert "It stopped after 2 s:" in results["a"].text
-    assert time.monotonic() - began < 100  # the output's other end is closed, so no process holds it
-
-
-def test_what_has_no_time_left_waits_for_the_next_call(tmp_path, capsys):
+def test_no_part_begins_when_less_than_its_limit_is_left(tmp_path, capsys):
     page = tmp_path / "gpu.md"
-    assert run_parts([part("a", "")], page, HEAD, seconds=1) == {}
+    run_parts({"a": part(seconds=601)}, {"a": python("raise SystemExit(1)")}, page, HERE)
     assert not page.exists()
     assert "a: no time left" in capsys.readouterr().out
-    assert "| Part a | not run yet |  |" in write_page([part("a", "")], HEAD, {})
 
 
 def test_results_of_another_machine_are_not_mixed_in(tmp_path):
-    page = tmp_path / "gpu.md"
-    page.write_text(write_page([], "Another card.", {}))
-    with pytest.raises(ValueError, match="made on another machine or with other versions; use another --output"):
-        run_parts([part("a", "")], page, HEAD, 60)
+    Results(tmp_path / "gpu.jsonl").add(part().units()[0], RUN, {**ABOUT, "machine": "Another card."})
+    with pytest.raises(ValueError, match=r"other versions \(Another card\.\); use another --output"):
+        run_parts({}, {}, tmp_path / "gpu.md", HERE)
 
 
-def test_the_parts_are_those_that_there_are_and_fit_into_ten_minutes_one_by_one():
-    from benchmarks import gpu_parts
+@pytest.mark.parametrize("tiny", [False, True])
+def test_all_limits_fit_into_one_call(tiny):
+    assert sum(part.seconds for part in gpu_parts.parts(tiny).values()) <= 60 * MINUTES - 30
 
-    assert list(NAMES) == list(gpu_parts.PARTS)
-    assert all(limit < 600 for _, limit in NAMES.values())
+
+def test_parts_share_what_they_both_need():
+    parts = gpu_parts.parts(tiny=False)
+    keys = {name: {unit.key for unit in part.units()} for name, part in parts.items()}
+    assert len(keys["forward-85"] & keys["8-bit"]) == 1
 
 
 def test_a_member_attends_to_all_tokens_with_its_share_of_the_heads():
-    from benchmarks.gpu_parts import null_exchange
     from mochi_core import sdpa
 
     q, k, v = torch.randn(3, 1, 8, 5, 4)
@@ -106,26 +138,30 @@ def test_a_member_attends_to_all_tokens_with_its_share_of_the_heads():
         shapes.append([tensor.shape for tensor in (q, k, v)])
         return sdpa(q, k, v)
 
-    assert null_exchange(attention, 4)(q, k, v).shape == q.shape
+    assert gpu_parts.null_exchange(attention, 4)(q, k, v).shape == q.shape
     assert shapes == [[(1, 2, 20, 4)] * 3]
-    torch.testing.assert_close(null_exchange(sdpa, 1)(q, k, v), sdpa(q, k, v))
+    torch.testing.assert_close(gpu_parts.null_exchange(sdpa, 1)(q, k, v), sdpa(q, k, v))
 
 
 @pytest.mark.slow
 def test_a_real_part_runs_without_a_gpu(tmp_path):
     """That of the tests, which all skip; the others take minutes: --device cpu --tiny."""
-    command = [sys.executable, "-m", "benchmarks.gpu_parts", "tests"]
-    results = run_parts([Part("tests", "Tests", command, 300)], tmp_path / "gpu.md", HEAD, 300)
-    assert results["tests"].ok, results["tests"].text
-    assert "skipped" in results["tests"].text or "passed" in results["tests"].text
+    results = Results(tmp_path / "gpu.jsonl")
+    gpu_parts.measure(gpu_parts.parts(tiny=True)["tests"], results, ABOUT)
+    (line,) = results.read().values()
+    assert "failure" not in line["run"], line
+    assert "skipped" in line["run"]["said"] or "passed" in line["run"]["said"]
+
+
+def test_the_commit_and_the_machine_are_known():
+    about = gpu_parts.about("cpu")
+    assert about["commit"] and "torch" in about["machine"] and "Driver" in about["machine"]
 
 
 def test_without_a_gpu_the_command_says_what_to_do(monkeypatch):
-    from benchmarks import gpu_parts
-
     monkeypatch.setattr(gpu_parts, "DEVICE", "cpu")
     with pytest.raises(SystemExit, match="There is no GPU here; --device cpu --tiny"):
-        gpu_parts.head("cuda")
+        gpu_parts.about("cuda")
     hidden = gpu.environment("cpu")
     assert hidden["CUDA_VISIBLE_DEVICES"] == hidden["HIP_VISIBLE_DEVICES"] == ""
     assert gpu.environment("cuda") == dict(gpu.os.environ)
