@@ -83,9 +83,15 @@ def _answer(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout.strip()
 
 
-def devices() -> list[dict[str, Any]]:
-    """Every device that PyTorch can use, with bytes of memory; the CPU's are main memory."""
-    return [{"device": str(device), **attempt(_describe, device)} for device in _all_devices()]
+def devices(chosen: torch.device) -> list[dict[str, Any]]:
+    """Every device that PyTorch can use, with bytes of memory; the CPU's are main memory.
+
+    What is free is only asked of the CPU and of the chosen device: a GPU needs a CUDA context to answer, which takes hundreds of
+    MiB of its memory until the process ends.
+    """
+    if chosen.type == "cuda" and chosen.index is None and torch.cuda.is_available():
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    return [{"device": str(device), **attempt(_describe, device, device == chosen)} for device in _all_devices()]
 
 
 def _all_devices() -> list[torch.device]:
@@ -95,12 +101,13 @@ def _all_devices() -> list[torch.device]:
     return [*found, torch.device("cpu")]
 
 
-def _describe(device: torch.device) -> dict[str, Any]:
+def _describe(device: torch.device, is_chosen: bool) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         architecture = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
         architecture = architecture or f"sm_{properties.major}{properties.minor}"
-        return _memory(f"{properties.name}, {architecture}", properties.total_memory, free_memory(device))
+        free = free_memory(device) if is_chosen else None
+        return _memory(f"{properties.name}, {architecture}", properties.total_memory, free)
     if device.type == "xpu":
         properties = torch.xpu.get_device_properties(device)
         return _memory(properties.name, properties.total_memory, None)

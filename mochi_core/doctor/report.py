@@ -19,9 +19,9 @@ MACHINE = {
     "versions": machine.versions,
     "system": machine.system,
     "driver": machine.driver,
-    "devices": machine.devices,
 }
 CHECKS = {
+    "devices": machine.devices,
     "kernels": checks.kernels,
     "networks": checks.networks,
     "attention": checks.attention,

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -304,3 +305,24 @@ def test_drivers_version_is_asked_for(monkeypatch):
     monkeypatch.setattr(machine, "_answer", lambda *command: asked.append(command) or "570.1\n570.1")
     assert machine.driver() == "NVIDIA 570.1"
     assert asked[0][0] == "nvidia-smi"
+
+
+@pytest.mark.parametrize(("chosen", "asked"), [("cuda", [1]), ("cuda:0", [0]), ("cpu", [])])
+def test_only_the_chosen_card_is_asked_what_is_free(monkeypatch, chosen, asked):
+    """The others would each get a CUDA context, of hundreds of MiB."""
+    properties = SimpleNamespace(name="Card", major=9, minor=0, total_memory=80 * GIB)
+    questions = []
+    simulated = {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "current_device": lambda: 1,
+        "get_device_properties": lambda _: properties,
+        "memory_reserved": lambda _: 0,
+        "memory_allocated": lambda _: 0,
+        "mem_get_info": lambda device: questions.append(device.index) or (70 * GIB, 80 * GIB),
+    }
+    for name, function in simulated.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    cards = machine.devices(torch.device(chosen))[:2]
+    assert questions == asked
+    assert [card["free_bytes"] is not None for card in cards] == [i in asked for i in range(2)]
