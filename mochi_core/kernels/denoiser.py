@@ -8,6 +8,7 @@ first two axes. Modulations (B, W) may be slices of wider ones, and have one row
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import custom_op
 
@@ -17,6 +18,7 @@ SWIGLU_BLOCK = 1024
 """Values that one program of `swiglu` makes."""
 HEADS_BLOCK = 8
 """Heads of one token that one program of `joint_heads` makes."""
+FP8 = torch.float8_e4m3fn
 
 
 @custom_op("mochi::modulated_norm", mutates_args=())
@@ -85,6 +87,18 @@ def final_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return out
 
 
+@custom_op("mochi::quantize_rows", mutates_args=())
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (N, K) to float8_e4m3fn values (N, K) and float32 scales (N, 1), which map each row's largest magnitude to 448."""
+    from . import triton_denoiser as kernels
+
+    x, (values, scale) = _dense(x), _quantized(x)
+    block = power_of_two(x.shape[1])
+    constants = {"WIDTH": x.shape[1], "BLOCK": block, "LARGEST": torch.finfo(FP8).max, "num_warps": warps(block)}
+    launch(kernels.quantize_rows, (len(x),), x, values.view(torch.uint8), scale, x.stride(0), **constants)
+    return values, scale
+
+
 @custom_op("mochi::joint_heads", mutates_args=())
 def joint_heads(
     visual: Tensor,
@@ -136,6 +150,10 @@ def _halved(packed: Tensor) -> Tensor:
     return packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 2)
 
 
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)
+
+
 def _joint(visual: Tensor, text: Tensor, frames: Tensor) -> Tensor:
     """An empty (3, B, N + L, K, D)."""
     heads, half = frames.shape[1:3]
@@ -146,6 +164,7 @@ for operator in (modulated_norm, gated_residual, final_norm):
     operator.register_fake(_like_x)
 gated_residual_norm.register_fake(lambda x, *_: (_like_x(x), _like_x(x)))
 swiglu.register_fake(_halved)
+quantize_rows.register_fake(_quantized)
 joint_heads.register_fake(lambda visual, text, *rest: _joint(visual, text, rest[4]))
 
 

@@ -55,6 +55,10 @@ def _of_streams(device: torch.device, dtype: torch.dtype) -> Found:
     yield "swiglu", denoiser.swiglu(x), F.silu(left) * right
     expected = F.layer_norm(plain_x, (96,), eps=EPS) * factor + plain_shift[:, None]
     yield "final_norm", denoiser.final_norm(x, shift, scale, EPS), expected
+    values, factors = (found.cpu() for found in denoiser.quantize_rows(x.flatten(0, 1)))
+    rows = x.flatten(0, 1).cpu()  # where PyTorch converts to fp8 for every device
+    factor = rows.abs().amax(dim=1, keepdim=True).float() / torch.finfo(values.dtype).max
+    yield "quantize_rows", values.float() * factors, (rows / factors).to(values.dtype).float() * factor
 
 
 def _of_heads(device: torch.device, dtype: torch.dtype) -> Found:

@@ -68,6 +68,19 @@ def final_norm(
 
 
 @triton.jit
+def quantize_rows(x, values, scale, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
+    """One row divided by its scale, as bytes of float8_e4m3fn; a row of zeros has the scale 1."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    valid = column < WIDTH
+    numbers = _read(x + row * x_row + column, valid)
+    factor = tl.div_rn(tl.max(tl.abs(numbers)), LARGEST)
+    factor = tl.where(factor == 0, 1.0, factor)
+    tl.store(scale + row, factor)
+    tl.store(values + row * WIDTH + column, _e4m3_bytes(tl.div_rn(numbers, factor)), valid)
+
+
+@triton.jit
 def joint_heads(
     visual, text, q_norm_x, k_norm_x, q_norm_y, k_norm_y, frames, spatial, out,
     tokens, num_visual, num_frames, visual_sample, visual_token, text_sample, text_token, out_third,
@@ -140,3 +153,20 @@ def _tanh(x):
     series = ((series + 1.33314422036e-1) * square - 3.33332819422e-1) * square
     magnitude = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
     return tl.where(tl.abs(x) < 0.625, x + x * series, tl.where(x < 0, -magnitude, magnitude))
+
+
+@triton.jit
+def _e4m3_bytes(x):
+    """float32 of at most 448 to the bytes of float8_e4m3fn, rounded to nearest, ties to even.
+
+    By hand, because Triton only converts to it for cards that can multiply in it.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    even = (magnitude >> 20) & 1
+    normal = ((magnitude + 0x7FFFF + even) >> 20) - (120 << 3)  # three bits of mantissa, exponent bias 7 for 127
+    # Below 2 ** -6 all are multiples of 2 ** -9: what float32 rounds to when 2 ** 14 is added.
+    tiny = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    found = tl.where(magnitude < 0x3C800000, tiny, normal)
+    found = tl.where(magnitude > 0x7F800000, 0x7F, found)  # NaN
+    return (found | ((bits >> 24) & 0x80)).to(tl.uint8)

@@ -19,6 +19,7 @@ from mochi_core.autoencoder.steps import _padded_rows, res_block
 from mochi_core.autoencoder.streaming import Plan
 from mochi_core.kernels import autoencoder, denoiser
 from mochi_core.kernels.probe import probe
+from mochi_core.quantization.fp8 import FP8, quantize_rows
 from mochi_core.transformer import layers
 from mochi_core.transformer.block import QK_NORM_EPS, AsymmetricAttention
 from mochi_core.transformer.layers import NORM_EPS
@@ -156,6 +157,38 @@ def test_swiglu_of_large_gates(value):
         torch.testing.assert_close(layers.swiglu(packed), exact_swiglu(packed))
 
 
+def bytes_of(values):
+    return values.view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), [(3, 96), (0, 48), (1, 3072)])
+def test_rows_in_fp8_are_the_very_bytes_of_the_plain_ones(rows, width, dtype):
+    x = streams(1, rows, width, dtype)[0] * torch.logspace(-4, 0, width).to(dtype)
+    x[1:2] = 0
+    with kernels.using("plain"):
+        plain, plain_scale = quantize_rows(x)
+    with kernels.using("triton"):
+        fused, scale = quantize_rows(x)
+    assert torch.equal(scale, plain_scale)
+    assert torch.equal(bytes_of(fused), bytes_of(plain))
+
+
+def test_every_number_of_fp8_and_what_lies_between_two():
+    numbers = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    middle = (numbers[1:] + numbers[:-1]) / 2  # exact: ties go to the even one
+    numbers = torch.cat((numbers, middle, middle.nextafter(numbers[0]), middle.nextafter(numbers[-1])))
+    row = torch.cat((numbers, -numbers))[None]
+    fused, scale = kernels.quantize_rows(row)
+    assert scale.item() == 1
+    assert torch.equal(bytes_of(fused), bytes_of(row.to(FP8)))
+
+
+def test_what_is_no_number_stays_none_in_fp8():
+    fused, scale = kernels.quantize_rows(torch.tensor([[1, torch.nan], [1, -torch.inf]]))
+    assert (fused.float() * scale).isnan().any(dim=1).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 32), (9, 12), (24, 128)])
 @pytest.mark.parametrize(("batch", "text_tokens"), [(2, 1), (1, 0)])
@@ -238,10 +271,15 @@ def test_gradients_take_the_plain_path():
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 def test_the_probe_of_a_device_finds_a_wrong_kernel(monkeypatch, dtype):
     assert probe(torch.device("cpu"), dtype) is None
-    for module, name in ((denoiser, "swiglu"), (denoiser, "joint_heads"), (autoencoder, "norm_silu_pad")):
+
+    def wrong(name, found):
+        return (found[0], 1.1 * found[1]) if name == "quantize_rows" else 1.1 * found
+
+    names = {"swiglu": denoiser, "quantize_rows": denoiser, "joint_heads": denoiser, "norm_silu_pad": autoencoder}
+    for name, module in names.items():
         operator = getattr(module, name)
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, lambda *arguments, operator=operator: 1.1 * operator(*arguments))
+            patch.setattr(module, name, lambda *given, name=name, operator=operator: wrong(name, operator(*given)))
             assert probe(torch.device("cpu"), dtype).startswith(f"{name} gave a wrong result, off by 0.")
 
 
@@ -261,12 +299,13 @@ def test_tensors_that_do_not_fit_are_refused():
             operator(*arguments)
 
 
-@pytest.mark.parametrize("operator", ["modulated_norm", "swiglu", "gated_residual_norm"])
+@pytest.mark.parametrize("operator", ["modulated_norm", "swiglu", "gated_residual_norm", "quantize_rows"])
 def test_operators_keep_pytorchs_rules(operator):
     x, (scale, gate, *_) = random(2, 3, 96), modulations(2, 96, torch.float32)
     arguments = {
         "modulated_norm": (x, scale, NORM_EPS),
         "swiglu": (x,),
+        "quantize_rows": (x[0],),
         "gated_residual_norm": (x, 2 * x, gate, scale, NORM_EPS),
     }[operator]
     checks = ("test_schema", "test_faketensor")

@@ -182,6 +182,7 @@ def released_launches(monkeypatch, dtype):
         kernels.gated_residual_norm(stream, stream, gate, scale, 1e-6)
         kernels.final_norm(stream, shift, scale, 1e-6)
     kernels.swiglu(torch.ones(1, 6, 16384, dtype=dtype))
+    kernels.quantize_rows(torch.ones(6, 8192, dtype=dtype))
     packed, weight, turns = torch.ones(1, 6, 9216, dtype=dtype), torch.ones(128), torch.ones(2, 24, 64, 2)
     kernels.joint_heads(packed, packed, *[weight] * 4, turns, torch.ones(3, 24, 64, 2), 1e-5)
     frames, vector = torch.ones(1, 128, 3, 8, 848, dtype=dtype), torch.ones(128, dtype=dtype)

@@ -57,7 +57,7 @@ FORMS = {
     ("plain", "fp8_rowwise"): Bar(160, 8.0, 700),
     ("triton", "lora"): Bar(33, 1.4, 560),
     ("triton", "int8"): Bar(46, 4.1, 560),
-    ("triton", "fp8_rowwise"): Bar(110, 4.1, 700),
+    ("triton", "fp8_rowwise"): Bar(34, 1.8, 560),
 }
 # Of each frame, by GiB of the limit and frames.
 DECODE = {

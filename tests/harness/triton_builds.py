@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
 ALIGNED = 16  # bytes and numbers: what Triton makes use of
 OPTIONS = ("num_warps",)
 
