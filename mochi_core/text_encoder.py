@@ -19,7 +19,8 @@ from .checkpoints.names.t5 import hugging_face_entries, t5_config
 from .shown import shown
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, T5EncoderModel
+    from transformers.models.t5.modeling_t5 import T5EncoderModel
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 MAX_TOKENS = 256
 """Length of a prompt in T5 tokens, as in Genmo's pipeline: MAX_T5_TOKEN_LENGTH in genmoai/mochi, mochi_preview/pipelines.py."""
@@ -142,7 +143,8 @@ def load_text_encoder(
     Raises:
         ValueError: the weights are not those of a T5 encoder, or there is no tokenizer.
     """
-    from transformers import T5Config, T5EncoderModel
+    from transformers.models.t5.configuration_t5 import T5Config
+    from transformers.models.t5.modeling_t5 import T5EncoderModel
 
     checkpoint = open_part(path, "t5")
     config = T5Config(**hugging_face_entries(t5_config(checkpoint)))
@@ -154,7 +156,7 @@ def load_text_encoder(
 
 
 def _load_tokenizer(weights: Path, tokenizer: str | Path | None) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     if tokenizer is None:
         beside = weights if weights.is_dir() else weights.parent

@@ -50,7 +50,7 @@ def main() -> None:
 
 def make(folder: Path, tokenizer_folder: Path, device: torch.device) -> None:
     """Train and write all three models, from the first step that is not done."""
-    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     vae = train_decoder(folder, train_vae(folder, device), device)

@@ -24,7 +24,7 @@ from . import vae as tiny_vae
 from .shapes import draw, random_clip
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 CONFIG = AsymmDiTConfig(
     depth=6, hidden_size_x=192, hidden_size_y=96, num_heads=3, text_width=64, mlp_size_x=512, mlp_size_y=256
@@ -58,7 +58,8 @@ class TinyMochi(nn.Module):
     """Denoiser and text encoder in one module, so that one optimizer trains both."""
 
     def __init__(self) -> None:
-        from transformers import T5Config, T5EncoderModel
+        from transformers.models.t5.configuration_t5 import T5Config
+        from transformers.models.t5.modeling_t5 import T5EncoderModel
 
         super().__init__()
         self.t5 = T5EncoderModel(T5Config(**hugging_face_entries(T5_CONFIG)))
