@@ -89,11 +89,15 @@ def test_fast(arguments: list[str]) -> int:
 
 
 def in_processes(arguments: list[str]) -> list[str]:
-    """Where no tests are named, files of tests are shared out to processes, each with one thread for PyTorch."""
+    """Where no tests are named, files of tests are shared out to processes, each with one thread for PyTorch.
+
+    They go out in the order of `tests/conftest.py`; pytest-xdist's own order is by the number of a file's tests, and some of
+    the longest files have few.
+    """
     if any(argument.startswith(("tests", "-n", "gpu")) for argument in arguments):  # one process for one GPU, too
         return []
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return ["-n", str(TEST_PROCESSES), "--dist", "loadfile"]
+    return ["-n", str(TEST_PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def generate(arguments: list[str]) -> int:

@@ -11,6 +11,13 @@ ROOT = Path(__file__).parent.parent
 # At the end: ComfyUI has a module `nodes` of its own, which our folder of that name must not hide.
 sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT] + [str(ROOT)]
 
+# Long files first: where they are shared out to processes, none is left alone with one of these at the end.
+FOLDERS = ("semantics", "browser", "comfy", "static", "peers", "gpu", "migrate", "core")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(ROOT / "tests").parts[0]))
+
 
 @pytest.fixture(scope="session")
 def comfy_path():
@@ -42,12 +49,12 @@ def new_compiler():
 @pytest.fixture(scope="session")
 def comfy_server(comfy_path, tmp_path_factory):
     """A real server with the pack and tiny models in a folder of its own."""
-    from tests.harness.server import PROBE, ComfyServer
+    from tests.harness.server import PROBE, QUICK_START, ComfyServer
     from tests.harness.tiny_models import write_models
 
     base = tmp_path_factory.mktemp("comfyui")
     write_models(base / "models")
-    server = ComfyServer(comfy_path, base, packs=(PROBE,))
+    server = ComfyServer(comfy_path, base, QUICK_START, packs=(PROBE,))
     server.environment["MOCHI_DOCTOR"] = "1"  # takes a second; tests/comfy/test_doctor.py
     with server:
         yield server

@@ -11,7 +11,7 @@ from tests.harness import trained
 from tests.harness.client import ComfyClient
 from tests.harness.frames import read_frames
 from tests.harness.purple import train_purple
-from tests.harness.server import PROBE, ComfyServer
+from tests.harness.server import PROBE, QUICK_START, ComfyServer
 
 
 @pytest.fixture(scope="session")
@@ -42,5 +42,5 @@ def comfy(comfy_path, tmp_path_factory):
     """A server with the trained models."""
     base = tmp_path_factory.mktemp("comfyui-trained")
     trained.install(base / "models")
-    with ComfyServer(comfy_path, base, packs=(PROBE,)) as server:
+    with ComfyServer(comfy_path, base, QUICK_START, packs=(PROBE,)) as server:
         yield Comfy(ComfyClient(server.url), base)
