@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -20,25 +21,43 @@ KEY = "mochi_cache"
 
 @dataclass
 class RunCache:
-    """The cache of one run of a sampler, in the options that the host passes to every forward of that run."""
+    """The cache of one run of a sampler, in the options that the host passes to every forward of that run.
 
-    cache: BlockCache
+    With several GPUs the host calls the denoiser from one thread for each, so what they share is kept under a lock.
+    """
+
+    settings: BlockCache
     num_videos: int
     last_used: dict[tuple[Any, ...], int] = field(default_factory=dict)
     """The last step in which each of `states` was asked for."""
     states: dict[tuple[Any, ...], CacheState] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
+    """Held while `last_used` and `states` are read or changed; a state itself is used by one thread."""
+    counts: list[BlockCache] = field(default_factory=list)
+    """What each forward has counted."""
     batch_was_split: bool = False
     """Whether another node has split a batch, so that nothing says which prompt a forward is for."""
 
-    def state(self, key: tuple[Any, ...], step: int) -> CacheState:
-        """The state of one video under one prompt in one context window, for use in `step`."""
-        self.last_used[key] = step
-        return self.states.setdefault(key, CacheState())
+    def use_states(self, keys: list[tuple[Any, ...]], step: int) -> list[CacheState]:
+        """The states of videos, each under one prompt in one context window, for use in `step`.
 
-    def drop_unused_since(self, step: int) -> None:
-        """Forget states last used before `step`: context windows may lie elsewhere in every step, and never come back."""
-        self.last_used = {key: used for key, used in self.last_used.items() if used >= step}
-        self.states = {key: self.states[key] for key in self.last_used}
+        Those not used since the step before are forgotten: context windows may lie elsewhere in every step, and never come back.
+        """
+        with self.lock:
+            self.last_used |= dict.fromkeys(keys, step)
+            self.last_used = {key: used for key, used in self.last_used.items() if used >= step - 1}
+            self.states = {key: self.states.get(key) or CacheState() for key in self.last_used}
+            return [self.states[key] for key in keys]
+
+    def forward_cache(self) -> BlockCache:
+        """The settings for one forward, with counters of its own."""
+        self.counts.append(replace(self.settings))
+        return self.counts[-1]
+
+    def report(self) -> str:
+        total = replace(self.settings)
+        total.forwards, total.hits = sum(each.forwards for each in self.counts), sum(each.hits for each in self.counts)
+        return total.report()
 
 
 def add_cache(model, cache: BlockCache):
@@ -60,7 +79,7 @@ def add_cache(model, cache: BlockCache):
 
 def _with_cache(settings: BlockCache, executor, noise, *arguments, **named):
     """Wraps the host's sampling, whose options belong to this run alone: the host has copied them."""
-    run = RunCache(replace(settings), len(noise))
+    run = RunCache(settings, len(noise))
     options = executor.class_obj.model_options.setdefault("transformer_options", {})
     options[KEY] = run
     try:
@@ -69,7 +88,7 @@ def _with_cache(settings: BlockCache, executor, noise, *arguments, **named):
         options.pop(KEY)
         if run.batch_was_split:
             logging.warning("Mochi cache: off where another node runs the prompts of a batch one by one.")
-        logging.info("Mochi cache: %s.", run.cache.report())
+        logging.info("Mochi cache: %s.", run.report())
 
 
 def cached_run_block(run_block: RunBlock, x: torch.Tensor, options: dict, depth: int) -> RunBlock:
@@ -86,6 +105,6 @@ def cached_run_block(run_block: RunBlock, x: torch.Tensor, options: dict, depth:
     replaced = options.get("patches_replace", {}).get("dit", {})
     kind = (tuple(window), frozenset(replaced), x.shape[1:], x.device)
     step = step_at(sigmas, options["sigmas"])
-    run.drop_unused_since(step - 1)
-    states = [run.state((prompt, video, *kind), step) for prompt in prompts for video in range(run.num_videos)]
-    return CachedBlocks(run.cache, states, run.cache.can_skip(step, len(sigmas) - 1), depth, run_block)
+    states = run.use_states([(prompt, video, *kind) for prompt in prompts for video in range(run.num_videos)], step)
+    cache = run.forward_cache()
+    return CachedBlocks(cache, states, cache.can_skip(step, len(sigmas) - 1), depth, run_block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from typing import Any
@@ -68,7 +69,24 @@ def limit_tokens(batches: list[list[tuple]], tokenizer, rest: str = "") -> list[
     return limited
 
 
-def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "default") -> comfy.sd.CLIP:
+class HostCLIP(comfy.sd.CLIP):
+    """The host's CLIP, which computes with the model of the patcher that it has: Select CLIP Device gives it another."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "patcher":
+            self.cond_stage_model = value.model
+
+    def clone(self, disable_dynamic=False):
+        clone = copy.copy(self)
+        clone.patcher = self.patcher.clone(disable_dynamic=disable_dynamic)
+        clone.tokenizer_options = self.tokenizer_options.copy()
+        return clone
+
+
+def load_clip(
+    path: str, dtype: torch.dtype | None = None, device: str = "default", disable_dynamic: bool = False
+) -> HostCLIP:
     """A CLIP from a T5 encoder of any size, on the host's own T5 classes (so that it is cast and offloaded by it).
 
     Raises:
@@ -88,13 +106,23 @@ def load_clip(path: str, dtype: torch.dtype | None = None, device: str = "defaul
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     target = comfy.supported_models_base.ClipTarget(MochiTokenizer, MochiT5)
-    clip = comfy.sd.CLIP(
-        target, parameters=comfy.utils.calculate_parameters(weights), state_dict=[weights], model_options=options
+    clip = HostCLIP(
+        target,
+        parameters=comfy.utils.calculate_parameters(weights),
+        state_dict=[weights],
+        model_options=options,
+        disable_dynamic=disable_dynamic,
     )
+    clip.patcher.cached_patcher_init = (load_clip_patcher, (path, dtype, device))
     stored, where = stored_name(checkpoint), clip.patcher.load_device
     held = stored if is_quantized(checkpoint) else dtype_name(options["dtype"])
     log_choice("T5", weights_choice(stored, held, dtype is not None, where), arithmetic_choice(torch.float32, where))
     return clip
+
+
+def load_clip_patcher(path: str, dtype: torch.dtype | None, device: str, disable_dynamic: bool = False):
+    """What the host loads once more for another device."""
+    return load_clip(path, dtype, device, disable_dynamic).patcher
 
 
 def host_config(checkpoint: Checkpoint) -> dict:

@@ -106,7 +106,7 @@ def host_progress():
 class HostVAE(comfy.sd.VAE):
     """The host's VAE around our module. Its own constructor detects models from weights, so it is not called."""
 
-    def __init__(self, module: HostAsymmVAE, device: torch.device) -> None:
+    def __init__(self, module: HostAsymmVAE, device: torch.device, *, disable_dynamic: bool = False) -> None:
         self.first_stage_model = module
         self.device, self.output_device = device, mm.intermediate_device()
         # Pixels and latents are handed over in float32: the Fourier features need unrounded pixels.
@@ -119,14 +119,13 @@ class HostVAE(comfy.sd.VAE):
         self.upscale_index_formula = self.downscale_index_formula = (time, space, space)
         self.process_input = lambda image: image  # the module scales it, see encoder_steps
         self.process_output = lambda image: image.mul_(0.5).add_(0.5).clamp_(0, 1)
-        self.memory_used_decode, self.memory_used_encode = self._decode_bytes, self._encode_bytes
         self.handles_tiling = self.crop_input = True
         self.disable_offload = self.not_video = False
         self.pad_channel_value = self.extra_1d_channel = self.format_encoded = self.size = None
         self.audio_sample_rate = 44100
-        self.patcher = comfy.model_patcher.CoreModelPatcher(
-            module, load_device=device, offload_device=mm.vae_offload_device()
-        )
+        # Looked up now: the host replaces CoreModelPatcher at start-up when it manages memory dynamically.
+        patcher = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+        self.patcher = patcher(module, load_device=device, offload_device=mm.vae_offload_device())
         self.model_size()
 
     def decode_tiled(self, samples, *_, **__):
@@ -135,14 +134,14 @@ class HostVAE(comfy.sd.VAE):
     def encode_tiled(self, pixel_samples, *_, **__):
         return self.encode(pixel_samples)
 
-    def _decode_bytes(self, shape, _dtype) -> int:
+    def memory_used_decode(self, shape, _dtype) -> int:
         """Bytes that the fastest plan for latents (B, 12, T, H, W) uses; videos of a batch are decoded one after the other."""
         module, (height, width) = self.first_stage_model, shape[-2:]
         return self._fastest(
             module.decoder, decoder_memory_estimate(module.config, height, width, module.dtype.itemsize)
         )
 
-    def _encode_bytes(self, shape, _dtype) -> int:
+    def memory_used_encode(self, shape, _dtype) -> int:
         """Bytes that the fastest plan for pixels (B, 3, F, H, W) uses; videos of a batch are encoded one after the other."""
         module, (frames, height, width) = self.first_stage_model, shape[-3:]
         estimate = encoder_memory_estimate(module.config, frames, height, width, module.dtype.itemsize)
@@ -154,7 +153,7 @@ class HostVAE(comfy.sd.VAE):
         return estimate.peak_bytes(estimate.choose_plan(sys.maxsize, self.device))
 
 
-def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
+def load_vae(paths: list[str], dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> HostVAE:
     """A VAE from one file, or from separate encoder and decoder files, in any known layout.
 
     Raises:
@@ -174,13 +173,19 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None) -> HostVAE:
         decoder=expected.decoder is not None,
     )
     mm.archive_model_dtypes(module)
-    vae = HostVAE(module.eval().requires_grad_(False), device)
+    vae = HostVAE(module.eval().requires_grad_(False), device, disable_dynamic=disable_dynamic)
+    vae.patcher.cached_patcher_init = (load_vae_patcher, (paths, dtype))
     for layer, part in by_layer(checkpoint.tensors):
         state = {key.removeprefix(layer + "."): tensor.read() for key, tensor in part.items()}
         module.get_submodule(layer).load_state_dict(state, assign=vae.patcher.is_dynamic())
     weights = weights_choice(stored_name(checkpoint), dtype_name(chosen), dtype is not None, device)
     log_choice("VAE", weights, arithmetic_choice(chosen, device))
     return vae
+
+
+def load_vae_patcher(paths: list[str], dtype: torch.dtype | None, disable_dynamic: bool = False):
+    """What the host loads once more for another device."""
+    return load_vae(paths, dtype, disable_dynamic).patcher
 
 
 def decode_video(vae: comfy.sd.VAE, latents: torch.Tensor, memory_limit: int | None) -> torch.Tensor:

@@ -8,14 +8,19 @@ from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.tiny_models import write_models
 
 SCRIPT = """
-import json
+import copy, json, sys
+from threading import Barrier, Thread
 import comfy.hooks
 import comfy_extras.nodes_hooks as nodes_hooks
 import comfy.ldm.genmo.joint_model.asymm_models_joint as stock
 import nodes
+from comfy.model_patcher import ModelPatcher
+from pack.mochi_core import BlockCache
+from pack.nodes.bridge.cache import RunCache
 from pack.nodes.bridge.model import load_model
 from pack.nodes.bridge.prepared import OPTION, SamplingRun, full_mask
 from pack.nodes.bridge.text import encode_prompt, load_clip
+from pack.nodes.bridge.vae import load_vae
 
 (folder,) = arguments
 found = {}
@@ -94,6 +99,47 @@ found["attributes"] = {
     name: (value, getattr(network, name, "missing")) for name, value in wanted.items() if name not in own_sizes | {"head_dim"}
 }
 found["sizes"] = {name: (getattr(config, name), getattr(network, name)) for name in (*own_sizes, "head_dim")}
+
+second = torch.device("cpu", 0)  # to the host it is another device than "cpu"
+patched = clip.clone()
+patched.add_patches({key.replace("text_encoders.", "").replace(".diff", ".weight"): ("diff", (lora[key],))}, 1.0)
+moved = patched.clone()
+moved.patcher = moved.patcher.deepclone_multigpu(second)
+found["clip on another device"] = {
+    "same": torch.equal(encode_prompt(moved, "a kite")[0][0], encode_prompt(patched, "a kite")[0][0]),
+    "changed": not torch.equal(encode_prompt(moved, "a kite")[0][0], plain[0][0]),
+    "its own": moved.cond_stage_model is moved.patcher.model is not clip.patcher.model,
+    "clones, too": moved.clone().cond_stage_model is moved.patcher.model,
+    "there": moved.patcher.load_device == second,
+}
+vae, latents = load_vae([folder + "/vae/mochi_vae.safetensors"]), torch.randn(1, 12, 2, 4, 6)
+frames = vae.decode(latents)
+moved = copy.copy(vae)
+moved.patcher = vae.patcher.deepclone_multigpu(second)
+moved.first_stage_model, moved.device, vae.first_stage_model = moved.patcher.model, second, None
+found["vae on another device"] = {"same": torch.equal(moved.decode(latents), frames)}
+reload, arguments = moved.patcher.cached_patcher_init
+found["vae on another device"]["plain patcher"] = type(reload(*arguments, disable_dynamic=True)) is ModelPatcher
+
+run, wrong = RunCache(BlockCache("teacache", 0.1), 1), []
+in_step = Barrier(2)
+
+def sample_on(device):
+    known = {}
+    for step in range(1000):
+        in_step.wait()
+        for window in range(8):
+            (state,) = run.use_states([(device, window)], step)
+            if known.setdefault(window, state) is not state:
+                wrong.append((device, window, step))
+            run.forward_cache().forwards += 1
+
+sys.setswitchinterval(1e-6)
+threads = [Thread(target=sample_on, args=(device,), daemon=True) for device in ("first", "second")]
+[thread.start() for thread in threads]
+[thread.join(60) for thread in threads]
+alive = [thread.is_alive() for thread in threads]
+found["two threads"] = {"wrong": wrong[:3], "alive": alive, "report": run.report(), "kept": len(run.states)}
 print(json.dumps(found))
 """
 
@@ -130,3 +176,14 @@ def test_attributes_of_the_stock_class_are_there(found):
     assert len(found["attributes"]) >= 9
     assert all(theirs == ours for theirs, ours in found["attributes"].values()), found["attributes"]
     assert all(config == ours for config, ours in found["sizes"].values()), found["sizes"]
+
+
+@pytest.mark.parametrize("kind", ["clip", "vae"])
+def test_another_device_gets_weights_of_its_own(found, kind):
+    assert all(found[f"{kind} on another device"].values()), found[f"{kind} on another device"]
+
+
+def test_two_threads_share_the_record_of_a_cache(found):
+    shared = found["two threads"]
+    assert (shared["wrong"], shared["alive"], shared["kept"]) == ([], [False, False], 16)
+    assert "left out blocks in 0 of 16000 forwards" in shared["report"]
