@@ -13,6 +13,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def check_writable(path: Path) -> None:
     """Raise an OSError if no file can be made where `path` is."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; choose the name of a file.")
     temporary = temporary_file(path)
     try:
         temporary.touch()

@@ -292,10 +292,18 @@ def test_a_disk_that_is_full_is_one_sentence_and_leaves_what_was_there(tmp_path,
     assert (tmp_path / name).stat().st_size > 20_000
 
 
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("none/x.mp4", "x.mp4 cannot be written (No such file or directory); choose another place."),
+        ("", "is a folder; choose the name of a file."),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, capsys, place, message):
     files = ["--transformer", "a", "--vae", "b", "--t5", "c", "--prompt", "x"]
-    assert main(["generate", *files, "-o", str(tmp_path / "none" / "x.mp4")]) == 2
-    assert "x.mp4 cannot be written (No such file or directory); choose another place." in capsys.readouterr().err
+    assert main(["generate", *files, "-o", str(tmp_path / place)]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_video_that_fails_leaves_what_was_there(tmp_path):
