@@ -38,9 +38,13 @@ def test_a_warning_quotes_at_most_a_line():
     assert warning.isprintable()
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(trained.TOKENIZER, local_files_only=True)
+
+
 @pytest.mark.parametrize("count", [1, 256, 257, 5_000])
-def test_what_is_cut_before_it_becomes_tokens_does_not_change_the_first(count):
-    tokenizer = AutoTokenizer.from_pretrained(trained.TOKENIZER, local_files_only=True)
+def test_what_is_cut_before_it_becomes_tokens_does_not_change_the_first(tokenizer, count):
     words = [f"w{i}" * (i % 3 + 1) + " " * (i % 4) for i in range(count)]
     prompt = " ".join(words) + "\n"
     text, rest = cut_text(prompt)
