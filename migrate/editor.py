@@ -9,6 +9,7 @@ from collections import defaultdict
 from types import NoneType
 from typing import Any, TypeGuard
 
+from .downloads import downloads
 from .graph import Link, Node, NodeId, Nodes
 from .our_nodes import NEW_NODES
 from .tables import MODEL_TYPES
@@ -33,8 +34,8 @@ LINK = {"id": ID, "origin_id": ID, "origin_slot": ID, "target_id": ID, "target_s
 INSIDE, OUTSIDE = -10, -20
 """Ids of the nodes where a subgraph's inputs come in and its outputs go out."""
 PACK = "mochi-nodes"
-FOREIGN_PROPERTIES = ("aux_id", "ver")
-"""Properties that name the pack which an old node came from."""
+FOREIGN_PROPERTIES = ("aux_id", "ver", "models")
+"""Properties that name the pack which an old node came from, and its files."""
 SLOT_LOOKS = ("label", "shape", "dir")
 OPTIONAL_SHAPE = 7
 """How the editor draws an input that may stay empty."""
@@ -149,9 +150,15 @@ def _written(node: Node) -> Json:
         "type": node.type,
         "inputs": _inputs(node),
         "outputs": [{"name": output, "type": output, "links": []}],
-        "properties": {**properties, "cnr_id": PACK, "Node name for S&R": node.type},
+        "properties": {**properties, "cnr_id": PACK, "Node name for S&R": node.type, **_files(node)},
         "widgets_values": list(node.by_name().values()),
     }
+
+
+def _files(node: Node) -> Json:
+    """The property that has the editor offer the node's files for download."""
+    files = downloads(node.by_name().values())
+    return {"models": files} if files else {}
 
 
 def _below(raw: Json) -> list[float]:

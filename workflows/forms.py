@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+import re
 import uuid
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-from .source import Link, Node, Nodes, Template
+from migrate.downloads import downloads
+
+from .layout import RESULT, VIEWER, Box, columns, place
+from .notes import files_note
+from .source import Link, Node, Nodes, Subgraph, Template
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 PACK, VERSION = "mochi-nodes", "0.1.0"
 NAMESPACE = uuid.UUID("6b1d3a52-6c0b-4d4b-9f0e-5e1f5a0d7c11")
-HUGGING_FACE = "https://huggingface.co/Comfy-Org/mochi_preview_repackaged/resolve/main/split_files"
-# Files that the editor can fetch when they are missing and the person asks for it.
-DOWNLOADS = {
-    name: {"name": name, "url": f"{HUGGING_FACE}/{folder}/{name}", "directory": folder}
-    for folder, names in {
-        "diffusion_models": ("mochi_preview_bf16.safetensors", "mochi_preview_fp8_scaled.safetensors"),
-        "text_encoders": ("t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors"),
-        "vae": ("mochi_vae.safetensors",),
-    }.items()
-    for name in names
-}
-# Files | prompts and all that shapes the run | sampler | video.
-COLUMNS = {
-    **dict.fromkeys(("Mochi1LoadTransformer", "Mochi1LoadT5", "Mochi1LoadVAE", "LoadVideo", "GetVideoComponents"), 0),
-    "Mochi1Cache": 0,
-    **dict.fromkeys(("Mochi1Sampler", "KSampler", "SamplerCustomAdvanced", "RandomNoise", "KSamplerSelect"), 2),
-    **dict.fromkeys(("Mochi1TiledVAEDecode", "VAEDecode", "CreateVideo", "SaveVideo"), 3),
-}
-WIDTH, GAP = 340, 60
-WIDE = {"Mochi1T5Encode": 420, "CLIPTextEncode": 420, "SaveVideo": 420}
-VIEWER = 260
-"""What the nodes that show a video need for it."""
-VIEWERS = ("SaveVideo", "LoadVideo")
-NOTE_WIDTH = 460
+INSIDE, OUTSIDE = -10, -20
+"""Ids of the nodes where a subgraph's inputs come in and its outputs go out."""
+AUTOGROW = "COMFY_AUTOGROW_V3"
+SEEDS = ("seed", "noise_seed")
 
 Json = dict[str, Any]
+
+
+class Record(NamedTuple):
+    """A link, in the order that the editor has for its fields."""
+
+    id: int
+    origin_id: int
+    origin_slot: int
+    target_id: int
+    target_slot: int
+    type: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes that are shown together: all of a template, or those inside or outside of its subgraph."""
+
+    nodes: Nodes
+    ids: dict[str, int]
+    definitions: Json
+    after_run: str
+    ports: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Slots of the subgraph's inputs by (node, input)."""
+    notes: tuple[str, ...] = ()
 
 
 def to_api(template: Template, definitions: Json) -> Json:
@@ -56,30 +67,201 @@ def to_api(template: Template, definitions: Json) -> Json:
 
 def to_editor(template: Template, definitions: Json) -> Json:
     """What the editor opens (its format 0.4)."""
-    ids = _ids(template.nodes)
-    links = [
-        [number, ids[value.node], value.slot, ids[name], _slot(node, definitions, key), _output(template, definitions, value)]
-        for number, (name, node, key, value) in enumerate(_links(template.nodes, definitions), 1)
-    ]  # fmt: skip
-    places = _places(template.nodes, definitions)
-    nodes = [
-        _editor_node(node, ids[name], places[name], links, definitions[node.type], template.after_run)
-        | {"title": _title(node, definitions)}
-        for name, node in template.nodes.items()
-    ]
-    note = _note(template.note, len(nodes) + 1)
+    files = files_note(template)
+    graph = Graph(
+        template.nodes,
+        _ids(template.nodes),
+        definitions,
+        template.after_run,
+        notes=(template.note, *([files] if files else [])),
+    )
+    inside = []
+    if template.subgraph:
+        graph, shown = _outer(graph, template.subgraph), _inner(graph, template.subgraph)
+        inside = [shown]
+    return _workflow(template.name, graph, inside) | {"extra": {"linearData": _app(graph)}}
+
+
+def to_blueprint(template: Template, definitions: Json) -> Json:
+    """A subgraph that the editor offers among the nodes: a workflow of one node."""
+    assert template.subgraph
+    whole = Graph(template.nodes, _ids(template.nodes), definitions, template.after_run)
+    outer, inside = _outer(whole, template.subgraph), _inner(whole, template.subgraph)
+    alone = {"subgraph": replace(outer.nodes["subgraph"], inputs=_values_only(outer.nodes["subgraph"].inputs))}
+    return _workflow(template.subgraph.name, replace(outer, nodes=alone, notes=()), [inside])
+
+
+def _workflow(name: str, graph: Graph, subgraphs: list[Json]) -> Json:
+    records, shown, groups = _shown(graph)
+    last = max([*(node["id"] for node in shown), *(node["id"] for part in subgraphs for node in part["nodes"])])
     return {
-        "id": str(uuid.uuid5(NAMESPACE, template.name)),
+        "id": str(uuid.uuid5(NAMESPACE, name)),
         "revision": 0,
-        "last_node_id": len(nodes) + 1,
-        "last_link_id": len(links),
-        "nodes": [*nodes, note],
-        "links": links,
-        "groups": [],
+        "last_node_id": last,
+        "last_link_id": max([len(records), *(part["state"]["lastLinkId"] for part in subgraphs)]),
+        "nodes": shown,
+        "links": [list(record) for record in records],
+        "groups": groups,
+        **({"definitions": {"subgraphs": subgraphs}} if subgraphs else {}),
         "config": {},
         "extra": {},
         "version": 0.4,
     }
+
+
+def _outer(graph: Graph, subgraph: Subgraph) -> Graph:
+    """The graph with one node in the place of those in the subgraph."""
+    kind = str(uuid.uuid5(NAMESPACE, subgraph.name))
+    outputs = _outputs(graph, subgraph)
+    inputs = {
+        port.name: graph.nodes[port.node].inputs.get(port.input, _default(_spec(graph, port.node, port.input)))
+        for port in subgraph.ports
+    }
+    definition = {
+        "display_name": subgraph.name,
+        "input": {"required": {port.name: _port_spec(graph, port.node, port.input) for port in subgraph.ports}},
+        "input_order": {"required": [port.name for port in subgraph.ports]},
+        "output": [kind for _, kind in outputs],
+        "output_name": [kind for _, kind in outputs],
+        "labels": {port.name: port.label for port in subgraph.ports if port.label},
+    }
+    nodes: Nodes = {}
+    for name in (name for name in graph.nodes if name in subgraph.outside):
+        node = graph.nodes[name]
+        moved = {
+            key: Link("subgraph", [link for link, _ in outputs].index(value))
+            if isinstance(value, Link) and value.node not in subgraph.outside
+            else value
+            for key, value in node.inputs.items()
+        }
+        nodes[name] = replace(node, inputs=moved)
+    nodes = {name: node for name, node in nodes.items() if name != "save"} | {
+        "subgraph": Node(kind, inputs),
+        "save": nodes["save"],
+    }
+    ids = graph.ids | {"subgraph": len(graph.ids) + 1}
+    return replace(graph, nodes=nodes, ids=ids, definitions=graph.definitions | {kind: definition})
+
+
+def _inner(graph: Graph, subgraph: Subgraph) -> Json:
+    """The definition of a subgraph."""
+    inside = {name: node for name, node in graph.nodes.items() if name not in subgraph.outside}
+    ports = {(port.node, port.input): slot for slot, port in enumerate(subgraph.ports)}
+    part = replace(graph, nodes=inside, ports=ports, notes=())
+    records, nodes, groups = _shown(part)
+    outputs = _outputs(graph, subgraph)
+    outward = [
+        Record(len(records) + 1 + slot, graph.ids[link.node], link.slot, OUTSIDE, slot, kind)
+        for slot, (link, kind) in enumerate(outputs)
+    ]
+    for record in outward:
+        (origin,) = (node for node in nodes if node["id"] == record.origin_id)
+        origin["outputs"][record.origin_slot]["links"].append(record.id)
+    right = max(node["pos"][0] + node["size"][0] for node in nodes)
+    return {
+        "id": str(uuid.uuid5(NAMESPACE, subgraph.name)),
+        "version": 1,
+        "state": {
+            "lastGroupId": len(groups),
+            "lastNodeId": max(node["id"] for node in nodes),
+            "lastLinkId": len(records) + len(outward),
+            "lastRerouteId": 0,
+        },
+        "revision": 0,
+        "config": {},
+        "name": subgraph.name,
+        "inputNode": {"id": INSIDE, "bounding": [-260, 0, 160, 40 + 20 * len(ports)]},
+        "outputNode": {"id": OUTSIDE, "bounding": [right + 80, 0, 120, 60]},
+        "inputs": [
+            {
+                "id": str(uuid.uuid5(NAMESPACE, f"{subgraph.name} {port.name}")),
+                "name": port.name,
+                "type": _spec(graph, port.node, port.input)[0],
+                "linkIds": [record.id for record in records if record[1:3] == (INSIDE, slot)],
+                **({"label": port.label} if port.label else {}),
+                "pos": [-120, 20 + 20 * slot],
+            }
+            for slot, port in enumerate(subgraph.ports)
+        ],
+        "outputs": [
+            {
+                "id": str(uuid.uuid5(NAMESPACE, f"{subgraph.name} {kind}")),
+                "name": kind,
+                "type": kind,
+                "linkIds": [outward[slot].id],
+                "pos": [right + 100, 20 + 20 * slot],
+            }
+            for slot, (_, kind) in enumerate(outputs)
+        ],
+        "widgets": [],
+        "nodes": nodes,
+        "groups": groups,
+        "links": [record._asdict() for record in [*records, *outward]],
+        "extra": {},
+        "category": subgraph.category,
+        "description": subgraph.description,
+    }
+
+
+def _outputs(graph: Graph, subgraph: Subgraph) -> list[tuple[Link, str]]:
+    """What nodes outside take from nodes inside, with its type."""
+    taken = [
+        value
+        for name in subgraph.outside
+        for value in graph.nodes[name].inputs.values()
+        if isinstance(value, Link) and value.node not in subgraph.outside
+    ]
+    return [
+        (link, graph.definitions[graph.nodes[link.node].type]["output"][link.slot]) for link in dict.fromkeys(taken)
+    ]
+
+
+def _values_only(inputs: Json) -> Json:
+    return {key: value for key, value in inputs.items() if not isinstance(value, Link)}
+
+
+def _shown(graph: Graph) -> tuple[list[Record], list[Json], list[Json]]:
+    """Links, nodes (the notes behind them) and groups of a graph."""
+    records = list(_records(graph))
+    heights = {name: _height(node, graph.definitions[node.type]) for name, node in graph.nodes.items()}
+    boxes, note_boxes, groups = place(graph.nodes, heights, [(_note_height(text), text) for text in graph.notes])
+    nodes = [
+        _editor_node(graph, name, order, boxes[name], records) for order, name in enumerate(_in_order(graph.nodes))
+    ]
+    first = max(graph.ids.values()) + 1
+    notes = [
+        _note(text, first + number, len(nodes) + number, box)
+        for number, (text, box) in enumerate(zip(graph.notes, note_boxes, strict=True))
+    ]
+    return records, [*nodes, *notes], groups
+
+
+def _in_order(nodes: Nodes) -> list[str]:
+    """By columns, which is an order that nodes can run in."""
+    return [name for column in columns(nodes) for name in column]
+
+
+def _app(graph: Graph) -> Json:
+    """What the editor's App mode shows: the video to start from, prompt, length, seed, and the result."""
+    inputs = [
+        [graph.ids[name], key]
+        for keys in (("file",), ("prompt", "text", "value"), ("seconds", "num_frames", "length"), SEEDS)
+        for name, node in graph.nodes.items()
+        for key in keys
+        if _is_shown_in_app(graph, node, key)
+    ]
+    return {"inputs": inputs, "outputs": [graph.ids["save"]]}
+
+
+def _is_shown_in_app(graph: Graph, node: Node, key: str) -> bool:
+    specs = _specs(node, graph.definitions[node.type])
+    return (
+        key in specs
+        and _is_widget(specs[key])
+        and not isinstance(node.inputs.get(key), Link)
+        and not node.title.startswith("Negative")
+        and node.type != "ImageFromBatch"
+    )
 
 
 def _ids(nodes: Nodes) -> dict[str, int]:
@@ -87,16 +269,31 @@ def _ids(nodes: Nodes) -> dict[str, int]:
 
 
 def _title(node: Node, definitions: Json) -> str:
-    return node.title or definitions[node.type]["display_name"]
+    return node.title or definitions[node.type]["display_name"] or node.type
 
 
-def _specs(definition: Json) -> dict[str, list]:
-    """Type and options of every input, in the order of the node."""
-    return {
-        key: definition["input"][kind][key]
-        for kind in ("required", "optional")
-        for key in definition["input_order"].get(kind, [])
-    }
+def _specs(node: Node, definition: Json) -> dict[str, list]:
+    """Type and options of every input, in the order of the node; of a growing list of inputs, those that the node has."""
+    specs: dict[str, list] = {}
+    for kind in ("required", "optional"):
+        for key in definition["input_order"].get(kind, []):
+            spec = definition["input"][kind][key]
+            if spec[0] == AUTOGROW:
+                specs |= {name: ["*", {}] for name in node.inputs if name.startswith(f"{key}.")}
+            else:
+                specs[key] = spec
+    return specs
+
+
+def _spec(graph: Graph, name: str, key: str) -> list:
+    node = graph.nodes[name]
+    return _specs(node, graph.definitions[node.type])[key]
+
+
+def _port_spec(graph: Graph, name: str, key: str) -> list:
+    """As the subgraph's node has it: a seed there has no second widget."""
+    kind, *options = _spec(graph, name, key)
+    return [kind, *({k: v for k, v in option.items() if k != "control_after_generate"} for option in options)]
 
 
 def _is_widget(spec: list) -> bool:
@@ -109,13 +306,13 @@ def _default(spec: list) -> Any:
         return options["default"]
     if spec[0] == "COMFY_DYNAMICCOMBO_V3":
         return options["options"][0]["key"]
-    choices = spec[0] if isinstance(spec[0], list) else options["options"]
+    choices = spec[0] if isinstance(spec[0], list) else options.get("options")
     return choices[0] if choices else None
 
 
 def _inputs(node: Node, definition: Json) -> Json:
     """Values and links of all inputs that have one, in the order of the node."""
-    specs = _specs(definition)
+    specs = _specs(node, definition)
     unknown = node.inputs.keys() - specs.keys()
     if unknown:
         raise ValueError(f"{node.type} has no input {', '.join(sorted(unknown))}.")
@@ -126,66 +323,81 @@ def _inputs(node: Node, definition: Json) -> Json:
     }
 
 
-def _links(nodes: Nodes, definitions: Json):
-    """(name of the target, target, input, Link) of every connection."""
-    for name, node in nodes.items():
-        for key, value in _inputs(node, definitions[node.type]).items():
-            if isinstance(value, Link):
-                yield name, node, key, value
+def _records(graph: Graph) -> Iterator[Record]:
+    number = 0
+    for name, node in graph.nodes.items():
+        for slot, key in enumerate(_sockets(graph, name)):
+            value = node.inputs.get(key)
+            if (name, key) in graph.ports:
+                origin = (INSIDE, graph.ports[name, key], _spec(graph, name, key)[0])
+            elif isinstance(value, Link):
+                kind = graph.definitions[graph.nodes[value.node].type]["output"][value.slot]
+                origin = (graph.ids[value.node], value.slot, kind)
+            else:
+                continue
+            number += 1
+            yield Record(number, origin[0], origin[1], graph.ids[name], slot, origin[2])
 
 
-def _sockets(node: Node, definition: Json) -> list[str]:
-    """The inputs that the editor shows as sockets: those that are no widgets, and widgets that are linked."""
-    specs = _specs(definition)
-    return [key for key, spec in specs.items() if not _is_widget(spec) or isinstance(node.inputs.get(key), Link)]
+def _sockets(graph: Graph, name: str) -> list[str]:
+    """The inputs that are saved as sockets: those that are no widgets, widgets that are linked, all of a subgraph's node."""
+    node = graph.nodes[name]
+    return [
+        key
+        for key, spec in _specs(node, graph.definitions[node.type]).items()
+        if name == "subgraph"
+        or (name, key) in graph.ports
+        or not _is_widget(spec)
+        or isinstance(node.inputs.get(key), Link)
+    ]
 
 
-def _slot(node: Node, definitions: Json, key: str) -> int:
-    return _sockets(node, definitions[node.type]).index(key)
-
-
-def _output(template: Template, definitions: Json, link: Link) -> str:
-    return definitions[template.nodes[link.node].type]["output"][link.slot]
-
-
-def _editor_node(node: Node, number: int, place: Json, links: list[list], definition: Json, after_run: str) -> Json:
-    into = {link[4]: link[0] for link in links if link[3] == number}
+def _editor_node(graph: Graph, name: str, order: int, box: Box, records: list[Record]) -> Json:
+    node, number = graph.nodes[name], graph.ids[name]
+    definition = graph.definitions[node.type]
+    labels = definition.get("labels", {})
+    into = {record.target_slot: record.id for record in records if record.target_id == number}
     sockets = []
-    for slot, key in enumerate(_sockets(node, definition)):
-        spec = _specs(definition)[key]
+    for slot, key in enumerate(_sockets(graph, name)):
+        spec = _specs(node, definition)[key]
         widget = {"widget": {"name": key}} if _is_widget(spec) else {}
-        sockets.append({"name": key, "type": spec[0], "link": into.get(slot), **widget})
+        label = {"label": labels[key]} if key in labels else {}
+        sockets.append({**label, "name": key, "type": spec[0], "link": into.get(slot), **widget})
     outputs = [
-        {"name": name, "type": kind, "links": [link[0] for link in links if link[1:3] == [number, slot]]}
-        for slot, (name, kind) in enumerate(zip(definition["output_name"], definition["output"], strict=True))
+        {"name": title, "type": kind, "links": [record.id for record in records if record[1:3] == (number, slot)]}
+        for slot, (title, kind) in enumerate(zip(definition["output_name"], definition["output"], strict=True))
     ]
     return {
         "id": number,
         "type": node.type,
-        **place,
+        "pos": [box.x, box.y],
+        "size": [box.width, box.height],
         "flags": {},
-        "order": number - 1,
+        "order": order,
         "mode": 0,
         "inputs": sockets,
         "outputs": outputs,
-        "properties": _properties(node),
-        "widgets_values": list(_widget_values(node, definition, after_run)),
+        "title": _title(node, graph.definitions),
+        "properties": _properties(node, "subgraph" if name == "subgraph" else node.type),
+        "widgets_values": list(_widget_values(node, definition, graph.after_run)),
     }
 
 
-def _properties(node: Node) -> Json:
-    ours = node.type.startswith("Mochi1")
-    files = [DOWNLOADS[value] for value in node.inputs.values() if isinstance(value, str) and value in DOWNLOADS]
+def _properties(node: Node, kind: str) -> Json:
+    if kind == "subgraph":
+        return {"cnr_id": PACK, "ver": VERSION}
+    ours = kind.startswith("Mochi1")
+    files = downloads(value for value in node.inputs.values() if isinstance(value, str))
     return {
         **({"cnr_id": PACK, "ver": VERSION} if ours else {"cnr_id": "comfy-core"}),
-        "Node name for S&R": node.type,
+        "Node name for S&R": kind,
         **({"models": files} if files else {}),
     }
 
 
-def _widget_values(node: Node, definition: Json, after_run: str):
+def _widget_values(node: Node, definition: Json, after_run: str) -> Iterator[Any]:
     """By position. A linked widget keeps its default, and a seed is followed by what becomes of it after a run."""
-    for key, spec in _specs(definition).items():
+    for key, spec in _specs(node, definition).items():
         if _is_widget(spec):
             given = key in node.inputs and not isinstance(node.inputs[key], Link)
             yield node.inputs[key] if given else _default(spec)
@@ -193,43 +405,38 @@ def _widget_values(node: Node, definition: Json, after_run: str):
                 yield after_run
 
 
-def _places(nodes: Nodes, definitions: Json) -> dict[str, Json]:
-    """Columns from left to right as the data flows, nodes below each other in a column."""
-    columns = {name: COLUMNS.get(node.type, 1) for name, node in nodes.items()}
-    lefts, left = {}, 0
-    for column in sorted(set(columns.values())):
-        lefts[column] = left
-        left += max(_size(nodes[name], definitions)[0] for name in nodes if columns[name] == column) + GAP
-    places, tops = {}, dict.fromkeys(lefts, 0)
-    for name, column in columns.items():
-        width, height = _size(nodes[name], definitions)
-        places[name] = {"pos": [lefts[column], tops[column]], "size": [width, height]}
-        tops[column] += height + GAP
-    return places
-
-
-def _size(node: Node, definitions: Json) -> tuple[int, int]:
-    definition = definitions[node.type]
-    specs = _specs(definition)
+def _height(node: Node, definition: Json) -> int:
+    specs = _specs(node, definition)
     rows = max(sum(not _is_widget(spec) for spec in specs.values()), len(definition["output"]))
     rows += sum(_is_widget(spec) for spec in specs.values())
-    text = sum(150 for spec in specs.values() if len(spec) > 1 and spec[1].get("multiline"))
-    return WIDE.get(node.type, WIDTH), 50 + 26 * rows + text + VIEWER * (node.type in VIEWERS)
+    text = sum(
+        40 if node.title.startswith("Negative") else 110
+        for spec in specs.values()
+        if len(spec) > 1 and spec[1].get("multiline")
+    )
+    viewer = {RESULT: VIEWER, "LoadVideo": 230}.get(node.type, 0)
+    return 50 + 26 * rows + text + viewer
 
 
-def _note(text: str, number: int) -> Json:
-    lines = sum(1 + len(line) // 62 for line in text.splitlines())
+def _note_height(text: str) -> int:
+    """At the width of a note on the left, without what does not show."""
+    lines = re.sub(r"\]\(.+?\)|\*", "", text).splitlines()[1:]
+    return 50 + sum(27 if line.startswith("|") else 9 if not line else 17 * (1 + len(line) // 78) for line in lines)
+
+
+def _note(text: str, number: int, order: int, box: Box) -> Json:
+    title, _, body = text.partition("\n")
     return {
         "id": number,
         "type": "MarkdownNote",
-        "pos": [-NOTE_WIDTH - GAP, 0],
-        "size": [NOTE_WIDTH, 70 + 16 * lines],
+        "pos": [box.x, box.y],
+        "size": [box.width, round(box.height)],
         "flags": {},
-        "order": number - 1,
+        "order": order,
         "mode": 0,
         "inputs": [],
         "outputs": [],
-        "title": "Note",
+        "title": title.removeprefix("# "),
         "properties": {},
-        "widgets_values": [text],
+        "widgets_values": [body.strip() + "\n"],
     }

@@ -14,6 +14,7 @@ LIGHTHOUSE = (
 )
 PAPER = "The same scene made of folded paper, soft studio light, stop-motion look."
 TRAIN = "A steam train crosses a stone viaduct in the highlands, seen from the air, smoke drifting over autumn trees."
+LIST = (WAVES, LIGHTHOUSE, TRAIN)
 SHAPE = "a red star moving to the right"
 BF16, FP8 = "mochi_preview_bf16.safetensors", "mochi_preview_fp8_scaled.safetensors"
 T5, T5_FP8 = "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors"
@@ -41,6 +42,29 @@ Nodes = dict[str, Node]
 """By a name that links use. The order gives the ids 1, 2, 3 ..."""
 
 
+class Port(NamedTuple):
+    """An input of a node inside a subgraph that the subgraph has, too."""
+
+    node: str
+    input: str
+    name: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Subgraph:
+    """Nodes of a template shown as one."""
+
+    name: str
+    category: str
+    description: str
+    ports: tuple[Port, ...]
+    outside: tuple[str, ...]
+    """Nodes of the template that are not inside; the last one saves the video."""
+    blueprint: bool = True
+    """Whether the editor offers it among the nodes, too."""
+
+
 @dataclass(frozen=True)
 class Template:
     name: str
@@ -48,10 +72,12 @@ class Template:
     title: str
     """Of the file that the editor opens, which shows no other title, and finds no other words."""
     note: str
-    """Markdown; stands beside the graph."""
+    """Markdown; stands beside the graph, its first line as the title."""
     nodes: Nodes
     after_run: str = "randomize"
     """What becomes of seeds after a run, as the editor calls it."""
+    subgraph: Subgraph | None = None
+    """How the editor shows the nodes; in API form they stay as they are."""
 
 
 def text_to_video(
@@ -83,7 +109,7 @@ def video_to_video() -> Nodes:
     nodes = text_to_video(PAPER, latent=Link("encode"), denoise=0.3)
     size = {"upscale_method": "lanczos", "width": 848, "height": 480, "crop": "center"}
     return nodes | {
-        "load": Node("LoadVideo", {"file": "mochi_input.mp4"}),
+        "load": Node("LoadVideo", {"file": ""}, "Your video"),
         "frames": Node("GetVideoComponents", {"video": Link("load")}),
         "first": Node(
             "ImageFromBatch", {"image": Link("frames"), "batch_index": 0, "length": 163}, "At most 163 frames"
@@ -168,38 +194,152 @@ def tiny() -> Nodes:
     )  # fmt: skip
 
 
-FILES = """
-| folder in **models/** | file |
-|---|---|
-| **diffusion_models** | **mochi_preview_bf16.safetensors** |
-| **text_encoders** | **t5xxl_fp16.safetensors** |
-| **vae** | **mochi_vae.safetensors** |
+def second_pass() -> Nodes:
+    nodes = text_to_video(WAVES)
+    again = nodes["sampler"].inputs | {"latent": Link("larger"), "denoise": 0.3}
+    size = {"upscale_method": "bicubic", "width": 1280, "height": 720, "crop": "disabled"}
+    return nodes | {
+        "decode": Node("Mochi1TiledVAEDecode", {"samples": Link("again"), "vae": Link("vae")}),
+        "larger": Node("LatentUpscale", {"samples": Link("sampler"), **size}, "Larger"),
+        "again": Node("Mochi1Sampler", again, "Second pass"),
+    }
 
-Any other Mochi file works as well: Genmo's own, diffusers', fp8, int8, GGUF.
-"""
+
+def prompt_list() -> Nodes:
+    """T5 Encode, the sampler and all behind them run once for each item of the list."""
+    nodes = text_to_video(WAVES)
+    prompts = {
+        f"prompt{i}": Node("PrimitiveStringMultiline", {"value": text}, f"Prompt {i}") for i, text in enumerate(LIST, 1)
+    }
+    items = {f"inputs.input{i}": Link(name) for i, name in enumerate(prompts)}
+    return nodes | {
+        "positive": Node("Mochi1T5Encode", {"clip": Link("t5"), "prompt": Link("list")}, "Each prompt"),
+        **prompts,
+        "list": Node("CreateList", items),
+    }
+
+
+def sharper() -> Nodes:
+    nodes = text_to_video(WAVES, model=Link("guidance"))
+    skipped = {"double_layers": "34", "single_layers": "", "scale": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    return nodes | {"guidance": Node("SkipLayerGuidanceDiT", {"model": Link("transformer"), **skipped})}
+
+
+def masked() -> Nodes:
+    """A rectangle of the video is made anew, the rest stays."""
+    nodes = video_to_video()
+    area = {"source": Link("area"), "destination": Link("frame"), "x": 424, "y": 0, "operation": "add"}
+    return nodes | {
+        "sampler": Node("Mochi1Sampler", nodes["sampler"].inputs | {"latent": Link("masked"), "denoise": 0.6}),
+        "frame": Node("SolidMask", {"value": 0.0, "width": 848, "height": 480}, "Stays"),
+        "area": Node("SolidMask", {"value": 1.0, "width": 424, "height": 480}, "Made anew"),
+        "mask": Node("MaskComposite", area, "Where"),
+        "masked": Node("SetLatentNoiseMask", {"samples": Link("encode"), "mask": Link("mask")}),
+    }
+
+
+FILE_PORTS = (
+    Port("transformer", "model_name", "model_name", "transformer"),
+    Port("t5", "t5_name", "t5_name", "text encoder"),
+    Port("vae", "vae_name", "vae_name", "VAE"),
+)
+TEXT_TO_VIDEO = Subgraph(
+    "Text to Video (Mochi 1)",
+    "Video generation and editing/Text to video",
+    "Makes a video from a prompt with Genmo's Mochi 1: 848 x 480 pixels, up to 5.4 seconds at 30 frames per second.",
+    (
+        Port("positive", "prompt", "prompt"),
+        Port("sampler", "width", "width"),
+        Port("sampler", "height", "height"),
+        Port("sampler", "num_frames", "num_frames", "frames (30 a second)"),
+        Port("sampler", "steps", "steps", "steps (fewer are faster)"),
+        Port("sampler", "cfg", "cfg"),
+        Port("sampler", "seed", "seed"),
+        *FILE_PORTS,
+    ),
+    ("save",),
+)
+SECOND_PASS = Subgraph(
+    "Text to Video, larger (Mochi 1)",
+    TEXT_TO_VIDEO.category,
+    "Makes a video from a prompt with Genmo's Mochi 1, and the last steps of it once more at a larger size.",
+    (
+        *TEXT_TO_VIDEO.ports[:-3],
+        Port("larger", "width", "larger_width"),
+        Port("larger", "height", "larger_height"),
+        Port("again", "denoise", "denoise", "denoise of the second pass"),
+        *FILE_PORTS,
+    ),
+    ("save",),
+    blueprint=False,
+)
+PROMPT_LIST = Subgraph(
+    "Text to Video, each prompt (Mochi 1)",
+    TEXT_TO_VIDEO.category,
+    "Makes a video of each prompt of a list with Genmo's Mochi 1.",
+    TEXT_TO_VIDEO.ports,
+    ("prompt1", "prompt2", "prompt3", "list", "save"),
+    blueprint=False,
+)
+EDITING = (
+    Port("frames", "video", "video"),
+    Port("positive", "prompt", "prompt"),
+    Port("sampler", "denoise", "denoise", "denoise (how much changes)"),
+    Port("first", "length", "length", "most frames"),
+    Port("scale", "width", "width"),
+    Port("scale", "height", "height"),
+    Port("sampler", "steps", "steps", "steps (fewer are faster)"),
+    Port("sampler", "seed", "seed"),
+)
+VIDEO_TO_VIDEO = Subgraph(
+    "Video to Video (Mochi 1)",
+    "Video generation and editing/Video to video",
+    "Makes another video from one and a prompt with Genmo's Mochi 1; less noise keeps more of it, first of all its motion.",
+    (*EDITING, *FILE_PORTS),
+    ("load", "save"),
+)
+MASKED = Subgraph(
+    "Masked Video to Video (Mochi 1)",
+    "Video generation and editing/Video to video",
+    "Makes a rectangle of a video anew with Genmo's Mochi 1; the rest stays.",
+    (
+        *EDITING,
+        Port("mask", "x", "x", "left edge of the area"),
+        Port("mask", "y", "y", "top edge of the area"),
+        Port("area", "width", "area_width"),
+        Port("area", "height", "area_height"),
+        *FILE_PORTS,
+    ),
+    ("load", "save"),
+    blueprint=False,
+)
 
 TEMPLATES = [
     Template(
         "text_to_video",
         "Mochi 1 - Text to Video",
-        f"""# Text to video
+        """# Text to video
 
-Write what the video shows into **Prompt** and press Run.
-{FILES}
-**Worth changing:** the prompt, the seed, and **num_frames** (6k + 1; 163 are 5.4 seconds, and 85 take about half the time).
+Write what the video shows into **prompt** and press Run. Every run has another seed, and makes another video.
+
+**Worth changing:** the prompt, the seed, and **frames** (6k + 1; 163 are 5.4 seconds, and 85 take about half the time).
 Mochi likes one scene, described in plain words, with what the camera does. Sensible values
 of **cfg** are 3 to 6.
+
+The node holds the whole graph: its button at the top right opens it, and everything inside can be changed. In the node
+search it is **Text to Video (Mochi 1)**. **App** (top left, beside *Graph*) shows only prompt, length, seed and video.
 """,
         text_to_video(WAVES),
+        subgraph=TEXT_TO_VIDEO,
     ),
     Template(
         "fast_preview",
         "Mochi 1 - Quick draft",
-        f"""# Fast preview
+        """# Quick draft
 
 A small, short, coarse video to try prompts with: 1.2 seconds of 432 x 240 in 16 steps, about a sixtieth of the work of the
 full video.
-{FILES}
+
 The full video from the same seed is **another** video: noise of another size is other noise. Prompts and **cfg** carry over.
 """,
         text_to_video(WAVES, width=432, height=240, steps=16, num_frames=Link("length"))
@@ -208,16 +348,17 @@ The full video from the same seed is **another** video: noise of another size is
     Template(
         "video_to_video",
         "Mochi 1 - Video to Video",
-        f"""# Video to video
+        """# Video to video
 
-Choose your video in **Load Video**, and describe what it shall become.
-{FILES}
+Choose your video in **Your video**, and describe in **prompt** what it shall become.
+
 The autoencoder file must hold the **encoder**, too (**mochi_vae.safetensors** does).
 
 **Worth changing:** **denoise**. 0.3 starts at 81 % noise, 0.2 at 62 %, 0.1 at 35 %, 0.5 at 97 %: less noise keeps more of
 your video, first of all its motion. The first 163 frames are taken, of those 6k + 1, and scaled to 848 x 480.
 """,
         video_to_video(),
+        subgraph=VIDEO_TO_VIDEO,
     ),
     Template(
         "long_video_low_memory",
@@ -226,12 +367,6 @@ your video, first of all its motion. The first 163 frames are taken, of those 6k
 
 10 seconds with 8-bit weights, the text encoder on the CPU, and the denoiser in overlapping windows of the length that Mochi
 was trained for.
-
-| folder in **models/** | file |
-|---|---|
-| **diffusion_models** | **mochi_preview_fp8_scaled.safetensors** |
-| **text_encoders** | **t5xxl_fp8_e4m3fn_scaled.safetensors** |
-| **vae** | **mochi_vae.safetensors** |
 
 ComfyUI streams the weights that do not fit. If memory runs out all the same: make **context_length** smaller (22 or 16
 latents; 6 frames each), then width and height. The decode needs the same memory however long the video is.
@@ -245,8 +380,8 @@ latents; 6 frames each), then width and height. The decode needs the same memory
         "Mochi 1 - FastMochi, 8 steps",
         """# FastMochi: 8 steps
 
-Distilled weights: **dit.safetensors** from FastVideo's FastMochi, saved as
-**models/diffusion_models/fastmochi.safetensors**. Text encoder and VAE as always.
+Distilled weights: **dit.safetensors** from FastVideo's FastMochi; rename it to **fastmochi.safetensors**. It is 40 GB in fp32:
+`python -m mochi_core convert` makes 20 GB of it, or 10. Text encoder and VAE as always.
 
 Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cfg 1.5.** Ordinary Mochi weights need the
 64 steps and cfg 4.5 of the template *Text to Video*.
@@ -256,11 +391,11 @@ Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cf
     Template(
         "faster",
         "Mochi 1 - Faster",
-        f"""# Faster, with another result
+        """# Faster, with another result
 
 **Mochi Cache** leaves out the blocks of the transformer where little changes; **Mochi Guider** guides from the tenth part of
 the steps on, and a step without guidance takes half the time. The console says how much was left out.
-{FILES}
+
 The video is **not** the one that *Text to Video* makes from the same seed, only one like it. For that one, set **threshold**
 to 0 and **start** to 0.
 
@@ -274,13 +409,7 @@ to 0 and **start** to 0.
         """# Genmo-exact reproduction
 
 The precision and the settings of Genmo's own code: T5 and autoencoder in fp32, denoiser in bf16, 163 frames of 848 x 480 in
-64 steps, guidance 6.0 (4.5 in Genmo's first release).
-
-| folder in **models/** | file |
-|---|---|
-| **diffusion_models** | **mochi_preview_bf16.safetensors**, or Genmo's **dit.safetensors** |
-| **text_encoders** | a T5 v1.1 XXL in fp32 or fp16 |
-| **vae** | **mochi_vae.safetensors** in fp32, or Genmo's **decoder.safetensors** |
+64 steps, guidance 6.0 (4.5 in Genmo's first release). Genmo's own **dit.safetensors** and **decoder.safetensors** work as well.
 
 Noise comes from a generator on the CPU, so that a seed means the same video on every machine. Genmo's code draws it on the
 GPU: its seeds are other noise, but the same noise gives the same video.
@@ -293,11 +422,13 @@ GPU: its seeds are other noise, but the same noise gives the same video.
     Template(
         "lora",
         "Mochi 1 - LoRA",
-        f"""# LoRA
+        """# LoRA
 
-Put the LoRA into **models/loras** and choose it in **Load Mochi LoRA**. Every kind works: Genmo's trainer with its alphas,
-diffusers, PEFT, kohya, DoRA.
-{FILES}
+Put a LoRA into **models/loras** and choose it in **Load Mochi LoRA**. Every kind works: Genmo's trainer with its alphas,
+diffusers, PEFT, kohya, DoRA. The one that is linked was made for landscapes of video games; a browser saves it as
+*pytorch_lora_weights.safetensors*, as most are called: rename it. Or make your own with this pack's
+[trainer](https://github.com/mochi-nodes/mochi-nodes/blob/main/docs/train.md).
+
 **Worth changing:** **strength** (1 is as trained, 0 is off). Several LoRAs: one node after the other.
 """,
         lora(),
@@ -320,14 +451,78 @@ The files have the form of the real ones, and the nodes are the same: what works
     Template(
         "stock_nodes",
         "Mochi 1 - KSampler and stock nodes",
-        f"""# With ComfyUI's own nodes
+        """# With ComfyUI's own nodes
 
 Only the loaders are from this pack; prompt, sampler, decoder and everything else are ComfyUI's. All types are native: put
 any other sampler, LoRA loader, guider, cache or patch for models in between.
-{FILES}
+
 What differs from *Text to Video*: ComfyUI's text encode gives an empty prompt one token, Genmo gives it none. With the
 prompts encoded by **T5 Encode (Mochi)**, KSampler makes the same video as **Mochi Sampler**.
 """,
         stock_nodes(),
+    ),
+    Template(
+        "second_pass",
+        "Mochi 1 - Second pass, larger",
+        """# Second pass, larger
+
+The video of *Text to Video*, its latents scaled to 1280 x 720, and the last 30 % of the steps once more at that size.
+
+**What it costs:** a step of the second pass has 2.3 times the tokens, and more than that in attention; 19 of them. It needs the
+memory of 1280 x 720, too: make **num_frames** smaller first.
+
+**Untested:** Mochi was trained for 848 x 480, nobody has published settings for this, and it has
+only been run with the tiny model.
+
+**Hand-off:** for an upscaler, put ComfyUI's *Load Upscale Model* and *Upscale Image (using Model)* between **Tiled VAE Decode**
+and **Create Video**.
+""",
+        second_pass(),
+        subgraph=SECOND_PASS,
+    ),
+    Template(
+        "prompt_list",
+        "Mochi 1 - List of prompts",
+        """# List of prompts
+
+One run makes a video of each prompt; the models are loaded once. *Create List* takes up to ten: a new input appears when
+the last one is linked.
+
+**What it costs:** the time of one video for each. All have the same seed; they are saved one after the other, at the end of
+the run.
+""",
+        prompt_list(),
+        subgraph=PROMPT_LIST,
+    ),
+    Template(
+        "masked",
+        "Mochi 1 - Video to Video, masked",
+        """# Video to video, masked
+
+Choose your video in **Your video**. A rectangle of it is made anew as the prompt says; the rest stays. Left edge, top edge, width
+and height of the area are in pixels of the scaled video.
+
+**What it costs:** as much as the whole video: all of it is sampled, and the rest put back at each step.
+
+**Untested** with the released weights. The mask stands still. The autoencoder mixes neighbours: at the edges of the area a few
+pixels of the rest change. **denoise** 0.6 starts at nearly pure noise inside of the area.
+""",
+        masked(),
+        subgraph=MASKED,
+    ),
+    Template(
+        "sharper",
+        "Mochi 1 - Sharper",
+        """# Sharper: skip-layer guidance
+
+Each step is computed once more without block 34, and the video pushed away from that worse one. Block **34**, scale **1.0** and
+the whole schedule are what the authors of spatiotemporal skip guidance (STG) publish for Mochi; the node's own defaults are for
+another model.
+
+**What it costs:** three forwards a step where there were two: half as much time again.
+
+**Untested** with the released weights. Too strong looks burnt: lower **scale**.
+""",
+        sharper(),
     ),
 ]

@@ -78,7 +78,7 @@ def test_lengths_are_shown_in_the_other_unit(editor):
         set_widget(editor, "Mochi1Length", "seconds", seconds)
         assert label(editor, "Mochi1Length", "seconds") == f"seconds ({seconds_to_frames(seconds)} frames)"
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames"  # comes from the link
-    editor.load(editor_form("text_to_video"), "text")
+    editor.load(editor_form("genmo_exact"), "exact")
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (5.4 s)"
     set_widget(editor, "Mochi1Sampler", "num_frames", 31)
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (1 s)"

@@ -36,6 +36,38 @@ def test_opens_without_complaint_and_means_the_same_as_its_api_form(editor, name
     assert essence(editor.prompt()) == essence(api_form(name))
 
 
+def test_blueprint_is_found_by_search(editor):
+    editor.load({"nodes": [], "links": [], "version": 0.4}, "empty")
+    editor.page.mouse.dblclick(800, 600)
+    editor.page.get_by_role("combobox").last.wait_for()
+    editor.page.keyboard.type("text to video mochi")
+    editor.page.get_by_text("Text to Video (Mochi 1)", exact=True).first.wait_for()
+    editor.page.wait_for_timeout(1000)  # the list is searched once the typing has stopped
+    editor.page.keyboard.press("Enter")
+    editor.page.mouse.click(800, 600)
+    editor.page.wait_for_function("app.graph._nodes.length === 1")
+    assert {node["class_type"] for node in editor.prompt().values()} >= {"Mochi1LoadTransformer", "Mochi1Sampler"}
+
+
+def test_app_mode_runs_from_prompt_to_video(editor):
+    workflow = editor_form("text_to_video")
+    (node,) = (node for node in workflow["nodes"] if node["type"] == workflow["definitions"]["subgraphs"][0]["id"])
+    node["widgets_values"][:5] = ["a red star", 64, 64, 7, 1]
+    editor.load(workflow, "app")
+    editor.command("Comfy.ToggleLinear")
+    for name in ("prompt", "frames (30 a second)", "seed"):
+        editor.page.get_by_text(name, exact=True).first.wait_for()
+    seeds = []
+    for _ in range(2):
+        editor.page.evaluate("app.nodeOutputs = {}")
+        editor.page.get_by_role("button", name="Run", exact=True).last.click()
+        editor.page.wait_for_function("Object.values(app.nodeOutputs).some(output => output.images)", timeout=60_000)
+        editor.page.locator("video").first.wait_for()
+        seeds.append(next(n["inputs"]["seed"] for n in editor.prompt().values() if n["class_type"] == "Mochi1Sampler"))
+    assert len(set(seeds)) == 2
+    editor.command("Comfy.ToggleLinear")
+
+
 def test_link_opens_a_template(editor, templates_server):
     editor.errors.clear()
     title = TITLES["fast_preview"]

@@ -49,7 +49,7 @@ class Run:
 
     @property
     def outputs(self) -> dict[str, Any]:
-        return {data["node"]: data["output"] for name, data in self.events if name == "executed"}
+        return {data["node"]: data["output"] or {} for name, data in self.events if name == "executed"}
 
     @property
     def files(self) -> list[dict[str, str]]:

@@ -37,6 +37,10 @@ PROMPTS = {
     "lora": "a purple square moving left",
     "tiny_mochi": "a green triangle rising",
     "stock_nodes": "a blue square rising",
+    "second_pass": "a white star growing larger",
+    "prompt_list": "a green star moving to the right",
+    "masked": "a red square moving left",
+    "sharper": "a blue circle rising",
 }
 LONG = 3.2
 # Shown in help pages; the last one is also run.
@@ -58,7 +62,7 @@ def main() -> None:
             client = ComfyClient(server.url)
             for name, prompt in PROMPTS.items():
                 frames = template_frames(client, name, prompt)
-                if name == "video_to_video":
+                if name in ("video_to_video", "masked"):
                     frames = side_by_side(pictures_of((base / "input" / "mochi_input.mp4").read_bytes()), frames)
                 write_thumbnail(frames, WORKFLOWS / f"{TITLES[name]}.jpg")
             take_screenshots(server.url)
@@ -121,6 +125,10 @@ def take_screenshots(url: str) -> None:
 
 def open_template(editor: Editor, name: str) -> None:
     editor.load(editor_form(name), TITLES[name])
+    editor.page.evaluate(
+        "() => { const node = app.graph._nodes.find(node => node.subgraph);"
+        " if (node) app.canvas.openSubgraph(node.subgraph, node); }"
+    )
     editor.command("Comfy.Canvas.FitView")
     editor.page.wait_for_timeout(1500)
 

@@ -36,6 +36,11 @@ TINY: dict[str, dict[str, Any]] = {
     "ImageScale": SIZE,
     "ImageFromBatch": {"length": 25},
     "ContextWindowsManual": {"context_length": 3, "context_overlap": 1},
+    "SkipLayerGuidanceDiT": {"double_layers": "4"},
+    "LatentUpscale": SIZE,
+    "SolidMask": SIZE,
+    "MaskComposite": {"x": 32},
+    "LoadVideo": {"file": "mochi_input.mp4"},
 }
 
 
@@ -72,6 +77,6 @@ def shrunk(prompt: dict[str, Any], text: str) -> dict[str, Any]:
     for node in prompt.values():
         inputs = node["inputs"]
         inputs |= {k: v for k, v in TINY.get(node["class_type"], {}).items() if not isinstance(inputs[k], list)}
-        if node["_meta"]["title"] == "Prompt":
-            inputs[next(key for key in ("prompt", "text") if key in inputs)] = text
+        if node["_meta"]["title"].startswith("Prompt"):
+            inputs[next(key for key in ("prompt", "text", "value") if key in inputs)] = text
     return prompt

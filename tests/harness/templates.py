@@ -10,10 +10,11 @@ from typing import Any
 
 from tests.harness.client import ComfyClient
 from tests.harness.server import ROOT, ComfyServer
-from workflows.forms import to_api, to_editor
+from workflows.forms import to_api, to_blueprint, to_editor
 from workflows.source import TEMPLATES
 
 FOLDER = ROOT / "workflows"
+BLUEPRINTS = ROOT / "subgraphs"
 
 
 def files(definitions: dict[str, Any]) -> dict[Path, str]:
@@ -22,6 +23,8 @@ def files(definitions: dict[str, Any]) -> dict[Path, str]:
     for template in TEMPLATES:
         found[FOLDER / f"{template.title}.json"] = written(to_editor(template, definitions))
         found[FOLDER / "api" / f"{template.name}.json"] = written(to_api(template, definitions))
+        if template.subgraph and template.subgraph.blueprint:
+            found[BLUEPRINTS / f"{template.subgraph.name}.json"] = written(to_blueprint(template, definitions))
     return found
 
 
@@ -46,11 +49,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def essence(prompt):
-    """Without the titles, and the place where the editor shows a chosen video."""
+    """Without the titles, the place where the editor shows a chosen video, and the subgraph's id in front of the node's."""
     return {
-        key: (node["class_type"], {k: v for k, v in node["inputs"].items() if k != "video-preview"})
+        _inner(key): (
+            node["class_type"],
+            {k: _inner_link(v) for k, v in node["inputs"].items() if k != "video-preview"},
+        )
         for key, node in prompt.items()
     }
+
+
+def _inner(node: str) -> str:
+    return node.rpartition(":")[2]
+
+
+def _inner_link(value):
+    return [_inner(value[0]), value[1]] if isinstance(value, list) else value
 
 
 def main() -> None:

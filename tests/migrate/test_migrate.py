@@ -128,6 +128,21 @@ def test_text_to_video_reports_what_mattered_and_nothing_else():
     assert all(note.startswith(start) and note.endswith(".") for note, start in zip(notes, starts, strict=True)), notes
 
 
+def test_files_of_converted_nodes_can_be_downloaded():
+    offered = {
+        file["name"]: file["directory"]
+        for name in ("text_to_video", "download_and_load")
+        for node in migrated(name).workflow["nodes"]
+        for file in node["properties"].get("models", [])
+    }
+    assert offered == {
+        "mochi_preview_bf16.safetensors": "diffusion_models",
+        "mochi_vae.safetensors": "vae",
+        f"mochi{os.sep}mochi_preview_bf16.safetensors": "diffusion_models",
+        f"mochi{os.sep}mochi_vae.safetensors": "vae",
+    }
+
+
 def test_a_linked_widget_keeps_its_slot():
     sampler = next(n for n in migrated("text_to_video").workflow["nodes"] if n["type"] == "Mochi1Sampler")
     assert sampler["inputs"][-1] == {"name": "steps", "type": "INT", "link": 14, "widget": {"name": "steps"}}

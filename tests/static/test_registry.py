@@ -111,6 +111,7 @@ def test_archive_holds_what_users_need_and_nothing_else(published):
         "models",
         "nodes",
         "pyproject.toml",
+        "subgraphs",
         "workflows",
     } <= tops
     assert not tops & {"tests", "benchmarks", ".ci", ".github", "dev.py"}

@@ -1,0 +1,149 @@
+"""Where the nodes, groups and notes of a graph are: columns from left to right, as the data flows, so that no link runs back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .source import Link, Node, Nodes
+
+Json = dict[str, Any]
+GAP = 28
+TITLE = 30
+"""Height of a node's title, which lies above its position."""
+MOST_WIDE = 2060
+"""Of a whole graph: wider ones open as empty boxes on a screen of 1600 x 950."""
+MOST_HIGH = 1150
+LOADERS = ("Mochi1LoadTransformer", "Mochi1LoadT5", "Mochi1LoadVAE")
+SAMPLERS = ("Mochi1Sampler", "KSampler", "SamplerCustomAdvanced")
+WIDTHS = {
+    **dict.fromkeys(LOADERS, 260),
+    **dict.fromkeys(("Mochi1T5Encode", "CLIPTextEncode", "PrimitiveStringMultiline"), 290),
+    "LoadVideo": 300,
+}
+WIDTH = 230
+"""No node is narrower in the default renderer."""
+SUBGRAPH = 440
+RESULT = "SaveVideo"
+RESULT_WIDTHS = (380, 640)
+VIEWER = 340
+NOTE = 440
+# Groups: a title for each step, and its colour.
+STEPS = (("Files", "#3f789e"), ("Prompt and settings", "#8a6d3b"), ("Video", "#5b7f4f"), ("Result", "#7a4f8f"))
+
+
+class Box(NamedTuple):
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+def columns(nodes: Nodes) -> list[list[str]]:
+    """Names by column: the loaders first, everything else right of all that it is linked to, settings right before their user."""
+    depth: dict[str, int] = {}
+
+    def column(name: str) -> int:
+        if name not in depth:
+            links = [column(link.node) for link in links_of(nodes[name]) if link.node in nodes]
+            depth[name] = 0 if nodes[name].type in LOADERS else 1 + max(links, default=0)
+        return depth[name]
+
+    for name in nodes:
+        column(name)
+    for name, node in nodes.items():
+        users = [depth[user] for user, other in nodes.items() if any(link.node == name for link in links_of(other))]
+        if node.type not in LOADERS and not links_of(node) and users:
+            depth[name] = max(1, min(users) - 1)
+    used = sorted(set(depth.values()))
+    return [[name for name in nodes if depth[name] == number] for number in used]
+
+
+def links_of(node: Node) -> list[Link]:
+    return [value for value in node.inputs.values() if isinstance(value, Link)]
+
+
+def place(
+    nodes: Nodes, heights: dict[str, int], notes: list[tuple[float, str]]
+) -> tuple[dict[str, Box], list[Box], list[Json]]:
+    """Boxes of the nodes, of the notes, and the groups. A note is its height at NOTE's width, and its text.
+
+    The first note stands above all that comes before the sampler, the second below the sampler; both are there if the graph
+    would be too high, and on the left of a subgraph's node.
+    """
+    names = columns(nodes)
+    widths = [max(_width(name, nodes[name]) for name in column) for column in names]
+    around = "subgraph" in nodes
+    left = NOTE + 2 * GAP if around and notes else 0
+    if any(nodes[name].type == RESULT for name in names[-1]):
+        room = MOST_WIDE - sum(widths[:-1]) - GAP * len(widths) - left
+        widths[-1] = max(RESULT_WIDTHS[0], min(RESULT_WIDTHS[1], room))
+    if around:
+        return (
+            _stacked(names, widths, heights, left, [0] * len(names)),
+            _below([height for height, _ in notes], 0, 0, NOTE),
+            [],
+        )
+    first = _sampler(nodes, names)
+    room = MOST_HIGH - max(sum(heights[name] + GAP + TITLE for name in column) for column in names[:first])
+    on_top = bool(notes) and notes[0][0] + 3 * GAP + TITLE <= room
+    top = notes[0][0] + 3 * GAP + TITLE if on_top else 0
+    boxes = _stacked(names, widths, heights, 0, [top] * first + [0] * (len(names) - first))
+    steps = [names[:1], names[1:first], names[first:-1], names[-1:]]
+    before, video = ([boxes[name] for column in step for name in column] for step in (steps[0] + steps[1], steps[2]))
+    middle = (video[0].x, max(box.y + box.height for box in video) + 2 * GAP + TITLE, _right(video) - video[0].x)
+    above = [Box(0, 0, _right(before), notes[0][0])] if on_top else []
+    return boxes, above + _below([height for height, _ in notes[len(above) :]], *middle), _groups(steps, boxes)
+
+
+def _stacked(
+    names: list[list[str]], widths: list[int], heights: dict[str, int], left: float, tops: list[float]
+) -> dict[str, Box]:
+    boxes: dict[str, Box] = {}
+    for column, width, top in zip(names, widths, tops, strict=True):
+        for name in column:
+            boxes[name] = Box(left, top, width, heights[name])
+            top += heights[name] + GAP + TITLE
+        left += width + GAP
+    return boxes
+
+
+def _below(heights: list[float], left: float, top: float, width: float) -> list[Box]:
+    boxes: list[Box] = []
+    for height in heights:
+        boxes.append(Box(left, top, width, height))
+        top += height + GAP + TITLE
+    return boxes
+
+
+def _width(name: str, node: Node) -> int:
+    return SUBGRAPH if name == "subgraph" else WIDTHS.get(node.type, WIDTH)
+
+
+def _sampler(nodes: Nodes, names: list[list[str]]) -> int:
+    """The first column that has a sampler."""
+    return min(number for number, column in enumerate(names) if any(nodes[name].type in SAMPLERS for name in column))
+
+
+def _right(boxes: list[Box]) -> float:
+    return max(box.x + box.width for box in boxes)
+
+
+def _groups(steps: list[list[list[str]]], boxes: dict[str, Box]) -> list[Json]:
+    """A numbered step for the loaders, for what comes before the sampler, for the rest and for the result."""
+    groups = []
+    for number, (step, (title, color)) in enumerate(zip(steps, STEPS, strict=True), 1):
+        inside = [boxes[name] for column in step for name in column]
+        x, y = min(box.x for box in inside), min(box.y for box in inside)
+        bottom = max(box.y + box.height for box in inside)
+        bounding = [x - 10, y - TITLE - 42, _right(inside) - x + 20, bottom - y + TITLE + 54]
+        groups.append(
+            {
+                "id": number,
+                "title": f"{number} {title}",
+                "bounding": bounding,
+                "color": color,
+                "font_size": 24,
+                "flags": {},
+            }
+        )
+    return groups

@@ -1,0 +1,40 @@
+"""The note on files that stands beside a template's graph."""
+
+from __future__ import annotations
+
+from migrate.downloads import PUBLIC_FILES
+
+from .source import BF16, FP8, Template
+
+PAGE = "https://github.com/mochi-nodes/mochi-nodes/blob/main/docs"
+CARDS = f"""
+| graphics card | weight_dtype of Load Mochi Transformer |
+|---|---|
+| 24 GB and more | **auto** |
+| 16 GB | **int8** |
+| 12 GB | **int8** up to 85 frames, **q4_0** above; T5 on the **cpu** |
+| 8 GB | **q4_0** up to 85 frames; T5 on the **cpu** |
+
+Computed, not yet tried on such cards: [speed and memory]({PAGE}/performance.md#what-to-choose). Longer on 8 or 12 GB: the
+template *Long video*.
+"""
+
+
+def files_note(template: Template) -> str:
+    """Which files the template wants, where they come from, where they go and what fits a card; "" if it wants none."""
+    named = [value for node in template.nodes.values() for value in node.inputs.values() if isinstance(value, str)]
+    wanted = [name for name in dict.fromkeys(named) if name in PUBLIC_FILES]
+    if not wanted:
+        return ""
+    rows = [
+        f"| [{name}]({PUBLIC_FILES[name].url}) | {PUBLIC_FILES[name].size} | models/**{PUBLIC_FILES[name].folder}**/ |"
+        for name in wanted
+    ]
+    table = "\n".join(["| file | size | folder |", "|---|---|---|", *rows])
+    half = f"[{FP8}]({PUBLIC_FILES[FP8].url}) is half the size ({PUBLIC_FILES[FP8].size}) and rounds more. "
+    return f"""# Files: where from, where to
+{table}
+
+{half if BF16 in wanted else ""}Any other Mochi file works as well: Genmo's own, diffusers', fp8, int8, GGUF.
+After a download press **R**.
+{CARDS if BF16 in wanted else ""}"""
