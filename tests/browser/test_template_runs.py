@@ -8,6 +8,9 @@ from tests.harness.semantics import main_color
 from tests.harness.template_files import shrunk
 from tests.harness.templates import FOLDER, NAMES, TITLES, api_form, files
 
+STAYS = {"masked": "yellow"}
+"""The circle of the given video is in the half that is not made anew."""
+
 
 def test_files_are_what_the_source_says(templates_server):
     definitions = ComfyClient(templates_server.url).get("/object_info")
@@ -27,4 +30,4 @@ def test_runs_to_a_video(templates_server, name):
     frames = read_frames(client.download(run.files[0]))
     assert len(frames) == 25
     assert frames[0].shape == (64, 64, 3)
-    assert main_color(frames / 255) == "green"
+    assert main_color(frames / 255) == STAYS.get(name, "green")

@@ -28,6 +28,8 @@ COPIES = {
 }
 SCALED = {f"diffusion_models/{source.FP8}": trained.TRANSFORMER, f"text_encoders/{source.T5_FP8}": trained.T5}
 SIZE = {"width": 64, "height": 64}
+STEPS = 32
+"""What the tiny model needs at most."""
 # What makes every node of the templates fit the tiny model.
 TINY: dict[str, dict[str, Any]] = {
     "Mochi1Sampler": {**SIZE, "num_frames": 25},
@@ -77,6 +79,8 @@ def shrunk(prompt: dict[str, Any], text: str) -> dict[str, Any]:
     for node in prompt.values():
         inputs = node["inputs"]
         inputs |= {k: v for k, v in TINY.get(node["class_type"], {}).items() if not isinstance(inputs[k], list)}
+        if isinstance(inputs.get("steps"), int):
+            inputs["steps"] = min(inputs["steps"], STEPS)
         if node["_meta"]["title"].startswith("Prompt"):
             inputs[next(key for key in ("prompt", "text", "value") if key in inputs)] = text
     return prompt
