@@ -6,13 +6,16 @@ an Euler step is x + (sigma_i - sigma_{i+1}) * velocity. State and guidance are 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..transformer.attention import Attention, choose_attention, sdpa
-from ..transformer.model import AsymmDiT, Modulation, TextConditioning
+from ..transformer.model import AsymmDiT, ScheduleModulation, TextConditioning
 from .block_cache import BlockCache
 
 Velocity = Callable[[Tensor, int], Tensor]
@@ -25,15 +28,57 @@ Condition = tuple[Tensor, Tensor]
 """text_embeds (B or 1, L, text_width) and text_mask (B or 1, L) bool."""
 
 
+@dataclass(frozen=True)
+class Given:
+    """Frames that a video is made from: a first image, a last one, the end of an earlier video."""
+
+    latents: Tensor
+    """(B or 1, C, T, H, W), clean, in DiT space; where a level is 1 they are not used."""
+    levels: Tensor
+    """(T,), the noise level of each latent frame as a share of the schedule's: 0 keeps the given frame as it is, 1 makes a new
+    one, and what lies between refines it. Pusa's noise multiplier, in [0, 1]."""
+
+    def start(self, noise: Tensor) -> Tensor:
+        """`noise` (B, C, T, H, W) with the given frames in it, each at its level.
+
+        Raises:
+            ValueError: shapes that do not fit, or levels outside [0, 1].
+        """
+        if self.latents.shape not in (noise.shape, (1, *noise.shape[1:])) or self.levels.shape != noise.shape[2:3]:
+            raise ValueError(
+                f"Given latents {(*self.latents.shape,)} with {len(self.levels)} levels do not fit a video of latents "
+                f"{(*noise.shape,)}; give those of one or all videos, and a level for each of {noise.shape[2]} frames."
+            )
+        if not ((self.levels >= 0) & (self.levels <= 1)).all():
+            raise ValueError(f"The levels of given frames are {self.levels.tolist()}; use 0 (kept) to 1 (new).")
+        levels = self.levels[:, None, None].to(noise)  # (T, 1, 1)
+        return torch.where(levels < 1, levels * noise + (1 - levels) * self.latents.to(noise), noise)
+
+
+def frame_levels(sigmas: Tensor, levels: Tensor) -> Tensor:
+    """Noise level of each latent frame at each point of a schedule: `sigmas` (steps + 1,), `levels` (T,) to (steps + 1, T)."""
+    return sigmas[:, None] * levels.to(sigmas)
+
+
 def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
-    """Latents (B, C, T, H, W) moved from sigmas[0] to sigmas[-1], in float32, with one call of `velocity` per step."""
-    levels = sigmas.tolist()
+    """Latents (B, C, T, H, W) moved from sigmas[0] to sigmas[-1], in float32, with one call of `velocity` per step.
+
+    `sigmas` (steps + 1,), or (steps + 1, T) with noise levels of each latent frame.
+    """
     latents = latents.float()
-    for step in range(len(levels) - 1):
-        latents = latents + (levels[step] - levels[step + 1]) * velocity(latents, step).float()
+    for step, fall in enumerate(_falls(sigmas, latents.device)):
+        latents = latents + fall * velocity(latents, step).float()
         if on_step is not None and on_step(step, latents):
             break
     return latents
+
+
+def _falls(sigmas: Tensor, device: torch.device) -> Sequence[float] | Tensor:
+    """How far the noise falls in each step: numbers, or by frame (steps, T, 1, 1)."""
+    if sigmas.ndim == 1:
+        return [now - following for now, following in pairwise(sigmas.tolist())]
+    by_frame = [[*map(operator.sub, *levels)] for levels in pairwise(sigmas.tolist())]
+    return torch.tensor(by_frame, device=device)[..., None, None]
 
 
 def guided(velocities: Velocities, scales: Sequence[float]) -> Velocity:
@@ -77,8 +122,8 @@ def prepared_velocities(
 ) -> Velocities:
     """The network's velocities, with everything that does not depend on the latents computed once for all steps.
 
-    `noise` (B, C, T, H, W) gives the shape and device of the latents, `sigmas` (steps + 1,) the schedule. Conditions share a
-    pass over the weights, see `AsymmDiT.denoise_each`.
+    `noise` (B, C, T, H, W) gives the shape and device of the latents, `sigmas` (steps + 1,) the schedule, or (steps + 1, T) one
+    of each latent frame. Conditions share a pass over the weights, see `AsymmDiT.denoise_each`.
     """
     prepared = [prepare_condition(dit, noise, sigmas, condition) for condition in conditions]
     rope = dit.rope(noise.shape, noise.device)
@@ -95,8 +140,8 @@ def prepared_velocities(
 
 def prepare_condition(
     dit: AsymmDiT, noise: Tensor, sigmas: Tensor, condition: Condition
-) -> tuple[TextConditioning, Modulation]:
-    """Text for the batch of `noise` (B, C, T, H, W), and the modulation of all steps with leading axes (steps, B or 1).
+) -> tuple[TextConditioning, ScheduleModulation]:
+    """Text for the batch of `noise` (B, C, T, H, W), and the modulation of all steps of `sigmas` (steps + 1,) or (steps + 1, T).
 
     Raises:
         ValueError: neither one prompt nor one for each video.
@@ -108,7 +153,7 @@ def prepare_condition(
             f"There are prompts for {len(embeds)} videos but noise for {batch}; give one prompt each, or one."
         )
     text = dit.prepare_text(embeds.to(noise.device, dit.dtype), mask.to(noise.device))
-    modulation = dit.modulation(sigmas[:-1, None].to(noise.device), text.pooled)
+    modulation = dit.schedule_modulation(sigmas[:-1], text.pooled)
     if len(embeds) < batch:
         text = TextConditioning(text.tokens.expand(batch, -1, -1), text.lengths * batch, text.pooled)
     return text, modulation
@@ -125,6 +170,7 @@ def sample(
     on_step: OnStep | None = None,
     attention: str = "auto",
     cache: BlockCache | None = None,
+    given: Given | None = None,
 ) -> Tensor:
     """Denoise with Euler steps and classifier-free guidance, on the device of `dit`.
 
@@ -136,16 +182,19 @@ def sample(
         on_step: called as on_step(step, latents) after each step; returning True stops the run.
         attention: one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device.
         cache: skips blocks where little changes; after the run it keeps nothing but its counters.
+        given: frames to start from, for weights that were trained with a noise level of each frame, such as Pusa's.
 
     Returns:
         DiT-space latents, float32, on the device of `noise`.
 
     Raises:
-        ValueError: guidance without `uncond`, lengths that do not fit, or an attention that cannot be used here.
+        ValueError: guidance without `uncond`, lengths or shapes that do not fit, or an attention that cannot be used here.
     """
     scales = scale_per_step(guidance_scale, len(sigmas) - 1)
     # The working device: offloaded weights lie elsewhere, positions never do.
     state = noise.to(dit.pos_frequencies.device, torch.float32)
+    if given is not None:
+        state, sigmas = given.start(state), frame_levels(sigmas, given.levels)
     conditions = [cond]
     if any(scale != 1 for scale in scales):
         if uncond is None:

@@ -58,7 +58,7 @@ class AsymmetricAttention(nn.Module):
 
         Args:
             x, y: (B, N, Dx) and (B, L, Dy), not yet normed.
-            scale_x, scale_y: (B or 1, Dx) and (B or 1, Dy); the norms are multiplied by 1 + scale.
+            scale_x, scale_y: (B or 1, Dx), or by frame (B or 1, T, Dx), and (B or 1, Dy); the norms are multiplied by 1 + scale.
 
         Returns:
             (B, N, Dx), and (B, L, Dy) or in the last block None.
@@ -145,9 +145,10 @@ class AsymmetricJointBlock(nn.Module):
         """`x` (B, N, Dx) and `y` (B, L, Dy) to the new x and y.
 
         `modulation` are the outputs of mod_x and mod_y: (B or 1, 4 * Dx) and (B or 1, 4 * Dy), in the last block (B or 1, Dy).
+        That of x may be by frame, (B or 1, T, 4 * Dx).
         """
         mod_x, mod_y = modulation
-        scale_attn_x, gate_attn_x, scale_mlp_x, gate_mlp_x = mod_x.chunk(4, dim=-1)  # (B, Dx) each
+        scale_attn_x, gate_attn_x, scale_mlp_x, gate_mlp_x = mod_x.chunk(4, dim=-1)  # (B, Dx) or (B, T, Dx)
         if self.mlp_y is None:
             attn_x, _ = self.attn(x, y, scale_attn_x, mod_y, context)  # (B, N, Dx)
         else:

@@ -5,9 +5,10 @@ Modules build their layers from an `Ops` namespace, torch.nn by default, so that
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ DEFAULT_TOKEN_CHUNK = 24576
 the attention of 163 frames of 848x480."""
 FEED_FORWARD_TOKEN_CHUNK = 16384
 """Tokens at a time in a feed-forward: many, because a layer may have to fetch or dequantise its weight for each call."""
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 def token_chunk(x: Tensor, default: int = DEFAULT_TOKEN_CHUNK) -> int:
@@ -76,6 +79,30 @@ def scaled_rms_norm(x: Tensor, factor: Tensor) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], factor[0], eps=NORM_EPS)
 
 
+def by_frame(streams: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function of `streams` tensors (B, L, D) and of modulations (B, D) take modulations by frame, (B or 1, T, D), too.
+
+    Tokens run over frames first: each frame of L / T tokens becomes a sample with a modulation of its own.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def modulated(*arguments: Any) -> Any:
+            if arguments[-1].ndim == 2:
+                return function(*arguments)
+            batch, frames = len(arguments[0]), arguments[-1].shape[1]
+            tokens = (x.unflatten(1, (frames, -1)).flatten(0, 1) for x in arguments[:streams])  # (B * T, L / T, D)
+            rows = (m.expand(batch, -1, -1).flatten(0, 1) for m in arguments[streams:])  # (B * T, D)
+            out: Any = function(*tokens, *rows)
+            joined = [x.unflatten(0, (batch, frames)).flatten(1, 2) for x in (out if isinstance(out, tuple) else [out])]
+            return tuple(joined) if isinstance(out, tuple) else joined[0]
+
+        return modulated  # pyright: ignore[reportReturnType] - the same signature
+
+    return decorate
+
+
+@by_frame(streams=1)
 def modulated_norm(x: Tensor, scale: Tensor) -> Tensor:
     """rms_norm(x) * (1 + scale) in the dtype of `x` (B, L, D); `scale` (B, D)."""
     if kernels.fused(x, scale):
@@ -84,6 +111,7 @@ def modulated_norm(x: Tensor, scale: Tensor) -> Tensor:
     return apply_chunked(lambda x: scaled_rms_norm(x, factor), x)
 
 
+@by_frame(streams=2)
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x + rms_norm(branch) * tanh(gate), rounded once; `x` and `branch` (B, L, D), `gate` (B, D)."""
     if kernels.fused(x, branch, gate):
@@ -98,6 +126,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return out
 
 
+@by_frame(streams=2)
 def gated_residual_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The gated residual, and its modulated norm for the next layer; shapes as in `gated_residual` and `modulated_norm`."""
     if kernels.fused(x, branch, gate, scale):
@@ -113,6 +142,7 @@ def swiglu(packed: Tensor) -> Tensor:
     return apply_chunked(lambda gate, value: F.silu(gate).mul_(value), *packed.chunk(2, dim=-1))
 
 
+@by_frame(streams=1)
 def final_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """layer_norm(x) * (1 + scale) + shift in the dtype of `x` (B, L, D), rounded once; `shift` and `scale` (B, D)."""
     if kernels.fused(x, shift, scale):
@@ -204,5 +234,5 @@ class FinalLayer(nn.Module):
         self.linear = ops.Linear(width, patch_features, **factory)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """`x` (B, N, width), `modulation` (B, 2 * width) to (B, N, patch_features)."""
+        """`x` (B, N, width), `modulation` (B or 1, 2 * width), or by frame (B or 1, T, 2 * width), to (B, N, patch_features)."""
         return self.linear(final_norm(x, *modulation.chunk(2, dim=-1)))

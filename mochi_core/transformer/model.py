@@ -42,16 +42,34 @@ class TextConditioning:
 
 @dataclass(frozen=True)
 class Modulation:
-    """Scales and gates of every block, shift and scale of the final layer; leading axes (B or 1,) or (steps, B or 1)."""
+    """Scales and gates of every block, shift and scale of the final layer, for one forward.
+
+    Text has one for each sample, (B or 1, ...). Visual tokens have the same, or with a noise level for each latent frame
+    (B or 1, T, ...).
+    """
 
     blocks: tuple[tuple[Tensor, Tensor], ...]
     """Outputs of each block's mod_x, (..., 4 * Dx), and mod_y, (..., 4 * Dy) or in the last block (..., Dy)."""
     final: Tensor
     """(..., 2 * Dx), shift and scale of the final layer."""
 
+
+@dataclass(frozen=True)
+class ScheduleModulation:
+    """Modulations of all steps of a schedule, each distinct noise level computed once."""
+
+    levels: Modulation
+    """Of visual tokens (levels, B or 1, ...), of text (steps, B or 1, ...)."""
+    rows: Tensor | None
+    """(steps, T) int64, which of the levels each frame has in each step; None if all frames have that of the step."""
+
     def at(self, step: int) -> Modulation:
-        """Modulation of one step of a schedule, leading axis (B,)."""
-        return Modulation(tuple((x[step], y[step]) for x, y in self.blocks), self.final[step])
+        """Modulation of one step."""
+        blocks = tuple((self._visual(x, step), y[step]) for x, y in self.levels.blocks)
+        return Modulation(blocks, self._visual(self.levels.final, step))
+
+    def _visual(self, levels: Tensor, step: int) -> Tensor:
+        return levels[step] if self.rows is None else levels[self.rows[step]].transpose(0, 1)  # (B or 1, T, ...)
 
 
 class AsymmDiT(nn.Module):
@@ -114,7 +132,7 @@ class AsymmDiT(nn.Module):
 
         Args:
             latents: (B, C, T, H, W) noisy latents in DiT space; any H and W.
-            sigma: (B,) noise level in [0, 1].
+            sigma: (B,) noise level in [0, 1], or (B, T) one for each latent frame.
             text_embeds: (B, L, text_width) T5 output.
             text_mask: (B, L) bool, True for valid tokens; may be all False (an empty prompt).
             attention: (q, k, v) -> output, see `attention.Attention`.
@@ -131,10 +149,29 @@ class AsymmDiT(nn.Module):
         return TextConditioning(self.t5_yproj(tokens), lengths, self.t5_y_embedder(tokens, mask))
 
     def modulation(self, sigma: Tensor, pooled: Tensor) -> Modulation:
-        """Scales and gates for noise levels `sigma` (B,), or a whole schedule (steps, 1), and prompts `pooled` (B, Dx)."""
-        conditioning = F.silu(self.t_embedder(sigma, pooled.dtype) + pooled)  # (..., B, Dx)
-        blocks = tuple((block.mod_x(conditioning), block.mod_y(conditioning)) for block in self.joint_blocks())
-        return Modulation(blocks, self.final_layer.mod(conditioning))
+        """Scales and gates for noise levels `sigma` (B,), or (B, T) by frame, and prompts `pooled` (B or 1, Dx).
+
+        Noise levels by frame are those of Pusa (arXiv 2507.16116): visual tokens follow their frame, text the mean of all.
+        """
+        level = self.t_embedder(sigma, pooled.dtype)  # (B, Dx) or (B, T, Dx)
+        if sigma.ndim == 1:
+            return self._modulation(level + pooled, level + pooled)
+        return self._modulation(level + pooled[:, None], level.mean(dim=1) + pooled)
+
+    def schedule_modulation(self, sigmas: Tensor, pooled: Tensor) -> ScheduleModulation:
+        """What `modulation` gives at every step of `sigmas` (steps,), or (steps, T) by frame, for `pooled` (B or 1, Dx)."""
+        levels, rows = (sigmas, None) if sigmas.ndim == 1 else distinct(sigmas)
+        visual = text = self.t_embedder(levels.to(pooled.device), pooled.dtype)  # (levels, Dx)
+        if rows is not None:
+            rows = rows.to(pooled.device)
+            text = visual[rows].mean(dim=1)  # (steps, Dx)
+        return ScheduleModulation(self._modulation(visual[:, None] + pooled, text[:, None] + pooled), rows)
+
+    def _modulation(self, visual: Tensor, text: Tensor) -> Modulation:
+        """From what either stream is conditioned on, (..., Dx) each."""
+        visual, text = F.silu(visual), F.silu(text)
+        blocks = tuple((block.mod_x(visual), block.mod_y(text)) for block in self.joint_blocks())
+        return Modulation(blocks, self.final_layer.mod(visual))
 
     def rope(self, latent_shape: tuple[int, ...], device: torch.device) -> Rope:
         """Rotary table for latents of shape (B, C, T, H, W)."""
@@ -224,6 +261,13 @@ def crop_to_valid(text_embeds: Tensor, text_mask: Tensor) -> tuple[Tensor, Tenso
     lengths = torch.tensor([len(tokens) for tokens in valid])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     return nn.utils.rnn.pad_sequence(valid, batch_first=True), mask.to(text_embeds.device)
+
+
+def distinct(sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """The noise levels that `sigmas` (steps, T) holds, each once, and the index of each of its own among them, (steps, T)."""
+    by_step = sigmas.tolist()
+    index = {sigma: i for i, sigma in enumerate(dict.fromkeys(sigma for step in by_step for sigma in step))}
+    return torch.tensor([*index]), torch.tensor([[index[sigma] for sigma in step] for step in by_step])
 
 
 def pad_to_patches(latents: Tensor, patch_size: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...mochi_core import AsymmDiT
-from ...mochi_core.transformer.model import Modulation, TextConditioning
+from ...mochi_core.transformer.model import Modulation, ScheduleModulation, TextConditioning
 from ...mochi_core.transformer.rope import Rope
 
 OPTION = "mochi_run"
@@ -53,8 +53,8 @@ class PreparedPrompts:
         self.network, self.context, self.mask = network, context, mask
         self.text = network.prepare_text(context.to(device, dtype), mask.to(device).bool())
         self.sigmas: list[float] = []
-        self.modulations: Modulation | None = None
-        """Of the noise levels `sigmas`, along the first axis."""
+        self.modulations: ScheduleModulation | None = None
+        """Of the noise levels `sigmas`."""
 
     def matches(self, context: Tensor, mask: Tensor) -> bool:
         """Whether these are the same prompts, on the same device."""
@@ -70,7 +70,7 @@ class PreparedPrompts:
             first = schedule.index(sigma)
             self.sigmas = schedule[first : first + SIGMA_CHUNK]
             sigmas = torch.tensor(self.sigmas, device=timestep.device)
-            self.modulations = self.network.modulation(sigmas[:, None], self.text.pooled)
+            self.modulations = self.network.schedule_modulation(sigmas, self.text.pooled)
         return self.modulations.at(self.sigmas.index(sigma))
 
 

@@ -138,6 +138,17 @@ def test_one_modulation_for_all_samples():
     check(layers.final_norm, exact_final_norm, x, shift, scale)
 
 
+def test_modulations_by_frame():
+    x, rows = streams(2, 6, 96, torch.float32), modulations(6, 96, torch.float32)
+    scale, gate = (row.unflatten(0, (2, 3)) for row in rows[:2])  # 3 frames of 2 tokens
+
+    def gated(x, branch, gate, scale):
+        total = x + rms_norm(branch) * gate.repeat_interleave(2, dim=1).tanh()
+        return total, rms_norm(total) * (1 + scale.repeat_interleave(2, dim=1))
+
+    check(layers.gated_residual_norm, gated, x, 2 * x, gate, scale)
+
+
 def test_half_precision():
     x, (scale, gate, *_) = streams(2, 5, 96, torch.float16), modulations(2, 96, torch.float16)
     check(layers.gated_residual_norm, exact_gated_residual_norm, x, 2 * x, gate, scale)

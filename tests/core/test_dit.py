@@ -78,7 +78,7 @@ def test_modulation_of_a_whole_schedule_equals_one_step_at_a_time(dit):
     _, _, embeds, mask = inputs([4, 9])
     pooled = dit.prepare_text(embeds, mask).pooled
     sigmas = torch.tensor([1.0, 0.7, 0.2])
-    schedule = dit.modulation(sigmas[:, None], pooled)
+    schedule = dit.schedule_modulation(sigmas, pooled)
     for i, sigma in enumerate(sigmas):
         step, expected = schedule.at(i), dit.modulation(sigma.expand(2), pooled)
         torch.testing.assert_close(step.final, expected.final, **TOLERANCE)

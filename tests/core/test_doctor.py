@@ -157,7 +157,7 @@ def test_working_memory_is_that_of_the_committed_measurement_or_a_little_more(fr
 
 def test_prepared_modulation_is_counted_as_it_is():
     dit = random_dit()
-    modulation = dit.modulation(torch.rand(5, 1), torch.zeros(1, dit.config.hidden_size_x))
+    modulation = dit.schedule_modulation(torch.rand(5), torch.zeros(1, dit.config.hidden_size_x)).levels
     tensors = [modulation.final, *(tensor for pair in modulation.blocks for tensor in pair)]
     assert modulation_bytes(dit.config, 5, 4, conditions=1) == sum(tensor.nbytes for tensor in tensors)
     assert modulation_bytes(dit.config, 5, 4) == 2 * sum(tensor.nbytes for tensor in tensors)

@@ -248,8 +248,8 @@ def test_whole_schedules_and_empty_prompts(dit, tmp_path):
     latents, sigma, embeds, mask = inputs([0])
     assert relative_error(dit(latents, sigma, embeds, mask), other(latents, sigma, embeds, mask)) <= 1e-5
     pooled = dit.prepare_text(*INPUTS[2:]).pooled
-    sigmas = torch.tensor([[1.0], [0.4], [0.1]])
-    ours, theirs = (model.modulation(sigmas, pooled) for model in (dit, other))
+    sigmas = torch.tensor([1.0, 0.4, 0.1])
+    ours, theirs = (model.schedule_modulation(sigmas, pooled).levels for model in (dit, other))
     assert relative_error(ours.final, theirs.final) <= 1e-4
     for pair, expected in zip(ours.blocks, theirs.blocks, strict=True):
         torch.testing.assert_close(pair, expected, rtol=1e-4, atol=1e-4)

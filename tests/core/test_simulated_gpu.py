@@ -19,7 +19,7 @@ from mochi_core.lora.layers import Lora
 from mochi_core.quantization import fp8
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear
 from mochi_core.sampling.block_cache import BlockCache
-from mochi_core.sampling.sample import euler, guided, prepared_velocities
+from mochi_core.sampling.sample import euler, frame_levels, guided, prepared_velocities
 from mochi_core.text_encoder import TextEncoder
 
 GIB, MIB = 2**30, 2**20
@@ -29,6 +29,7 @@ PROMPT = 256
 pytestmark = pytest.mark.slow
 SCHEDULES = {steps: linear_quadratic_schedule(steps) for steps in (1, 2, 4)}
 """Made here, as real tensors: their numbers are read."""
+IMAGE_LEVELS = frame_levels(SCHEDULES[2], torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]))
 
 
 class Bar(NamedTuple):
@@ -155,19 +156,20 @@ def test_a_forward_in_other_forms(kernels, form):
     check(count_forward(dit, 25), 2, FORMS[kernels, form])
 
 
-def guided_run(dit, state, lengths, steps, cache=None):
+def guided_run(dit, state, lengths, steps, cache=None, sigmas=None):
     """Prepare a guided run with prompts of these lengths, for each condition and each video; returns what makes its steps."""
     texts = iter([text_of_lengths(dit, *each) for each in lengths])
     dit.prepare_text = lambda *_: next(texts)
     conditions = [(torch.empty(len(each), 1, 1), torch.empty(len(each), 1)) for each in lengths]
-    sigmas = SCHEDULES[steps]
+    sigmas = SCHEDULES[steps] if sigmas is None else sigmas
     velocities = prepared_velocities(dit, state, sigmas, conditions, no_attention, cache)
     return lambda: euler(guided(velocities, [4.5] * steps), state, sigmas)
 
 
-def test_guided_steps(kernels):
+@pytest.mark.parametrize("sigmas", [SCHEDULES[2], IMAGE_LEVELS], ids=["", "by frame"])
+def test_guided_steps(kernels, sigmas):
     dit, state = build(), noise(25)
-    run = guided_run(dit, state, [[PROMPT], [0]], steps=2)
+    run = guided_run(dit, state, [[PROMPT], [0]], steps=2, sigmas=sigmas)
     with GpuCounter() as counted:
         assert run().device == state.device
     starts, gigabytes, mib = FORWARD[kernels, 25]
