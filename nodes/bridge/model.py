@@ -33,6 +33,7 @@ from ...mochi_core.transformer.layers import TIMESTEP_PERIOD
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
 from .choices import arithmetic_choice, kernels_choice, log_choice, stored_name, weights_choice
+from .frame_levels import FrameLevels, is_trained_for_them, shares_of, with_frame_levels
 from .prepared import Conditioning, conditioning_of, full_mask, prepared, with_run
 from .preview import MochiLatents, with_previews
 from .quantized import by_layer, describe_matmul, host_weights, is_quantized, quantized_operations, read_part
@@ -71,11 +72,14 @@ class HostAsymmDiT(AsymmDiT):
             if parameter.dtype.itemsize == 1 and not is_block_matrix(name, parameter):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
-    def forward(self, x, timestep, context, attention_mask=None, transformer_options=None, conditioning=None, **_: Any):
-        """`x` (B, 12, T, H, W), `timestep` = sigma (B,), `context` (B, L, width); returns noise - data.
+    def forward(
+        self, x, timestep, context, attention_mask=None, transformer_options=None,
+        conditioning=None, frame_levels: FrameLevels | None = None, **_: Any,
+    ):  # fmt: skip
+        """`x` (B, 12, T, H, W), `timestep` = sigma (B,) or (B, T), `context` (B, L, width); returns noise - data.
 
-        `conditioning` is what a run has prepared for these inputs, or None. The host also passes what other models need
-        (ControlNets and the like).
+        `conditioning` is what a run has prepared for these inputs, or None; `frame_levels` scale the result. The host also
+        passes what other models need (ControlNets and the like).
         """
         options = transformer_options if transformer_options is not None else {}
         given = (x, timestep, context, attention_mask)
@@ -85,7 +89,8 @@ class HostAsymmDiT(AsymmDiT):
             inputs = x, timestep, context, attention_mask
             unchanged = all(map(operator.is_, inputs, given))
             ready = conditioning if conditioning is not None and unchanged else conditioning_of(self, *inputs)
-            return self._forward(x, ready, options if transformer_options is None else transformer_options)
+            out = self._forward(x, ready, options if transformer_options is None else transformer_options)
+            return out if frame_levels is None else frame_levels.scale(out)
 
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(run, self, wrappers)
@@ -128,6 +133,9 @@ def host_run_block(transformer_options: dict, depth: int) -> RunBlock:
 class HostMochi(comfy.model_base.GenmoMochi):
     """The host's Mochi with our denoiser; the base class is what LoRA loaders and merges know it by."""
 
+    has_frame_levels = False
+    """Whether the weights were trained with a noise level of each latent frame."""
+
     def __init__(self, model_config, device=None) -> None:
         network: Any = HostAsymmDiT  # the host's hint names the first of its many networks
         comfy.model_base.BaseModel.__init__(
@@ -137,7 +145,9 @@ class HostMochi(comfy.model_base.GenmoMochi):
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
         """Add what the run has prepared, in the last step before the denoiser: wrappers of other nodes may change prompts."""
         options = transformer_options if transformer_options is not None else {}
-        conds["conditioning"] = prepared(self, x, t, c_crossattn, conds.get("attention_mask"), options)
+        levels = FrameLevels(conds["frame_levels"].flatten(1)) if "frame_levels" in conds else None
+        conds["frame_levels"] = levels
+        conds["conditioning"] = prepared(self, x, t, c_crossattn, conds.get("attention_mask"), options, levels)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def extra_conds(self, **kwargs):
@@ -147,7 +157,13 @@ class HostMochi(comfy.model_base.GenmoMochi):
         if context is not None:
             out["c_crossattn"] = comfy.conds.CONDRegular(context)
             out["attention_mask"] = comfy.conds.CONDRegular(full_mask(context, kwargs.get("attention_mask")))
+        shares = shares_of(kwargs.get("denoise_mask")) if self.has_frame_levels else None
+        if shares is not None:
+            out["frame_levels"] = comfy.conds.CONDRegular(shares)
         return out
+
+    def process_timestep(self, timestep, frame_levels: FrameLevels | None = None, **_):
+        return timestep if frame_levels is None else frame_levels.sigma(timestep)
 
 
 class MochiConfig(comfy.supported_models.GenmoMochi):
@@ -164,11 +180,13 @@ def load_model(
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
     attention: str = "auto",
+    frame_levels: bool | None = None,
     disable_dynamic: bool = False,
 ):
     """A MODEL from a Mochi transformer file in any known layout.
 
-    `quantize` as in `mochi_core.load_transformer`, `attention` one of `attention.CHOICES`.
+    `quantize` as in `mochi_core.load_transformer`, `attention` one of `attention.CHOICES`. `frame_levels` says whether the
+    weights were trained with a noise level of each latent frame, None that the name of the file does.
 
     Raises:
         ValueError: the file is no whole Mochi transformer, or the attention cannot be used here.
@@ -181,7 +199,12 @@ def load_model(
     attending = set_attention(patcher, attention, patcher.model.get_dtype_inference(), module.config.head_dim)
     network: Any = patcher.model.diffusion_model
     _load_weights(network, checkpoint.tensors, module, assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_model, (path, dtype, quantize, attention))
+    patcher.cached_patcher_init = (load_model, (path, dtype, quantize, attention, frame_levels))
+    if is_trained_for_them(path) if frame_levels is None else frame_levels:
+        patcher.model.has_frame_levels = True
+        patcher.add_wrapper_with_key(
+            comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "mochi_frame_levels", with_frame_levels
+        )
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "mochi_preview", with_previews)
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "mochi_run", with_run)
     _log_choices(patcher, stored_name(stored), quantize, dtype, attending)

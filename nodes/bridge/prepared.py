@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ...mochi_core import AsymmDiT
+from ...mochi_core.sampling.sample import frame_levels
 from ...mochi_core.transformer.model import Modulation, ScheduleModulation, TextConditioning
 from ...mochi_core.transformer.rope import Rope
+from .frame_levels import FrameLevels
 
 OPTION = "mochi_run"
 SIGMA_CHUNK = 64
@@ -38,7 +40,10 @@ class Conditioning:
 def conditioning_of(
     network: AsymmDiT, x: Tensor, timestep: Tensor, context: Tensor, mask: Tensor | None
 ) -> Conditioning:
-    """Conditioning for one call: `x` (B, 12, T, H, W), `timestep` = sigma (B,), `context` (B, L, width), `mask` (B, L)."""
+    """Conditioning for one call.
+
+    `x` (B, 12, T, H, W), `timestep` = sigma (B,) or (B, T), `context` (B, L, width), `mask` (B, L).
+    """
     text = network.prepare_text(context, full_mask(context, mask).bool())
     return Conditioning(text, network.modulation(timestep, text.pooled), network.rope(x.shape, x.device))
 
@@ -54,23 +59,30 @@ class PreparedPrompts:
         self.text = network.prepare_text(context.to(device, dtype), mask.to(device).bool())
         self.sigmas: list[float] = []
         self.modulations: ScheduleModulation | None = None
-        """Of the noise levels `sigmas`."""
+        """Of the noise levels `sigmas`, for frames with these `shares` of them, or without."""
+        self.shares: tuple[float, ...] | None = None
 
     def matches(self, context: Tensor, mask: Tensor) -> bool:
         """Whether these are the same prompts, on the same device."""
         pairs = (self.context, context), (self.mask, mask)
         return all(ours.device == theirs.device and torch.equal(ours, theirs) for ours, theirs in pairs)
 
-    def modulation(self, timestep: Tensor, schedule: list[float]) -> Modulation:
-        """Modulation for `timestep` = sigma (B,); prepared with those that follow if it is a noise level of `schedule`."""
+    def modulation(self, timestep: Tensor, schedule: list[float], levels: FrameLevels | None) -> Modulation:
+        """Modulation for `timestep` = sigma (B,); prepared with those that follow if it is a noise level of `schedule`.
+
+        Where frames have `levels` of their own, the first that are asked for are prepared: context windows have several.
+        """
         sigma, *others = set(timestep.tolist())
-        if others or sigma not in schedule:
-            return self.network.modulation(timestep, self.text.pooled)
+        shares, *other_shares = [None] if levels is None else {*map(tuple, levels.shares.tolist())}
+        known = self.modulations is None or shares == self.shares
+        if others or other_shares or sigma not in schedule or not known:
+            return self.network.modulation(timestep if levels is None else levels.sigma(timestep), self.text.pooled)
         if self.modulations is None or sigma not in self.sigmas:
             first = schedule.index(sigma)
-            self.sigmas = schedule[first : first + SIGMA_CHUNK]
-            sigmas = torch.tensor(self.sigmas, device=timestep.device)
-            self.modulations = self.network.schedule_modulation(sigmas, self.text.pooled)
+            self.sigmas, self.shares = schedule[first : first + SIGMA_CHUNK], shares
+            sigmas = torch.tensor(self.sigmas)
+            by_frame = sigmas if shares is None else frame_levels(sigmas, torch.tensor(shares))
+            self.modulations = self.network.schedule_modulation(by_frame, self.text.pooled)
         return self.modulations.at(self.sigmas.index(sigma))
 
 
@@ -84,7 +96,9 @@ class DeviceConditioning:
         self.shape: torch.Size | None = None
         """Axes T, H, W of the latents that `rope` is for."""
 
-    def conditioning(self, x: Tensor, timestep: Tensor, context: Tensor, mask: Tensor) -> Conditioning:
+    def conditioning(
+        self, x: Tensor, timestep: Tensor, context: Tensor, mask: Tensor, levels: FrameLevels | None
+    ) -> Conditioning:
         """Conditioning for one call, with arguments as `conditioning_of` has them, prepared or taken from an earlier call."""
         prompts = next((known for known in self.prompts if known.matches(context, mask)), None)
         if prompts is None:
@@ -92,7 +106,7 @@ class DeviceConditioning:
             self.prompts = [prompts, *self.prompts[: MAX_PROMPT_BATCHES - 1]]
         if self.rope is None or self.shape != x.shape[2:]:
             self.shape, self.rope = x.shape[2:], self.network.rope(x.shape, x.device)
-        return Conditioning(prompts.text, prompts.modulation(timestep, self.schedule), self.rope)
+        return Conditioning(prompts.text, prompts.modulation(timestep, self.schedule, levels), self.rope)
 
 
 class SamplingRun:
@@ -119,7 +133,9 @@ def _changed_by_hooks(patcher) -> bool:
     return any(CONDITIONING_WEIGHTS & set(key.split(".")) for key in keys)
 
 
-def prepared(model, x: Tensor, t: Tensor, context: Tensor | None, mask: Tensor | None, options: dict):
+def prepared(
+    model, x: Tensor, t: Tensor, context: Tensor | None, mask: Tensor | None, options: dict, levels: FrameLevels | None
+):
     """Conditioning for a call of the host's model from the run that `options` belong to, or None outside of such a run.
 
     The arguments are those of the host's `apply_model`. With gradients nothing is prepared: what is computed in one call has a
@@ -130,7 +146,7 @@ def prepared(model, x: Tensor, t: Tensor, context: Tensor | None, mask: Tensor |
         return None
     of_device = run.for_network(model.diffusion_model, model.get_dtype_inference())
     timestep = model.model_sampling.timestep(t).float()
-    return of_device.conditioning(x, timestep, context, full_mask(context, mask))
+    return of_device.conditioning(x, timestep, context, full_mask(context, mask), levels)
 
 
 def full_mask(context: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,61 @@
+"""A noise level of each latent frame, by the host's mask of what to denoise.
+
+A mask that is the same all over each frame gives every frame a share of the sampler's noise: 0 keeps it, 1 makes it anew, and
+what lies between refines it. With weights that were trained for it, such as Pusa's, the network is told these levels, and the
+state of the sampler is at them. Masks that vary inside of a frame, and other weights, are left to the host's inpainting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+import torch
+from torch import Tensor
+
+TRAINED = "pusa"
+"""In the names of files with such weights; nothing else tells them from Genmo's."""
+
+ROUNDING = 1e-5
+"""What the host's scaling of a mask may add to differences."""
+
+
+@dataclass(frozen=True)
+class FrameLevels:
+    """In a class of its own: tensors among its arguments the host rounds to the dtype of the network."""
+
+    shares: Tensor
+    """(B, T), of the sampler's noise."""
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """Noise levels (B, T) for those of the sampler, `timestep` (B,)."""
+        return timestep[:, None] * self.shares.to(timestep)
+
+    def scale(self, velocity: Tensor) -> Tensor:
+        """`velocity` (B, C, T, H, W) as a derivative by the sampler's noise level."""
+        return velocity * self.shares[:, None, :, None, None].to(velocity)
+
+
+def is_trained_for_them(model_name: str) -> bool:
+    return TRAINED in PurePath(model_name).name.lower()
+
+
+def shares_of(mask: Tensor | None) -> Tensor | None:
+    """(B, 1, T, 1, 1) from a mask (B, C, T, H, W); None without one, or if it varies inside of a frame."""
+    if mask is None:
+        return None
+    low, high = mask.amin((1, 3, 4), keepdim=True), mask.amax((1, 3, 4), keepdim=True)
+    return low if torch.all(high - low < ROUNDING) else None
+
+
+def with_frame_levels(
+    executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *arguments, **named
+):
+    """Wraps a run of the host's sampler: starts each frame at its own level, and has the host keep those without noise."""
+    shares = shares_of(denoise_mask)
+    if shares is not None and denoise_mask is not None:
+        noise = (
+            shares * noise + (1 - shares) * latent_image
+        )  # which the host mixes with latent_image by the first sigma
+        denoise_mask = (denoise_mask > 0).to(denoise_mask)
+    return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *arguments, **named)
