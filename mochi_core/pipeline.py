@@ -14,6 +14,7 @@ from .autoencoder.model import AsymmVAE
 from .geometry import VideoSize
 from .io.video import as_images, to_unit_range
 from .lora import NamedLoras
+from .mapped_files import check_mapped_files
 from .sampling.block_cache import BlockCache
 from .sampling.sample import Condition, OnStep, sample
 from .sampling.schedule import linear_quadratic_schedule
@@ -160,6 +161,7 @@ class MochiPipeline(NamedLoras):
         if self.work_device is None or model is None:
             yield
             return
+        check_mapped_files(model.model if isinstance(model, TextEncoder) else model)
         model.to("cpu")  # it may have been given on another device
         try:
             if isinstance(model, AsymmDiT):

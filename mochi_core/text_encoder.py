@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .checkpoints import load_into, open_part
 from .checkpoints.names.t5 import hugging_face_entries, t5_config
+from .mapped_files import check_mapped_files
 from .shown import shown
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class TextEncoder:
             (B, 256, width) features, zero where no token is valid, and the (B, 256) bool mask of valid tokens.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        check_mapped_files(self.model)
         device, width = self.model.device, self.model.config.d_model
         embeds, mask = empty_prompts(len(prompts), width, self.model.dtype, device)
         for row, prompt in enumerate(prompts):
@@ -132,6 +134,8 @@ def load_text_encoder(
     tokenizer: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    *,
+    mmap: bool = True,
 ) -> TextEncoder:
     """Load a T5 encoder of any size from a file or a (sharded) folder.
 
@@ -139,6 +143,7 @@ def load_text_encoder(
         path: weights, in Hugging Face's names.
         tokenizer: tokenizer file, or folder with one; by default looked for beside the weights.
         dtype: T5 overflows in float16 on some prompts; Genmo runs it in float32.
+        mmap: as for `load_transformer`.
 
     Raises:
         ValueError: the weights are not those of a T5 encoder, or there is no tokenizer.
@@ -151,7 +156,7 @@ def load_text_encoder(
     with torch.device("meta"):
         model = T5EncoderModel(config).to(dtype=dtype)  # pyright: ignore[reportCallIssue]
     model.encoder.embed_tokens = model.shared  # one table under two names
-    load_into(model, checkpoint, device)
+    load_into(model, checkpoint, device, mmap=mmap)
     return TextEncoder(model.eval(), _load_tokenizer(Path(path), tokenizer))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AsymmVAEConfig
+from ..mapped_files import check_mapped_files
 from ..ops import Ops
 from .decoder import Decoder
 from .encoder import Encoder
@@ -181,6 +182,7 @@ class AsymmVAE(nn.Module):
             raise ValueError(
                 "This autoencoder has no decoder; load a file that has one, such as mochi_vae.safetensors."
             )
+        check_mapped_files(self)
         channels = self.config.latent_channels
         if len(shape) != 5 or shape[1] != channels:
             raise ValueError(f"latents have shape {tuple(shape)}; the decoder needs (batch, {channels}, T, H, W).")
@@ -192,6 +194,7 @@ class AsymmVAE(nn.Module):
             raise ValueError(
                 "This autoencoder has no encoder; load a file that has one, such as mochi_vae.safetensors."
             )
+        check_mapped_files(self)
         if video.ndim != 5 or video.shape[1] != RGB:
             raise ValueError(
                 f"video has shape {tuple(video.shape)}; the encoder needs (batch, 3, frames, height, width)."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from ..autoencoder.model import AsymmVAE
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
+from ..mapped_files import FileState, remember
 from ..quantization.weights import QuantizedLinear, QuantizedWeight
 from ..shown import shown, shown_names
 from ..transformer.model import AsymmDiT
@@ -34,6 +37,8 @@ def load_transformer(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     quantize: str | None = None,
+    *,
+    mmap: bool = True,
 ) -> AsymmDiT:
     """Load a denoiser from a file or folder in any known layout, ready for inference.
 
@@ -42,20 +47,30 @@ def load_transformer(
     `quantize` ("fp8", "int8" or "q4_0") does the same to the other matrices of the blocks; with "fp8_rowwise" all of them but
     `mod_x` and `mod_y` get fp8 with a scale per row, and their inputs, too: products are then in fp8 where the device can.
 
+    On the CPU, weights that keep their dtype stay in the mapped file (`mapped_files.mapped_weights` names them): they take no
+    memory until they are used, and the file must stay as it is. That is looked at before each run. With `mmap=False`, or where
+    most weights are converted, all are copies.
+
     Raises:
         ValueError: the file is not a whole Mochi transformer, or it cannot be quantised so.
         FileNotFoundError: there is no such file.
     """
     checkpoint = quantize_block_matrices(open_part(path, "transformer"), quantize)
     dit = empty_transformer(checkpoint, dtype)
-    load_into(dit, checkpoint, device)
+    load_into(dit, checkpoint, device, mmap=mmap and quantize is None)
     return dit.eval()
 
 
 def load_vae(
-    path: str | Path | Sequence[str | Path], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path | Sequence[str | Path],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    mmap: bool = True,
 ) -> AsymmVAE:
     """Load an autoencoder from one file or folder, or from separate encoder and decoder files.
+
+    `mmap` is as for `load_transformer`.
 
     Raises:
         ValueError: the files are not a Mochi autoencoder or halves of one, or bring the same half twice, or there are none.
@@ -66,7 +81,7 @@ def load_vae(
         raise ValueError("There is no file to load an autoencoder from; give at least one.")
     checkpoint = merge([open_part(file, "vae") for file in paths])
     vae = empty_vae(checkpoint, dtype)
-    load_into(vae, checkpoint, device)
+    load_into(vae, checkpoint, device, mmap=mmap)
     return vae.eval()
 
 
@@ -118,29 +133,48 @@ def model_spec(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None = No
     return ModelSpec(module.config, dict(module.named_parameters()))
 
 
-def load_into(module: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -> None:
+def load_into(module: nn.Module, checkpoint: Checkpoint, device: torch.device | str, *, mmap: bool = True) -> None:
     """Give a module built on the meta device its weights, in the dtypes that it was built with.
 
     A linear layer with a quantised weight becomes a `QuantizedLinear`; any other quantised tensor is dequantised. Tensors
-    are read, cast and moved one by one, so a second copy of the model never exists.
+    are read, cast and moved one by one, so a second copy of the model never exists. With `mmap`, weights that need neither
+    stay in the mapped file, unless most are converted: then all are copies.
 
     Raises:
         ValueError: tensors are missing, unexpected or of the wrong shape, or have values that are no numbers.
     """
     parameters, tensors = dict(module.named_parameters()), checkpoint.tensors
     check_fit(parameters, checkpoint)
+    stays = mmap and _mostly_as_stored(parameters, tensors)
+    states = {path: FileState.of(path) for path in checkpoint.files}
+    mapped: list[str] = []
     for name, parameter in parameters.items():
         owner, _, leaf = name.rpartition(".")
         layer, read_quantized = module.get_submodule(owner), tensors[name].quantized
         if read_quantized is not None and isinstance(layer, nn.Linear):
-            quantized = QuantizedLinear(read_quantized()).to(device)
+            value = read_quantized()
+            quantized = QuantizedLinear(value if stays else copy.deepcopy(value)).to(device)
             module.set_submodule(owner, quantized)
+            mapped += [f"{owner}.{buffer}" for buffer, _ in quantized.named_buffers()]
             value = quantized.weight
         else:
-            value = tensors[name].read().to(device, parameter.dtype)
+            stored = tensors[name].read()
+            value = stored.to(device, parameter.dtype)
+            if value.data_ptr() == stored.data_ptr() and not stays:
+                value = stored.clone()
             # A quantised layer gets its bias here, too: `named_parameters` lists a layer's weight before its bias.
             setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
+            mapped += [name] if value.data_ptr() == stored.data_ptr() else []
         check_finite(checkpoint, name, value)
+    if stays:
+        remember(module, states, mapped)
+
+
+def _mostly_as_stored(parameters: Mapping[str, Tensor], tensors: LazyStateDict) -> bool:
+    """Whether most of the weights of a model need no conversion."""
+    kept = [t.quantized is not None or t.dtype == parameters[name].dtype for name, t in tensors.items()]
+    sizes = [tensor.numel for tensor in tensors.values()]
+    return 2 * sum(compress(sizes, kept)) > sum(sizes)
 
 
 def check_fit(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:

@@ -106,6 +106,8 @@ class Checkpoint:
     """The file; of several that were merged, the first."""
     tensors: LazyStateDict
     metadata: dict[str, str] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    """All files that the tensors lie in."""
 
     def with_tensors(self, tensors: LazyStateDict) -> Checkpoint:
         """The same file with other tensors, such as renamed ones."""
@@ -139,7 +141,12 @@ def merge(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     for file in others:
         if twice := sorted(merged.tensors.keys() & file.tensors.keys()):
             raise merged.error(f"bring {shown(twice[0])} a second time; give each half of the autoencoder once.")
-        merged = replace(merged, tensors=merged.tensors | file.tensors, metadata=merged.metadata | file.metadata)
+        merged = replace(
+            merged,
+            tensors=merged.tensors | file.tensors,
+            metadata=merged.metadata | file.metadata,
+            files=merged.files + file.files,
+        )
     return merged
 
 

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import AsymmDiTConfig
+from ..mapped_files import check_mapped_files
 from ..ops import Ops
 from ..quantization.weights import QuantizedLinear
 from .attention import Attention, sdpa
@@ -144,6 +145,7 @@ class AsymmDiT(nn.Module):
 
     def prepare_text(self, text_embeds: Tensor, text_mask: Tensor) -> TextConditioning:
         """Drop padding, pool and project text features (B, L, text_width) with their mask (B, L) bool."""
+        check_mapped_files(self)
         tokens, mask = crop_to_valid(text_embeds, text_mask)
         lengths = tuple(mask.sum(dim=1).tolist())
         return TextConditioning(self.t5_yproj(tokens), lengths, self.t5_y_embedder(tokens, mask))

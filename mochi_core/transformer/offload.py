@@ -16,12 +16,14 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from ..mapped_files import check_mapped_files
 from .model import AsymmDiT
 
 
 @contextmanager
 def offload_modulation(dit: AsymmDiT, device: torch.device | str) -> Iterator[None]:
     """Have all of `dit` but mod_x and mod_y on `device` for the duration, and then all as it was."""
+    check_mapped_files(dit)
     modulators = modulators_of(dit)
     with on_device(without(modulators, dit), device), on_device_when_called(modulators, device):
         yield
@@ -34,6 +36,7 @@ def stream_blocks(dit: AsymmDiT, device: torch.device | str) -> Iterator[None]:
     Everything outside the blocks, 1 % of the weights, is there for the duration. Afterwards all is as it was, except that with
     CUDA the blocks are in pinned memory.
     """
+    check_mapped_files(dit)
     blocks, modulators = dit.joint_blocks(), modulators_of(dit)
     stream = BlockStream([without(modulators, block) for block in blocks], torch.device(device))
     rest = Weights(tensor for name, tensor in named_tensors(dit) if not name.startswith("blocks."))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / "mochi_core"
 # From the bottom up: each room may use those in the lines above it.
 FLOORS = (
-    ("config", "dtypes", "geometry", "kernels", "ops", "output_files", "shown"),
+    ("config", "dtypes", "geometry", "kernels", "mapped_files", "ops", "output_files", "shown"),
     ("quantization",),
     ("transformer", "autoencoder"),
     ("sampling", "checkpoints"),

@@ -43,7 +43,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise type(error)(
             f"{path.name} cannot be read ({error.strerror}); check who may read it, and its disk."
         ) from None
-    return file.with_tensors({name: tensor.guarded(check) for name, tensor in file.tensors.items()})
+    tensors = {name: tensor.guarded(check) for name, tensor in file.tensors.items()}
+    return replace(file, tensors=tensors, files=file.files or (path,))
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -97,7 +98,7 @@ def _open_shards(index: Path) -> Checkpoint:
             )
         tensors[name] = shards[shard].tensors[name]
     metadata = _joined_metadata(index, [shard.metadata for shard in shards.values()])
-    return Checkpoint(index.name, index, tensors, metadata)
+    return Checkpoint(index.name, index, tensors, metadata, tuple(path for s in shards.values() for path in s.files))
 
 
 def _joined_metadata(index: Path, shards: list[dict[str, str]]) -> dict[str, str]:
