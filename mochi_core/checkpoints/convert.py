@@ -21,7 +21,8 @@ from .formats.writer import write_safetensors
 from .loading import ModelSpec, check_fit, checked_when_read, model_spec
 from .names.detect import find_parts, select_part
 from .names.diffusers import autoencoder_rules, to_diffusers, transformer_rules
-from .names.quantized import NOTE, is_block_matrix, note_tensor
+from .names.notes import NOTE, note_tensor
+from .names.quantized import is_block_matrix
 from .names.sizes import halves
 from .names.t5 import hugging_face_entries
 from .tensors import QUANTIZATION, Checkpoint, LazyStateDict, LazyTensor, from_state_dict, merge

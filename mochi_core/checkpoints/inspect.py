@@ -10,7 +10,7 @@ from typing import Any
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
 from ..shown import sentence, shown, shown_names
 from .formats.reader import open_checkpoint
-from .loading import model_spec, state_dict_diff
+from .loading import NOT_FLOATING, model_spec, state_dict_diff
 from .names.detect import describe, find_parts, select_part
 from .tensors import Checkpoint, LazyStateDict
 
@@ -72,9 +72,10 @@ def _render_part(part: str, found: dict[str, Any]) -> list[str]:
         return [part, f"  {found['problem']}"]
     lines = [part + (", sizes of the released model" if found["released_sizes"] else "")]
     lines += [f"  {key} = {value}" for key, value in found["config"].items()]
-    complete = not any(found[kind] for kind in ("missing", "unexpected", "misshapen"))
+    kinds = ("missing", "unexpected", "misshapen", NOT_FLOATING)
+    complete = not any(found[kind] for kind in kinds)
     lines += ["  complete: every tensor is there, and no unknown one"] if complete else []
-    for kind in ("missing", "unexpected", "misshapen"):
+    for kind in kinds:
         names = found[kind]
         lines += [f"  {len(names)} {kind}: {shown_names(names, SHOWN_NAMES)}"] if names else []
     return lines

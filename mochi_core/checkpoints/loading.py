@@ -25,6 +25,7 @@ from .names.sizes import dit_config, halves, vae_config
 from .names.t5 import t5_config, t5_shapes
 from .tensors import Checkpoint, LazyStateDict, LazyTensor, merge
 
+NOT_FLOATING = "not floating-point"
 # The first bit pattern, without its sign, that is no finite number.
 FP8_INFINITY = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 SIGN_BIT = 0x80
@@ -185,7 +186,7 @@ def check_fit(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
 
 
 def state_dict_diff(parameters: Mapping[str, Tensor], tensors: LazyStateDict) -> dict[str, list[str]]:
-    """Tensors that are missing, unexpected or of the wrong shape, by these kinds."""
+    """Tensors that are missing, unexpected, of the wrong shape, or no floating-point numbers, by these kinds."""
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return {
         "missing": sorted(name for name in expected if name not in tensors),
@@ -194,6 +195,11 @@ def state_dict_diff(parameters: Mapping[str, Tensor], tensors: LazyStateDict) ->
             f"{shown(name)} is {tensors[name].shape} instead of {shape}"
             for name, shape in expected.items()
             if name in tensors and tensors[name].shape != shape
+        ),
+        NOT_FLOATING: sorted(
+            f"{name} is {tensors[name].stored_dtype}"
+            for name in expected
+            if name in tensors and not tensors[name].is_float
         ),
     }
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..quantization.ggml import BLOCK_TYPES, columns
+from ..quantization.blocks import BLOCK_TYPES, columns
 from ..quantization.weights import QuantizedWeight
 from ..shown import sentence, shown
 
@@ -32,14 +32,14 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """The dtype in the file, or the one that `map` was told; uint8 for GGML blocks."""
+    """The dtype in the file, or the one that `map` was told; uint8 for blocks."""
     read: Callable[[], Tensor]
     """Reads the values, those of a quantised weight dequantised to float32; they may share memory with the file, so do not
     write to them, and clone what must outlive it."""
     quantized: Callable[[], QuantizedWeight] | None = None
     """Reads a quantised weight in its stored form; None for other tensors."""
     block_type: str | None = None
-    """The type of the stored GGML blocks, a name in `ggml.BLOCK_TYPES`; None for other tensors."""
+    """The type of the stored blocks, a name in `blocks.BLOCK_TYPES`; None for other tensors."""
 
     @property
     def stored_dtype(self) -> str:
@@ -49,7 +49,7 @@ class LazyTensor:
     @property
     def is_float(self) -> bool:
         """Whether `read` gives numbers that a weight can have: not bool, integers, complex numbers or powers of two alone."""
-        return self.quantized is not None or self.dtype in FLOATS
+        return self.quantized is not None or self.block_type is not None or self.dtype in FLOATS
 
     @property
     def numel(self) -> int:
@@ -163,8 +163,12 @@ def quantized_weight(shape: tuple[int, ...], dtype: torch.dtype, read: Callable[
     return LazyTensor(shape, dtype, lambda: read().dequantized(), read)
 
 
-def ggml_weight(stored: LazyTensor, block_type: str) -> LazyTensor:
-    """The matrix whose GGML blocks are stored as (rows, bytes of a row) uint8."""
+def block_weight(stored: LazyTensor, block_type: str, scale: LazyTensor | None = None) -> LazyTensor:
+    """The matrix whose blocks are stored as (rows, bytes of a row) uint8, all times `scale`: one number, or one for each row."""
     shape = (stored.shape[0], columns(stored.shape[1], block_type))
-    weight = quantized_weight(shape, stored.dtype, lambda: QuantizedWeight(stored.read(), block_type=block_type))
-    return replace(weight, block_type=block_type)
+
+    def read() -> QuantizedWeight:
+        factor = None if scale is None else scale.read().float().reshape(() if scale.numel == 1 else (-1, 1))
+        return QuantizedWeight(stored.read(), factor, block_type)
+
+    return replace(quantized_weight(shape, stored.dtype, read), block_type=block_type)

@@ -1,60 +1,22 @@
 """GGML's block formats: rows of weights as bytes, and back to float32.
 
-A row is cut into blocks of 32 or 256 weights; every block is a fixed number of bytes with its own scales and, in some
-formats, minima. Names are those of GGUF files (Q4_0, Q6_K ...). The layouts are published in ggml-org/llama.cpp, as the
-structs block_q4_0 ... block_q6_K of ggml/src/ggml-common.h; the arithmetic is that of dequantize_row_* in
+Every block of 32 or 256 weights is a fixed number of bytes with its own scales and, in some formats, minima. Names are those of
+GGUF files (Q4_0, Q6_K ...). The layouts are published in ggml-org/llama.cpp, as the structs block_q4_0 ... block_mxfp4 of
+ggml/src/ggml-common.h, with the tables kvalues_iq4nl and kvalues_mxfp4; the arithmetic is that of dequantize_row_* in
 ggml/src/ggml-quants.c and of gguf-py/gguf/quants.py, which a test compares bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from .block_type import BlockType, numbers_at, power_of_two
 
-@dataclass(frozen=True)
-class BlockType:
-    """The layout of one block format."""
-
-    weights: int
-    """Number of weights in a block."""
-    bytes: int
-    """Size of a block in bytes."""
-    dequantize: Callable[[Tensor], Tensor]
-    """Blocks (N, bytes) uint8 to weights (N, weights) float32."""
-    scale_offsets: tuple[int, ...]
-    """Byte offsets in a block of its float16 numbers: a scale and, in some formats, the scale of the minima."""
-
-
-def dequantize(rows: Tensor, name: str) -> Tensor:
-    """Rows of blocks (..., bytes of a row) uint8 in the format `name` to (..., weights of a row) float32."""
-    block = BLOCK_TYPES[name]
-    return block.dequantize(rows.reshape(-1, block.bytes)).reshape(*rows.shape[:-1], -1)
-
-
-def float16_scales(rows: Tensor, name: str) -> Tensor:
-    """The float16 numbers of all blocks in `rows` (..., bytes of a row) uint8: (number of blocks, 1 or 2).
-
-    Nothing else in a block can be NaN or infinite.
-    """
-    block = BLOCK_TYPES[name]
-    blocks = rows.reshape(-1, block.bytes)
-    return torch.cat([blocks[:, start : start + 2] for start in block.scale_offsets], dim=1).view(torch.float16)
-
-
-def columns(row_bytes: int, name: str) -> int:
-    """Number of weights in a row of `row_bytes` bytes.
-
-    Raises:
-        ValueError: the row is no whole number of blocks.
-    """
-    block = BLOCK_TYPES[name]
-    if row_bytes % block.bytes:
-        raise ValueError(f"A row of {row_bytes} bytes is no whole number of {name} blocks ({block.bytes} bytes each).")
-    return row_bytes // block.bytes * block.weights
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""What the four bits of IQ4_NL and IQ4_XS stand for."""
+MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""What the four bits of MXFP4 stand for, times two."""
 
 
 def quantize_q4_0(weight: Tensor) -> Tensor:
@@ -81,7 +43,11 @@ def quantize_q4_0(weight: Tensor) -> Tensor:
 
 def _float16_at(blocks: Tensor, start: int) -> Tensor:
     """The float16 number at byte `start` of every block (N, bytes), as (N, 1) float32."""
-    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
+    return numbers_at(blocks, start, torch.float16).float()
+
+
+def _halves(*places: int) -> tuple[tuple[int, torch.dtype, int], ...]:
+    return tuple((place, torch.float16, 1) for place in places)
 
 
 def _bits(data: Tensor, shifts: range, mask: int) -> Tensor:
@@ -181,16 +147,43 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return (scale[..., None] * ((low | high << 4).float() - 32)).flatten(1)
 
 
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    """Bytes 0-1 float16 scale; 2-17 four-bit places in `IQ4_VALUES`."""
+    return _float16_at(blocks, 0) * looked_up(_nibbles(blocks[:, 2:]), IQ4_VALUES)
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    """Bytes 0-1 float16 scale; 2-3 upper two and 4-7 lower four bits of a six-bit scale of each 32 weights; 8-135 places."""
+    low = _bits(blocks[:, 4:8, None], range(0, 8, 4), 0x0F).flatten(1)
+    high = _bits(blocks[:, 2:4, None], range(0, 8, 2), 3).flatten(1)
+    scale = (_float16_at(blocks, 0) * ((low | high << 4).float() - 32))[..., None]
+    places = _bits(blocks[:, 8:].unflatten(1, (8, 16)), range(0, 8, 4), 0x0F).reshape(-1, 8, 32)
+    return (scale * looked_up(places, IQ4_VALUES)).flatten(1)
+
+
+def _mxfp4(blocks: Tensor) -> Tensor:
+    """Byte 0 exponent of a power of two, with 127 added; 1-16 four-bit places in `MXFP4_VALUES`, which are doubled."""
+    return looked_up(_nibbles(blocks[:, 1:]), MXFP4_VALUES) * power_of_two(blocks[:, :1], bias=128)
+
+
+def looked_up(places: Tensor, values: tuple[float, ...]) -> Tensor:
+    """`values` at `places` (any shape, uint8), float32."""
+    return torch.tensor(values, dtype=torch.float32, device=places.device)[places.int()]
+
+
 BLOCK_TYPES = {
-    "Q4_0": BlockType(32, 18, _q4_0, (0,)),
-    "Q4_1": BlockType(32, 20, _q4_1, (0, 2)),
-    "Q5_0": BlockType(32, 22, _q5_0, (0,)),
-    "Q5_1": BlockType(32, 24, _q5_1, (0, 2)),
-    "Q8_0": BlockType(32, 34, _q8_0, (0,)),
-    "Q2_K": BlockType(256, 84, _q2_k, (80, 82)),
-    "Q3_K": BlockType(256, 110, _q3_k, (108,)),
-    "Q4_K": BlockType(256, 144, _q4_k, (0, 2)),
-    "Q5_K": BlockType(256, 176, _q5_k, (0, 2)),
-    "Q6_K": BlockType(256, 210, _q6_k, (208,)),
+    "Q4_0": BlockType(32, 18, _q4_0, _halves(0)),
+    "Q4_1": BlockType(32, 20, _q4_1, _halves(0, 2)),
+    "Q5_0": BlockType(32, 22, _q5_0, _halves(0)),
+    "Q5_1": BlockType(32, 24, _q5_1, _halves(0, 2)),
+    "Q8_0": BlockType(32, 34, _q8_0, _halves(0)),
+    "Q2_K": BlockType(256, 84, _q2_k, _halves(80, 82)),
+    "Q3_K": BlockType(256, 110, _q3_k, _halves(108)),
+    "Q4_K": BlockType(256, 144, _q4_k, _halves(0, 2)),
+    "Q5_K": BlockType(256, 176, _q5_k, _halves(0, 2)),
+    "Q6_K": BlockType(256, 210, _q6_k, _halves(208)),
+    "IQ4_NL": BlockType(32, 18, _iq4_nl, _halves(0)),
+    "IQ4_XS": BlockType(256, 136, _iq4_xs, _halves(0)),
+    "MXFP4": BlockType(32, 17, _mxfp4, ((0, torch.uint8, 1),)),
 }
-"""The block formats that can be read, by their names in GGUF files."""
+"""The block formats of GGUF files that can be read, by their names there."""

@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import block_floats, columns, dequantize
 from .fp8 import FP8, FP8_MAX, linear_rowwise, quantize_rows, safe_scale, supports_scaled_mm, unsupported_reason
-from .ggml import columns, dequantize, float16_scales, quantize_q4_0
+from .ggml import quantize_q4_0
 
 FP8_ROWWISE = "fp8_rowwise"
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix (rows, columns) in its stored form: values * scale, or GGML blocks.
+    """A matrix (rows, columns) in its stored form: values * scale, where values are plain numbers or blocks of them.
 
     Kernels of convolutions may be held in it while a file is read; they are dequantised when they are loaded.
     """
@@ -32,7 +33,7 @@ class QuantizedWeight:
     scale: Tensor | None = None
     """Factor of `values`, float32: one number for the whole matrix, or (rows, 1); None means 1."""
     block_type: str | None = None
-    """Layout of the blocks, a key of `ggml.BLOCK_TYPES`; None if `values` are plain numbers."""
+    """Layout of the blocks, a key of `blocks.BLOCK_TYPES`; None if `values` are plain numbers."""
     input_scale: Tensor | None = None
     """Divisor of the inputs that the file proposes to hosts that multiply in fp8; `QuantizedLinear` does not use it."""
     exact_product: bool = True
@@ -42,7 +43,7 @@ class QuantizedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns) of the dequantised matrix; ValueError if GGML blocks do not fill its rows."""
+        """(rows, columns) of the dequantised matrix; ValueError if blocks do not fill its rows."""
         rows, stored = self.values.shape
         return rows, columns(stored, self.block_type) if self.block_type else stored
 
@@ -53,16 +54,13 @@ class QuantizedWeight:
 
     def floats(self) -> list[Tensor]:
         """All tensors of the stored form that can hold NaN or infinity."""
-        values = float16_scales(self.values, self.block_type) if self.block_type else self.values
-        return [tensor for tensor in (values, self.scale, self.input_scale) if tensor is not None]
+        values = block_floats(self.values, self.block_type) if self.block_type else [self.values]
+        return [tensor for tensor in (*values, self.scale, self.input_scale) if tensor is not None]
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (rows, columns) that the stored form stands for, computed in float32 and rounded once to `dtype`."""
-        if self.block_type:
-            return dequantize(self.values, self.block_type).to(dtype)
-        if self.scale is None:
-            return self.values.to(dtype)
-        return (self.values.to(torch.float32) * self.scale).to(dtype)
+        values = dequantize(self.values, self.block_type) if self.block_type else self.values
+        return values.to(dtype) if self.scale is None else (values.to(torch.float32) * self.scale).to(dtype)
 
 
 class QuantizedLinear(nn.Module):

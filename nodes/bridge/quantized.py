@@ -26,7 +26,7 @@ from ...mochi_core.checkpoints import (
     select_part,
 )
 from ...mochi_core.checkpoints.names.quantized import GGML_FORMAT, ROWWISE_FORMAT, STORED_AS
-from ...mochi_core.quantization import fp8, ggml
+from ...mochi_core.quantization import fp8
 from ...mochi_core.quantization.weights import QuantizedWeight
 
 GGML_LAYOUT, ROWWISE_LAYOUT = "MochiGGMLLayout", "MochiFP8RowwiseLayout"
@@ -36,38 +36,41 @@ HOST_FORMATS = {dtype: name for name, dtype in STORED_AS.items()}
 
 
 class GGMLLayout(QuantizedLayout):
-    """GGML blocks, (rows, bytes of a row) uint8; dequantised in float32 and rounded once to `orig_dtype`."""
+    """Blocks, (rows, bytes of a row) uint8, all times `scale`; dequantised in float32 and rounded once to `orig_dtype`."""
 
     @dataclass(frozen=True)
     class Params:
         block_type: str
         orig_dtype: torch.dtype
         orig_shape: tuple[int, ...]
+        scale: torch.Tensor | None = None
 
-        def to_device(self, device):  # noqa: ARG002 - the blocks carry their own scales
-            return self
+        def to_device(self, device):
+            return self if self.scale is None else replace(self, scale=self.scale.to(device))
 
         def clone(self):
-            return self
+            return self if self.scale is None else replace(self, scale=self.scale.clone())
 
-        def copy_from(self, src, non_blocking=False):  # noqa: ARG002
+        def copy_from(self, src, non_blocking=False):
             object.__setattr__(self, "block_type", src.block_type)
+            if self.scale is not None:
+                self.scale.copy_(src.scale, non_blocking=non_blocking)
 
     @classmethod
     def dequantize(cls, qdata, params):
-        return ggml.dequantize(qdata, params.block_type).to(params.orig_dtype)
+        return QuantizedWeight(qdata, params.scale, params.block_type).dequantized(params.orig_dtype)
 
     @classmethod
     def quantize(cls, tensor, **kwargs):
-        raise NotImplementedError("A weight in GGML blocks that a patch changes is kept in full precision.")
+        raise NotImplementedError("A weight in blocks that a patch changes is kept in full precision.")
 
     @classmethod
     def get_plain_tensors(cls, qtensor):
-        return (qtensor._qdata,)
+        return tuple(cls.state_dict_tensors(qtensor._qdata, qtensor._params).values())
 
     @classmethod
-    def state_dict_tensors(cls, qdata, params):  # noqa: ARG003
-        return {"": qdata}
+    def state_dict_tensors(cls, qdata, params):
+        return {"": qdata} | ({} if params.scale is None else {"_scale": params.scale})
 
 
 class RowwiseLayout(QuantizedLayout):
@@ -151,7 +154,7 @@ def host_weights(tensors: LazyStateDict, module: nn.Module) -> dict[str, torch.T
 
 def _host_entries(layer: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     if weight.block_type:
-        params = GGMLLayout.Params(weight.block_type, torch.float32, weight.shape)
+        params = GGMLLayout.Params(weight.block_type, torch.float32, weight.shape, weight.scale)
         return {f"{layer}.weight": QuantizedTensor(weight.values, GGML_LAYOUT, params)}
     if weight.fp8_product:
         params = RowwiseLayout.Params(weight.scale, torch.float32, weight.shape)

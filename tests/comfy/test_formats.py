@@ -16,9 +16,12 @@ from tests.harness.random_inputs import velocity
 from tests.harness.tiny_models import random_dit, random_vae
 
 SCRIPT = '''
+import json
 import comfy.model_management
 from comfy_extras.nodes_model_merging import CLIPSave
 from pathlib import Path
+from pack.mochi_core.checkpoints import open_checkpoint
+from pack.mochi_core.checkpoints.names.quantized import gather_quantized
 from pack.nodes.bridge.model import load_model
 from pack.nodes.bridge.quantized import read_part
 from pack.nodes.bridge.text import encode_prompt, load_clip
@@ -79,6 +82,15 @@ for path in sorted(folder.glob("vae/*")):
     vae = load_vae([str(path)], torch.float32).first_stage_model
     results[f"{path.stem}/decoded"] = vae.decode(latents)
     results[f"{path.stem}/encoded"] = vae.encode(video / 4 + 0.5, torch.device("cpu"))  # it takes pixels from 0 to 1
+# What the host's own layouts write, and what they make of it.
+from comfy.quant_ops import QuantizedTensor
+for kind, layout in (("nvfp4", "TensorCoreNVFP4Layout"), ("mxfp8", "TensorCoreMXFP8Layout")):
+    written = QuantizedTensor.from_float(torch.randn(160, 192, generator=generator), layout)
+    path = folder / f"{kind} by the host.safetensors"
+    note = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+    save_file({**written.state_dict("layer.weight"), "layer.comfy_quant": note}, path)
+    results[f"{kind}/ours"] = gather_quantized(open_checkpoint(path))["layer.weight"].read()
+    results[f"{kind}/host's"] = written.dequantize()
 changing = folder / "changing.safetensors"
 changing.write_bytes((folder / "plain.safetensors").read_bytes())
 tensors = read_part(str(changing), "transformer").tensors
@@ -146,7 +158,22 @@ def test_lora_is_applied_and_removed_without_a_trace(folder, results, form):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_blocks_stay_in_the_files_form(results, form):
-    bits = {"fp8": 8, "int8": 8, "Q4": 4.9, "Q5": 6, "Q8": 8.5, "Q2": 2.7, "Q3": 3.5, "Q6": 6.6, "F": 32, "BF16": 32}
+    bits = {
+        "MXFP4": 4.3,
+        "nf4": 4.6,
+        "nvfp4": 4.6,
+        "mxfp8": 8.3,
+        "fp8": 8,
+        "int8": 8,
+        "Q4": 4.9,
+        "Q5": 6,
+        "Q8": 8.5,
+        "Q2": 2.7,
+        "Q3": 3.5,
+        "Q6": 6.6,
+        "F": 32,
+        "BF16": 32,
+    }
     weights = sum(p.numel() for p in random_dit(WIDE).blocks.parameters() if p.ndim == 2)
     allowed = next(bits[key] for key in bits if key in form)
     assert results[f"{form}/bytes"] * 8 / weights < allowed * 1.03
@@ -155,6 +182,12 @@ def test_blocks_stay_in_the_files_form(results, form):
 @pytest.mark.parametrize("form", FORMATS)
 def test_what_the_host_saves_loads_again(results, form):
     assert results[f"{form}/saved"]
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8"])
+def test_what_the_host_quantises_is_read(results, kind):
+    assert results[f"{kind}/ours"].shape == (160, 192)
+    torch.testing.assert_close(results[f"{kind}/ours"], results[f"{kind}/host's"], rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "q4_0"])

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ from mochi_core.checkpoints import (
 from tests.harness.bad_files import BAD, DIT, HEADER, HEADER_END, NAME, OTHERS, SMALL, VALID, with_header
 from tests.harness.tiny_models import random_t5, random_vae
 
+LOADERS_BY_PART = {
+    "transformer": (load_transformer, lambda: DIT, NAME),
+    "vae": (load_vae, lambda: random_vae().state_dict(), "decoder.output_proj.weight"),
+    "t5": (load_text_encoder, random_t5, "encoder.final_layer_norm.weight"),
+}
 CASES = settings(max_examples=1500, deadline=None, derandomize=True, database=None)
 
 
@@ -51,6 +57,25 @@ def test_weights_too_large_for_the_dtype(tmp_path):
     load_transformer(tmp_path / "large.safetensors")
     with pytest.raises(ValueError, match=rf"in {NAME}, or values too large for this dtype; .* use another dtype"):
         load_transformer(tmp_path / "large.safetensors", torch.float16)
+
+
+NO_FLOATS = {
+    torch.bool: "does not fit the model: 1 not floating-point ({name} is bool)",
+    torch.int64: "does not fit the model: 1 not floating-point ({name} is int64)",
+    torch.float8_e8m0fnu: "does not fit the model: 1 not floating-point ({name} is float8_e8m0fnu)",
+    torch.complex64: "has {name} stored as C64, which cannot be read",
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype"), [*(("transformer", dtype) for dtype in NO_FLOATS), ("vae", torch.int64), ("t5", torch.int64)]
+)
+def test_weights_that_are_no_floating_point_numbers(tmp_path, part, dtype):
+    load, weights, name = LOADERS_BY_PART[part]
+    tensors = weights()
+    save_file({**tensors, name: torch.ones(tensors[name].shape).to(dtype)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match="^odd.safetensors " + re.escape(NO_FLOATS[dtype].format(name=name))):
+        load(tmp_path / "odd.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from mochi_core.checkpoints import (
     to_diffusers,
     transformer_rules,
 )
+from mochi_core.checkpoints.names.quantized import gather_quantized, unknown_formats
 from mochi_core.checkpoints.tensors import QUANTIZATION, Checkpoint, quantized_weight
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear, quantize_fp8_rowwise
 from tests.harness import quantized_files, trained
 from tests.harness.formats import FORMATS, T5_FORMS, VAE_FORMS, WIDE, file_name, passes, quantized_layers, shallow_t5
 from tests.harness.numbers import relative_error
-from tests.harness.quantized_files import SAFETENSORS, gguf_file, is_block_matrix
+from tests.harness.quantized_files import BITSANDBYTES, SAFETENSORS, TORCHAO, gguf_file, is_block_matrix
 from tests.harness.random_inputs import velocity
 from tests.harness.tiny_models import DIT, random_dit, random_vae
 
@@ -39,9 +41,15 @@ LARGEST_ERROR = {
     "Q5": 0.08,
     "Q6": 0.04,
     "Q8": 0.01,
+    "MXFP4": 0.25,
+    "nf4": 0.15,
+    "nvfp4": 0.2,
     "F": 0.01,
     "BF16": 0.01,
 }
+
+
+PLAIN = ("F32 gguf", "F16 gguf", "BF16 gguf")
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +65,10 @@ def test_transformer(dit, tmp_path, form):
     loaded = load_transformer(tmp_path / file_name(form), torch.float32)
     assert loaded.config == WIDE
     large = {name.removesuffix(".weight") for name, tensor in tensors.items() if is_block_matrix(name, tensor)}
-    assert quantized_layers(loaded) == (set() if "F" in form else large)
+    assert quantized_layers(loaded) == (set() if form in PLAIN else large)
     result = velocity(loaded)
     assert torch.equal(result, velocity(load_transformer(tmp_path / "meaning.safetensors", torch.float32)))
-    if "_K" not in form or form.removesuffix(" gguf") in K_QUANTIZERS:
+    if not re.match(r"Q._K|IQ", form) or form.removesuffix(" gguf") in K_QUANTIZERS:
         bound = next(bound for key, bound in LARGEST_ERROR.items() if key in form)
         assert relative_error(result, velocity(dit)) < bound
 
@@ -171,10 +179,43 @@ def test_unknown_quantisation_is_refused(dit, tmp_path):
         load_transformer(tmp_path / "dit.safetensors", quantize="q9")
 
 
-def test_forms_that_cannot_be_read_are_named(dit, tmp_path):
-    note = torch.tensor(list(json.dumps({"format": "nvfp4"}).encode()), dtype=torch.uint8)
-    save_file({**dit.state_dict(), "blocks.0.mod_x.comfy_quant": note}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"x.safetensors has weights in a form that cannot be read: nvfp4"):
+@pytest.mark.parametrize("path", [BITSANDBYTES, TORCHAO, TORCHAO.with_suffix(".pt")], ids=lambda path: path.name)
+def test_what_other_tools_wrote(path):
+    """Bit for bit what the tool makes of it; bitsandbytes rounds int8 twice."""
+    file, expected = open_checkpoint(path), load_file(path.with_suffix(".safetensors"))
+    tensors = gather_quantized(file)
+    names = {name.removeprefix("expected.") for name in expected if name.startswith("expected.")} - {"int8_group"}
+    assert len(names) >= 6
+    for name in names:
+        weight, meaning = tensors[f"{name}.weight"], expected[f"expected.{name}"]
+        assert (weight.shape, weight.is_float) == (meaning.shape, True)
+        assert (weight.quantized is None) == (name in ("nf4_64_96", "nf4_32_96")), name  # blocks over the ends of rows
+        if name == "int8" and path == BITSANDBYTES:
+            torch.testing.assert_close(weight.read(), meaning, rtol=2e-7, atol=0)
+        else:
+            assert torch.equal(weight.read(), meaning), name
+    groups = {"torchao Int8Tensor with (16, 2) scales"} if path != BITSANDBYTES else set()
+    assert unknown_formats(tensors) == groups
+
+
+BREAK = {
+    "nf4 by bitsandbytes": ("bitsandbytes 4 bits", "weight.absmax", lambda t: t[1:]),
+    "int8 by bitsandbytes": ("bitsandbytes int8 in tiles", "weight_format", lambda t: t + 1),
+    "int8 by torchao": ("torchao Int8Tensor with", "_weight_scale", lambda t: t[1:]),
+    "mxfp8": ("mxfp8", "weight_scale", lambda t: t[:1]),
+    "nvfp4": ("nvfp4", "weight_scale_2", lambda t: t.expand(2).clone()),
+}
+
+
+@pytest.mark.parametrize("form", BREAK)
+def test_forms_that_cannot_be_read_are_named(dit, tmp_path, form):
+    phrase, part, change = BREAK[form]
+    FORMATS[form](dit.state_dict(), tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = f"blocks.1.mod_x.{part}"
+    save_file({**tensors, name: change(tensors[name])}, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(ValueError, match=rf"x.safetensors has weights in a form that cannot be read: {phrase}"):
         load_transformer(tmp_path / "x.safetensors")
 
 
@@ -296,7 +337,9 @@ def broken_gguf(path: Path, tensors, kind):
         content[16:24] = b"\xff" * 7 + b"\x00"
     elif kind == "type":
         place = content.index(b"blocks.0.mod_x.weight") + len("blocks.0.mod_x.weight") + 4 + 16
-        content[place] = 23
+        content[place] = 19
+    elif kind == "no type":
+        content[content.index(b"blocks.0.mod_x.weight") + len("blocks.0.mod_x.weight") + 4 + 16] = 99
     elif kind == "shape":
         place = content.index(b"blocks.0.mod_x.weight") + len("blocks.0.mod_x.weight") + 4
         content[place + 5] = 1
@@ -316,7 +359,8 @@ def broken_gguf(path: Path, tensors, kind):
         ("version", "its GGUF version is 9"),
         ("count", "it claims 18,446,744,073,709,551,615 tensors"),
         ("keys", "it claims"),
-        ("type", "blocks.0.mod_x.weight has the type 23"),
+        ("type", "x.gguf has blocks.0.mod_x.weight in the type IQ1_S, which cannot be read here; use a file in F32"),
+        ("no type", "blocks.0.mod_x.weight has the type 99, which no version of the format has; download it again"),
         ("shape", "blocks.0.mod_x.weight lies at byte"),
         ("overlap", r"blocks\.0\.mod_x\.weight.* overlap"),
         ("truncated", "lies at byte"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, dequantize, quantize
 
-from mochi_core.quantization import ggml
+from mochi_core.quantization import blocks, ggml
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear, QuantizedWeight, quantize_fp8, quantize_int8
 from tests.harness.quantized_files import random_blocks
 from tests.harness.random_inputs import gaussian
@@ -18,7 +18,7 @@ LARGEST_ERROR = {"fp8": 1 / 28, "fp8_rowwise": 1 / 28, "int8": 1 / 254, "q4_0": 
 def test_blocks_equal_the_gguf_package_bit_for_bit(name):
     rows = random_blocks(name, rows=64, columns=1280)
     expected = dequantize(rows, GGMLQuantizationType[name])
-    ours = ggml.dequantize(torch.from_numpy(rows), name)
+    ours = blocks.dequantize(torch.from_numpy(rows), name)
     assert ours.dtype == torch.float32
     assert numpy.array_equal(ours.numpy().view(numpy.uint32), expected.view(numpy.uint32))
 

@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 
 from mochi_core.quantization.weights import QuantizedLinear
 from tests.harness import quantized_files
-from tests.harness.quantized_files import GGUF, SAFETENSORS, gguf_file, llama_cpp_name
+from tests.harness.quantized_files import GGUF, OTHER_TOOLS, SAFETENSORS, gguf_file, llama_cpp_name
 from tests.harness.tiny_models import DIT, T5_HEADS, random_t5
 
 # Rows of 256 weights, which the K types need.
 WIDE = replace(
     DIT, depth=2, hidden_size_x=256, hidden_size_y=256, num_heads=4, text_width=256, mlp_size_x=256, mlp_size_y=256
 )
-FORMATS = {**SAFETENSORS, **GGUF}
+FORMATS = {**SAFETENSORS, **OTHER_TOOLS, **GGUF}
 
 
 def file_name(form):

@@ -13,18 +13,21 @@ from pathlib import Path
 import gguf
 import numpy
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.k_types import K_QUANTIZERS
 
 Tensors = dict[str, Tensor]
+BITSANDBYTES = Path(__file__).parents[1] / "data" / "bitsandbytes_0.50.2.safetensors"
+TORCHAO = BITSANDBYTES.with_name("torchao_0.18.0.safetensors")
+"""Small matrices as these tools write them, and under `expected.` what the tools make of them."""
 LARGE = re.compile(r"(blocks|transformer_blocks|encoder\.block)\..*\.weight")
 AUTOENCODER = re.compile(r"(encoder\.layers|decoder\.blocks)\..*\.weight")
 # Where the float16 numbers lie in a block of each type.
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
 }  # fmt: skip
 
 
@@ -109,6 +112,119 @@ def _scaled(tensors: Tensors, dtype: torch.dtype, scale_name: str) -> tuple[Tens
     return stored, expected
 
 
+def bitsandbytes_int8(tensors: Tensors, path: Path) -> Tensors:
+    """The largest magnitude of each row, and a tensor that says that rows are not in tiles."""
+    stored, expected = _scaled(tensors, torch.int8, "SCB")
+    for name in [name for name in stored if name.endswith("SCB")]:
+        stored[name] = stored[name].flatten() * 127
+        stored[name[: -len("SCB")] + "weight_format"] = torch.tensor(0, dtype=torch.uint8)
+    save_file(stored, path)
+    return expected
+
+
+def torchao_int8(tensors: Tensors, path: Path) -> Tensors:
+    """Parts of weights, and the class of each in the metadata."""
+    stored, expected = _scaled(tensors, torch.int8, "_weight_scale")
+    metadata = {}
+    for layer in [name[: -len("_weight_scale")] for name in stored if name.endswith("_weight_scale")]:
+        stored[f"{layer}_weight_qdata"] = stored.pop(f"{layer}weight")
+        stored[f"{layer}_weight_zero_point"] = torch.zeros_like(stored[f"{layer}_weight_scale"], dtype=torch.int8)
+        metadata[f"{layer}weight"] = json.dumps({"_type": "Int8Tensor", "_data": {}})
+    save_file(stored, path, metadata)
+    return expected
+
+
+def bitsandbytes_nf4(tensors: Tensors, path: Path) -> Tensors:
+    """The table is that of a file by bitsandbytes 0.50.2."""
+    table = load_file(BITSANDBYTES)["nf4_64_128.weight.quant_map"]
+    stored, expected = {}, {}
+    for name, tensor in tensors.items():
+        if not is_block_matrix(name, tensor):
+            stored[name] = tensor.to(torch.bfloat16)
+            expected[name] = stored[name].float()
+            continue
+        blocks = tensor.float().reshape(-1, 64)
+        scales = blocks.abs().amax(1)
+        places = (blocks / scales[:, None]).sub(table[:, None, None]).abs().argmin(0).to(torch.uint8)
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(tensor.shape)}
+        stored |= {
+            name: (places[:, ::2] << 4 | places[:, 1::2]).reshape(-1, 1),
+            f"{name}.absmax": scales,
+            f"{name}.quant_map": table.clone(),
+            f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+        }
+        expected[name] = (table[places.int()] * scales[:, None]).reshape(tensor.shape)
+    save_file(stored, path)
+    return expected
+
+
+def mxfp8(tensors: Tensors, path: Path) -> Tensors:
+    """fp8 with a power of two for each 32 weights, as bytes."""
+
+    def quantize(weight: Tensor) -> tuple[Tensors, Tensor]:
+        blocks = weight.float().reshape(len(weight), -1, 32)
+        exponents = blocks.abs().amax(2).log2().floor() - 8
+        values = (blocks / 2 ** exponents[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+        meaning = (values.float() * 2 ** exponents[..., None]).reshape(weight.shape)
+        return {
+            "weight": values.reshape(weight.shape),
+            "weight_scale": in_tiles((exponents + 127).to(torch.uint8)),
+        }, meaning
+
+    return _with_notes(tensors, path, "mxfp8", quantize)
+
+
+def nvfp4(tensors: Tensors, path: Path) -> Tensors:
+    """Four bits with an fp8 scale for each 16 weights, and one scale for all."""
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    table = torch.cat((table, -table))
+
+    def quantize(weight: Tensor) -> tuple[Tensors, Tensor]:
+        blocks = weight.float().reshape(len(weight), -1, 16)
+        whole = blocks.abs().max() / (448 * 6)
+        scales = (blocks.abs().amax(2) / 6 / whole).to(torch.float8_e4m3fn)
+        each = whole * scales.float()[..., None]
+        places = (blocks / each).sub(table[:, None, None, None]).abs().argmin(0).to(torch.uint8).flatten(1)
+        parts = {
+            "weight": places[:, ::2] << 4 | places[:, 1::2],
+            "weight_scale": in_tiles(scales),
+            "weight_scale_2": whole,
+        }
+        return parts, (table[places.int()].reshape(blocks.shape) * scales.float()[..., None] * whole).reshape(
+            weight.shape
+        )
+
+    return _with_notes(tensors, path, "nvfp4", quantize)
+
+
+def in_tiles(scales: Tensor) -> Tensor:
+    """Scales (rows, columns) one by one to where a GPU looks for them: tiles of 128 rows and 4 columns."""
+    rows, columns = scales.shape
+    height, width = -(-rows // 128) * 128, -(-columns // 4) * 4
+    r, c = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    tile = r // 128 * (width // 4) + c // 4
+    places = 512 * tile + 16 * (r % 32) + 4 * (r % 128 // 32) + c % 4
+    tiled = torch.zeros(height * width, dtype=torch.uint8)
+    tiled[places.flatten()] = scales.contiguous().view(torch.uint8).flatten()
+    return tiled.view(scales.dtype).reshape(height, width)
+
+
+def _with_notes(
+    tensors: Tensors, path: Path, format: str, quantize: Callable[[Tensor], tuple[Tensors, Tensor]]
+) -> Tensors:
+    stored, expected = {}, {}
+    for name, tensor in tensors.items():
+        if is_block_matrix(name, tensor):
+            parts, expected[name] = quantize(tensor)
+            note = torch.tensor(list(json.dumps({"format": format}).encode()), dtype=torch.uint8)
+            stored |= {name[: -len("weight")] + part: value for part, value in (parts | {"comfy_quant": note}).items()}
+        else:
+            stored[name] = tensor.to(torch.bfloat16)
+            expected[name] = stored[name].float()
+    save_file(stored, path)
+    return expected
+
+
 def ggml_safetensors(block_type: str) -> Callable[[Tensors, Path], Tensors]:
     """GGML blocks under the names of the modules, in a safetensors file."""
 
@@ -152,11 +268,11 @@ def gguf_file(
 
 
 def to_blocks(tensor: Tensor, kind: str) -> tuple[numpy.ndarray, Tensor]:
-    """What a GGUF file stores, and what that means; of some K types random blocks."""
+    """What a GGUF file stores, and what that means; of some types random blocks."""
     type_ = gguf.GGMLQuantizationType[kind]
     if kind in K_QUANTIZERS:
         data = K_QUANTIZERS[kind](tensor).numpy()
-    elif kind.endswith("_K"):
+    elif kind.endswith("_K") or kind.startswith("IQ"):
         data = random_blocks(kind, *tensor.shape)
     else:
         data = gguf.quantize(tensor.float().numpy(), type_)
@@ -168,6 +284,9 @@ def random_blocks(kind: str, rows: int, columns: int) -> numpy.ndarray:
     type_ = gguf.GGMLQuantizationType[kind]
     weights, size = gguf.GGML_QUANT_SIZES[type_]
     blocks = numpy.random.default_rng(rows).integers(0, 256, (rows, columns // weights, size), dtype=numpy.uint8)
+    if kind == "MXFP4":
+        blocks[:, :, 0] = blocks[:, :, 0] % 7 + 116  # exponents
+        return blocks.reshape(rows, -1)
 
     def with_scale(scale: float) -> numpy.ndarray:
         for start in HALVES[kind]:
@@ -189,7 +308,9 @@ def llama_cpp_name(name: str) -> str:
     return f"enc.blk.{match[1]}.{parts[match[2]]}.weight" if match else fixed[name]
 
 
-BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+BLOCK_TYPES = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+)  # fmt: skip
 SAFETENSORS: dict[str, Callable[[Tensors, Path], Tensors]] = {
     "plain fp8_e4m3fn": plain_fp8,
     "plain fp8_e5m2": plain_fp8_e5m2,
@@ -199,6 +320,13 @@ SAFETENSORS: dict[str, Callable[[Tensors, Path], Tensors]] = {
     "int8": int8,
     "Q4_0 in safetensors": ggml_safetensors("Q4_0"),
     "Q8_0 in safetensors": ggml_safetensors("Q8_0"),
+}
+OTHER_TOOLS: dict[str, Callable[[Tensors, Path], Tensors]] = {
+    "nf4 by bitsandbytes": bitsandbytes_nf4,
+    "int8 by bitsandbytes": bitsandbytes_int8,
+    "int8 by torchao": torchao_int8,
+    "mxfp8": mxfp8,
+    "nvfp4": nvfp4,
 }
 GGUF: dict[str, Callable[[Tensors, Path], Tensors]] = {
     **{f"{kind} gguf": gguf_file(kind) for kind in (*BLOCK_TYPES, "F16", "BF16", "F32")},

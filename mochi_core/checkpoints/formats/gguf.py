@@ -19,7 +19,7 @@ from torch import Tensor
 from ...quantization.ggml import BLOCK_TYPES
 from ...shown import shown
 from ..limits import MAX_AXES, MAX_GGUF_HEADER_BYTES, MAX_GGUF_TEXTS, MAX_NAME, MAX_TENSORS
-from ..tensors import Checkpoint, LazyStateDict, LazyTensor, ggml_weight
+from ..tensors import Checkpoint, LazyStateDict, LazyTensor, block_weight
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -30,6 +30,11 @@ PLAIN_TYPES = {
 }  # fmt: skip
 BLOCK_NAMES = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
+    20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4",
+}  # fmt: skip
+OTHER_TYPES = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M",
+    34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 DEFAULT_ALIGNMENT, ALIGNMENTS = 32, {2**power for power in range(3, 17)}
 TRUE_SHAPE = "comfy.gguf.orig_shape."
@@ -126,12 +131,29 @@ def open_gguf(path: Path) -> Checkpoint:
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)  # mapped, not read
     try:
         keys, descriptions, start = _read_header(_Cursor(data[:MAX_GGUF_HEADER_BYTES].numpy().data, len(MAGIC)))
+    except ValueError as error:
+        raise _damaged(path, error) from None
+    _refuse_types(path, descriptions)
+    try:
         tensors = {d.name: _stored(d, data[start:], keys) for d in descriptions}
         _refuse_shared_bytes(descriptions, tensors)
     except ValueError as error:
-        raise ValueError(f"{path.name} cannot be read: {error}; download it again or use another file.") from None
+        raise _damaged(path, error) from None
     metadata = {key: str(value) for key, value in keys.items() if not isinstance(value, tuple)}
     return Checkpoint(path.name, path, tensors, metadata)
+
+
+def _damaged(path: Path, error: ValueError) -> ValueError:
+    return ValueError(f"{path.name} cannot be read: {error}; download it again or use another file.")
+
+
+def _refuse_types(path: Path, descriptions: list[_Description]) -> None:
+    for d in descriptions:
+        if d.type in OTHER_TYPES:
+            raise ValueError(
+                f"{path.name} has {shown(d.name)} in the type {OTHER_TYPES[d.type]}, which cannot be read here; "
+                "use a file in F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS or MXFP4."
+            )
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], list[_Description], int]:
@@ -178,9 +200,7 @@ def _stored(description: _Description, data: Tensor, keys: dict[str, Any]) -> La
         piece = _piece(d, data, math.prod(shape) * dtype.itemsize)
         return LazyTensor(shape, dtype, lambda: piece.view(dtype).reshape(shape))
     if d.type not in BLOCK_NAMES:
-        raise ValueError(
-            f"{shown(d.name)} has the type {d.type}; types that can be read are F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K"
-        )
+        raise ValueError(f"{shown(d.name)} has the type {d.type}, which no version of the format has")
     return _stored_blocks(d, data, shape)
 
 
@@ -196,7 +216,7 @@ def _stored_blocks(d: _Description, data: Tensor, shape: tuple[int, ...]) -> Laz
         raise ValueError(f"{shown(d.name)} has rows of {columns}, no whole number of {BLOCK_NAMES[d.type]} blocks")
     row_bytes = columns // block.weights * block.bytes
     piece = _piece(d, data, math.prod(d.shape) // block.weights * block.bytes).view(-1, row_bytes)
-    weight = ggml_weight(LazyTensor(tuple(piece.shape), torch.uint8, lambda: piece), BLOCK_NAMES[d.type])
+    weight = block_weight(LazyTensor(tuple(piece.shape), torch.uint8, lambda: piece), BLOCK_NAMES[d.type])
     return weight if shape == weight.shape else weight.map(lambda value: value.reshape(shape), shape=shape)
 
 

@@ -51,7 +51,7 @@ def _open_file(path: Path) -> Checkpoint:
     if path.suffix.lower() == ".gguf":
         return open_gguf(path)
     if path.suffix.lower() in TORCH_SUFFIXES:
-        return Checkpoint(path.name, path, open_torch(path))
+        return open_torch(path)
     return _open_shards(path) if path.match(INDEX_PATTERN) else open_safetensors(path)
 
 

@@ -27,6 +27,8 @@ DTYPE_CODES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # since PyTorch 2.7; the scales of mxfp8
+    DTYPE_CODES["F8_E8M0"] = torch.float8_e8m0fnu
 # How files begin that people have instead of a safetensors file.
 OTHER_FILE_TYPES = (
     (b"version https://git-lfs", "a Git LFS pointer, which only stands for one"),
@@ -52,11 +54,11 @@ def open_safetensors(path: Path) -> Checkpoint:
     _check_size(path, len(text), header)
     try:
         file = safe_open(path, framework="pt")
-        tensors = {name: _lazy(file.get_tensor, name, entry) for name, entry in header.items()}
     except (SafetensorError, ValueError) as error:
         raise ValueError(_wrong_header(path, error)) from None
     except RuntimeError as error:
         raise ValueError(f"{path.name} cannot be read ({shown(str(error))}).") from None
+    tensors = {name: _lazy(path, file.get_tensor, name, entry) for name, entry in header.items()}
     return Checkpoint(path.name, path, tensors, file.metadata() or {})
 
 
@@ -124,11 +126,12 @@ def _check_size(path: Path, header_bytes: int, header: dict[str, Any]) -> None:
             raise ValueError(f"{path.name} has {size - expected:,} bytes too many at its end; download it again.")
 
 
-def _lazy(get: Callable[[str], Tensor], name: str, entry: dict[str, Any]) -> LazyTensor:
+def _lazy(path: Path, get: Callable[[str], Tensor], name: str, entry: dict[str, Any]) -> LazyTensor:
     if entry["dtype"] not in DTYPE_CODES:
-        raise ValueError(f"{shown(name)} is stored as {shown(entry['dtype'])}, which cannot be read")
+        stored = f"{shown(name)} stored as {shown(entry['dtype'])}"
+        raise ValueError(f"{path.name} has {stored}, which cannot be read; use another file.")
     if any(size >= 2**63 for size in entry["shape"]):
-        raise ValueError(f"{shown(name)} is too large")
+        raise ValueError(_wrong_header(path, ValueError(f"{shown(name)} is too large")))
     return LazyTensor(tuple(entry["shape"]), DTYPE_CODES[entry["dtype"]], lambda: get(name))
 
 

@@ -6,6 +6,7 @@ hashes tuples whose parts are shared so often that it never ends.
 
 from __future__ import annotations
 
+import pickle
 import pickletools
 import re
 import zipfile
@@ -16,11 +17,13 @@ from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ...shown import shown
 from ..limits import MAX_PICKLE_BYTES, MAX_PICKLE_STEPS, MAX_TENSORS
-from ..tensors import LazyStateDict, from_state_dict
+from ..tensors import Checkpoint, from_state_dict
 from .safetensors import DTYPE_CODES
+from .torchao_pickle import flattened, torchao_stand_ins
 
 # Keys under which trainers keep the weights inside a torch.save file.
 WEIGHTS_KEYS = ("state_dict", "module", "model")
@@ -29,14 +32,14 @@ PICKLES_WITHOUT_ZIP = 5
 """Before version 1.6, torch.save wrote a mark, a version, notes on the machine, the content and the names of the storages."""
 # What takes memory or time by its arguments, and stands in no description of plain tensors.
 ALLOCATING = re.compile(
-    r"(builtins|__builtin__) bytearray|_codecs encode|torch._utils _rebuild_qtensor|torch\S* \w*Tensor"
+    r"(builtins|__builtin__) bytearray|_codecs encode|torch._utils _rebuild_qtensor|torch(\.\S*)? \w*Tensor"
 )
 STORAGE_CLASS = re.compile(r"torch\S* (Unt|T)ypedStorage")
 DESCRIPTION = re.compile(r"[^/]+/data\.pkl")
 
 
-def open_torch(path: Path) -> LazyStateDict:
-    """The named tensors of a torch.save file, mapped if it is a zip archive.
+def open_torch(path: Path) -> Checkpoint:
+    """Open a torch.save file of named tensors, mapped if it is a zip archive; it may have weights of torchao.
 
     Raises:
         ValueError: it holds something else, or cannot be read.
@@ -46,7 +49,7 @@ def open_torch(path: Path) -> LazyStateDict:
         is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
     try:
         _check_zip(path) if is_zip else _check_pickles(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        content = _load(path, mmap=is_zip)
     except OSError:
         raise
     except Exception as error:  # a damaged pickle fails in any way it likes
@@ -57,9 +60,20 @@ def open_torch(path: Path) -> LazyStateDict:
     for key in WEIGHTS_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
+    content, metadata = flattened(content)
     if not isinstance(content, dict) or not all(_is_plain(*item) for item in content.items()):
         raise ValueError(f"{path.name} holds something other than named plain tensors; use a .safetensors file.")
-    return from_state_dict(content)
+    return Checkpoint(path.name, path, from_state_dict(content), metadata)
+
+
+def _load(path: Path, *, mmap: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        if "torchao." not in str(error):
+            raise
+    with torchao_stand_ins():
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _reason(error: Exception) -> str:
@@ -72,7 +86,7 @@ def _reason(error: Exception) -> str:
 
 def _is_plain(name: Any, value: Any) -> bool:
     """A named tensor with all of its elements in the file: an expanded one would take any memory when it is copied."""
-    if not isinstance(name, str) or not isinstance(value, Tensor) or value.device.type != "cpu":
+    if not isinstance(name, str) or type(value) not in (Tensor, Parameter) or value.device.type != "cpu":
         return False
     if value.layout != torch.strided or value.is_nested or value.dtype not in DTYPE_CODES.values():
         return False

@@ -2,9 +2,9 @@
 
 There are four spellings: `X.weight` in fp8 with `X.scale_weight` (and `X.scale_input`) beside it and a marker tensor
 `scaled_fp8` in the file; `X.weight` with `X.weight_scale`, `X.input_scale` and `X.comfy_quant` (JSON as bytes, or the JSON of
-all layers in the file's metadata); `X.weight` in plain fp8; GGML blocks in `X.Q4_0_qweight` and the like. What ComfyUI
-saves of a model in GGML blocks is of the second kind, with the format `ggml_Q4_0`; of one that multiplies in fp8 with scales
-per row, with the format `float8_e4m3fn_rowwise`.
+all layers in the file's metadata); `X.weight` in plain fp8; GGML blocks in `X.Q4_0_qweight` and the like. Those of other tools
+are translated first: `torchao`, `bitsandbytes`. What ComfyUI saves of a model in blocks is of the second kind, with the format
+`ggml_Q4_0` or `ggml_NF4`; of one that multiplies in fp8 with scales per row, with the format `float8_e4m3fn_rowwise`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...quantization.blocks import BLOCK_TYPES
 from ...quantization.fp8 import FP8, supports_scaled_mm
-from ...quantization.ggml import BLOCK_TYPES
 from ...quantization.weights import FP8_ROWWISE, QUANTIZERS, QuantizedWeight
 from ..limits import read_json
 from ..tensors import (
@@ -26,19 +26,20 @@ from ..tensors import (
     Checkpoint,
     LazyStateDict,
     LazyTensor,
+    block_weight,
     from_state_dict,
-    ggml_weight,
     quantized_weight,
 )
+from .bitsandbytes import translate_bitsandbytes
+from .block_scaled import gather_block_scaled
+from .notes import INT8, MAX_NOTE_BYTES, NOTE, note_tensor
+from .torchao import translate_torchao
 
 GGML_WEIGHT = re.compile(r"(.*\.)([A-Z\d_]+)_qweight")
 MARKER = re.compile(r"(.*\.)?scaled_fp8")
-NOTE = "comfy_quant"
-"""Last name of the tensor that tells the format of a quantised layer."""
-STORED_AS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
+STORED_AS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, INT8: torch.int8}
 ROWWISE_FORMAT = "float8_e4m3fn_rowwise"
 GGML_FORMAT = "ggml_"
-MAX_NOTE_BYTES = 4096
 SCALES, INPUT_SCALES = ("weight_scale", "scale_weight"), ("input_scale", "scale_input")
 BLOCK_MATRIX = re.compile(r"blocks\..*\.weight|encoder\.block\..*\.(q|k|v|o|wi_0|wi_1|wo)\.weight")
 MODULATION = re.compile(r".*\.mod_[xy]\.weight")
@@ -52,7 +53,8 @@ def gather_quantized(checkpoint: Checkpoint) -> LazyStateDict:
     Raises:
         ValueError: the metadata about quantised layers cannot be read.
     """
-    tensors = checkpoint.tensors | _notes_in_metadata(checkpoint)
+    tensors = translate_torchao(checkpoint.tensors, checkpoint.metadata)
+    tensors = translate_bitsandbytes(tensors) | _notes_in_metadata(checkpoint)
     markers = {name: tensor for name, tensor in tensors.items() if MARKER.fullmatch(name)}
     # A marker of two elements asks for products in full precision.
     exact = tuple(name.removesuffix("scaled_fp8") for name, marker in markers.items() if marker.shape == (2,))
@@ -62,7 +64,7 @@ def gather_quantized(checkpoint: Checkpoint) -> LazyStateDict:
             continue  # of a GGUF file, which says itself what its blocks are
         is_matrix, is_weight = len(tensor.shape) == 2, name.endswith(".weight")
         if is_matrix and (match := GGML_WEIGHT.fullmatch(name)) and _holds_blocks(tensor, match[2]):
-            gathered[match[1] + "weight"] = ggml_weight(gathered.pop(name), match[2])
+            gathered[match[1] + "weight"] = block_weight(gathered.pop(name), match[2])
         elif is_matrix and is_weight and tensor.dtype == torch.uint8:
             _gather_blocks(gathered, name.removesuffix("weight"))
         elif is_weight and len(tensor.shape) > 1 and tensor.dtype in STORED_AS.values():
@@ -77,11 +79,6 @@ def _notes_in_metadata(checkpoint: Checkpoint) -> LazyStateDict:
         return from_state_dict({f"{layer}.{NOTE}": note_tensor(note) for layer, note in layers.items()})
     except (ValueError, AttributeError):
         raise checkpoint.error(f"has an unreadable {QUANTIZATION}; download it again.") from None
-
-
-def note_tensor(note: Any) -> Tensor:
-    """A note about the format of a quantised layer as files keep it: JSON in uint8."""
-    return torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)
 
 
 def is_block_matrix(name: str, tensor: LazyTensor | Tensor) -> bool:
@@ -115,7 +112,10 @@ def quantize_block_matrices(checkpoint: Checkpoint, kind: str | None) -> Checkpo
 def unknown_formats(tensors: LazyStateDict) -> set[str]:
     """Formats, as the file names them, of the layers that `gather_quantized` could not read."""
     notes = [_note(tensors, name.removesuffix(NOTE)) for name in tensors if name.endswith("." + NOTE)]
-    bare = any(t.dtype == torch.int8 and t.quantized is None for t in tensors.values())
+    bare = any(
+        tensor.dtype == torch.int8 and tensor.quantized is None and name.removesuffix("weight") + NOTE not in tensors
+        for name, tensor in tensors.items()
+    )
     blocks = {match[2] for name in tensors if (match := GGML_WEIGHT.fullmatch(name))}
     return {str(note.get("format")) for note in notes} | blocks | ({"int8 without a scale"} if bare else set())
 
@@ -125,15 +125,25 @@ def _holds_blocks(stored: LazyTensor, block_type: str) -> bool:
 
 
 def _gather_blocks(tensors: LazyStateDict, layer: str) -> None:
-    block_type = str(_note(tensors, layer).get("format")).removeprefix(GGML_FORMAT)
-    if _holds_blocks(tensors[layer + "weight"], block_type):
+    stored_format = str(_note(tensors, layer).get("format"))
+    block_type, scale = stored_format.removeprefix(GGML_FORMAT), _first(tensors, layer, SCALES)
+    if stored_format == "nvfp4" and gather_block_scaled(tensors, layer, stored_format):
         del tensors[layer + NOTE]
-        tensors[layer + "weight"] = ggml_weight(tensors[layer + "weight"], block_type)
+    elif _holds_blocks(tensors[layer + "weight"], block_type) and _count(scale) in (
+        1,
+        tensors[layer + "weight"].shape[0],
+    ):
+        for leaf in (*SCALES, NOTE):
+            tensors.pop(layer + leaf, None)
+        tensors[layer + "weight"] = block_weight(tensors[layer + "weight"], block_type, scale)
 
 
 def _gather_scaled(tensors: LazyStateDict, layer: str, *, exact_product: bool) -> None:
     """Replace the parts of one layer by its weight, unless they are in an unknown format."""
     note, values = _note(tensors, layer), tensors[layer + "weight"]
+    if note.get("format") == "mxfp8" and gather_block_scaled(tensors, layer, "mxfp8"):
+        del tensors[layer + NOTE]
+        return
     scale, input_scale = _first(tensors, layer, SCALES), _first(tensors, layer, INPUT_SCALES)
     stored_format = note.get("format")
     known = "format" not in note or {**STORED_AS, ROWWISE_FORMAT: FP8}.get(str(stored_format)) == values.dtype

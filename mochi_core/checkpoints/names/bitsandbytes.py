@@ -1,0 +1,143 @@
+"""Weights that bitsandbytes has quantised, as transformers and diffusers save them.
+
+int8: `X.weight` with the largest magnitude of each row, `X.SCB`; a weight is value * SCB / 127. 4 bits: `X.weight` in uint8, two
+values in a byte, with `X.weight.absmax` (a scale for each block of values), `X.weight.quant_map` (what the values stand for) and
+`X.weight.quant_state.bitsandbytes__nf4` (JSON as bytes). With nested scales, absmax is quantised itself: places in
+`X.weight.nested_quant_map`, times `X.weight.nested_absmax` for each block of scales, plus an offset. Source: bitsandbytes,
+functional.py (QuantState) and nn/modules.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...quantization.block_floats import FP4_VALUES, NF4_VALUES
+from ...quantization.blocks import BLOCK_TYPES, dequantize
+from ..tensors import LazyStateDict, LazyTensor, block_weight, from_state_dict
+from .notes import EXACT_INT8, MAX_NOTE_BYTES, NOTE, note_tensor
+
+STATE = re.compile(r"(?P<weight>.*weight)\.quant_state\.bitsandbytes__\w+")
+VALUES = {"nf4": NF4_VALUES, "fp4": FP4_VALUES}
+LARGEST_INT8 = 127
+
+
+@dataclass(frozen=True)
+class State:
+    """How a 4-bit weight is stored."""
+
+    block_type: str
+    shape: tuple[int, int]
+    block_size: int
+    """Number of values that share a scale; the matrix is cut into blocks row after row."""
+    nested_block_size: int
+    nested_offset: float
+
+
+def translate_bitsandbytes(tensors: LazyStateDict) -> LazyStateDict:
+    """Give int8 weights the names that ComfyUI has for them, and make one tensor of the parts of each 4-bit weight.
+
+    What cannot be read gets a note of its format, which `unknown_formats` finds.
+    """
+    translated = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(".SCB"):
+            _translate_int8(translated, name.removesuffix("SCB"), tensor)
+        elif match := STATE.fullmatch(name):
+            _gather_4_bits(translated, match["weight"], tensor)
+    return translated
+
+
+def _translate_int8(tensors: LazyStateDict, layer: str, largest: LazyTensor) -> None:
+    del tensors[layer + "SCB"]
+    layout = tensors.pop(layer + "weight_format", None)
+    by_rows = layout is None or (layout.numel == 1 and int(layout.read()) == 0)
+    note = EXACT_INT8 if by_rows else {"format": "bitsandbytes int8 in tiles"}
+    tensors[layer + "weight_scale"] = largest.map(lambda value: value.float() / LARGEST_INT8, dtype=torch.float32)
+    tensors |= from_state_dict({layer + NOTE: note_tensor(note)})
+
+
+def _gather_4_bits(tensors: LazyStateDict, weight: str, state_tensor: LazyTensor) -> None:
+    parts = {
+        name.removeprefix(f"{weight}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{weight}.")
+    }
+    state, packed = _read_state(state_tensor), tensors.get(weight)
+    if state is None or packed is None or not _fits(state, packed, parts):
+        note = {"format": "bitsandbytes 4 bits of an unknown kind"}
+        tensors |= from_state_dict({weight.removesuffix("weight") + NOTE: note_tensor(note)})
+    else:
+        tensors[weight] = _weight(state, packed, parts)
+
+
+def _read_state(tensor: LazyTensor) -> State | None:
+    if tensor.numel > MAX_NOTE_BYTES or tensor.dtype != torch.uint8:
+        return None
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        content = json.loads(bytes(tensor.read().flatten().tolist()))
+        kind, (rows, columns), size = content["quant_type"], content["shape"], content["blocksize"]
+        nested = content.get("nested_blocksize", 0), content.get("nested_offset", 0.0)
+        whole = all(isinstance(n, int) and n >= 0 for n in (rows, columns, size, nested[0]))
+        if kind in VALUES and whole and size > 0 and math.isfinite(nested[1]):
+            return State(kind.upper(), (rows, columns), size, *nested)
+    return None
+
+
+def _fits(state: State, packed: LazyTensor, parts: LazyStateDict) -> bool:
+    """Whether the parts have the sizes and values that the state says."""
+    count, scales = math.prod(state.shape), parts.get("absmax")
+    if packed.dtype != torch.uint8 or packed.numel * 2 != count or count % state.block_size or scales is None:
+        return False
+    if scales.numel * state.block_size != count or "quant_map" not in parts:
+        return False
+    values = torch.tensor(VALUES[state.block_type.lower()])
+    known = parts["quant_map"].shape == (16,) and torch.allclose(
+        parts["quant_map"].read().float(), values, rtol=0, atol=1e-6
+    )
+    if not known or not state.nested_block_size:
+        return known and scales.is_float
+    table, largest = parts.get("nested_quant_map"), parts.get("nested_absmax")
+    blocks = -(-scales.numel // state.nested_block_size)
+    return scales.dtype == torch.uint8 and table is not None and largest is not None and (
+        (table.numel, largest.numel) == (256, blocks)
+    )  # fmt: skip
+
+
+def _weight(state: State, packed: LazyTensor, parts: LazyStateDict) -> LazyTensor:
+    """The weight in blocks, if no block reaches over the end of a row; otherwise dequantised when it is read."""
+    block = BLOCK_TYPES[state.block_type]
+    rows, columns = state.shape
+    row_bytes = columns // block.weights * block.bytes
+
+    def read() -> Tensor:
+        scales = _scales(state, parts).repeat_interleave(state.block_size // block.weights)
+        values = packed.read().reshape(-1, block.weights // 2)
+        return torch.cat((values, scales[:, None].view(torch.uint8)), dim=1)
+
+    def read_dequantized() -> Tensor:
+        scales = _scales(state, parts)
+        plain = torch.cat((packed.read().flatten(), packed.read().new_zeros(-packed.numel % (block.weights // 2))))
+        blocks = plain.reshape(-1, block.weights // 2)
+        ones = torch.ones(len(blocks), 1).view(torch.uint8)
+        values = dequantize(torch.cat((blocks, ones), dim=1), state.block_type).flatten()[: rows * columns]
+        return (values.reshape(-1, state.block_size) * scales[:, None]).reshape(state.shape)
+
+    if columns % state.block_size or state.block_size % block.weights:
+        return LazyTensor(state.shape, torch.float32, read_dequantized)
+    stored = LazyTensor((rows, row_bytes), torch.uint8, lambda: read().reshape(rows, row_bytes))
+    return block_weight(stored, state.block_type)
+
+
+def _scales(state: State, parts: LazyStateDict) -> Tensor:
+    """The scale of every block, float32."""
+    scales = parts["absmax"].read().flatten()
+    if not state.nested_block_size:
+        return scales.float()
+    table, largest = (parts[f"nested_{part}"].read().float().flatten() for part in ("quant_map", "absmax"))
+    each = largest.repeat_interleave(state.nested_block_size)[: len(scales)]
+    return table[scales.int()] * each + state.nested_offset

@@ -1,0 +1,21 @@
+"""Notes on the format of a quantised layer: a tensor `X.comfy_quant` of JSON in bytes, as ComfyUI has them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NOTE = "comfy_quant"
+"""Last name of the tensor that tells the format of a quantised layer."""
+MAX_NOTE_BYTES = 4096
+INT8 = "int8_tensorwise"
+EXACT_INT8 = {"format": INT8, "full_precision_matrix_mult": True}
+"""int8 with a scale for each row, from a tool whose products are not in int8."""
+
+
+def note_tensor(note: Any) -> Tensor:
+    """A note about the format of a quantised layer as files keep it: JSON in uint8."""
+    return torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)
