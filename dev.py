@@ -2,7 +2,7 @@
 
     python dev.py demo                  make three tiny videos through a real ComfyUI server
     python dev.py serve                 leave the editor open on the same set-up
-    python dev.py test [pytest args]    run all the tests; with --fast those of the core, without ComfyUI
+    python dev.py test [pytest args]    run the tests; with --fast those of the core, with --all the long ones, too
     python dev.py generate WHAT         write anew what has another source: templates, locales or pictures
 
 COMFYUI_PATH is taken if it is set, to use a ComfyUI folder that you have; otherwise ComfyUI is fetched. It and its requirements

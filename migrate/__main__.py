@@ -42,7 +42,8 @@ def migrate_file(path: Path, *, stock: bool) -> Migration:
     try:
         workflow = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file ({error}); save the workflow in the editor.") from None
+        reason = str(error).partition("; use sys.")[0]  # Python goes on about how its limit of digits is switched off
+        raise ValueError(f"{path} is not a JSON file ({reason}); save the workflow in the editor.") from None
     try:
         return migrate(workflow, stock=stock)
     except ValueError as error:

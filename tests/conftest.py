@@ -19,6 +19,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(ROOT / "tests").parts[0]))
 
 
+def pytest_addoption(parser):
+    """`--all` also runs what takes half an hour: thousands of broken files, hundreds of prompts."""
+    parser.addoption("--all", action="store_true", help="also run the tests that take half an hour each")
+
+
 @pytest.fixture(scope="session")
 def comfy_path():
     """ComfyUI's folder, prepared by `python dev.py test`."""

@@ -27,6 +27,9 @@ MAX_INDEX_BYTES, MAX_SHARDS = 4_000_000, 500
 MAX_JSON_PARTS = 200_000
 """Lists and objects in a header, an index or a note; the transformer's header has 3,200."""
 
+ADVICE = "; use sys."
+"""How Python goes on about numbers of thousands of digits: with a way to switch its limit off."""
+
 
 def read_json(text: str, **options: Any) -> Any:
     """`json.loads` for text of strangers; ValueError also for what it would take seconds for, or cannot take at all."""
@@ -36,3 +39,5 @@ def read_json(text: str, **options: Any) -> Any:
         return json.loads(text, **options)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(str(error).partition(ADVICE)[0]) from None

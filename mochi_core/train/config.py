@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from ..checkpoints.limits import ADVICE
 from ..geometry import VideoSize
 from ..shown import NAME_LENGTH, shown
 
@@ -147,7 +148,8 @@ def read_config(path: Path, *, full: bool = False) -> Config:
     except OSError:
         raise
     except Exception as error:  # PyYAML makes dates, numbers and bytes of text, which fail in any way they like
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        text = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition(ADVICE)[0]
+        reason = " ".join(text.split())
         raise ValueError(f"{path} is no YAML file: {shown(reason)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values, such as steps: 2000.")

@@ -1,0 +1,57 @@
+"""Files broken at random: loaded, or refused in one line; a sample here, 10,000 with `--all`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import fuzz
+
+ROOT = Path(__file__).parents[2]
+SAMPLE, MANY = 156, 10_008
+"""Files, each as many of every kind."""
+PATIENCE, MEGABYTES = 60.0, 500.0
+"""Seconds of the processor and memory for one file of the sample; those of a slow machine are not what is looked for here."""
+
+
+def test_a_sample_of_broken_files():
+    tallies = fuzz.run(SAMPLE, 1, (PATIENCE, MEGABYTES))
+    assert [fault for tally in tallies.values() for fault in tally.faults] == []
+    assert all(tally.refused for tally in tallies.values())
+    assert any(tally.loaded for tally in tallies.values())
+
+
+def test_ten_thousand_broken_files(pytestconfig):
+    """In a process of its own, which a file may end; its table is what docs/reliability.md shows."""
+    if not pytestconfig.getoption("--all"):
+        pytest.skip("takes half an hour; run with --all")
+    command = [sys.executable, "-m", "tests.harness.fuzz", str(MANY)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def faults_of(monkeypatch, read):
+    tally = fuzz.Tally()
+    monkeypatch.setitem(fuzz.KINDS, "YAML", (fuzz.yaml_file, (read,)))
+    fuzz.try_one("YAML", "x", tally, (PATIENCE, 50))
+    return tally.faults
+
+
+def refuse(message):
+    def read(_):
+        raise ValueError(message)
+
+    return read
+
+
+def test_the_harness_finds_what_it_looks_for(monkeypatch):
+    assert faults_of(monkeypatch, refuse("It is no file.")) == []
+    assert "not printable" in faults_of(monkeypatch, refuse("two\nlines"))[0]
+    assert "long" in faults_of(monkeypatch, refuse("x" * 5000))[0]
+    assert "advice" in faults_of(monkeypatch, refuse("set weights_only=False"))[0]
+    assert "KeyError" in faults_of(monkeypatch, lambda _: {}["x"])[0]
+    assert (
+        "MB" in faults_of(monkeypatch, lambda _: bytearray(60 * 2**20))[0] or not Path("/proc/self/clear_refs").exists()
+    )
