@@ -40,7 +40,9 @@ SLOT_LOOKS = ("label", "shape", "dir")
 OPTIONAL_SHAPE = 7
 """How the editor draws an input that may stay empty."""
 GAP = 60
-"""Pixels between the two nodes that one old node becomes."""
+"""Pixels between the two nodes that one old node becomes, and around them."""
+NOTE_WIDTH, NOTE_LETTERS = 460, 60
+"""Width of a note in pixels, and about how many letters fit into it."""
 
 
 def graphs(workflow: Json) -> list[Json]:
@@ -128,6 +130,9 @@ def _link(record: Json) -> Link:
 def write(graph: Json, nodes: Nodes) -> None:
     """Change the graph so that its nodes are `nodes`, with links that agree at both ends."""
     made = {key: _written(node) for key, node in nodes.items() if node.was is not None}
+    for key, node in made.items():
+        if nodes[key].raw["id"] != key:
+            node["pos"] = _free_place(node, [*graph["nodes"], *(other for other in made.values() if other is not node)])
     kept = [made.pop(raw["id"], raw) for raw in graph["nodes"] if raw["id"] in nodes]
     graph["nodes"] = kept + list(made.values())
     targets = {link.number: (node, name) for node in nodes.values() for name, link in node.links.items()}
@@ -165,6 +170,39 @@ def _below(raw: Json) -> list[float]:
     """The position right below a node."""
     (x, y), (_, height) = _pair(raw.get("pos")), _pair(raw.get("size"))
     return [x, y + height + GAP]
+
+
+def _free_place(raw: Json, others: list[Json]) -> list[float]:
+    """The position of a node, or the first one below it where it covers no other node."""
+    (x, y), (width, height) = _pair(raw.get("pos")), _pair(raw.get("size"))
+    boxes = sorted((_pair(other.get("pos")) + _pair(other.get("size")) for other in others), key=lambda box: box[1])
+    for left, top, wide, high in boxes:
+        if left < x + width and x < left + wide and top - GAP < y + height and y < top + high + GAP:
+            y = top + high + GAP
+    return [x, y]
+
+
+def add_note(workflow: Json, title: str, text: str) -> None:
+    """Add a note in Markdown, left of all nodes."""
+    places = [_pair(node.get("pos")) for node in workflow["nodes"]] or [(0, 0)]
+    lines = sum(1 + len(line) // NOTE_LETTERS for line in text.splitlines())
+    number = max([0, *(node["id"] for node in workflow["nodes"] if isinstance(node["id"], int))]) + 1
+    note = {
+        "id": number,
+        "type": "MarkdownNote",
+        "pos": [min(x for x, _ in places) - NOTE_WIDTH - GAP, min(y for _, y in places)],
+        "size": [NOTE_WIDTH, 60 + 20 * lines],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "title": title,
+        "properties": {},
+        "widgets_values": [text],
+    }
+    workflow["nodes"].append(note)
+    _count_nodes(workflow)
 
 
 def _pair(value: object) -> tuple[float, float]:

@@ -20,7 +20,9 @@ from server import PromptServer
 import nodes as host
 
 from ..migrate import migrate, migrate_prompt
+from ..migrate.account import add_account
 from ..migrate.api import Prompt, is_prompt
+from ..migrate.editor import is_workflow
 from ..migrate.shown import sentence
 from ..migrate.tables import WRAPPER, ReplacementRule
 
@@ -107,7 +109,10 @@ async def migrate_request(request: web.Request) -> web.Response:
         migration = await asyncio.to_thread(migrate, workflow, stock=True)
     except ValueError as problem:
         return refused(str(problem))
-    return web.json_response({"workflow": migration.workflow, "notes": [*map(sentence, migration.notes)]})
+    notes = [*map(sentence, migration.notes)]
+    if is_workflow(migration.workflow):
+        add_account(migration.workflow, notes)
+    return web.json_response({"workflow": migration.workflow, "notes": notes})
 
 
 def refused(reason: str) -> web.Response:

@@ -4,6 +4,8 @@ import { api } from "/scripts/api.js";
 
 const COMMAND = "mochinodes.Convert";
 const BUILT_IN = "EmptyMochiLatentVideo", OURS = "Mochi1", OFFERED = "mochinodes.Offered";
+const WRAPPERS = /^(DownloadAndLoad)?Mochi(ModelLoader|Model|VAELoader|VAEEncoderLoader|TextEncode|Sampler|Decode|ImageEncode)/;
+const WAY = "menu, Extensions, Mochi Nodes, Convert to Mochi Nodes.";
 
 const toast = (severity, summary, detail, life = 12000) => app.extensionManager.toast.add({ severity, summary, detail, life });
 
@@ -15,8 +17,19 @@ async function convert() {
   });
   const answer = await response.json().catch(() => ({ error: "The server could not convert this workflow; its console says why." }));
   if (!response.ok) return toast("warn", "Mochi Nodes", answer.error);
-  await app.loadGraphData(answer.workflow, true, true, "mochi_nodes");
-  toast("success", "Mochi Nodes", answer.notes.join(" ") || "Everything was carried over.", 30000);
+  const name = app.extensionManager.workflow.activeWorkflow?.filename ?? "Mochi";
+  await app.loadGraphData(answer.workflow, true, true, name);
+  toast("success", "Mochi Nodes", answer.notes.length ? "Converted; a note in the graph says what is not as it was." : "Everything was carried over.");
+}
+
+function offer() {
+  const types = app.graph.nodes.map((node) => node.type);
+  // Nodes that nobody has installed cannot run: this is said each time.
+  if (types.some((type) => WRAPPERS.test(type) && !(type in LiteGraph.registered_node_types)))
+    return toast("info", "Mochi Nodes", `This workflow was made for MochiWrapper, which is not installed. To go on with Mochi Nodes: ${WAY}`);
+  if (localStorage.getItem(OFFERED) || !types.includes(BUILT_IN) || types.some((type) => type.startsWith(OURS))) return;
+  localStorage.setItem(OFFERED, "1"); // once is an offer, more is a nuisance
+  toast("info", "Mochi Nodes", `This workflow uses ComfyUI's built-in Mochi, which works. To use Mochi Nodes: ${WAY}`);
 }
 
 app.registerExtension({
@@ -24,9 +37,6 @@ app.registerExtension({
   commands: [{ id: COMMAND, label: "Convert to Mochi Nodes", icon: "pi pi-sync", function: convert }],
   menuCommands: [{ path: ["Extensions", "Mochi Nodes"], commands: [COMMAND] }],
   afterConfigureGraph() {
-    const types = app.graph.nodes.map((node) => node.type);
-    if (localStorage.getItem(OFFERED) || !types.includes(BUILT_IN) || types.some((type) => type.startsWith(OURS))) return;
-    localStorage.setItem(OFFERED, "1"); // once is an offer, more is a nuisance
-    toast("info", "Mochi Nodes", "This workflow uses ComfyUI's built-in Mochi, which works. To use Mochi Nodes: menu, Extensions, Mochi Nodes.");
+    setTimeout(offer, 1000); // before the page is complete, messages are lost
   },
 });

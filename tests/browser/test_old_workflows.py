@@ -34,6 +34,29 @@ def test_command_converts_the_open_workflow(editor, name):
     types = {node["class_type"] for node in prompt.values()}
     assert {"Mochi1LoadTransformer", "Mochi1T5Encode", "Mochi1TiledVAEDecode"} <= types
     assert not any(t.startswith(("Mochi", "DownloadAndLoadMochi")) and not t.startswith("Mochi1") for t in types)
+    assert name in editor.page.title()
+    account = editor.page.evaluate("app.graph._nodes.find(node => node.type === 'MarkdownNote').widgets[0].value")
+    assert "https://huggingface.co/" in account
+    if name == "text_to_video":
+        assert "- CLIPLoader (node 2): type sd3 becomes mochi." in account
+
+
+def test_workflows_of_the_wrapper_show_the_way_unless_it_is_installed(editor):
+    way = editor.page.get_by_text("This workflow was made for MochiWrapper, which is not installed.", exact=False)
+    workflow = old("download_and_load")
+    editor.load(workflow, "old")
+    way.first.wait_for()
+    shown = way.count()
+    types = [node["type"] for node in workflow["nodes"]]
+    editor.page.evaluate(
+        "types => types.forEach(type => type.includes('Mochi') && LiteGraph.registerNodeType(type, class extends LGraphNode {}))",
+        types,
+    )
+    editor.load(workflow, "again")
+    editor.page.wait_for_timeout(2000)
+    assert way.count() <= shown
+    editor.page.reload()
+    editor.wait_until_ready()
 
 
 def test_command_says_when_there_is_nothing_to_convert(editor):
@@ -52,7 +75,7 @@ def test_builtin_graphs_get_an_offer_once_and_are_left_alone(editor):
     editor.page.reload()
     editor.wait_until_ready()
     editor.load(before, "again")
-    editor.page.wait_for_timeout(1000)
+    editor.page.wait_for_timeout(2000)
     assert offer.count() == 0
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from migrate import migrate, migrate_prompt
 from migrate.__main__ import main
+from migrate.account import add_account
+from migrate.downloads import PUBLIC_FILES
 from migrate.editor import LINK_FIELDS
 from migrate.our_nodes import NEW_NODES
 from migrate.tables import WRAPPER
@@ -149,6 +151,26 @@ def test_a_linked_widget_keeps_its_slot():
     assert [slot["name"] for slot in sampler["inputs"][:5]] == ["model", "positive", "negative", "latent", "sigmas"]
 
 
+def covers(one, other):
+    (ax, ay), (aw, ah), (bx, by), (bw, bh) = (
+        [float(number) for number in (value.values() if isinstance(value, dict) else value)]
+        for value in (one["pos"], one["size"], other["pos"], other["size"])
+    )
+    return ax < bx + bw and bx < ax + aw and ay < by + bh and by < ay + ah
+
+
+def test_the_account_of_a_conversion_is_a_note_in_it():
+    migration = migrated("text_to_video")
+    add_account(migration.workflow, migration.notes)
+    *others, note = migration.workflow["nodes"]
+    assert note["type"] == "MarkdownNote"
+    assert note["id"] == migration.workflow["last_node_id"] == max(node["id"] for node in others) + 1
+    assert not any(covers(note, other) for other in others)
+    (text,) = note["widgets_values"]
+    assert [line[2:] for line in text.splitlines() if line.startswith("- ")][: len(migration.notes)] == migration.notes
+    assert f"]({PUBLIC_FILES['mochi_preview_bf16.safetensors'].url}), into models/diffusion_models" in text
+
+
 def test_one_loader_becomes_two():
     migration = migrated("download_and_load")
     nodes = summary(migration.workflow)
@@ -160,7 +182,8 @@ def test_one_loader_becomes_two():
     assert not {17, 18} & set(nodes)
     assert migration.workflow["last_node_id"] == 19
     (vae,) = (node for node in migration.workflow["nodes"] if node["id"] == 19)
-    assert vae["pos"] == [465, 20 + 174 + 60]
+    assert vae["pos"][0] == 465
+    assert not [other["id"] for other in migration.workflow["nodes"] if other is not vae and covers(vae, other)]
     said = "\n".join(migration.notes)
     assert "precision fp8_e4m3fn_fast becomes fp8_e4m3fn; products are computed in 16 bits." in said
     assert "the link to trigger is dropped" in said

@@ -1,0 +1,34 @@
+"""The account of a conversion as a note inside the new graph, where it can be read again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from . import editor
+from .downloads import PUBLIC_FILES
+
+TITLE = "Converted to Mochi Nodes"
+
+
+def add_account(workflow: editor.Json, notes: Iterable[str]) -> None:
+    """Add a note to a converted workflow in the editor's form: what is not as it was, and where its files come from."""
+    told = [f"- {note}" for note in notes]
+    files = [f"- [{name}]({url}), into models/{folder}" for name, url, folder in _files(workflow)]
+    parts = [
+        ["**Not as it was**", *told] if told else ["Everything was carried over."],
+        ["**Files that can be downloaded**", *files] if files else [],
+    ]
+    editor.add_note(workflow, TITLE, "\n\n".join("\n".join([part[0], "", *part[1:]]) for part in parts if part) + "\n")
+
+
+def _files(workflow: editor.Json) -> list[tuple[str, str, str]]:
+    """Name with size, address and folder of each public file that a node asks for."""
+    asked = {
+        (file["name"], file["url"], file["directory"]): None
+        for graph in editor.graphs(workflow)
+        for node in graph["nodes"]
+        if str(node["type"]).startswith("Mochi1")
+        for file in (node.get("properties") or {}).get("models", [])
+    }
+    sizes = {file.url: file.size for file in PUBLIC_FILES.values()}
+    return [(f"{name} ({sizes[url]})", url, folder) for name, url, folder in asked if url in sizes]
