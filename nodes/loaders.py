@@ -78,7 +78,7 @@ class LoadTransformer(io.ComfyNode):
             category=CATEGORY,
             description="Loads Mochi's denoiser from a file in original, ComfyUI or diffusers layout, all-in-one, "
             "or from the index of a sharded one.",
-            search_aliases=["mochi model", "mochi unet", "MochiModelLoader"],
+            search_aliases=["genmo", "video model", "mochi model", "mochi unet", "MochiModelLoader"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -124,7 +124,7 @@ class LoadVAE(io.ComfyNode):
             display_name="Load Mochi VAE",
             category=CATEGORY,
             description="Loads Mochi's autoencoder. Decoding streams through it exactly, without tiles or seams.",
-            search_aliases=["mochi vae", "MochiVAELoader", "MochiVAEEncoderLoader"],
+            search_aliases=["genmo", "video vae", "mochi vae", "MochiVAELoader", "MochiVAEEncoderLoader"],
             inputs=[
                 io.Combo.Input(
                     "vae_name",
@@ -166,7 +166,7 @@ class LoadT5(io.ComfyNode):
             display_name="Load Mochi T5",
             category=CATEGORY,
             description="Loads the T5 text encoder that Mochi reads prompts with.",
-            search_aliases=["mochi clip", "mochi text encoder", "t5xxl"],
+            search_aliases=["genmo", "mochi clip", "mochi text encoder", "t5xxl"],
             inputs=[
                 io.Combo.Input(
                     "t5_name",

@@ -98,7 +98,7 @@ class Sampler(io.ComfyNode):
             display_name="Mochi Sampler",
             category=CATEGORY,
             description="Makes the latents of a video from noise, or from a LATENT (video to video).",
-            search_aliases=["mochi text to video", "MochiSampler"],
+            search_aliases=["genmo", "video", "text to video", "t2v", "mochi text to video", "MochiSampler"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load Mochi Transformer, or any other Mochi MODEL."),
                 io.Conditioning.Input("positive", tooltip="What the video shows."),

@@ -332,6 +332,7 @@ def test_empty_prompt_differs_from_the_stock_encoders_end_token(latents_of):
 def test_nodes_are_described(comfy_client):
     infos = {name: info for name, info in comfy_client.get("/object_info").items() if name.startswith("Mochi1")}
     assert len(infos) == 12
+    assert {"genmo", "video", "text to video", "t2v"} <= set(infos["Mochi1Sampler"]["search_aliases"])
     for name, info in infos.items():
         assert info["description"], name
         assert info["search_aliases"], name
