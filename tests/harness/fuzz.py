@@ -208,7 +208,7 @@ def safetensors_tensors(rng: Rng, folder: Path) -> Path:
             )
             tensors[name] = tensor.float().to(rng.choice(dtypes))
         elif change == 2:
-            tensors[name] = tensor.float().reshape(*[1] * rng.randrange(5), *tensor.shape)
+            tensors[name] = tensor.float().reshape([1] * rng.randrange(5) + [*tensor.shape])
         elif change == 3:
             tensors[name] = torch.zeros([rng.choice((0, 1, 2, 8, 9)) for _ in range(rng.randrange(6))])
         elif change == 4:
