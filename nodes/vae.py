@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 from comfy_api.latest import io
 
 from ..mochi_core.autoencoder.streaming import GIB
-from ..mochi_core.geometry import frames_to_latents, latents_to_frames, size_problem
-from .bridge.vae import decode_video, require_mochi_vae
+from .bridge.vae import decode_video, encode_frames
 from .category import CATEGORY
 
 
@@ -57,7 +54,7 @@ class VAEEncode(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "pixels",
-                    tooltip="Frames at 30 per second; width and height multiples of 16. Frames beyond 6k + 1 are left out.",
+                    tooltip="Frames at 30 per second. Those beyond 6k + 1 are left out, and pixels beyond multiples of 8.",
                 ),
                 io.Vae.Input("vae", tooltip="From Load Mochi VAE, with an encoder."),
             ],
@@ -66,11 +63,4 @@ class VAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels, vae):
-        require_mochi_vae(vae)
-        frames, height, width = pixels.shape[:3]
-        if problem := size_problem("height", height) or size_problem("width", width):
-            raise ValueError(problem)
-        kept = latents_to_frames(frames_to_latents(frames))
-        if kept < frames:
-            logging.info("VAE Encode (Mochi): %d frames given, %d (6k + 1) encoded.", frames, kept)
-        return io.NodeOutput({"samples": vae.encode(pixels[:kept])})
+        return io.NodeOutput({"samples": encode_frames(vae, pixels)})

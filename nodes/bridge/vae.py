@@ -19,7 +19,13 @@ from ...mochi_core.autoencoder.memory import decoder_memory_estimate, encoder_me
 from ...mochi_core.autoencoder.streaming import GIB, MemoryEstimate, strip_step
 from ...mochi_core.checkpoints import check_fit, empty_vae, merge
 from ...mochi_core.dtypes import dtype_name
-from ...mochi_core.geometry import LATENT_CHANNELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, latents_to_frames
+from ...mochi_core.geometry import (
+    LATENT_CHANNELS,
+    SPATIAL_COMPRESSION,
+    TEMPORAL_COMPRESSION,
+    frames_to_latents,
+    latents_to_frames,
+)
 from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
 from .quantized import by_layer, read_part
 
@@ -128,6 +134,10 @@ class HostVAE(comfy.sd.VAE):
         self.patcher = patcher(module, load_device=device, offload_device=mm.vae_offload_device())
         self.model_size()
 
+    def vae_encode_crop_pixels(self, pixels):
+        """What the host encodes of IMAGE frames ([B,] F, H, W, C): it crops sizes, and of lengths knows nothing."""
+        return crop_frames(pixels)[..., : self.output_channels]
+
     def decode_tiled(self, samples, *_, **__):
         return self.decode(samples)
 
@@ -202,6 +212,33 @@ def decode_video(vae: comfy.sd.VAE, latents: torch.Tensor, memory_limit: int | N
     else:
         video = vae.decode_tiled(latents, **HOST_TILES)
     return video.flatten(0, 1)
+
+
+def encode_frames(vae: comfy.sd.VAE, pixels: torch.Tensor) -> torch.Tensor:
+    """IMAGE frames (F, H, W, C) of any length and size to latents (1, 12, T, H / 8, W / 8), by our autoencoder or the host's."""
+    require_mochi_vae(vae)
+    return vae.encode(crop_frames(pixels))
+
+
+def crop_frames(pixels: torch.Tensor) -> torch.Tensor:
+    """The first 6k + 1 frames of `pixels` ([B,] F, H, W, C) and the middle of each, as the host crops: multiples of 8 pixels.
+
+    Raises:
+        ValueError: not even one latent would be left.
+    """
+    frames, *size = pixels.shape[-4:-1]
+    height, width = (length // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION for length in size)
+    kept = latents_to_frames(frames_to_latents(frames))
+    if min(kept, height, width) < 1:
+        raise ValueError(
+            f"There are {frames} frames of {size[1]} x {size[0]} pixels to encode, but a latent is made of at least one of "
+            f"{SPATIAL_COMPRESSION} x {SPATIAL_COMPRESSION}; connect a larger video."
+        )
+    top, left = ((length % SPATIAL_COMPRESSION) // 2 for length in size)
+    if (kept, height, width) != (frames, *size):
+        given, taken = f"{frames} frames of {size[1]} x {size[0]}", f"{kept} (6k + 1) of {width} x {height}"
+        log_choice("encode", f"{given} given, {taken} encoded")
+    return pixels[..., :kept, top : top + height, left : left + width, :]
 
 
 def require_mochi_vae(vae: comfy.sd.VAE) -> None:

@@ -73,16 +73,33 @@ def test_dtypes(frames_of, dtype, error):
     assert torch.equal(chosen, auto) == (dtype == "fp32")  # what auto means on a CPU
 
 
-def test_stock_encode_is_ours_and_takes_frames_as_they_are(latents_of):
-    graph = upto_sampler(**SIZE)
-    graph["frames"] = decoder()
-    graph["ours"] = node("Mochi1VAEEncode", pixels=["frames", 0], vae=[VAE, 0])
-    graph["stock"] = node("VAEEncode", pixels=["frames", 0], vae=[VAE, 0])
+def test_every_node_encodes_the_same_part_of_any_video(latents_of, comfy_server):
+    """23 frames of 60 x 43 become 19 of 56 x 40, of a latent of 7 x 5."""
+    graph = upto_sampler(width=64, height=48, num_frames=25, steps=1)
+    graph["decode"] = decoder()
+    graph["scale"] = node(
+        "ImageScale", image=["decode", 0], width=60, height=43, upscale_method="area", crop="disabled"
+    )
+    graph["frames"] = node("ImageFromBatch", image=["scale", 0], batch_index=0, length=23)
+    graph["start"] = node("ImageFromBatch", image=["frames", 0], batch_index=0, length=19)
+    graph["part"] = node("ImageCrop", image=["start", 0], width=56, height=40, x=2, y=1)
+    graph["mask"] = node("SolidMask", value=0.0, width=60, height=43)
+    encode = {"pixels": ["frames", 0], "vae": [VAE, 0]}
     tiles = {"tile_size": 64, "overlap": 0, "temporal_size": 8, "temporal_overlap": 4}
-    graph["tiled"] = node("VAEEncodeTiled", pixels=["frames", 0], vae=[VAE, 0], **tiles)
-    ours, stock, tiled = latents_of(graph, ["ours", 0], ["stock", 0], ["tiled", 0])
-    assert torch.equal(ours, stock)
-    assert torch.equal(ours, tiled)
+    graph |= {
+        "exact": node("Mochi1VAEEncode", pixels=["part", 0], vae=[VAE, 0]),
+        "ours": node("Mochi1VAEEncode", **encode),
+        "stock": node("VAEEncode", **encode),
+        "tiled": node("VAEEncodeTiled", **encode, **tiles),
+        "inpaint": node("VAEEncodeForInpaint", **encode, mask=["mask", 0], grow_mask_by=0),
+    }
+    before = comfy_server.log.stat().st_size
+    exact, *others = latents_of(graph, ["exact", 0], ["ours", 0], ["stock", 0], ["tiled", 0], ["inpaint", 0])
+    assert exact.shape == (1, 12, 4, 5, 7)
+    for latents in others:
+        torch.testing.assert_close(latents, exact)
+    log = comfy_server.log.read_bytes()[before:].decode()
+    assert log.count("Mochi encode: 23 frames of 60 x 43 given, 19 (6k + 1) of 56 x 40 encoded.") == 4
 
 
 def resident(server):
