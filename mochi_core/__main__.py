@@ -244,8 +244,10 @@ def default_device() -> str:
 
 def gibibytes(text: str) -> int | None:
     """A number of GiB to bytes; 0 to None, which means all that is free."""
-    if float(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative; use 0 for what is free.")
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no amount of memory; use 0 for what is free, or a number such as 8."
+        )
     return round(float(text) * GIB) or None
 
 

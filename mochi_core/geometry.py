@@ -23,7 +23,13 @@ def latents_to_frames(num_latents: int) -> int:
 
 
 def seconds_to_frames(seconds: float) -> int:
-    """The 6k + 1 frames at 30 per second whose last one is shown nearest to `seconds` after the first; halves go up."""
+    """The 6k + 1 frames at 30 per second whose last one is shown nearest to `seconds` after the first; halves go up.
+
+    Raises:
+        ValueError: `seconds` is infinite or not a number.
+    """
+    if not math.isfinite(seconds):
+        raise ValueError(f"seconds is {seconds}, but a video has a length; use a number such as 5.4.")
     return latents_to_frames(max(0, math.floor(seconds * FPS / TEMPORAL_COMPRESSION + 0.5)) + 1)
 
 
@@ -41,11 +47,9 @@ class VideoSize:
     num_frames: int = 163
 
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            if problem := size_problem(name, getattr(self, name)):
-                raise ValueError(problem)
-        if problem := frames_problem(self.num_frames):
-            raise ValueError(problem)
+        sizes = [size_problem(name, getattr(self, name)) for name in ("height", "width")]
+        if problems := [problem for problem in (*sizes, frames_problem(self.num_frames)) if problem]:
+            raise ValueError(" ".join(problems))
 
     @property
     def num_latents(self) -> int:

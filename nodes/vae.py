@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from comfy_api.latest import io
 
 from ..mochi_core.autoencoder.streaming import GIB
@@ -39,6 +41,10 @@ class TiledVAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae, memory=0.0):
+        if not 0 <= memory < math.inf:
+            raise ValueError(
+                f"memory is {memory}, but it is an amount in GiB; use 0 for what is free, or a number such as 8."
+            )
         return io.NodeOutput(decode_video(vae, samples["samples"], round(memory * GIB) or None))
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..geometry import LATENT_CHANNELS
+
 # Source: genmoai/mochi, src/genmo/mochi_preview/vae/vae_stats.py; equal in the config.json of diffusers' AutoencoderKLMochi and
 # in ComfyUI's latent_formats.Mochi.
 LATENTS_MEAN = (
@@ -19,6 +21,24 @@ LATENTS_STD = (
     0.8244560132752793, 0.917259975397747, 0.9294154431013696, 1.3720942357788521,
     0.881393668867029, 0.9168315692124348, 0.9185249279345552, 0.9274757570805041,
 )  # fmt: skip
+
+
+def latents_problem(latents: Tensor, channels: int = LATENT_CHANNELS) -> str | None:
+    """Why `latents` are none of Mochi's, which are finite (B, 12, T, H, W) with at least one of each, or None if they are.
+
+    One number that is not finite is enough to make a whole video of them, in the denoiser and in the autoencoder.
+    """
+    shape = tuple(latents.shape)
+    if len(shape) != 5 or shape[1] != channels or 0 in shape:
+        return f"latents have shape {shape}, but Mochi's are (batch, {channels}, T, H, W) with at least one of each."
+    if not latents.is_floating_point():
+        return f"latents are {str(latents.dtype).removeprefix('torch.')}, but they have to be real numbers, such as float32."
+    if bad := latents.numel() - int(latents.isfinite().sum()):
+        return (
+            f"latents hold {bad} values of {latents.numel()} that are infinite or not a number, which would spoil the whole "
+            "video; make them again, in bf16 or fp32 if it was fp16."
+        )
+    return None
 
 
 def normalize_latents(latents: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ..mapped_files import check_mapped_files
 from ..ops import Ops
 from .decoder import Decoder
 from .encoder import Encoder
+from .latents import latents_problem
 from .layers import RGB
 from .memory import decoder_memory_estimate, encoder_memory_estimate, encoder_progress_units
 from .steps import decoder_steps, encoder_steps
@@ -104,7 +105,7 @@ class AsymmVAE(nn.Module):
             device: where to work; by default where the weights are.
 
         Raises:
-            ValueError: the model has no decoder, or `latents` has another shape.
+            ValueError: the model has no decoder, or `latents` has another shape, no rows, or values that are not finite.
             OutOfMemory: not even one row of a frame at a time fits.
         """
         self.check_decoder(latents.shape)
@@ -129,6 +130,8 @@ class AsymmVAE(nn.Module):
         The arguments are those of `decode`.
         """
         decoder = self.check_decoder(latents.shape)
+        if problem := latents_problem(latents, self.config.latent_channels):
+            raise ValueError(problem)
         height, width = latents.shape[3:]
         # A batch is as one latent of values that are so many times as large.
         estimate = decoder_memory_estimate(self.config, height, width, len(latents) * self.dtype.itemsize)
@@ -184,8 +187,10 @@ class AsymmVAE(nn.Module):
             )
         check_mapped_files(self)
         channels = self.config.latent_channels
-        if len(shape) != 5 or shape[1] != channels:
-            raise ValueError(f"latents have shape {tuple(shape)}; the decoder needs (batch, {channels}, T, H, W).")
+        if len(shape) != 5 or shape[1] != channels or 0 in shape:
+            raise ValueError(
+                f"latents have shape {tuple(shape)}; the decoder needs (batch, {channels}, T, H, W), at least one of each."
+            )
         return self.decoder
 
     def check_encoder(self, video: Tensor) -> Encoder:

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..autoencoder.latents import latents_problem
 from ..checkpoints import from_state_dict, open_checkpoint
 from ..checkpoints.formats.writer import write_safetensors
-from ..geometry import LATENT_CHANNELS
 
 NAME = "latent_tensor"
 VERSION_MARK = "latent_format_version_0"
@@ -32,7 +32,7 @@ def load_latents(path: str | Path) -> Tensor:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
+        ValueError: it holds something else, or latents with no rows or with values that are not finite.
     """
     file = open_checkpoint(path)
     tensors = file.tensors
@@ -41,9 +41,9 @@ def load_latents(path: str | Path) -> Tensor:
         raise file.error(f"holds {len(names)} tensors that could be latents; it must hold one.")
     stored = tensors[names[0]]
     shape = (1, *stored.shape) if len(stored.shape) == 4 else stored.shape
-    if len(shape) != 5 or shape[1] != LATENT_CHANNELS or 0 in shape:
-        rule = f"Mochi's are (batch, {LATENT_CHANNELS}, T, H, W), each at least 1"
-        raise file.error(f"holds latents of shape {stored.shape}; {rule}.")
-    latents = stored.read().to(torch.float32, copy=True).reshape(shape)  # no map of a file that is soon written again
+    latents = stored.read().reshape(shape)
+    if problem := latents_problem(latents):
+        raise file.error(f"cannot be decoded: {problem}")
+    latents = latents.to(torch.float32, copy=True)  # no map of a file that is soon written again
     unmarked = NAME in tensors and VERSION_MARK not in tensors
     return latents / UNMARKED_SCALE if unmarked else latents

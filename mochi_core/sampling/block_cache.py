@@ -13,6 +13,7 @@ Two measures of change, both relative, the mean absolute difference over the mea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..transformer.block import BlockCall, BlockContext, RunBlock, run_block
 from ..transformer.layers import modulated_norm
-from .schedule import in_step_range
+from .schedule import check_share, in_step_range
 
 METHODS = ("teacache", "first_block")
 COEFFICIENTS = (-3.51241319e3, 8.11675948e2, -6.09400215e1, 2.42429681, 3.05291719e-3)
@@ -53,8 +54,10 @@ class BlockCache:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"The cache method is {self.method!r}; use one of {', '.join(METHODS)}.")
-        if not self.threshold >= 0:
+        if not 0 <= self.threshold < math.inf:
             raise ValueError(f"The cache threshold is {self.threshold}; use 0 (off) or more, such as 0.06.")
+        check_share("start", self.start)
+        check_share("end", self.end)
 
     @property
     def hit_rate(self) -> float:

@@ -14,9 +14,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..autoencoder.latents import latents_problem
 from ..transformer.attention import Attention, choose_attention, sdpa
 from ..transformer.model import AsymmDiT, ScheduleModulation, TextConditioning
 from .block_cache import BlockCache
+from .schedule import check_guidance, check_schedule
 
 Velocity = Callable[[Tensor, int], Tensor]
 """(latents, step) -> velocity at the noise level of that step."""
@@ -100,15 +102,17 @@ def scale_per_step(guidance_scale: float | Sequence[float], num_steps: int) -> l
     """One guidance scale per step.
 
     Raises:
-        ValueError: a sequence of another length than the number of steps.
+        ValueError: a sequence of another length than the number of steps, or a scale that is no finite number.
     """
     if isinstance(guidance_scale, int | float):
-        return [float(guidance_scale)] * num_steps
+        guidance_scale = [guidance_scale] * num_steps
     scales = [float(scale) for scale in guidance_scale]
     if len(scales) != num_steps:
         raise ValueError(
             f"guidance_scale has {len(scales)} entries; {num_steps} steps need one each, or a single number."
         )
+    for scale in scales:
+        check_guidance("guidance_scale", scale)
     return scales
 
 
@@ -188,8 +192,12 @@ def sample(
         DiT-space latents, float32, on the device of `noise`.
 
     Raises:
-        ValueError: guidance without `uncond`, lengths or shapes that do not fit, or an attention that cannot be used here.
+        ValueError: guidance without `uncond`, lengths or shapes that do not fit, no step, numbers that are not finite, or an
+            attention that cannot be used here.
     """
+    check_schedule(sigmas)
+    if problem := latents_problem(noise, dit.config.in_channels):
+        raise ValueError(problem)
     scales = scale_per_step(guidance_scale, len(sigmas) - 1)
     # The working device: offloaded weights lie elsewhere, positions never do.
     state = noise.to(dit.pos_frequencies.device, torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,13 +55,42 @@ def linear_quadratic_schedule(
     return (1.0 - removed).float()
 
 
+def check_schedule(sigmas: Tensor) -> None:
+    """Raise a ValueError unless `sigmas` are the noise levels of a run: finite numbers in a row, with at least one step."""
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        shape = tuple(sigmas.shape)
+        raise ValueError(f"sigmas have shape {shape}, but one step needs two noise levels in a row; give steps + 1.")
+    for index, sigma in enumerate(sigmas.tolist()):
+        if not math.isfinite(sigma):
+            raise ValueError(f"sigmas[{index}] is {sigma}, but noise levels are numbers from 1 down to 0.")
+
+
+def check_guidance(name: str, scale: float) -> None:
+    """Raise a ValueError if `scale` is infinite or not a number."""
+    if not math.isfinite(scale):
+        raise ValueError(f"{name} is {scale}, but guidance is a number; use 1 (off) or more, such as 4.5.")
+
+
+def check_share(name: str, share: float) -> None:
+    """Raise a ValueError if `share` is not in [0, 1]."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} is {share}, but it is a share of the steps; use a number from 0 to 1.")
+
+
 def guidance_schedule(
     num_steps: int, scale: float, end_scale: float | None = None, start: float = 0.0, end: float = 1.0
 ) -> list[float]:
     """One guidance scale per step: `scale` in the steps from the fraction `start` to the fraction `end`, else 1, which is none.
 
     With `end_scale`, the scale moves by equal differences from `scale` in the first of those steps to `end_scale` in the last.
+
+    Raises:
+        ValueError: a scale that is no finite number, or a fraction outside [0, 1].
     """
+    check_guidance("cfg", scale)
+    check_guidance("cfg_end", scale if end_scale is None else end_scale)
+    check_share("start", start)
+    check_share("end", end)
     within = [step for step in range(num_steps) if in_step_range(step, num_steps, start, end)]
     difference = 0.0 if end_scale is None else (end_scale - scale) / max(1, len(within) - 1)
     return [scale + difference * (step - within[0]) if step in within else 1.0 for step in range(num_steps)]

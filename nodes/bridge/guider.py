@@ -12,7 +12,8 @@ class ScheduledGuider(comfy.samplers.CFGGuider):
     """The host's guider with one guidance scale per step; a step with scale 1 costs one forward instead of two."""
 
     def set_schedule(self, scale: float, end_scale: float | None, start: float, end: float) -> None:
-        """Set the arguments of `guidance_schedule`."""
+        """Set the arguments of `guidance_schedule`, which raises a ValueError for those that make no schedule."""
+        guidance_schedule(1, scale, end_scale, start, end)
         self.set_cfg(scale)
         self.schedule = scale, end_scale, start, end
 

@@ -10,7 +10,11 @@ import latent_preview
 import torch
 
 from ...mochi_core import VideoSize, linear_quadratic_schedule
+from ...mochi_core.autoencoder.latents import latents_problem
+from ...mochi_core.sampling.schedule import check_guidance, check_schedule
 
+RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+"""Keys of an empty LATENT made for another model, whose latents are of other sizes: pixels and frames per latent."""
 SIGMA_TOLERANCE = 1e-6
 """Largest relative difference of noise levels that counts as rounding."""
 
@@ -50,8 +54,14 @@ def empty_latent(width: int, height: int, num_frames: int, batch_size: int) -> d
 
 
 def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: float, seed: int) -> dict:
-    """Euler steps along `sigmas`; returns a LATENT like `latent`."""
-    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    """Euler steps along `sigmas`; returns a LATENT like `latent`.
+
+    Raises:
+        ValueError: the LATENT is none of Mochi's, there is no step, or numbers are not finite.
+    """
+    check_schedule(sigmas)
+    check_guidance("cfg", cfg)
+    image = mochi_latents(model, latent)
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
     samples = comfy.sample.sample_custom(
         model,
@@ -67,4 +77,22 @@ def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: f
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    return {**latent, "samples": samples}
+    return {**{key: value for key, value in latent.items() if key not in RATIOS}, "samples": samples}
+
+
+def mochi_latents(model, latent: dict) -> torch.Tensor:
+    """The samples of a LATENT (B, 12, T, H, W); empty ones made for another model get the channels and sizes of `model`'s.
+
+    Raises:
+        ValueError: they are another model's, have no frames or rows, or values that are not finite.
+    """
+    samples = latent["samples"]
+    if samples.is_nested:
+        raise ValueError(
+            "The LATENT holds several tensors, as models of video with sound use it; connect one of Mochi's."
+        )
+    if samples.ndim > 3 and samples.numel():  # for others the host has errors of its own
+        samples = comfy.sample.fix_empty_latent_channels(model, samples, *(latent.get(key) for key in RATIOS))
+    if problem := latents_problem(samples):
+        raise ValueError(problem)
+    return samples

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -46,3 +48,14 @@ def test_latent_spaces_round_trip():
 def test_seconds_become_frames_that_mochi_makes(seconds, frames):
     assert seconds_to_frames(seconds) == frames
     assert frames_problem(frames) is None
+
+
+@pytest.mark.parametrize("seconds", [math.inf, -math.inf, math.nan])
+def test_endless_seconds_are_refused(seconds):
+    with pytest.raises(ValueError, match=f"seconds is {seconds}, but a video has a length"):
+        seconds_to_frames(seconds)
+
+
+def test_every_size_that_is_wrong_is_named():
+    with pytest.raises(ValueError, match=r"height is 50, .* width is 100, .* num_frames is 24, "):
+        VideoSize(50, 100, 24)

@@ -1,9 +1,10 @@
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 
-from mochi_core import euler, guided, sample
+from mochi_core import BlockCache, euler, guided, sample
 from mochi_core.sampling.sample import prepared_velocities
 from tests.harness.random_inputs import NOISE, SIGMAS, prompt
 from tests.harness.tiny_models import random_dit
@@ -100,6 +101,30 @@ def test_prompt_count_must_fit(dit):
 def test_scale_count_must_fit(dit):
     with pytest.raises(ValueError, match="2 entries; 5 steps"):
         sample(dit, NOISE, SIGMAS, prompt(6), prompt(0), [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sigmas": SIGMAS[:0]}, r"sigmas have shape \(0,\), but one step needs two"),
+        ({"sigmas": SIGMAS[:1]}, r"sigmas have shape \(1,\), but one step needs two"),
+        ({"sigmas": torch.tensor([1.0, math.nan, 0.0])}, r"sigmas\[1\] is nan"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan"),
+        ({"guidance_scale": [4.5, 4.5, 4.5, 4.5, math.inf]}, "guidance_scale is inf"),
+        ({"noise": NOISE[:0]}, r"latents have shape \(0, 12, "),
+        ({"noise": NOISE[..., :0, :]}, "with at least one of each"),
+        ({"noise": NOISE[:, :4]}, r"Mochi's are \(batch, 12, T, H, W\)"),
+        ({"noise": NOISE.long()}, "latents are int64, but they have to be real numbers"),
+        ({"noise": NOISE * math.nan}, "that are infinite or not a number"),
+        ({"cache": {"threshold": math.inf}}, "threshold is inf"),
+        ({"cache": {"threshold": 0.1, "start": math.nan}}, "start is nan"),
+    ],
+)
+def test_no_run_without_steps_and_numbers(dit, wrong, message):
+    right = {"noise": NOISE, "sigmas": SIGMAS, "cond": prompt(6), "uncond": prompt(0)}
+    with pytest.raises(ValueError, match=message):
+        cache = {"cache": BlockCache("teacache", **wrong["cache"])} if "cache" in wrong else {}
+        sample(dit, **{**right, **wrong, **cache})
 
 
 def test_on_step_sees_every_step_and_can_stop(dit):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -47,6 +49,21 @@ def test_all_steps_linear():
 def test_nonsense_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         linear_quadratic_schedule(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((math.nan,), "cfg is nan"),
+        ((4.5, math.inf), "cfg_end is inf"),
+        ((4.5, None, math.nan), "start is nan"),
+        ((4.5, None, 0.0, math.inf), "end is inf"),
+        ((4.5, None, 0.0, 1.5), "end is 1.5, but it is a share"),
+    ],
+)
+def test_guidance_is_made_of_numbers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        guidance_schedule(8, *arguments)
 
 
 def test_guidance_on_all_of_the_steps_is_the_scale():
