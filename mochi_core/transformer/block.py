@@ -24,6 +24,31 @@ ROTATION_TOKEN_CHUNK = 7168
 """Tokens at a time in q/k norms and rotations on a GPU: few, because all of q, k and v are there twice just then."""
 
 
+def joint_attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
+    """Attend over visual and valid text tokens; (B, N + L, K, D) each to (B, N + L, K * D).
+
+    L is the largest of `context.lengths`; rows past a sample's own length come out as zeros. Samples with prompts of different
+    lengths are attended to one at a time, so that no padding takes part.
+    """
+    padding = [max(context.lengths) - length for length in context.lengths]
+    if not any(padding):
+        return _attend(q, k, v, context.attention)
+    out = q.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])
+    for b, unused in enumerate(padding):
+        valid = slice(b, b + 1), slice(q.shape[1] - unused)
+        out[valid] = _attend(q[valid], k[valid], v[valid], context.attention)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return rearrange(attention(*heads_first), "b k l d -> b l (k d)")
+
+
+JointAttention = Callable[[Tensor, Tensor, Tensor, "BlockContext"], Tensor]
+"""q, k, v (B, N + L, K, D) and the context to the output (B, N + L, K * D), see `joint_attention`."""
+
+
 @dataclass(frozen=True)
 class BlockContext:
     """What all blocks of one forward share."""
@@ -32,6 +57,8 @@ class BlockContext:
     """Valid text tokens of each sample."""
     rope: Rope
     attention: Attention
+    joint_attention: JointAttention = joint_attention
+    """How each block attends; hosts wrap the function to change what goes in or comes out."""
 
 
 class AsymmetricAttention(nn.Module):
@@ -68,7 +95,7 @@ class AsymmetricAttention(nn.Module):
             self.qkv_y(modulated_norm(y, scale_y)),  # (B, L, 3 * K * D)
             context.rope,
         )  # (B, N + L, K, D)
-        out = joint_attention(q, k, v, context)  # (B, N + L, K * D)
+        out = context.joint_attention(q, k, v, context)  # (B, N + L, K * D)
         del q, k, v
         out_x, out_y = out.tensor_split([x.shape[1]], dim=1)  # (B, N, K * D), (B, L, K * D)
         return self.proj_x(out_x), None if self.proj_y is None else self.proj_y(out_y)
@@ -104,27 +131,6 @@ def norm_weight(norm: nn.RMSNorm, device: torch.device) -> Tensor:
     A large constant is normed to it exactly: its mean square is a power of four, beside which eps is nothing.
     """
     return norm(torch.full(norm.normalized_shape, 2.0**20, device=device))
-
-
-def joint_attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
-    """Attend over visual and valid text tokens; (B, N + L, K, D) each to (B, N + L, K * D).
-
-    L is the largest of `context.lengths`; rows past a sample's own length come out as zeros. Samples with prompts of different
-    lengths are attended to one at a time, so that no padding takes part.
-    """
-    padding = [max(context.lengths) - length for length in context.lengths]
-    if not any(padding):
-        return _attend(q, k, v, context.attention)
-    out = q.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])
-    for b, unused in enumerate(padding):
-        valid = slice(b, b + 1), slice(q.shape[1] - unused)
-        out[valid] = _attend(q[valid], k[valid], v[valid], context.attention)
-    return out
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
-    heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return rearrange(attention(*heads_first), "b k l d -> b l (k d)")
 
 
 class AsymmetricJointBlock(nn.Module):

@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 from ...mochi_core import AsymmDiT, BlockCache
 from ...mochi_core.sampling.block_cache import CachedBlocks, CacheState
 from ...mochi_core.transformer.block import RunBlock
+from .patches import mixes_samples
 from .sampling import step_at
 
 KEY = "mochi_cache"
@@ -37,6 +38,8 @@ class RunCache:
     """What each forward has counted."""
     batch_was_split: bool = False
     """Whether another node has split a batch, so that nothing says which prompt a forward is for."""
+    was_patched: bool = False
+    """Whether another node's patches saw the samples of a batch, which the cache would have taken some out of."""
 
     def use_states(self, keys: list[tuple[Any, ...]], step: int) -> list[CacheState]:
         """The states of videos, each under one prompt in one context window, for use in `step`.
@@ -88,6 +91,8 @@ def _with_cache(settings: BlockCache, executor, noise, *arguments, **named):
         options.pop(KEY)
         if run.batch_was_split:
             logging.warning("Mochi cache: off where another node runs the prompts of a batch one by one.")
+        if run.was_patched:
+            logging.warning("Mochi cache: off where another node's patches work on attention or blocks.")
         logging.info("Mochi cache: %s.", run.report())
 
 
@@ -99,6 +104,9 @@ def cached_run_block(run_block: RunBlock, x: torch.Tensor, options: dict, depth:
     sigmas, prompts = options["sample_sigmas"], options["uuids"]
     if len(x) != run.num_videos * len(prompts):
         run.batch_was_split = True
+        return run_block
+    if mixes_samples(options):
+        run.was_patched = True
         return run_block
     # A forward may differ from that of the same prompt in the step before in its window, patches, size or device.
     window = getattr(options.get("context_window"), "index_list", ())

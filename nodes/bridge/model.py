@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import comfy.conds
@@ -27,13 +26,13 @@ from ...mochi_core.checkpoints import (
 )
 from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.ops import Ops
-from ...mochi_core.text_encoder import MAX_TOKENS
-from ...mochi_core.transformer.block import BlockCall, RunBlock, run_block
+from ...mochi_core.text_encoder import MAX_TOKENS, empty_prompts
 from ...mochi_core.transformer.layers import TIMESTEP_PERIOD
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
 from .choices import arithmetic_choice, kernels_choice, log_choice, stored_name, weights_choice
 from .frame_levels import FrameLevels, is_trained_for_them, shares_of, with_frame_levels
+from .patches import host_run_block
 from .prepared import Conditioning, conditioning_of, full_mask, prepared, with_run
 from .preview import MochiLatents, with_previews
 from .quantized import by_layer, describe_matmul, host_weights, is_quantized, quantized_operations, read_part
@@ -97,7 +96,7 @@ class HostAsymmDiT(AsymmDiT):
         return executor.execute(x, timestep, context, attention_mask, options)
 
     def _forward(self, x, conditioning: Conditioning, transformer_options):
-        run = host_run_block(transformer_options, self.config.depth)
+        run = host_run_block(transformer_options, self.config.depth, x)
         velocity = self.denoise(
             x,
             conditioning.text,
@@ -107,27 +106,6 @@ class HostAsymmDiT(AsymmDiT):
             run_block=cached_run_block(run, x, transformer_options, self.config.depth),
         )
         return -velocity  # the host's flow models return noise - data
-
-
-def host_run_block(transformer_options: dict, depth: int) -> RunBlock:
-    """Tell the host which block runs, and let its patches replace a block (skip-layer guidance and others)."""
-    replacements = transformer_options.get("patches_replace", {}).get("dit", {})
-
-    def run(call: BlockCall) -> tuple[torch.Tensor, torch.Tensor]:
-        transformer_options.update(block_index=call.index, total_blocks=depth, block_type="double")
-        replacement = replacements.get(("double_block", call.index))
-        if replacement is None:
-            return run_block(call)
-
-        def original(args):
-            img, txt = run_block(replace(call, x=args["img"], y=args["txt"], modulation=args["vec"]))
-            return {"img": img, "txt": txt}
-
-        args = {"img": call.x, "txt": call.y, "vec": call.modulation, "transformer_options": transformer_options}
-        out = replacement(args, {"original_block": original})
-        return out["img"], out["txt"]
-
-    return run
 
 
 class HostMochi(comfy.model_base.GenmoMochi):
@@ -142,6 +120,11 @@ class HostMochi(comfy.model_base.GenmoMochi):
             self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=network
         )
 
+    def state_dict(self, *args, **named):
+        """Only what is an attribute in the model: nodes that merge look for the rest, scales of quantised layers, in vain."""
+        places = {name for name, _ in (*self.named_parameters(), *self.named_buffers())}
+        return {name: value for name, value in super().state_dict(*args, **named).items() if name in places}
+
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
         """Add what the run has prepared, in the last step before the denoiser: wrappers of other nodes may change prompts."""
         options = transformer_options if transformer_options is not None else {}
@@ -150,20 +133,27 @@ class HostMochi(comfy.model_base.GenmoMochi):
         conds["conditioning"] = prepared(self, x, t, c_crossattn, conds.get("attention_mask"), options, levels)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **conds)
 
+    def process_timestep(self, timestep, frame_levels: FrameLevels | None = None, **_):
+        """Noise levels as the denoiser takes them: settings by other nodes count in thousandths (ModelSamplingSD3)."""
+        sigma = timestep / getattr(self.model_sampling, "multiplier", 1.0)
+        return sigma if frame_levels is None else frame_levels.sigma(sigma)
+
     def extra_conds(self, **kwargs):
-        """Text and mask at full length, so that prompts of any lengths may share a batch: the denoiser crops each."""
+        """Text and mask at full length, so that prompts of any lengths may share a batch: the denoiser crops each.
+
+        A conditioning without text, as guiders make one in place of a negative prompt, is an empty prompt.
+        """
         out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
-        context = kwargs.get("cross_attn")
-        if context is not None:
-            out["c_crossattn"] = comfy.conds.CONDRegular(context)
-            out["attention_mask"] = comfy.conds.CONDRegular(full_mask(context, kwargs.get("attention_mask")))
+        context, mask = kwargs.get("cross_attn"), kwargs.get("attention_mask")
+        if context is None:
+            network: Any = self.diffusion_model
+            context, mask = empty_prompts(1, network.config.text_width)
+        out["c_crossattn"] = comfy.conds.CONDRegular(context)
+        out["attention_mask"] = comfy.conds.CONDRegular(full_mask(context, mask))
         shares = shares_of(kwargs.get("denoise_mask")) if self.has_frame_levels else None
         if shares is not None:
             out["frame_levels"] = comfy.conds.CONDRegular(shares)
         return out
-
-    def process_timestep(self, timestep, frame_levels: FrameLevels | None = None, **_):
-        return timestep if frame_levels is None else frame_levels.sigma(timestep)
 
 
 class MochiConfig(comfy.supported_models.GenmoMochi):

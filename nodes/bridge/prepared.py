@@ -18,6 +18,7 @@ from ...mochi_core.sampling.sample import frame_levels
 from ...mochi_core.transformer.model import Modulation, ScheduleModulation, TextConditioning
 from ...mochi_core.transformer.rope import Rope
 from .frame_levels import FrameLevels
+from .patches import warn_of_patches_left_out
 
 OPTION = "mochi_run"
 SIGMA_CHUNK = 64
@@ -122,9 +123,9 @@ class SamplingRun:
 
 def with_run(executor, guider, sigmas, extra_args, *arguments, **named):
     """Wraps a run of the host's sampler."""
+    warn_of_patches_left_out(extra_args["model_options"]["transformer_options"])
     if not _changed_by_hooks(guider.model_patcher):
-        schedule = guider.inner_model.model_sampling.timestep(sigmas[:-1]).float()
-        extra_args["model_options"]["transformer_options"][OPTION] = SamplingRun(schedule.tolist())
+        extra_args["model_options"]["transformer_options"][OPTION] = SamplingRun(sigmas[:-1].float().tolist())
     return executor(guider, sigmas, extra_args, *arguments, **named)
 
 
@@ -145,8 +146,7 @@ def prepared(
     if run is None or context is None or torch.is_grad_enabled():
         return None
     of_device = run.for_network(model.diffusion_model, model.get_dtype_inference())
-    timestep = model.model_sampling.timestep(t).float()
-    return of_device.conditioning(x, timestep, context, full_mask(context, mask), levels)
+    return of_device.conditioning(x, t.float(), context, full_mask(context, mask), levels)
 
 
 def full_mask(context: Tensor, mask: Tensor | None) -> Tensor:

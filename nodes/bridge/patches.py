@@ -1,0 +1,93 @@
+"""Patches that other nodes set on a MODEL's transformer: which are called for a block of Mochi's, and with what.
+
+The host's own class for Mochi calls those that replace a block, and no others. Beside them, blocks here call two that the
+host's transformers of joint attention (Flux, Qwen-Image) call: `attn1_output_patch`, with what attention gave for both streams
+(normalised attention guidance), and `double_block`, with both streams after the block. Patches that change what goes into
+attention are not called: the host's transformers have several calling conventions for them, and position tables of other kinds.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from ...mochi_core.transformer.block import BlockCall, BlockContext, RunBlock, joint_attention, run_block
+
+INPUT_PATCH = "attn1_patch"
+OUTPUT_PATCH = "attn1_output_patch"
+BLOCK_PATCH = "double_block"
+
+
+def host_run_block(transformer_options: dict, depth: int, latents: torch.Tensor) -> RunBlock:
+    """How a block is called: the host is told which one it is, and its patches replace it or follow it.
+
+    `latents` (B, 12, T, H, W) are what the forward is for.
+    """
+    replacements = transformer_options.get("patches_replace", {}).get("dit", {})
+    patches = transformer_options.get("patches", {}).get(BLOCK_PATCH, ())
+
+    def run(call: BlockCall) -> tuple[torch.Tensor, torch.Tensor]:
+        transformer_options.update(block_index=call.index, total_blocks=depth, block_type="double")
+        call = _with_output_patches(call, transformer_options)
+        x, y = _run_or_replace(call, replacements.get(("double_block", call.index)), transformer_options)
+        for patch in patches:
+            about = {"x": latents, "block_index": call.index, "transformer_options": transformer_options}
+            out = patch({"img": x, "txt": y, **about})
+            x, y = out["img"], out.get("txt", y)
+        return x, y
+
+    return run
+
+
+def _run_or_replace(call: BlockCall, replacement, transformer_options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    if replacement is None:
+        return run_block(call)
+
+    def original(args):
+        img, txt = run_block(replace(call, x=args["img"], y=args["txt"], modulation=args["vec"]))
+        return {"img": img, "txt": txt}
+
+    args = {"img": call.x, "txt": call.y, "vec": call.modulation, "transformer_options": transformer_options}
+    out = replacement(args, {"original_block": original})
+    return out["img"], out["txt"]
+
+
+def _with_output_patches(call: BlockCall, transformer_options: dict) -> BlockCall:
+    """`call` with an attention whose output (B, N + L, K * D) goes through the patches, the visual tokens at `img_slice`."""
+    patches = _output_patches(transformer_options)
+    if not patches:
+        return call
+
+    def attention(q, k, v, context: BlockContext):
+        out = joint_attention(q, k, v, context)
+        options = {**transformer_options, "img_slice": [0, out.shape[1] - max(context.lengths)]}
+        for patch in patches:
+            out = patch(out, options)
+        return out
+
+    return replace(call, context=replace(call.context, joint_attention=attention))
+
+
+def _output_patches(transformer_options: dict) -> list:
+    """Without those that come with an input patch and would undo what that has not done (token merging, HyperTile)."""
+    patches = transformer_options.get("patches", {})
+    pairs = {patch.__module__ for patch in patches.get(INPUT_PATCH, ())}
+    return [patch for patch in patches.get(OUTPUT_PATCH, ()) if patch.__module__ not in pairs]
+
+
+def mixes_samples(transformer_options: dict) -> bool:
+    """Whether a patch is called, which may need all samples of a batch together."""
+    return bool(_output_patches(transformer_options) or transformer_options.get("patches", {}).get(BLOCK_PATCH))
+
+
+def warn_of_patches_left_out(transformer_options: dict) -> None:
+    """Say which patches of a MODEL are not called in this run."""
+    replaced = transformer_options.get("patches_replace", {}).keys() - {"dit"}
+    called = {BLOCK_PATCH, *([OUTPUT_PATCH] if _output_patches(transformer_options) else [])}
+    names = {*(transformer_options.get("patches", {}).keys() - called), *replaced}
+    if "rope_options" in transformer_options:
+        names.add("rope_options")
+    if names:
+        logging.warning("Mochi patches: %s left out; the node that sets it has no effect.", ", ".join(sorted(names)))
