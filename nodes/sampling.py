@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..mochi_core.geometry import FPS, TEMPORAL_COMPRESSION, frames_problem, seconds_to_frames, size_problem
+from ..mochi_core.geometry import FPS, TEMPORAL_COMPRESSION, VideoSize, seconds_to_frames
+from ..mochi_core.sampling.schedule import check_guidance
 from .bridge.sampling import empty_latent, make_sigmas, sample
 from .category import CATEGORY
 
@@ -100,9 +101,9 @@ class Sampler(io.ComfyNode):
             description="Makes the latents of a video from noise, or from a LATENT (video to video).",
             search_aliases=["genmo", "video", "text to video", "t2v", "mochi text to video", "MochiSampler"],
             inputs=[
-                io.Model.Input("model", tooltip="From Load Mochi Transformer, or any other Mochi MODEL."),
-                io.Conditioning.Input("positive", tooltip="What the video shows."),
-                io.Conditioning.Input("negative", tooltip="What it does not show; usually an empty prompt."),
+                io.Model.Input("model", lazy=True, tooltip="From Load Mochi Transformer, or any other Mochi MODEL."),
+                io.Conditioning.Input("positive", lazy=True, tooltip="What the video shows."),
+                io.Conditioning.Input("negative", lazy=True, tooltip="What it does not show; usually an empty prompt."),
                 io.Int.Input(
                     "width",
                     default=848,
@@ -160,21 +161,29 @@ class Sampler(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
+                    lazy=True,
                     tooltip="Start from this video; its size replaces width, height and num_frames.",
                 ),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels that replace steps and denoise."),
+                io.Sigmas.Input(
+                    "sigmas", optional=True, lazy=True, tooltip="Noise levels that replace steps and denoise."
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The video as latents; Tiled VAE Decode (Mochi) makes frames of it.")],
         )
 
     @classmethod
-    def validate_inputs(cls, width=None, height=None, num_frames=None):
-        """Linked values are None here and are checked when the node runs."""
-        sizes = [
-            size_problem(name, value) for name, value in (("width", width), ("height", height)) if value is not None
-        ]
-        frames = [frames_problem(num_frames)] if num_frames is not None else []
-        return " ".join(problem for problem in sizes + frames if problem) or True
+    def check_lazy_status(cls, width, height, num_frames, steps, cfg, denoise=1.0, **inputs):
+        """Refuse what the host's ranges let pass while nothing is loaded yet; then ask for all that is connected.
+
+        Not in `validate_inputs`: of inputs named there, the host no longer checks type and range, and one that is wrong is
+        reported for all of them.
+        """
+        check_guidance("cfg", cfg)
+        if "latent" not in inputs:
+            VideoSize(height, width, num_frames)
+        if "sigmas" not in inputs:
+            make_sigmas(steps, denoise)
+        return [name for name, value in inputs.items() if value is None]
 
     @classmethod
     def execute(

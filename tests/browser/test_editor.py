@@ -56,18 +56,29 @@ def test_three_runs_make_three_videos(editor):
     assert len(set(editor.page.evaluate("window.files.map(file => file.filename)"))) == 3
 
 
-def test_invalid_width_is_explained_on_the_node(editor):
+def queue_with_width(editor, width):
+    """Queue the tiny workflow with a width that the editor itself would not let a person type."""
     workflow = editor_form("tiny_mochi")
     (sampler,) = (node for node in workflow["nodes"] if node["type"] == "Mochi1Sampler")
-    sampler["widgets_values"][0] = 100  # the editor itself rounds what is typed
+    sampler["widgets_values"][0] = width
     editor.load(workflow, "invalid")
     editor.page.get_by_test_id("queue-button").click()
-    editor.page.wait_for_function("app.lastNodeErrors && Object.keys(app.lastNodeErrors).length")
-    (errors,) = editor.page.evaluate("Object.values(app.lastNodeErrors)")
-    assert errors["class_type"] == "Mochi1Sampler"
+
+
+def test_width_out_of_range_is_told_once_at_its_input(editor):
+    queue_with_width(editor, 5000)
+    editor.page.get_by_text("The value 5000 for Mochi Sampler's width is above the maximum 4096.").first.wait_for()
+    ((error,),) = editor.page.evaluate("Object.values(app.lastNodeErrors).map(node => node.errors)")
+    assert error["extra_info"]["input_name"] == "width"
+
+
+def test_invalid_width_is_explained_in_the_error_panel(editor):
+    queue_with_width(editor, 100)
+    editor.page.get_by_text("Mochi Sampler failed").first.wait_for()
     editor.page.get_by_role("button", name="View details").first.click()
-    editor.page.get_by_role("button", name="Info for Mochi Sampler - width").click()
-    editor.page.get_by_text("width is 100, but Mochi needs a multiple of 16; use 96 or 112.").first.wait_for()
+    panel = editor.page.get_by_text("width is 100, but Mochi needs a multiple of 16; use 96 or 112.").first
+    panel.wait_for()
+    assert panel.is_visible()
     assert editor.page.evaluate("app.graph._nodes.find(node => node.type === 'Mochi1Sampler').has_errors")
 
 

@@ -1,6 +1,7 @@
 """A real ComfyUI server, driven over its API as a client would."""
 
 import io
+import math
 import os
 import shutil
 import threading
@@ -23,6 +24,7 @@ from tests.harness.graphs import (
     POSITIVE,
     SAMPLER,
     T5,
+    VAE,
     assert_healthy,
     node,
     prompt,
@@ -56,14 +58,95 @@ def test_run_shows_progress(comfy_client):
     ("inputs", "message"),
     [
         ({"width": 100}, "width is 100, but Mochi needs a multiple of 16; use 96 or 112."),
-        ({"height": 50}, "height is 50, but Mochi needs a multiple of 16; use 48 or 64."),
-        ({"num_frames": 24}, "use 19 or 25."),
+        (
+            {"height": 50, "num_frames": 24},
+            "height is 50, but Mochi needs a multiple of 16; use 48 or 64. "
+            "num_frames is 24, but Mochi needs 6k + 1 frames (7, 13, 19, ... 163); use 19 or 25.",
+        ),
+        ({"cfg": math.nan}, "cfg is nan, but guidance is a number; use 1 (off) or more, such as 4.5."),
+        ({"denoise": math.nan}, "denoise is nan, but it is a share of the schedule; use a value above 0 and up to 1."),
     ],
 )
-def test_invalid_sizes_are_refused_with_the_nearest_valid_ones(comfy_client, inputs, message):
-    with pytest.raises(PromptRefused, match=message.replace(".", r"\.")):
+def test_invalid_sizes_are_refused_with_the_nearest_valid_ones_before_anything_is_loaded(comfy_client, inputs, message):
+    graph = prompt(**inputs)
+    graph[POSITIVE]["inputs"]["prompt"] = message  # which no result is cached for
+    run = comfy_client.run(graph)
+    assert (run.outcome, run.error) == ("execution_error", message)
+    started = {data["node"] for name, data in run.events if name == "executing"}
+    assert SAMPLER in started
+    assert POSITIVE not in started
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kinds"),
+    [
+        ({"num_frames": "13.0"}, {"num_frames": "invalid_input_type"}),
+        ({"width": 1e30, "height": 8}, {"width": "value_bigger_than_max", "height": "value_smaller_than_min"}),
+        ({"width": True, "steps": 0}, {"width": "value_smaller_than_min", "steps": "value_smaller_than_min"}),
+    ],
+)
+def test_each_value_out_of_range_is_reported_once_at_its_input(comfy_client, inputs, kinds):
+    with pytest.raises(PromptRefused) as refused:
         comfy_client.run(prompt(**inputs))
-    assert_healthy(comfy_client)
+    ((node_id, found),) = refused.value.details["node_errors"].items()
+    assert node_id == SAMPLER
+    assert {error["extra_info"]["input_name"]: error["type"] for error in found["errors"]} == kinds
+    assert len(found["errors"]) == len(kinds)
+
+
+def test_empty_latents_of_other_models_get_mochis_size(latents_of):
+    """A latent of LTX is 32 pixels wide and high, one of Mochi's 8."""
+    graph = upto_sampler(steps=1)
+    graph["ours"] = node("EmptyMochiLatentVideo", width=96, height=64, length=13, batch_size=1)
+    graph["others"] = node("EmptyLTXVLatentVideo", width=96, height=64, length=17, batch_size=1)
+    inputs = graph[SAMPLER]["inputs"]
+    graph[SAMPLER]["inputs"] = {**inputs, "latent": ["ours", 0]}
+    graph["sample"] = node("Mochi1Sampler", **{**inputs, "latent": ["others", 0]})
+    ours, others = latents_of(graph, [SAMPLER, 0], ["sample", 0])
+    assert ours.shape == others.shape == (1, 12, 3, 8, 12)
+    assert torch.equal(ours, others)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("latent", "sixteen channels", "latents have shape (1, 16, 1, 8, 12), but Mochi's are (batch, 12, T, H, W)"),
+        ("latent", "no frames", "latents have shape (1, 12, 0, 4, 4), but Mochi's are (batch, 12, T, H, W)"),
+        ("latent", "no number", "latents hold 1 values of 192 that are infinite or not a number"),
+        ("sigmas", "no step", "sigmas have shape (1,), but one step needs two noise levels in a row"),
+        ("sigmas", "no level", "sigmas have shape (0,), but one step needs two noise levels in a row"),
+        ("decode", "no number", "latents hold 1 values of 192 that are infinite or not a number"),
+        ("decode", "no frames", "latents have shape (1, 12, 0, 4, 4); the decoder needs"),
+        ("stock decode", "no frames", "latents have shape (1, 12, 0, 4, 4); the decoder needs"),
+    ],
+)
+def test_latents_and_schedules_that_make_no_video(comfy_client, comfy_server, name, source, message):
+    folder, mark = comfy_server.base / "input", {"latent_format_version_0": torch.tensor([])}
+    wrong = torch.ones(1, 12, 1, 4, 4)
+    wrong[0, 3, 0, 2, 1] = math.nan
+    files = {
+        "no frames": torch.zeros(1, 12, 0, 4, 4),
+        "no number": wrong,
+        "sixteen channels": torch.ones(1, 16, 1, 8, 12),
+    }
+    for file, tensor in files.items():
+        save_file({"latent_tensor": tensor, **mark}, folder / f"{file}.latent")
+    graph = prompt(steps=1)
+    graph["split"] = node("SplitSigmas", sigmas=["levels", 0], step=1)
+    graph["levels"] = node("Mochi1Sigmas", steps=1, threshold_noise=0.025, linear_steps=0, denoise=1.0)
+    graph["none"] = node("ManualSigmas", sigmas="nothing")
+    outputs = {"no step": ["split", 1], "no level": ["none", 0]}
+    graph["load"] = node("LoadLatent", latent=f"{source}.latent" if source in files else "no number.latent")
+    given = outputs.get(source, ["load", 0])
+    if "decode" in name:
+        kind = "VAEDecode" if "stock" in name else "Mochi1TiledVAEDecode"
+        graph["7"] = node(kind, samples=given, vae=[VAE, 0])
+    else:
+        graph[SAMPLER]["inputs"][name] = given
+    run = comfy_client.run(graph)
+    assert run.outcome == "execution_error"
+    assert message in run.error
+    assert not run.files
 
 
 def test_missing_file_is_refused(comfy_client):
