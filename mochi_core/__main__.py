@@ -22,7 +22,7 @@ from .checkpoints.names.detect import PARTS
 from .doctor import examine
 from .doctor import render as render_report
 from .dtypes import DTYPES
-from .geometry import FPS, seconds_to_frames
+from .geometry import FPS, VideoSize, seconds_to_frames
 from .io.latent_files import load_latents, save_latents
 from .io.video import save_video, to_unit_range, video_file
 from .lora import load_lora
@@ -30,7 +30,7 @@ from .output_files import check_writable
 from .pipeline import MochiPipeline
 from .quantization.weights import QUANTIZERS
 from .sampling.block_cache import METHODS, BlockCache
-from .sampling.schedule import linear_quadratic_schedule
+from .sampling.schedule import check_guidance, linear_quadratic_schedule
 from .shown import sentence
 from .text_encoder import load_text_encoder
 from .transformer.attention import ATTENTIONS, choose_attention
@@ -55,6 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> None:
     check_writable(options.output)  # before anything is loaded, as the next
     choose_attention(options.attention, options.device, DTYPES[options.dtype])
+    frames = options.frames if options.seconds is None else seconds_to_frames(options.seconds)
+    size = VideoSize(options.height, options.width, frames)
+    sigmas = linear_quadratic_schedule(options.steps, options.threshold_noise, options.linear_steps)
+    check_guidance("guidance", options.guidance)
     home = "cpu" if options.offload else options.device
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
     transformer = load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize)
@@ -70,15 +74,14 @@ def generate(options: argparse.Namespace) -> None:
         device=options.device,
         attention=options.attention,
     )
-    sigmas = linear_quadratic_schedule(options.steps, options.threshold_noise, options.linear_steps)
     as_latents = options.output.suffix in LATENT_SUFFIXES
     with tqdm(total=options.steps, unit="step") as bar:
         result = pipe(
             options.prompt,
             options.negative_prompt,
-            height=options.height,
-            width=options.width,
-            num_frames=options.frames if options.seconds is None else seconds_to_frames(options.seconds),
+            height=size.height,
+            width=size.width,
+            num_frames=size.num_frames,
             guidance_scale=options.guidance,
             seed=options.seed,
             sigmas=sigmas,

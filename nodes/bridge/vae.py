@@ -15,6 +15,7 @@ import comfy.utils
 import torch
 
 from ...mochi_core import AsymmVAE
+from ...mochi_core.autoencoder.latents import latents_problem
 from ...mochi_core.autoencoder.memory import decoder_memory_estimate, encoder_memory_estimate
 from ...mochi_core.autoencoder.streaming import GIB, MemoryEstimate, strip_step
 from ...mochi_core.checkpoints import check_fit, empty_vae, merge
@@ -213,6 +214,8 @@ def decode_video(vae: comfy.sd.VAE, latents: torch.Tensor, memory_limit: int | N
             vae, ask = copy.copy(vae), vae.memory_used_decode
             vae.memory_used_decode = lambda shape, _dtype: min(ask(shape, _dtype), memory_limit)
         video = vae.decode(latents, vae_options={"memory_limit": memory_limit})
+    elif problem := latents_problem(latents):
+        raise ValueError(problem)
     else:
         video = vae.decode_tiled(latents, **HOST_TILES)
     return video.flatten(0, 1)

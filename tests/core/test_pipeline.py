@@ -242,6 +242,30 @@ def test_latents_are_no_map_of_their_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seconds", "nan", "seconds is nan"),
+        ("--seconds", "inf", "seconds is inf"),
+        ("--guidance", "nan", "guidance is nan"),
+        ("--steps", "0", "num_steps is 0"),
+        ("--width", "100", "width is 100"),
+    ],
+)
+def test_settings_are_looked_at_before_anything_is_loaded(tmp_path, capsys, option, value, message):
+    models = ("--transformer", "none", "--t5", "none", "--vae", "none")
+    output = ("-o", str(tmp_path / "x.mp4"))
+    assert main(["generate", *models, "--prompt", "a kite", "--device", "cpu", *output, option, value]) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gibibytes", ["nan", "inf", "-1"])
+def test_an_amount_of_memory_is_a_number(capsys, gibibytes):
+    with pytest.raises(SystemExit):
+        main(["decode", "x.latent", "--vae", "none", f"--memory-limit={gibibytes}"])
+    assert f"{gibibytes} is no amount of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("latents", "message"),
     [
         (torch.zeros(2, 4, 3, 4, 6), r"shape \(2, 4, 3, 4, 6\)"),
