@@ -24,6 +24,12 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also run the tests that take half an hour each")
 
 
+@pytest.fixture
+def with_all(pytestconfig):
+    if not pytestconfig.getoption("--all"):
+        pytest.skip("takes long; run with --all")
+
+
 @pytest.fixture(scope="session")
 def comfy_path():
     """ComfyUI's folder, prepared by `python dev.py test`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.client import ComfyClient
-from tests.harness.graphs import assert_healthy, node
+from tests.harness.graphs import assert_healthy, give_back_memory, node
 from tests.harness.memory import SLACK, needs_proc, write_large
 from tests.harness.server import PROBE, ComfyServer
 from tests.harness.tiny_models import write_models
@@ -27,15 +27,6 @@ def peak_of(process, action):
     done.set()
     watcher.join()
     return max(sizes) - sizes[0]
-
-
-def give_back_memory(client):
-    """That of the run before; or the model would hide in it."""
-    client.post("/free", {"unload_models": True, "free_memory": True})
-    image = {"image": node("EmptyImage", width=16, height=16, batch_size=1, color=0)}
-    for _ in range(2):  # the server frees between two runs
-        trim = node("ProbeLimitMemory", value=["image", 0], mib=0)
-        assert client.run({**image, "trim": trim, "show": node("PreviewImage", images=["trim", 0])}).files
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import shutil
 import threading
 import time
-from pathlib import Path
 
 import av
 import pytest
@@ -31,8 +30,9 @@ from tests.harness.graphs import (
     upto_sampler,
     with_defaults,
 )
+from tests.harness.lora_files import write_genmo_lora
 from tests.harness.quantized_files import GGUF, SAFETENSORS
-from tests.harness.tiny_models import DIT, random_dit, random_t5
+from tests.harness.tiny_models import random_dit, random_t5
 
 
 def test_workflow_makes_an_mp4_of_the_right_size_length_and_rate(comfy_client):
@@ -298,7 +298,7 @@ def test_video_to_video_and_batches(latents_of):
 
 @pytest.mark.parametrize("patch", PATCHES)
 def test_stock_model_patches_change_the_result(latents_of, comfy_client, comfy_server, patch):
-    write_genmo_lora(comfy_server.base / "models" / "loras" / "genmo.safetensors")
+    write_genmo_lora(comfy_server.base / "models" / "loras" / "genmo.safetensors", random_dit())
     graph = upto_sampler(steps=12)
     graph["patch"] = with_defaults(comfy_client, patch, model=[MODEL, 0], **PATCHES[patch])
     graph["patched"] = node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "model": ["patch", 0]})
@@ -317,18 +317,6 @@ def test_stock_model_patches_that_must_not_change_it(latents_of, patch, inputs):
     graph["patched"] = node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "model": ["patch", 0]})
     plain, patched = latents_of(graph, [SAMPLER, 0], ["patched", 0])
     torch.testing.assert_close(plain, patched, rtol=1e-3, atol=1e-3)
-
-
-def write_genmo_lora(path: Path):
-    path.parent.mkdir(exist_ok=True)
-    width, generator = DIT.hidden_size_x, torch.Generator().manual_seed(0)
-    layer = "blocks.0.attn.qkv_x"
-    tensors = {
-        f"{layer}.lora_A": torch.randn(4, width, generator=generator) * 0.1,
-        f"{layer}.lora_B": torch.randn(3 * width, 4, generator=generator) * 0.1,
-    }
-    assert f"{layer}.weight" in dict(random_dit().named_parameters())
-    save_file(tensors, path)
 
 
 # Relative error of the latents; the first three only rearrange the arithmetic.

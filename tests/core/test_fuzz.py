@@ -22,10 +22,9 @@ def test_a_sample_of_broken_files():
     assert any(tally.loaded for tally in tallies.values())
 
 
-def test_ten_thousand_broken_files(pytestconfig):
+@pytest.mark.usefixtures("with_all")
+def test_ten_thousand_broken_files():
     """In a process of its own, which a file may end; its table is what docs/reliability.md shows."""
-    if not pytestconfig.getoption("--all"):
-        pytest.skip("takes half an hour; run with --all")
     command = [sys.executable, "-m", "tests.harness.fuzz", str(MANY)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout)

@@ -29,6 +29,15 @@ def assert_healthy(client):
     assert client.run(prompt()).outcome == "execution_success"
 
 
+def give_back_memory(client):
+    """A server gives what it no longer needs back to the system; or the next model would hide in it."""
+    client.post("/free", {"unload_models": True, "free_memory": True})
+    image = {"image": node("EmptyImage", width=16, height=16, batch_size=1, color=0)}
+    for _ in range(2):  # the server frees between two runs
+        trim = node("ProbeLimitMemory", value=["image", 0], mib=0)
+        assert client.run({**image, "trim": trim, "show": node("PreviewImage", images=["trim", 0])}).files
+
+
 PATCHES = {
     "EasyCache": {"reuse_threshold": 3.0},
     "SkipLayerGuidanceDiT": {"double_layers": "1", "single_layers": "", "start_percent": 0.0, "end_percent": 1.0},

@@ -124,3 +124,15 @@ def write_adapter(
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, {name: json.dumps(value) for name, value in (metadata or {}).items()} or None)
     return path
+
+
+def write_genmo_lora(path: Path, dit: AsymmDiT, seed: int = 0) -> None:
+    """A LoRA of one layer that visibly changes what `dit` makes."""
+    layer, generator = "blocks.0.attn.qkv_x", torch.Generator().manual_seed(seed)
+    rows, columns = dit.get_parameter(f"{layer}.weight").shape
+    tensors = {
+        f"{layer}.lora_A": torch.randn(RANK, columns, generator=generator) * 0.1,
+        f"{layer}.lora_B": torch.randn(rows, RANK, generator=generator) * 0.1,
+    }
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path)
