@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ the attention of 163 frames of 848x480."""
 FEED_FORWARD_TOKEN_CHUNK = 16384
 """Tokens at a time in a feed-forward: many, because a layer may have to fetch or dequantise its weight for each call."""
 
-P, R = ParamSpec("P"), TypeVar("R")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def token_chunk(x: Tensor, default: int = DEFAULT_TOKEN_CHUNK) -> int:
@@ -79,13 +79,13 @@ def scaled_rms_norm(x: Tensor, factor: Tensor) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], factor[0], eps=NORM_EPS)
 
 
-def by_frame(streams: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def by_frame(streams: int) -> Callable[[Function], Function]:
     """Let a function of `streams` tensors (B, L, D) and of modulations (B, D) take modulations by frame, (B or 1, T, D), too.
 
     Tokens run over frames first: each frame of L / T tokens becomes a sample with a modulation of its own.
     """
 
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+    def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def modulated(*arguments: Any) -> Any:
             if arguments[-1].ndim == 2:
@@ -97,7 +97,7 @@ def by_frame(streams: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
             joined = [x.unflatten(0, (batch, frames)).flatten(1, 2) for x in (out if isinstance(out, tuple) else [out])]
             return tuple(joined) if isinstance(out, tuple) else joined[0]
 
-        return modulated  # pyright: ignore[reportReturnType] - the same signature
+        return cast(Function, modulated)
 
     return decorate
 

@@ -53,7 +53,7 @@ def with_frame_levels(
 ):
     """Wraps a run of the host's sampler: starts each frame at its own level, and has the host keep those without noise."""
     shares = shares_of(denoise_mask)
-    if shares is not None and denoise_mask is not None:
+    if shares is not None and denoise_mask is not None and latent_image is not None:
         noise = (
             shares * noise + (1 - shares) * latent_image
         )  # which the host mixes with latent_image by the first sigma
