@@ -212,7 +212,10 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
     quantize = "keep the matrices of the transformer in 8 or 4 bits; fp8_rowwise multiplies in fp8, too (all change the result)"
     add("--quantize", choices=QUANTIZERS, help=quantize)
-    add("--compile", action="store_true", help="have operations of the transformer fused by a compiler")
+    compiled = (
+        "have the operations of the transformer's blocks fused by torch.compile, in place of our own kernels on a GPU"
+    )
+    add("--compile", action="store_true", help=compiled)
     add("--attention", choices=ATTENTIONS, default="auto", help="auto: the fastest exact one (default: %(default)s)")
     add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
     offload = (

@@ -5,6 +5,8 @@ Parameter names are those of Genmo's checkpoints. How the blocks take a clip in 
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -34,7 +36,38 @@ def causal_conv(conv: nn.Module, x: Tensor) -> Tensor:
 
     Padding repeats the border in space and the first frame in time.
     """
-    return conv(F.pad(x, (1, 1, 1, 1, CONV_SIZE - 1, 0), mode="replicate"))
+    return convolve(conv, F.pad(x, (1, 1, 1, 1, CONV_SIZE - 1, 0), mode="replicate"))
+
+
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """The 3 x 3 x 3 convolution of a padded clip, (B, C, 2 + T, 2 + H, 2 + W) to (B, C', T, H, W).
+
+    Where PyTorch would unfold it, it is one of two dimensions for each frame, in which three frames are channels side by side. A
+    host's own class has its own way round.
+    """
+    if type(conv) is not nn.Conv3d or not unfolds_conv3d(x):
+        return conv(x)
+    weight = conv.weight.flatten(1, 2)  # (C', 3 * C, 3, 3)
+    starts = range(x.shape[2] - CONV_SIZE + 1)
+    frames = [F.conv2d(x[:, :, t : t + CONV_SIZE].flatten(1, 2), weight, conv.bias) for t in starts]
+    return torch.stack(frames, dim=2)
+
+
+def unfolds_conv3d(x: Tensor) -> bool:
+    """Whether PyTorch takes 3D convolutions of `x` away from cuDNN, and copies every value 27 times instead."""
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and leaves_out_cudnn()
+
+
+@cache
+def leaves_out_cudnn() -> bool:
+    """Whether this is a PyTorch that does so, because some cuDNN computed wrong results of very large inputs in 16 bits.
+
+    PyTorch 2.9.0 does it with cuDNN 9.8 and all later ones (pull request 163581), later ones up to cuDNN 9.14 (166480); issue
+    166643 has what it costs.
+    """
+    release = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:3])
+    cudnn = 0 if torch.version.hip else torch.backends.cudnn.version() or 0
+    return release >= (2, 9, 0) and cudnn >= 90800 and (cudnn < 91500 or release == (2, 9, 0))
 
 
 def pointwise(linear: nn.Module, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import kernels
 from .decoder import Decoder, DecoderStage
 from .encoder import Encoder, EncoderStage, fourier_features
-from .layers import CONV_SIZE, RGB, ResBlock, TemporalAttentionBlock, frame_norm, pointwise
+from .layers import CONV_SIZE, RGB, ResBlock, TemporalAttentionBlock, convolve, frame_norm, pointwise
 from .streaming import Cache, ClipStep, OomRetry, Plan, Step, StreamStep, by_strips, strip_step
 
 # Values that temporal attention holds per value that it takes: itself, normed and attended; then q, k, v and copies of them.
@@ -93,7 +93,7 @@ def norm_silu_conv(
     def convolved(rows: slice) -> Tensor:
         seen = slice(max(rows.start - 1, 0), min(rows.stop + 1, height))
         borders = {"above": rows.start == seen.start, "below": rows.stop == seen.stop}
-        return conv(padded_rows(seen, past, kept[..., rows, :], **borders))  # (B, C, f, r, W)
+        return convolve(conv, padded_rows(seen, past, kept[..., rows, :], **borders))  # (B, C, f, r, W)
 
     return by_strips(strips, convolved), kept
 

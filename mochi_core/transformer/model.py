@@ -233,6 +233,8 @@ class AsymmDiT(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Have `torch.compile`, which takes `options`, fuse the operations of each block when it is first called.
 
+        Blocks take the plain operations then, unless `kernels.using("triton")` asks for ours, which the compiler leaves as they
+        are.
         Blocks that are alike share the compiled code. LoRAs may come, go and change their strength, at the price of compiling
         once more; hooks on a block, such as those of `offload`, stay outside.
         """

@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks.simulated_gpu import KERNELS, GpuCounter, no_attention, simulated_gpu, text_of_lengths, using
 from mochi_core import AsymmDiT, AsymmDiTConfig, AsymmVAE, linear_quadratic_schedule
+from mochi_core.autoencoder import layers
 from mochi_core.autoencoder.memory import encoder_memory_estimate
 from mochi_core.lora.files import LoraDelta
 from mochi_core.lora.layers import Lora
@@ -214,6 +215,17 @@ def test_a_decode_stays_within_its_limit(kernels, limit, frames):
         assert vae.decode(latents, limit * GIB).device == latents.device
     leave_out_caches(counted, in_main_memory=limit == 3)
     check(counted, frames, DECODE[kernels, limit, frames])
+
+
+@pytest.mark.parametrize("kernels", KERNELS[:1], indirect=True)
+@pytest.mark.usefixtures("kernels")
+def test_a_decode_without_cudnn_for_three_dimensions_takes_no_more_memory(monkeypatch):
+    vae = AsymmVAE(device="cuda", dtype=torch.bfloat16, encoder=False)
+    monkeypatch.setattr(layers, "leaves_out_cudnn", lambda: True)
+    with GpuCounter() as counted:
+        vae.decode(noise(7).to(vae.dtype), 5 * GIB)
+    assert counted.waits == []
+    assert counted.peak <= 5 * GIB
 
 
 @pytest.mark.parametrize(

@@ -215,3 +215,40 @@ def test_other_shapes_of_model():
     )
     video = AsymmVAE(config, encoder=False).decode(torch.randn(1, 12, 3, 2, 2))
     assert video.shape == (1, 3, 5, 8, 8)
+
+
+def test_convolutions_by_frames_are_those_in_three_dimensions(monkeypatch, vae):
+    """As the decoder makes them, in one pass and streamed, where PyTorch would unfold its input."""
+    z, calls = latents(2), []
+    expected = vae.decoder(z), vae.decode(z)
+    monkeypatch.setattr(layers, "unfolds_conv3d", lambda x: calls.append(x.ndim) or True)
+    found = vae.decoder(z), vae.decode(z)
+    assert set(calls) == {5}
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("release", "cudnn", "hip", "left_out"),
+    [
+        ("2.8.0", 91002, None, False),
+        ("2.9.0+cu128", 91002, None, True),
+        ("2.9.0+cu128", 91700, None, True),
+        ("2.9.1", 91300, None, True),
+        ("2.9.1", 91500, None, False),
+        ("2.10.0a0+git1", 91002, None, True),
+        ("2.14.1+cu130", 92400, None, False),
+        ("2.9.0+rocm6.4", 91002, "6.4", False),
+        ("2.9.0+cpu", None, None, False),
+    ],
+)
+def test_which_pytorch_leaves_out_cudnn(monkeypatch, release, cudnn, hip, left_out):
+    monkeypatch.setattr(torch, "__version__", release)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    layers.leaves_out_cudnn.cache_clear()
+    try:
+        assert layers.leaves_out_cudnn() == left_out
+    finally:
+        layers.leaves_out_cudnn.cache_clear()
+    assert not layers.unfolds_conv3d(torch.zeros(1))
