@@ -24,7 +24,18 @@ from .latents import latents_problem
 from .layers import RGB
 from .memory import decoder_memory_estimate, encoder_memory_estimate, encoder_progress_units
 from .steps import decoder_steps, encoder_steps
-from .streaming import CPU, GIB, MemoryEstimate, OomRetry, OutOfMemory, Plan, Step, free_memory, stream
+from .streaming import (
+    CPU,
+    GIB,
+    MemoryEstimate,
+    OomRetry,
+    OutOfMemory,
+    Plan,
+    Step,
+    free_memory,
+    release_pinned_memory,
+    stream,
+)  # fmt: skip
 
 # Source: diffusers, models/autoencoders/vae.py (DiagonalGaussianDistribution).
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -229,6 +240,9 @@ def _stream_clip(
     except OutOfMemory as error:
         needed = estimate.peak_bytes(Plan(device, CPU, 1))
         raise OutOfMemory(_shortage(x.shape, needed, limit, str(error))) from error
+    finally:
+        if retry.plan.cache_device != device:
+            release_pinned_memory()
     on_step(retry.finished)
 
 

@@ -19,7 +19,7 @@ from .. import kernels
 from .decoder import Decoder, DecoderStage
 from .encoder import Encoder, EncoderStage, fourier_features
 from .layers import CONV_SIZE, RGB, ResBlock, TemporalAttentionBlock, convolve, frame_norm, pointwise
-from .streaming import Cache, ClipStep, OomRetry, Plan, Step, StreamStep, by_strips, strip_step
+from .streaming import Cache, ClipStep, OomRetry, Plan, Step, StreamStep, by_strips, empty_cache, store, strip_step
 
 # Values that temporal attention holds per value that it takes: itself, normed and attended; then q, k, v and copies of them.
 STRIP_EXPANSION, ATTENTION_EXPANSION = 3, 8
@@ -88,18 +88,19 @@ def norm_silu_conv(
     """Causal convolution of silu(norm(x)), and what the next call needs as `past`: the last two frames that went into it."""
     strips, height = plan.strips(x), x.shape[3]
     padded_rows = _padded_rows(norm, x, strips)
-    kept = torch.empty((*x.shape[:2], CONV_SIZE - 1, *x.shape[3:]), dtype=x.dtype, device=plan.cache_device)
+    kept = empty_cache(x, CONV_SIZE - 1, plan.cache_device)
 
     def convolved(rows: slice) -> Tensor:
         seen = slice(max(rows.start - 1, 0), min(rows.stop + 1, height))
+        before = None if past is None else past[..., seen, :].to(x.device, non_blocking=True)
         borders = {"above": rows.start == seen.start, "below": rows.stop == seen.stop}
-        return convolve(conv, padded_rows(seen, past, kept[..., rows, :], **borders))  # (B, C, f, r, W)
+        return convolve(conv, padded_rows(seen, before, kept[..., rows, :], **borders))  # (B, C, f, r, W)
 
     return by_strips(strips, convolved), kept
 
 
 def _padded_rows(norm: nn.GroupNorm, x: Tensor, strips: list[slice]) -> Callable[..., Tensor]:
-    """A function that makes some rows of silu(norm(x)), behind the past and padded as by `pad_causal`.
+    """A function that makes some rows of silu(norm(x)), behind the same rows of the past and padded as by `pad_causal`.
 
     It puts the last two frames, without what is beside the rows, into its argument `kept`.
     """
@@ -107,34 +108,34 @@ def _padded_rows(norm: nn.GroupNorm, x: Tensor, strips: list[slice]) -> Callable
         mean, variance = kernels.merge_sums(kernels.frame_sums(x), norm.num_groups, x.shape[3] * x.shape[4])
         weight, bias = norm.weight.to(x.device), norm.bias.to(x.device)
 
-        def fused(seen: slice, past: Tensor | None, kept: Tensor, *, above: bool, below: bool) -> Tensor:
-            before = None if past is None else past[..., seen, :].to(x.device)
+        def fused(seen: slice, before: Tensor | None, kept: Tensor, *, above: bool, below: bool) -> Tensor:
             statistics = mean, variance, weight, bias, norm.eps
-            if kept.device == x.device:
-                return kernels.norm_silu_pad(x[..., seen, :], before, *statistics, above, below, kept)
-            padded = kernels.norm_silu_pad(x[..., seen, :], before, *statistics, above, below, None)
-            return _keep(padded, kept)
+            made = kept if kept.device == x.device else torch.empty_like(kept, device=x.device)
+            padded = kernels.norm_silu_pad(x[..., seen, :], before, *statistics, above, below, made)
+            if made is not kept:
+                store(made, kept)
+            return padded
 
         return fused
     normed = strip_norm(norm, x, strips)
 
-    def plain(seen: slice, past: Tensor | None, kept: Tensor, *, above: bool, below: bool) -> Tensor:
+    def plain(seen: slice, before: Tensor | None, kept: Tensor, *, above: bool, below: bool) -> Tensor:
         frames = F.silu(normed(seen), inplace=True)  # (B, C, f, r + 2, W)
-        before = frames[:, :, :1] if past is None else past[..., seen, :]
+        before = frames[:, :, :1] if before is None else before
         return _keep(pad_causal(before, frames, above=above, below=below), kept)
 
     return plain
 
 
 def _keep(padded: Tensor, kept: Tensor) -> Tensor:
-    kept.copy_(padded[:, :, 1 - CONV_SIZE :, 1:-1, 1:-1])
+    store(padded[:, :, 1 - CONV_SIZE :, 1:-1, 1:-1], kept)
     return padded
 
 
 def pad_causal(before: Tensor, frames: Tensor, *, above: bool, below: bool) -> Tensor:
     """Two frames in front, and a replicated pixel left, right and where there is no row above or below.
 
-    `before` (B, C, 2 or 1, r, W) on any device and `frames` (B, C, f, r, W), to (B, C, 2 + f, r + above + below, W + 2);
+    `before` (B, C, 2 or 1, r, W) and `frames` (B, C, f, r, W), to (B, C, 2 + f, r + above + below, W + 2);
     written once, where padding and joining would each copy everything.
     """
     batch, channels, count, rows, width = frames.shape
@@ -155,10 +156,11 @@ def downsample(conv: nn.Conv3d, x: Tensor, cache: Cache, plan: Plan) -> tuple[Te
     The cache holds the frames that did not fill a block; it and the output may have no frame.
     """
     time, space, _ = conv.kernel_size
-    before = cache[0].to(x.device) if cache else x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
+    before = cache[0].to(x.device, non_blocking=True) if cache else x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
     x = torch.cat((before, x), dim=2)
     whole = x.shape[2] // time * time
-    kept = x[:, :, whole:].to(plan.cache_device, copy=True)
+    kept = empty_cache(x, x.shape[2] - whole, plan.cache_device)
+    store(x[:, :, whole:], kept)
     if whole == 0:
         return x.new_empty(x.shape[0], conv.out_channels, 0, x.shape[3] // space, x.shape[4] // space), (kept,)
     blocks = x[:, :, :whole]

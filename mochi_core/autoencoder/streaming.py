@@ -250,6 +250,36 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def empty_cache(x: Tensor, frames: int, device: torch.device) -> Tensor:
+    """A cache of so many frames like those of `x` (B, C, T, H, W), on `device`.
+
+    In main memory beside a GPU, strips of rows are each one piece of pinned memory: only such are copied while the host goes on.
+    """
+    batch, channels, _, height, width = x.shape
+    if device == x.device:
+        return x.new_empty(batch, channels, frames, height, width)
+    shape, dtype = (height, batch, channels, frames, width), x.dtype
+    try:
+        rows = torch.empty(shape, dtype=dtype, device=device, pin_memory=x.is_cuda)
+    except RuntimeError:  # systems limit how much may be pinned
+        rows = torch.empty(shape, dtype=dtype, device=device)
+    return rows.permute(1, 2, 3, 0, 4)
+
+
+def store(frames: Tensor, cache: Tensor) -> None:
+    """Copy frames into an `empty_cache`, or some rows of them; what reads it next must be a copy queued on the device, too."""
+    if cache.device != frames.device and cache.stride() != frames.stride():
+        frames = torch.empty_like(cache, device=frames.device).copy_(frames)  # with rows outermost, as there
+    cache.copy_(frames, non_blocking=True)
+
+
+def release_pinned_memory() -> None:
+    """Give back pinned memory that PyTorch would keep for the next time; before 2.10 it keeps it."""
+    release = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
+    if release is not None:
+        release()
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on `device` now."""
     if device.type == "cuda":

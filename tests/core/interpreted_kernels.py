@@ -342,7 +342,8 @@ def test_norm_silu_pad(has_past, dtype):
     def padded(strips, rows, seen, **borders):
         def run(x):
             kept = torch.full((2, 4, 2, 48, 47), torch.nan, dtype=dtype)
-            out = _padded_rows(norm, x, strips)(seen, past, kept[..., rows, :], **borders)
+            before = None if past is None else past[..., seen, :]
+            out = _padded_rows(norm, x, strips)(seen, before, kept[..., rows, :], **borders)
             assert not kept[..., rows, :].isnan().any()
             assert kept.isnan().sum() == 2 * 4 * 2 * 47 * (48 - (rows.stop - rows.start))
             return out, kept[..., rows, :].clone()

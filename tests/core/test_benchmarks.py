@@ -56,11 +56,15 @@ WAITS = {
     "to the host": lambda t: t.gpu.cpu(),
     "to the device": lambda t: t.cpu.to(t.gpu.device),
     "into the device": lambda t: t.gpu.copy_(t.cpu),
+    "some columns, for which PyTorch makes a copy": lambda t: t.cpu[:, 2:5].copy_(t.gpu[:, 2:5], non_blocking=True),
+    "the same to the device": lambda t: t.gpu[:, 2:5].copy_(t.cpu[:, 2:5], non_blocking=True),
     "a list as index": lambda t: t.gpu[[0, 2]],
     "a new tensor": lambda t: t.gpu.new_tensor([1.0, 2.0]),
 }
 NO_WAITS = {
     "a queued copy": lambda t: t.gpu.copy_(t.cpu, non_blocking=True) + t.cpu.to(t.gpu.device, non_blocking=True),
+    "some rows": lambda t: t.cpu[1:3].copy_(t.gpu[1:3], non_blocking=True),
+    "rows of a turned matrix": lambda t: t.cpu.t()[:, 1:3].to(t.gpu.device, non_blocking=True),
     "a number for the device": lambda t: t.gpu[0].fill_(1.0) * 2.0,
     "no values": lambda t: t.gpu[:0].cpu(),
     "indices on the device": lambda t: t.gpu[torch.arange(2, device=t.gpu.device)],

@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.simulated_gpu import KERNELS, GpuCounter, no_attention, simulated_gpu, text_of_lengths, using
 from mochi_core import AsymmDiT, AsymmDiTConfig, AsymmVAE, linear_quadratic_schedule
 from mochi_core.autoencoder import layers
-from mochi_core.autoencoder.memory import encoder_memory_estimate
+from mochi_core.autoencoder.memory import decoder_memory_estimate, encoder_memory_estimate
 from mochi_core.lora.files import LoraDelta
 from mochi_core.lora.layers import Lora
 from mochi_core.quantization import fp8
@@ -62,17 +62,17 @@ FORMS = {
 }
 # Of each frame, by GiB of the limit and frames.
 DECODE = {
-    ("plain", 3, 7): Bar(105, 12.0, 3 * 1024),
+    ("plain", 3, 7): Bar(112, 15.0, 3 * 1024),
     ("plain", 5, 25): Bar(75, 13.0, 5 * 1024),
     ("plain", 24, 7): Bar(105, 13.6, 5 * 1024),
-    ("triton", 3, 7): Bar(60, 9.5, 3 * 1024),
+    ("triton", 3, 7): Bar(60, 10.4, 3 * 1024),
     ("triton", 5, 25): Bar(35, 8.6, 5 * 1024),
     ("triton", 24, 7): Bar(48, 8.9, 5 * 1024),
 }
 # Of each of 7 frames, by GiB of the limit.
 ENCODE = {
     ("plain", 24): Bar(490, 15.2, 2 * 1024),
-    ("triton", 1): Bar(650, 15.0, 1024),
+    ("triton", 1): Bar(650, 15.8, 1024),
     ("triton", 24): Bar(390, 12.8, 2 * 1024),
 }
 # Of each layer, for two prompts.
@@ -213,7 +213,10 @@ def test_a_decode_stays_within_its_limit(kernels, limit, frames):
     latents = noise(frames).to(vae.dtype)
     with GpuCounter() as counted:
         assert vae.decode(latents, limit * GIB).device == latents.device
-    leave_out_caches(counted, in_main_memory=limit == 3)
+    plan = decoder_memory_estimate(vae.config, HEIGHT, WIDTH, vae.dtype.itemsize).choose_plan(
+        limit * GIB, latents.device
+    )
+    assert plan.cache_device.type == ("cpu" if limit == 3 else "cuda")
     check(counted, frames, DECODE[kernels, limit, frames])
 
 
@@ -237,18 +240,14 @@ def test_an_encode_stays_within_its_limit(kernels, limit):
     video = torch.empty(1, 3, 7, 8 * HEIGHT, 8 * WIDTH, device="cuda")
     with GpuCounter() as counted:
         assert vae.encode(video, limit * GIB).mean.device == video.device
-    leave_out_caches(counted, in_main_memory=limit == 1)
+    # Where a clip gathers in main memory, it is read and written with waits.
+    clips = [wait for wait in counted.waits if "copy" in wait]
+    assert bool(clips) == (limit == 1)
+    counted.waits = [wait for wait in counted.waits if wait not in clips]
     check(counted, 7, ENCODE[kernels, limit])
     long = encoder_memory_estimate(vae.config, 163, *video.shape[3:], vae.dtype.itemsize)
     caches = [long.choose_plan(gib * GIB, video.device).cache_device.type for gib in (3, 5, 24)]
     assert caches == ["cpu", "cpu", "cuda"]
-
-
-def leave_out_caches(counted, in_main_memory):
-    """Drop the waits for copies from and to main memory, which are there if caches are."""
-    copies = [wait for wait in counted.waits if "copy" in wait]
-    assert bool(copies) == in_main_memory, copies
-    counted.waits = [wait for wait in counted.waits if wait not in copies]
 
 
 @pytest.mark.parametrize("kernels", KERNELS[:1], indirect=True)

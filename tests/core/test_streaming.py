@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks.random_weights import randomize
 from mochi_core import AsymmVAE, AsymmVAEConfig
+from mochi_core.autoencoder import steps
 from mochi_core.autoencoder.decoder import Decoder
 from mochi_core.autoencoder.layers import frame_norm
 from mochi_core.autoencoder.memory import decoder_memory_estimate
@@ -23,6 +24,7 @@ from mochi_core.autoencoder.streaming import (
     OutOfMemory,
     Plan,
     StreamStep,
+    empty_cache,
     is_out_of_memory,
     stream,
 )
@@ -72,6 +74,25 @@ def run(half, x, plan):
 
 def relative(result, expected):
     return ((result.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+@pytest.mark.parametrize("half", ["decoder", "encoder"])
+def test_caches_as_they_wait_in_main_memory_beside_a_gpu(vae, half, monkeypatch):
+    """Their rows lie one after the other, and an own copy goes there."""
+    made = []
+
+    def outermost(x, frames, device):
+        cache = empty_cache(x.to("meta"), frames, device)
+        made.append(cache)
+        assert all(cache[..., top : top + 2, :].permute(3, 0, 1, 2, 4).is_contiguous() for top in range(x.shape[3] - 1))
+        return cache
+
+    x = latents(2, 3, 5) if half == "decoder" else pixels(7, 24, 24)
+    expected = getattr(vae, half)(x)
+    monkeypatch.setattr(steps, "empty_cache", outermost)
+    result, _ = run(getattr(vae, half), x, Plan(CPU, CPU, 80_000))
+    assert made
+    assert relative(result, expected) <= 1e-12
 
 
 # Bytes: from some rows of single frames to the whole clip at once.
