@@ -1,7 +1,7 @@
 """Set up, run and test Mochi Nodes. Needs nothing but Python.
 
     python dev.py demo                  make three tiny videos through a real ComfyUI server
-    python dev.py serve                 leave the editor open on the same set-up
+    python dev.py serve                 open the editor on the same set-up, with a template that runs at once
     python dev.py test [pytest args]    run the tests; with --fast those of the core, with --all the long ones, too
     python dev.py generate WHAT         write anew what has another source: templates, locales or pictures
 

@@ -1,11 +1,9 @@
 """The templates in a real editor."""
 
-from urllib.parse import urlencode
-
 import pytest
 
+from tests.harness.demo import template_link
 from tests.harness.pictures import THUMBNAIL
-from tests.harness.server import PACK
 from tests.harness.templates import NAMES, TITLES, api_form, editor_form, essence
 
 
@@ -71,7 +69,7 @@ def test_app_mode_runs_from_prompt_to_video(editor):
 def test_link_opens_a_template(editor, templates_server):
     editor.errors.clear()
     title = TITLES["fast_preview"]
-    editor.page.goto(f"{templates_server.url}/?{urlencode({'template': title, 'source': PACK})}")
+    editor.page.goto(template_link(templates_server.url, title))
     editor.page.wait_for_function("title => document.title.includes(title)", arg=title)
     assert "Mochi1Length" in editor.node_types()
     assert editor.errors == []

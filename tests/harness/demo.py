@@ -1,4 +1,4 @@
-"""Make three tiny videos through ComfyUI's API, or leave the editor open on the same set-up.
+"""Make three tiny videos through ComfyUI's API, or open the editor on the same set-up.
 
 Run by `python dev.py demo` and `python dev.py serve`.
 """
@@ -8,19 +8,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
+import sys
 import time
+import webbrowser
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from tests.harness import trained
-from tests.harness.server import ROOT, ComfyServer
+from tests.harness.server import PACK, ROOT, ComfyServer
 from workflows.api.client import run
 
 BASE = ROOT / ".dev" / "comfyui-data"
 VIDEOS = ROOT / ".dev" / "videos"
 WORKFLOWS = ROOT / "workflows"
-TINY = "Mochi 1 - Tiny demo, no download.json"
+TINY = "Mochi 1 - Tiny demo, no download"
+SERVER = ("--cpu", "--preview-method", "auto")
 SMALL = {"width": 96, "height": 64, "num_frames": 25, "steps": 8}
 PROMPTS = (
     "a red star moving to the right",
@@ -35,7 +38,7 @@ def main() -> None:
     serve = parser.parse_args().serve
     trained.install(BASE / "models")
     print("Starting ComfyUI (10 to 60 seconds) ...", flush=True)
-    with ComfyServer(Path(os.environ["COMFYUI_PATH"]), BASE, threads=None) as server:
+    with ComfyServer(Path(os.environ["COMFYUI_PATH"]), BASE, arguments=SERVER, threads=None) as server:
         if serve:
             keep_open(server)
         else:
@@ -43,14 +46,24 @@ def main() -> None:
 
 
 def keep_open(server: ComfyServer) -> None:
-    saved = BASE / "user" / "default" / "workflows" / TINY
-    saved.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(WORKFLOWS / TINY, saved)
-    print(f"The editor is at {server.url}; open the workflow {saved.stem} there. Ctrl+C ends it.", flush=True)
+    link = template_link(server.url, TINY)
+    print(f"The editor, with a workflow that runs at once:\n\n    {link}\n\nCtrl+C ends it.", flush=True)
+    open_browser(link)
     try:
         server.process.wait()
     except KeyboardInterrupt:
         print("\nStopping.")
+
+
+def template_link(url: str, title: str) -> str:
+    """The address at which the editor opens a template of the pack."""
+    return f"{url}/?{urlencode({'template': title, 'source': PACK})}"
+
+
+def open_browser(link: str) -> None:
+    """Open a browser with windows, if there is one: those of a terminal would fill it and understand nothing of the page."""
+    if os.name == "nt" or sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        webbrowser.open(link)
 
 
 def make_videos(server: ComfyServer) -> None:
@@ -59,10 +72,10 @@ def make_videos(server: ComfyServer) -> None:
         print(f"\n“{prompt}”", flush=True)
         start = time.monotonic()
         try:
-            (path,) = run(tiny_prompt(prompt, seed=seed), server.url, VIDEOS)
-        except RuntimeError as error:
+            (path,) = run(tiny_prompt(prompt, seed=seed), server.url, str(VIDEOS))
+        except (OSError, RuntimeError) as error:
             raise SystemExit(f"\nThe run failed: {error}\nThe log is {server.log}.") from None
-        print(f"\nDone in {time.monotonic() - start:.0f} s: {path}")
+        print(f"Done in {time.monotonic() - start:.0f} s: {path}")
     print("\n(From a model of 22 MB that knows coloured shapes; the real one's files go into ComfyUI's model folders.)")
 
 

@@ -1,40 +1,135 @@
-"""Run a workflow in API form on a ComfyUI server and download its videos. Needs `pip install websockets`.
+"""Run a workflow in API form on a ComfyUI server and download its videos. Needs `python -m pip install websockets`.
 
-Usage: python client.py http://127.0.0.1:8188 text_to_video.json 6.seed=7 4.prompt="A red kite" (NODE.INPUT=VALUE)"""
+Usage:
+    python client.py SERVER WORKFLOW.json [NODE.INPUT=VALUE ...]
+    python client.py http://127.0.0.1:8188 text_to_video.json 6.seed=7 4.prompt="A red kite over the sea"
+"""
 
 import json
 import sys
 from pathlib import Path
 from urllib import error, parse, request
 
+from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.sync.client import connect
 
 
 def run(graph, server, folder="."):
-    """Queue `graph`, show its progress, return the paths of its downloaded files; a failure is a RuntimeError."""
-    with connect(server.replace("http", "ws", 1) + "/ws", max_size=None, ping_interval=None) as events:
-        body = {"prompt": graph, "client_id": json.loads(events.recv())["data"]["sid"]}
-        try:
-            answer = json.load(request.urlopen(f"{server}/prompt", json.dumps(body).encode()))
-        except error.HTTPError as refusal:
-            answer = json.load(refusal)
-        problems = [problem for node in answer["node_errors"].values() for problem in node["errors"]]
-        if problems or "error" in answer:
-            raise RuntimeError("\n".join(f"{p['message']}: {p['details']}" for p in problems or [answer["error"]]))
-        for event in (json.loads(text) for text in events if isinstance(text, str) and answer["prompt_id"] in text):
-            if event["type"] == "progress":
-                print("\rnode {node}: {value} of {max}".format(**event["data"]), end=" ", flush=True)
-            elif event["type"] == "executing" and event["data"]["node"] is None:
-                break
-    done = json.load(request.urlopen(f"{server}/history/{answer['prompt_id']}"))[answer["prompt_id"]]
+    """Queue a workflow, show its progress, and return the paths of the files that it made, downloaded into `folder`.
+
+    RuntimeError: the server refused it, or it failed on the way. OSError: the server is not there, or went away.
+    """
+    server = server.rstrip("/")
+    with connected(server) as events:
+        client_id = json.loads(events.recv())["data"]["sid"]
+        prompt_id = queue(graph, server, client_id)
+        follow(events, prompt_id, graph)
+    return [download(file, server, folder) for file in made_files(prompt_id, server)]
+
+
+def connected(server):
+    try:
+        return connect(server.replace("http", "ws", 1) + "/ws", max_size=None, ping_interval=None)
+    except (OSError, WebSocketException) as problem:
+        raise ConnectionError(f"No ComfyUI answers at {server}: {problem}") from None
+
+
+def queue(graph, server, client_id):
+    """Hand a workflow to the server; returns the id of the run."""
+    body = json.dumps({"prompt": graph, "client_id": client_id}).encode()
+    try:
+        answer = json.load(request.urlopen(f"{server}/prompt", body))
+    except error.HTTPError as refusal:
+        answer = json.load(refusal)
+    # Problems can come with a run, too: the server makes those outputs that it can.
+    problems = [problem for node in answer["node_errors"].values() for problem in node["errors"]]
+    if problems or "error" in answer:
+        raise RuntimeError("\n".join(f"{p['message']}: {p['details']}" for p in problems or [answer["error"]]))
+    return answer["prompt_id"]
+
+
+def follow(events, prompt_id, graph):
+    """Show the steps of a run until it ends. What comes as bytes are pictures of previews."""
+    shown = None
+    try:
+        for event in (json.loads(text) for text in events if isinstance(text, str) and prompt_id in text):
+            data = event["data"]
+            if event["type"] == "progress" and data != shown:  # ComfyUI says some steps twice
+                shown = data
+                show(title(graph.get(data["node"])), data["value"], data["max"])
+            elif event["type"] == "executing" and data["node"] is None:
+                return show("", 0, 0)
+    except ConnectionClosed:
+        pass
+    raise ConnectionError("The server went away before the run ended; its console may say why.")
+
+
+def show(name, value, total):
+    """In a terminal, one line that changes with every step; elsewhere, such as in a log, a line for every node that is done."""
+    step = f"{name}: {value} of {total}" if total else ""
+    if sys.stdout.isatty():
+        print(f"\r{step:<78}", end="\r", flush=True)
+    elif total and value == total:
+        print(step, flush=True)
+
+
+def made_files(prompt_id, server):
+    """The files of a run that has ended, as the server names them."""
+    done = json.load(request.urlopen(f"{server}/history/{prompt_id}"))[prompt_id]
     if not done["status"]["completed"]:
-        raise RuntimeError(done["status"]["messages"][-1][1].get("exception_message", "The run was cancelled."))
-    files = [file for output in done["outputs"].values() for file in output.get("images", [])]
-    return [request.urlretrieve(f"{server}/view?{parse.urlencode(f)}", Path(folder, f["filename"]))[0] for f in files]
+        raise RuntimeError(done["status"]["messages"][-1][1].get("exception_message", "The run was cancelled.").strip())
+    return [file for output in done["outputs"].values() for file in output.get("images", [])]
+
+
+def download(file, server, folder):
+    return request.urlretrieve(f"{server}/view?{parse.urlencode(file)}", Path(folder, file["filename"]))[0]
+
+
+def read(path):
+    """A workflow in API form from a file."""
+    try:
+        graph = json.loads(Path(path).read_text(encoding="utf-8"))
+        assert all("class_type" in node for node in graph.values())
+    except (ValueError, AttributeError, TypeError, AssertionError):
+        raise ValueError(f"{path} is no workflow in API form; the editor's menu has File, Export (API).") from None
+    return graph
+
+
+def change(graph, text):
+    """Set an input of a workflow, said as NODE.INPUT=VALUE: texts as they are, everything else as JSON."""
+    place, equals, value = text.partition("=")
+    node, dot, name = place.partition(".")
+    if not (equals and dot):
+        raise ValueError(f"{text}: say what to change as NODE.INPUT=VALUE, such as 6.seed=7.")
+    if node not in graph:
+        nodes = ", ".join(f"{key} ({title(node)})" for key, node in graph.items())
+        raise ValueError(f"{text}: there is no node {node}; there are {nodes}.")
+    inputs = graph[node]["inputs"]
+    if name not in inputs:
+        raise ValueError(f"{text}: {title(graph[node])} has no input {name}; it has {', '.join(inputs)}.")
+    try:
+        inputs[name] = value if isinstance(inputs[name], str) else json.loads(value)
+    except json.JSONDecodeError:
+        raise ValueError(f"{text}: {value} cannot take the place of {json.dumps(inputs[name])}.") from None
+
+
+def title(node):
+    """What the editor calls a node; those that the server added on the way are not in the workflow."""
+    return node.get("_meta", {}).get("title", node["class_type"]) if node else "..."
+
+
+def main(arguments):
+    if len(arguments) < 2:
+        sys.exit(__doc__)
+    server, workflow, *changes = arguments
+    try:
+        graph = read(workflow)
+        for text in changes:
+            change(graph, text)
+        print(*run(graph, server), sep="\n")
+    except (OSError, RuntimeError, ValueError) as problem:
+        sys.exit(str(problem))
 
 
 if __name__ == "__main__":
-    sys.tracebacklimit, graph = 0, json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    for node, name, value in (change.replace("=", ".", 1).split(".", 2) for change in sys.argv[3:]):
-        graph[node]["inputs"][name] = value if isinstance(graph[node]["inputs"][name], str) else json.loads(value)
-    print("", *run(graph, sys.argv[1]), sep="\n")
+    main(sys.argv[1:])
