@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import forecast, replacements
 from .bridge.doctor import log_report_if_asked
 from .loaders import LoadT5, LoadTransformer, LoadVAE
 from .lora import LoadLoRA
-from .replacements import register
 from .sampling import Length, Sampler, Sigmas
 from .speed import Cache, Guider
 from .text import T5Encode
@@ -31,7 +31,8 @@ NODES: list[type[io.ComfyNode]] = [
 
 class MochiExtension(ComfyExtension):
     async def on_load(self) -> None:
-        await register()
+        await replacements.register()
+        forecast.register()
         await log_report_if_asked()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

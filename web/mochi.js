@@ -1,31 +1,27 @@
-// Beside the name of a length in frames, the same in seconds; beside one in seconds, the frames.
+// Beside the name of a widget what its value means: a length in the other unit, or the input that counts in its place.
 import { app } from "/scripts/app.js";
+import { after, linkedInput, toFrames, toSeconds } from "./graph.js";
 
-const FPS = 30, TEMPORAL_COMPRESSION = 6;
 const IN_OTHER_UNIT = {
-  Mochi1Sampler: { num_frames: (frames) => `${+(frames / FPS).toFixed(1)} s` },
-  Mochi1Length: {
-    seconds: (seconds) => `${TEMPORAL_COMPRESSION * Math.round((seconds * FPS) / TEMPORAL_COMPRESSION) + 1} frames`,
+  Mochi1Sampler: { num_frames: (frames) => `(${toSeconds(frames)} s)` },
+  Mochi1Length: { seconds: (seconds) => `(${toFrames(seconds)} frames)` },
+};
+const REPLACED_BY = {
+  Mochi1Sampler: {
+    width: "latent", height: "latent", num_frames: "latent", batch_size: "latent", steps: "sigmas", denoise: "sigmas",
   },
 };
 
-const isLinked = (node, widget) => node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
-
-function after(object, method, action) {
-  const original = object[method];
-  object[method] = function (...args) {
-    const result = original?.apply(this, args);
-    action();
-    return result;
-  };
-}
-
-function annotate(node, widget, inOtherUnit) {
+function annotate(node, widget, replacement, inOtherUnit) {
   const label = widget.label ?? widget.name;
   let shown = widget.label;
   const update = () => {
+    const instead = linkedInput(node, replacement);
+    widget.disabled = Boolean(instead);
     if (widget.label !== shown) return; // somebody has given it another name
-    shown = isLinked(node, widget) ? label : `${label} (${inOtherUnit(widget.value)})`;
+    if (instead) shown = `${label} ← ${instead.label ?? instead.localized_name ?? instead.name}`;
+    else if (inOtherUnit && !linkedInput(node, widget.name)) shown = `${label} ${inOtherUnit(widget.value)}`;
+    else shown = label;
     widget.label = shown;
   };
   after(widget, "callback", update);
@@ -37,9 +33,10 @@ function annotate(node, widget, inOtherUnit) {
 app.registerExtension({
   name: "mochinodes.Lengths",
   nodeCreated(node) {
-    for (const [name, inOtherUnit] of Object.entries(IN_OTHER_UNIT[node.comfyClass] ?? {})) {
-      const widget = node.widgets?.find((widget) => widget.name === name);
-      if (widget) annotate(node, widget, inOtherUnit);
+    const units = IN_OTHER_UNIT[node.comfyClass] ?? {}, replacements = REPLACED_BY[node.comfyClass] ?? {};
+    for (const widget of node.widgets ?? []) {
+      const [replacement, inOtherUnit] = [replacements[widget.name], units[widget.name]];
+      if (replacement || inOtherUnit) annotate(node, widget, replacement, inOtherUnit);
     }
   },
 });

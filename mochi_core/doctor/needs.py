@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,29 @@ import torch
 
 from ..autoencoder.memory import decoder_memory_estimate
 from ..autoencoder.streaming import CPU, Plan, free_memory
-from ..checkpoints import Checkpoint, LazyStateDict, check_fit, describe, open_checkpoint, select_part
+from ..checkpoints import (
+    Checkpoint,
+    LazyStateDict,
+    check_fit,
+    describe,
+    open_checkpoint,
+    quantize_block_matrices,
+    select_part,
+)
 from ..checkpoints.loading import model_spec
 from ..checkpoints.names.detect import find_parts
 from ..checkpoints.names.sizes import halves
 from ..config import AsymmDiTConfig, AsymmVAEConfig
 from ..dtypes import SHORT_NAMES, dtype_name
 from ..geometry import VideoSize
+from ..quantization.weights import QUANTIZERS
 from ..transformer.memory import modulation_bytes, working_bytes
 from .attempt import attempt
 
 LENGTHS = (25, 85, 163)
 """Frames of 848x480 for which needs are given."""
 STEPS = 64
+SAMPLE_ROWS = 16  # fp8 wants multiples of them
 MODULATOR = re.compile(r"blocks\.\d+\.mod_[xy]\..*")
 BLOCK = re.compile(r"blocks\.(\d+)\..*")
 RESIDENT, OFFLOAD, STREAM = "resident", "offload=True", 'offload="stream"'
@@ -106,6 +117,23 @@ def t5_needs(checkpoint: Checkpoint, _: torch.device) -> dict[str, Any]:
     stored, _block_type = checkpoint.main_dtype()
     as_stored = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
     return {"dtype": dtype_name(stored), "weights": as_stored, "weights_fp32": held_bytes(checkpoint.tensors, 4)}
+
+
+def loaded_bytes(checkpoint: Checkpoint, itemsize: int, quantize: str | None = None) -> int:
+    """Bytes of a denoiser's weights when its file is loaded with `quantize`, as in `load_transformer`; see `held_bytes`."""
+    stored, loaded = checkpoint.tensors, quantize_block_matrices(checkpoint, quantize).tensors
+    changed = {name for name, tensor in stored.items() if tensor.quantized is None and loaded[name].quantized}
+    left = held_bytes({name: tensor for name, tensor in stored.items() if name not in changed}, itemsize)
+    return left + sum(quantized_bytes(stored[name].shape, quantize) for name in changed if quantize)
+
+
+@cache
+def quantized_bytes(shape: tuple[int, ...], kind: str) -> int:
+    """Bytes of a matrix (rows, columns) quantised in one of `QUANTIZERS`, scales included."""
+    rows, columns = shape
+    some = QUANTIZERS[kind](torch.zeros(SAMPLE_ROWS, columns))
+    tensors = [some.values] if some.scale is None else [some.values, some.scale]
+    return rows * sum(tensor.nbytes for tensor in tensors) // SAMPLE_ROWS
 
 
 def held_bytes(tensors: LazyStateDict, itemsize: int) -> int:

@@ -213,21 +213,28 @@ def _log_choices(patcher, stored: str, quantize: str | None, dtype: torch.dtype 
 
 def _build(config: AsymmDiTConfig, checkpoint: Checkpoint, dtype: torch.dtype | None, disable_dynamic: bool):
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
-    supported = [torch.float16, *COMPUTE_DTYPES] if dtype == torch.float16 else COMPUTE_DTYPES
     model_config: Any = MochiConfig({"image_model": "mochi_preview", "config": config})
+    held, cast = choose_dtypes(checkpoint, dtype)
     if is_quantized(checkpoint):
-        dtype = cast = dtype or mm.unet_manual_cast(None, load_device, supported)
         model_config.quant_config = {"mixed_ops": True}
-        operations = comfy.ops.pick_operations(dtype, cast, load_device, model_config=model_config)
+        operations = comfy.ops.pick_operations(held, cast, load_device, model_config=model_config)
         model_config.custom_operations = quantized_operations(operations)
-    else:
-        dtype = dtype or _suitable_dtype(checkpoint, supported)
-        cast = mm.unet_manual_cast(dtype, load_device, supported)
-    model_config.set_inference_dtype(dtype, cast, device=load_device)
+    model_config.set_inference_dtype(held, cast, device=load_device)
     model = model_config.get_model({}, device=offload_device)
     # Looked up now: the host replaces CoreModelPatcher at start-up when it manages memory dynamically.
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     return patcher_class(model, load_device=load_device, offload_device=offload_device)
+
+
+def choose_dtypes(checkpoint: Checkpoint, asked: torch.dtype | None) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtype of the weights that are not quantised, and the one that they are cast to for the arithmetic, if another."""
+    device = mm.get_torch_device()
+    supported = [torch.float16, *COMPUTE_DTYPES] if asked == torch.float16 else COMPUTE_DTYPES
+    if is_quantized(checkpoint):
+        both: Any = asked or mm.unet_manual_cast(None, device, supported)
+        return both, both
+    held = asked or _suitable_dtype(checkpoint, supported)
+    return held, mm.unet_manual_cast(held, device, supported)
 
 
 def _load_weights(network: HostAsymmDiT, tensors: LazyStateDict, plain: AsymmDiT, *, assign: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+from functools import partial
 from typing import Any
 
 import comfy.model_management as mm
@@ -56,17 +57,18 @@ def limit_tokens(batches: list[list[tuple]], tokenizer, rest: str = "") -> list[
 
     `rest` is text that was cut off before.
     """
-
-    def spell(tokens) -> str:
-        return tokenizer.decode([token for token, *_ in tokens if isinstance(token, int)])  # embeddings are tensors
-
     limited = []
     for tokens in batches:
-        kept, warning = cut_tokens(tokens, spell, rest)
+        kept, warning = cut_tokens(tokens, partial(spell, tokenizer), rest)
         if warning:
             logging.warning(warning)
         limited.append(kept)
     return limited
+
+
+def spell(tokenizer, tokens: list[tuple]) -> str:
+    """The text of the host's tokens, without embeddings, which are tensors."""
+    return tokenizer.decode([token for token, *_ in tokens if isinstance(token, int)])
 
 
 class HostCLIP(comfy.sd.CLIP):
@@ -169,18 +171,19 @@ def _with_mask(embeds: torch.Tensor, extra: dict, batches: list[list[tuple]]) ->
     """An entry of CONDITIONING with the mask of its tokens, which the host leaves out where a CLIP has a schedule."""
     mask = extra.get("attention_mask")
     if mask is None:
-        mask = torch.tensor([_mask(tokens, embeds.shape[1]) for tokens in batches], device=embeds.device)
+        lengths = torch.tensor([[count_tokens(tokens)] for tokens in batches], device=embeds.device)
+        mask = (torch.arange(embeds.shape[1], device=embeds.device) < lengths).long()
     return [without_padding(embeds, mask), {**extra, "attention_mask": mask}]
 
 
-def _mask(tokens: list[tuple], length: int) -> list[int]:
-    """1 for each token up to the end token and 0 for the padding behind; a token may be an embedding, (rows, width)."""
-    valid = 0
+def count_tokens(tokens: list[tuple]) -> int:
+    """Tokens up to the end token, without the padding behind; a token may be an embedding, (rows, width)."""
+    count = 0
     for token, *_ in tokens:
-        valid += 1 if isinstance(token, int) else len(torch.atleast_2d(token))
+        count += 1 if isinstance(token, int) else len(torch.atleast_2d(token))
         if isinstance(token, int) and token == END_TOKEN:
             break
-    return [1] * valid + [0] * (length - valid)
+    return count
 
 
 def without_padding(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """What a person does in the editor who has never read the documentation."""
 
+import re
+
 import pytest
 
 from mochi_core import seconds_to_frames
-from tests.harness.browser import PLAYING, label
+from tests.harness.browser import PLAYING, TIME_LEFT, label, line
 from tests.harness.locales import read as texts_of
 from tests.harness.templates import editor_form
 
@@ -11,6 +13,24 @@ NODES = list(texts_of("en"))  # of all nodes, as tests/comfy/test_locales.py see
 WATCH_PREVIEWS = """() => {
     window.previews = 0;
     window.comfyAPI.api.api.addEventListener("b_preview_with_metadata", () => { window.previews += 1; });
+}"""
+
+MEMORY = re.compile(r"^about \S+ .iB to sample, beside \S+ .iB of weights; cpu has \S+ GiB$")
+# Puts the sampler into a subgraph, whose node shows the width; answers with what is said inside for two widths.
+INTO_SUBGRAPH = """async width => {
+    const sampler = app.graph._nodes.find(node => node.type === "Mochi1Sampler");
+    const { node: outer } = app.graph.convertToSubgraph(new Set([sampler]));
+    const inner = outer.subgraph.nodes.find(node => node.type === "Mochi1Sampler");
+    const input = inner.inputs.find(input => input.name === "width");
+    outer.subgraph.addInput("width", "INT").connect(input, inner);
+    const said = [];
+    for (const value of [outer.widgets.find(widget => widget.name === "width").value, width]) {
+        outer.widgets.find(widget => widget.name === "width").value = value;
+        window.comfyAPI.api.api.dispatchCustomEvent("graphChanged", {});
+        await new Promise(resolve => setTimeout(resolve, 1500));
+        said.push(inner.widgets.find(widget => widget.name === "forecast").element.textContent);
+    }
+    return said;
 }"""
 
 
@@ -35,9 +55,12 @@ def set_widget(editor, node_type, name, value):
 def test_run_button_makes_a_video_that_plays_and_shows_it_on_the_way(editor):
     editor.errors.clear()
     editor.load(editor_form("tiny_mochi"), "tiny")
+    set_widget(editor, "Mochi1Sampler", "seed", 81)  # which nobody has made before
     editor.page.evaluate(WATCH_PREVIEWS)
     editor.page.get_by_test_id("queue-button").click()
+    editor.page.get_by_text(TIME_LEFT).first.wait_for(timeout=60_000)
     editor.page.wait_for_function(PLAYING, timeout=120_000)
+    assert line(editor, "Mochi1Sampler").startswith("about ")
     size = editor.page.locator("video").first.evaluate("video => [video.videoWidth, video.videoHeight]")
     assert size == [64, 64]
     assert editor.page.evaluate("window.previews") >= 1
@@ -93,6 +116,55 @@ def test_lengths_are_shown_in_the_other_unit(editor):
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (5.4 s)"
     set_widget(editor, "Mochi1Sampler", "num_frames", 31)
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (1 s)"
+
+
+def test_what_another_input_replaces_is_greyed(editor):
+    editor.load(editor_form("fastmochi"), "fast")
+    assert shown(editor, "Mochi1Sampler", "steps") == ["steps ← sigmas", True]
+    assert shown(editor, "Mochi1Sampler", "denoise") == ["denoise ← sigmas", True]
+    assert shown(editor, "Mochi1Sampler", "cfg")[1] is False
+    editor.page.evaluate(
+        "() => { const node = app.graph._nodes.find(node => node.type === 'Mochi1Sampler');"
+        " node.disconnectInput(node.inputs.findIndex(input => input.name === 'sigmas')); }"
+    )
+    assert shown(editor, "Mochi1Sampler", "steps") == ["steps", False]
+    editor.load(editor_form("video_to_video"), "video")
+    for name in ("width", "height", "num_frames", "batch_size"):
+        assert shown(editor, "Mochi1Sampler", name) == [f"{name} ← latent", True]
+
+
+def shown(editor, node_type, name):
+    """The label of a widget, in a subgraph or not, and whether it is greyed."""
+    return editor.page.evaluate(
+        "([type, name]) => { const nodes = app.graph._nodes.flatMap(node => [node, ...node.subgraph?.nodes ?? []]);"
+        " const node = nodes.find(node => node.type === type); const widget = node.widgets.find(widget => widget.name === name);"
+        " return [widget.label, widget.disabled]; }",
+        [node_type, name],
+    )
+
+
+def test_what_will_happen_is_said_before_it_does(editor):
+    editor.load(editor_form("tiny_mochi"), "tiny")
+    editor.page.get_by_text("9 of 256 tokens", exact=True).wait_for()
+    set_widget(editor, "Mochi1T5Encode", "prompt", "a red kite over the sea " * 60)
+    editor.page.get_by_text("The prompt has 481 tokens and Mochi reads 256; cut off: “").wait_for()
+    editor.page.get_by_text("empty: no text at all, as in Genmo's code").wait_for()
+    editor.page.get_by_text(MEMORY).wait_for()
+    small = line(editor, "Mochi1Sampler")
+    set_widget(editor, "Mochi1Sampler", "num_frames", 163)
+    editor.page.get_by_text(MEMORY).and_(editor.page.get_by_text(small, exact=True)).wait_for(state="detached")
+    editor.page.get_by_text(MEMORY).wait_for()
+    assert all("forecast" not in node["inputs"] for node in editor.prompt().values())
+
+
+def test_the_forecast_knows_what_is_outside_of_a_subgraph(editor):
+    """The model, and the values that the subgraph's own node shows."""
+    editor.load(editor_form("tiny_mochi"), "tiny")
+    editor.page.get_by_text(MEMORY).wait_for()
+    known = line(editor, "Mochi1Sampler")
+    same, refused = editor.page.evaluate(INTO_SUBGRAPH, 100)
+    assert same == known
+    assert refused == "width is 100, but Mochi needs a multiple of 16; use 96 or 112."
 
 
 @pytest.mark.parametrize("node_type", NODES)

@@ -9,6 +9,7 @@ def test_old_renderer_opens_and_names_everything_too(templates_server):
         editor.load(editor_form("tiny_mochi"), "tiny")
         assert editor.missing() == []
         assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (0.8 s)"
+        editor.page.get_by_text("9 of 256 tokens", exact=True).wait_for()
         editor.page.get_by_test_id("queue-button").click()
         editor.page.wait_for_function("Object.keys(app.nodeOutputs).length > 0", timeout=120_000)
         assert editor.errors == []

@@ -18,6 +18,7 @@ from mochi_core.checkpoints import Checkpoint, from_state_dict, load_transformer
 from mochi_core.checkpoints.convert import plan_conversion, write_conversion
 from mochi_core.doctor import checks, examine, machine, needs, render, report
 from mochi_core.doctor.attempt import compared
+from mochi_core.doctor.forecast import denoising_bytes, memory_sentence
 from mochi_core.geometry import VideoSize
 from mochi_core.quantization.weights import QUANTIZERS
 from mochi_core.transformer.attention import BACKENDS
@@ -103,6 +104,38 @@ def test_bytes_of_the_released_transformer_are_those_of_the_documentation():
     assert weights == needs.offload_bytes(released(torch.float32).tensors)  # loaded in bf16 in any case
     gigabytes = {name: round(count / 1e9, 2) for name, count in weights.items()}
     assert gigabytes == {"resident": 20.06, "offload=True": 14.65, 'offload="stream"': 0.8}
+
+
+def test_bytes_of_weights_that_are_quantised_while_they_are_loaded():
+    """Those of the documentation, and the scales."""
+    file = released()
+    gigabytes = {kind: round(needs.loaded_bytes(file, 2, kind) / 1e9, 2) for kind in QUANTIZERS}
+    assert gigabytes == {"fp8": 10.13, "fp8_rowwise": 12.84, "int8": 10.14, "q4_0": 5.78}
+
+
+@pytest.mark.parametrize("kind", [None, *QUANTIZERS])
+def test_loaded_bytes_are_those_that_are_loaded(kind):
+    dit = load_transformer(MODELS[0], torch.bfloat16, quantize=kind)
+    held = sum(tensor.nbytes for tensor in (*dit.parameters(), *dit.buffers()))
+    assert needs.loaded_bytes(open_part(MODELS[0], "transformer"), 2, kind) == pytest.approx(held, rel=0.01)
+
+
+def test_a_run_is_forecast_in_one_sentence():
+    size, config = VideoSize(), AsymmDiTConfig()
+    working = denoising_bytes(config, size, 1, None, 2)
+    assert working == working_bytes(config, 44_520, 2, 1) + modulation_bytes(config, 64, 2)
+    assert denoising_bytes(config, size, 1, 16, 2) == denoising_bytes(config, VideoSize(num_frames=91), 1, None, 2)
+    assert denoising_bytes(config, size, 2, None, 2) > 1.8 * working
+    weights = 20_055_467_768
+    on_24 = memory_sentence(working, weights, 24 * GIB, "cuda:0")
+    assert on_24 == "about 2.1 GiB to sample, beside 18.7 GiB of weights; cuda:0 has 24.0 GiB"
+    on_12 = memory_sentence(working, weights, 12 * GIB, "cuda:0")
+    assert on_12.endswith("cuda:0 has 12.0 GiB: weights that do not fit are fetched in every step")
+    too_little = "too little; make the video smaller or shorter"
+    assert memory_sentence(working, weights, 2 * GIB, "cuda:0").endswith(too_little)
+    assert memory_sentence(working, weights, 12 * GIB, "cpu").endswith(too_little)
+    unknown = memory_sentence(10 * 2**20, None, 2 * GIB, "cpu")
+    assert unknown == "about 10 MiB to sample, beside the weights; cpu has 2.0 GiB"
 
 
 PLANS = [(48, "resident"), (20, "offload=True"), (16.5, "offload=True"), (15, 'offload="stream"'), (2.5, None)]

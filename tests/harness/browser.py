@@ -107,3 +107,15 @@ def label(editor, node_type, name):
         ".widgets.find(widget => widget.name === name).label",
         [node_type, name],
     )
+
+
+def line(editor, node_type):
+    """What the pack says inside the first node of a type."""
+    return editor.page.evaluate(
+        "type => app.graph._nodes.find(node => node.type === type)"
+        ".widgets.find(widget => widget.name === 'forecast').element.textContent",
+        node_type,
+    )
+
+
+TIME_LEFT = re.compile(r"^\d+ of \d+, \d+:\d\d left$")

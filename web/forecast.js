@@ -1,0 +1,139 @@
+// A line in a node that says what will happen: the tokens that a prompt takes, the memory that a video takes on this server;
+// and while the node works, the time that is left.
+import { app } from "/scripts/app.js";
+import { api } from "/scripts/api.js";
+import { after, linkedInput, nodeById, origin, valueOf } from "./graph.js";
+
+const PAUSE = 300; // milliseconds after the last change
+const ROW = 15, MAX_ROWS = 4, LETTER = 6.5; // pixels of a row of text, and of a letter
+const BYPASSED = 4;
+
+// What to ask the server about a node: [route, question], or nothing.
+const QUESTIONS = {
+  Mochi1T5Encode(node) {
+    const prompt = valueOf(node, "prompt");
+    return prompt !== undefined && ["tokens", { prompt }];
+  },
+  Mochi1Sampler(node) {
+    const size = Object.fromEntries(
+      ["width", "height", "num_frames", "batch_size"].map((name) => [name, valueOf(node, name)]),
+    );
+    const known = !linkedInput(node, "latent") && Object.values(size).every(Number.isInteger);
+    return known && ["memory", { ...size, ...modelOf(node) }];
+  },
+  Mochi1TiledVAEDecode: () => null,
+  Mochi1VAEEncode: () => null,
+};
+
+// The file of a sampler's MODEL, if one of our loaders has it, and the context window in which it is sampled.
+function modelOf(node) {
+  const model = {};
+  for (let { source } = origin(node, "model"); source; { source } = origin(source, "model")) {
+    if (source.comfyClass === "Mochi1LoadTransformer") {
+      model.model_name = valueOf(source, "model_name");
+      model.weight_dtype = valueOf(source, "weight_dtype");
+    } else if (source.comfyClass === "ContextWindowsManual" && source.mode !== BYPASSED) {
+      model.window = valueOf(source, "context_length");
+    }
+  }
+  return model;
+}
+
+class Line {
+  constructor(node) {
+    this.node = node;
+    this.element = document.createElement("div");
+    this.element.className = "mochinodes-line";
+    Object.assign(this.element.style, {
+      font: `12px/${ROW}px sans-serif`, color: "var(--descrip-text, #999)", overflow: "hidden", maxHeight: `${MAX_ROWS * ROW}px`, padding: "0 6px",
+    });
+    const widget = node.addDOMWidget("forecast", "mochinodes-line", this.element, { serialize: false, margin: 4 });
+    widget.serialize = false; // neither saved nor sent
+    widget.computeLayoutSize = undefined; // which would share the node's free space with the prompt
+    widget.computeSize = () => [0, this.height()];
+    this.forecast = "";
+  }
+
+  height() {
+    const rows = Math.ceil((this.element.textContent.length * LETTER) / this.node.size[0]);
+    return Math.min(rows, MAX_ROWS) * ROW + (rows && 8);
+  }
+
+  show(text) {
+    if (text === this.element.textContent) return;
+    this.element.textContent = this.element.title = text;
+    const [width, height] = this.node.size;
+    this.node.setSize([width, Math.max(height, this.node.computeSize()[1])]);
+    this.node.setDirtyCanvas?.(true, true);
+  }
+
+  async ask() {
+    const question = JSON.stringify(QUESTIONS[this.node.comfyClass](this.node) || null);
+    if (question === this.question) return;
+    this.question = question;
+    const forecast = question === "null" ? "" : await answer(...JSON.parse(question));
+    if (question !== this.question) return; // another one has been asked meanwhile
+    this.forecast = forecast;
+    this.show(forecast);
+  }
+
+  // Time left, by the steps since the first that was seen: what came before it, such as loading, is not repeated.
+  progress(run, value, max) {
+    if (run !== this.run || value < this.last) [this.run, this.first, this.started] = [run, value, performance.now()];
+    this.last = value;
+    const perStep = (performance.now() - this.started) / (value - this.first);
+    const left = value > this.first ? `, ${clock((perStep * (max - value)) / 1000)} left` : "";
+    this.show(value < max ? `${value} of ${max}${left}` : this.forecast);
+  }
+}
+
+async function answer(route, question) {
+  try {
+    const response = await api.fetchApi(`/mochi-nodes/${route}`, {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(question),
+    });
+    const { text, error } = await response.json();
+    return text ?? error;
+  } catch {
+    return ""; // no server, which the editor says itself
+  }
+}
+
+function clock(seconds) {
+  const total = Math.round(seconds), two = (number) => String(number).padStart(2, "0");
+  const [hours, minutes] = [Math.floor(total / 3600), Math.floor(total / 60) % 60];
+  return hours ? `${hours}:${two(minutes)}:${two(total % 60)}` : `${minutes}:${two(total % 60)}`;
+}
+
+const lines = new Map();
+let timer;
+
+function askSoon() {
+  clearTimeout(timer);
+  timer = setTimeout(() => {
+    for (const line of lines.values()) line.ask();
+  }, PAUSE);
+}
+
+app.registerExtension({
+  name: "mochinodes.Forecast",
+  setup() {
+    api.addEventListener("graphChanged", askSoon);
+    api.addEventListener("progress", ({ detail }) => {
+      lines.get(nodeById(detail.node))?.progress(detail.prompt_id, detail.value, detail.max);
+    });
+    for (const end of ["execution_error", "execution_interrupted"]) {
+      api.addEventListener(end, () => lines.forEach((line) => line.show(line.forecast)));
+    }
+  },
+  nodeCreated(node) {
+    if (!(node.comfyClass in QUESTIONS)) return;
+    const line = new Line(node);
+    for (const widget of node.widgets) after(widget, "callback", askSoon);
+    for (const event of ["onConfigure", "onConnectionsChange"]) after(node, event, askSoon);
+    after(node, "onAdded", () => (lines.set(node, line), askSoon()));
+    after(node, "onRemoved", () => lines.delete(node));
+  },
+});
