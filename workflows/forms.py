@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from migrate.downloads import downloads
 
 from .layout import RESULT, VIEWER, Box, columns, place
-from .notes import files_note
+from .notes import files_note, task_note
 from .source import Link, Node, Nodes, Subgraph, Template
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
@@ -73,7 +73,7 @@ def to_editor(template: Template, definitions: Json) -> Json:
         _ids(template.nodes),
         definitions,
         template.after_run,
-        notes=(template.note, *([files] if files else [])),
+        notes=(task_note(template), *([files] if files else [])),
     )
     inside = []
     if template.subgraph:

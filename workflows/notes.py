@@ -19,6 +19,26 @@ Computed, not yet tried on such cards: [speed and memory]({PAGE}/performance.md#
 template *Long video*.
 """
 
+TEXT_TO_VIDEO = ("Text to video", "text_to_video.md")
+PAGES = {
+    "text_to_video": TEXT_TO_VIDEO,
+    "fast_preview": TEXT_TO_VIDEO,
+    "tiny_mochi": TEXT_TO_VIDEO,
+    "video_to_video": ("Images and video", "image_to_video.md"),
+    "long_video_low_memory": ("Long video", "long_video.md"),
+    "lora": ("LoRA training", "train.md"),
+    "prompt_list": ("Many prompts through the API", "api.md"),
+}
+"""By the template's name, the page of the documentation about its task, and what to call it."""
+
+
+def task_note(template: Template) -> str:
+    """The template's note, with a link to the page about its task if there is one."""
+    if template.name not in PAGES:
+        return template.note
+    title, page = PAGES[template.name]
+    return f"{template.note}\nMore: [{title}]({PAGE}/{page}).\n"
+
 
 def files_note(template: Template) -> str:
     """Which files the template wants, where they come from, where they go and what fits a card; "" if it wants none."""
