@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from tests.harness import demo
 from tests.harness.browser import PLAYING, Editor, open_editor
 from tests.harness.client import ComfyClient
 from tests.harness.frames import read_frames
@@ -46,6 +47,18 @@ LONG = 3.2
 # Shown in help pages; the last one is also run.
 SHOWN = ("text_to_video", "fast_preview", "video_to_video", "lora", "fastmochi", "faster", "stock_nodes", "tiny_mochi")
 LOGO = (34, 66)
+MOVING = 256
+# The nodes of a picture that can be read, and a script that puts them beside the side bar and says how large they are.
+NEAR_TYPES = ["Mochi1T5Encode", "Mochi1Sampler", "Mochi1TiledVAEDecode", "CreateVideo", "SaveVideo"]
+NEAR = """types => {
+    const nodes = app.graph._nodes.filter(node => types.includes(node.type)), title = 50, scale = 0.8, [x, y] = [80, 120];
+    const left = Math.min(...nodes.map(node => node.pos[0])), top = Math.min(...nodes.map(node => node.pos[1])) - title;
+    const right = Math.max(...nodes.map(node => node.pos[0] + node.size[0]));
+    const bottom = Math.max(...nodes.map(node => node.pos[1] + node.size[1]));
+    Object.assign(app.canvas.ds, { scale, offset: [x / scale - left, y / scale - top] });
+    app.canvas.setDirty(true, true);
+    return [x - 15, y - 5, Math.min(scale * (right - left) + 30, 1500), Math.min(scale * (bottom - top) + 20, 800)];
+}"""
 MENU = {"x": 0, "y": 40, "width": 700, "height": 520}
 CANVAS = {"x": 190, "y": 120, "width": 1240, "height": 740}
 
@@ -65,6 +78,7 @@ def main() -> None:
                 if name in ("video_to_video", "masked"):
                     frames = side_by_side(pictures_of((base / "input" / "mochi_input.mp4").read_bytes()), frames)
                 write_thumbnail(frames, WORKFLOWS / f"{TITLES[name]}.jpg")
+            write_moving([template_frames(client, "tiny_mochi", prompt) for prompt in demo.PROMPTS], DOCS / "tiny.webp")
             take_screenshots(server.url)
 
 
@@ -102,6 +116,18 @@ def write_thumbnail(frames: list[Image.Image], path: Path) -> None:
     print(path.relative_to(ROOT), path.stat().st_size)
 
 
+def write_moving(videos: list[list[Image.Image]], path: Path) -> None:
+    """Videos of one length beside each other, as a moving WebP."""
+    frames = []
+    for pictures in zip(*videos, strict=True):
+        frame = Image.new("RGB", (MOVING * len(videos), MOVING))
+        for i, picture in enumerate(pictures):
+            frame.paste(picture.resize((MOVING, MOVING), Image.Resampling.BICUBIC), (i * MOVING, 0))
+        frames.append(frame)
+    frames[0].save(path, "WEBP", save_all=True, append_images=frames[1:], duration=50, loop=0, quality=75, method=4)
+    print(path.relative_to(ROOT), path.stat().st_size)
+
+
 def take_screenshots(url: str) -> None:
     HELP.mkdir(parents=True, exist_ok=True)
     with open_editor(url, 1600, 1000, **{"Comfy.Minimap.Visible": False}) as editor:
@@ -117,6 +143,7 @@ def take_screenshots(url: str) -> None:
         editor.page.wait_for_function(PLAYING, timeout=120_000)
         editor.page.wait_for_timeout(700)
         shoot(editor, DOCS / "editor.png")
+        shoot(editor, DOCS / "graph.png", clip=bring_near(editor))
         show_help(editor, "Mochi1Sampler")
         shoot(editor, DOCS / "help.png")
         open_menu(editor, "Extensions", "Mochi Nodes")
@@ -131,6 +158,13 @@ def open_template(editor: Editor, name: str) -> None:
     )
     editor.command("Comfy.Canvas.FitView")
     editor.page.wait_for_timeout(1500)
+
+
+def bring_near(editor: Editor) -> dict[str, float]:
+    """From the prompts to the video, as large as fits; returns where they are on the page."""
+    box = editor.page.evaluate(NEAR, NEAR_TYPES)
+    editor.page.wait_for_timeout(1500)
+    return dict(zip(("x", "y", "width", "height"), box, strict=True))
 
 
 def show_help(editor: Editor, node_type: str) -> None:
