@@ -40,7 +40,7 @@ def test_tokens_are_those_that_the_node_reads(ask, comfy_client, comfy_server):
     cut = ask("tokens", {"prompt": LONG})
     assert re.match("The prompt has 481 tokens and Mochi reads 256; cut off: “.*sea”$", cut)
     assert cut not in comfy_server.log.read_bytes()[before:].decode()  # counting is no encoding
-    t5 = node("Mochi1LoadT5", t5_name="t5xxl_fp16.safetensors")
+    t5 = node("Mochi1LoadT5", t5_name="t5xxl_fp16.safetensors", dtype="auto")
     encoded = node("Mochi1T5Encode", clip=["t5", 0], prompt=LONG)
     comfy_client.run({"t5": t5, "text": encoded, "show": node("PreviewAny", source=["text", 0])})
     assert cut in comfy_server.log.read_bytes()[before:].decode()
