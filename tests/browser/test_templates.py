@@ -54,13 +54,13 @@ def test_app_mode_runs_from_prompt_to_video(editor):
     editor.load(workflow, "app")
     editor.command("Comfy.ToggleLinear")
     for name in ("prompt", "frames (30 a second)", "seed"):
-        editor.page.get_by_text(name, exact=True).first.wait_for()
+        editor.page.get_by_text(name, exact=True).locator("visible=true").first.wait_for()
     seeds = []
     for _ in range(2):
         editor.page.evaluate("app.nodeOutputs = {}")
         editor.page.get_by_role("button", name="Run", exact=True).last.click()
         editor.page.wait_for_function("Object.values(app.nodeOutputs).some(output => output.images)", timeout=60_000)
-        editor.page.locator("video").first.wait_for()
+        editor.page.locator("video").locator("visible=true").first.wait_for()
         seeds.append(next(n["inputs"]["seed"] for n in editor.prompt().values() if n["class_type"] == "Mochi1Sampler"))
     assert len(set(seeds)) == 2
     editor.command("Comfy.ToggleLinear")
