@@ -32,7 +32,7 @@ for name, load in (("stock", comfy.sd.load_diffusion_model), ("ours", load_model
     patcher = load(path)
     blocks = patcher.model.diffusion_model.blocks.parameters()
     out[f"{name} quantised"] = torch.tensor(sum(isinstance(p.data, QuantizedTensor) for p in blocks))
-    arguments = (3, 1.0, "euler", "simple", prompt, prompt, torch.zeros_like(noise))
+    arguments = (1, 1.0, "euler", "simple", prompt, prompt, torch.zeros_like(noise))
     out[name] = comfy.sample.sample(patcher, noise, *arguments, denoise=1.0)
 save_file(out, result)
 """
