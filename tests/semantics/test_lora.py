@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import torch
 
 from mochi_core import MochiPipeline, VideoSize, load_lora, load_transformer
@@ -13,12 +14,13 @@ from tests.harness.graphs import MODEL, SAMPLER, node
 from tests.harness.semantics import main_color, videos
 
 PROMPTS = [f"a purple {shape} {motion}" for shape in OUTLINES for motion in ("moving left", "rising")]
-IN_A_SERVER = PROMPTS[::2]
+IN_A_SERVER = PROMPTS[::4]
 
 
 def test_the_new_color_appears_with_the_lora_and_not_without(pipe, purple_loras):
     assert len(purple_loras) == 2
-    without = [main_color(frames) for frames in videos(pipe, PROMPTS)]
+    before = videos(pipe, PROMPTS)
+    without = [main_color(frames) for frames in before]
     print("without:", without)
     assert without.count("purple") <= 2
     for path in purple_loras:
@@ -29,12 +31,11 @@ def test_the_new_color_appears_with_the_lora_and_not_without(pipe, purple_loras)
         print(path.name, found)
         assert found.count("purple") >= 6
         lora.remove()
-        again = [main_color(frames) for frames in videos(with_lora, PROMPTS)]
-        assert again == without
+        np.testing.assert_allclose(videos(with_lora, PROMPTS[:1]), before[:1], rtol=0, atol=1e-3)
 
 
 def test_samples_on_the_way_show_the_new_color(purple_loras):
-    video = read_video(purple_loras[0].parent / "samples" / "step_000200-1.mp4", VideoSize(64, 64, 13))
+    video = read_video(next((purple_loras[0].parent / "samples").glob("*-1.mp4")), VideoSize(64, 64, 13))
     assert main_color(video / 255) == "purple"
 
 
@@ -51,10 +52,10 @@ def with_lora(comfy, path, class_type, prompt, **inputs):
 
 def test_new_color_with_our_lora_loader_and_the_stock_one(comfy, purple_loras):
     def purple(build):
-        return sum(main_color(comfy.frames(build(prompt))) == "purple" for prompt in IN_A_SERVER)
+        return [main_color(comfy.frames(build(prompt))) == "purple" for prompt in IN_A_SERVER]
 
     diffusers, genmo = purple_loras
-    assert purple(lambda prompt: tiny_prompt(prompt, num_frames=13, steps=24, seed=0)) == 0
-    assert purple(lambda prompt: with_lora(comfy, genmo, "Mochi1LoadLoRA", prompt, strength=1.0)) >= 2
-    assert purple(lambda prompt: with_lora(comfy, diffusers, "Mochi1LoadLoRA", prompt, strength=1.0)) >= 2
-    assert purple(lambda prompt: with_lora(comfy, genmo, "LoraLoaderModelOnly", prompt, strength_model=1.0)) >= 2
+    assert not any(purple(lambda prompt: tiny_prompt(prompt, num_frames=13, steps=24, seed=0)))
+    assert all(purple(lambda prompt: with_lora(comfy, genmo, "Mochi1LoadLoRA", prompt, strength=1.0)))
+    assert all(purple(lambda prompt: with_lora(comfy, diffusers, "Mochi1LoadLoRA", prompt, strength=1.0)))
+    assert all(purple(lambda prompt: with_lora(comfy, genmo, "LoraLoaderModelOnly", prompt, strength_model=1.0)))
