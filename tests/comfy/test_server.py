@@ -33,7 +33,7 @@ from tests.harness.graphs import (
 )
 from tests.harness.lora_files import write_genmo_lora
 from tests.harness.quantized_files import GGUF, SAFETENSORS
-from tests.harness.tiny_models import random_dit, random_t5
+from tests.harness.tiny_models import DIT, random_dit, random_t5
 
 
 def test_workflow_makes_an_mp4_of_the_right_size_length_and_rate(comfy_client):
