@@ -259,7 +259,7 @@ def test_t5_waits_for_nothing_but_its_tokens():
     )
     with torch.device("cuda"):
         model = transformers.T5EncoderModel(config).eval()
-    encoder = TextEncoder(model, lambda _: SimpleNamespace(input_ids=list(range(77))))
+    encoder = TextEncoder(model, lambda _, **_options: SimpleNamespace(input_ids=list(range(77))))
     with GpuCounter() as counted:
         embeds, mask = encoder.encode(["a prompt", "another", ""])
     assert embeds.shape == (3, 256, 4096)
