@@ -13,7 +13,7 @@ from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.tiny_models import random_dit
 
 SCRIPT = """
-import json
+import json, logging
 import comfy.sample, comfy.samplers
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from pack.mochi_core import linear_quadratic_schedule
@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 folder, = arguments
 given = load_file(folder + "/given.safetensors")
-made = []
+made, said = [], []
 
 def prompt(name):
     return [[given[name], {"attention_mask": given[name + "_mask"]}]]
@@ -51,10 +51,16 @@ latents["heun"] = sample(trained, frames, "heun")
 latents |= {"inside": sample(trained, inside), "inside, other": sample(other, inside), "other": sample(other, frames)}
 latents["chosen"] = sample(load("mochi.safetensors", frame_levels=True), frames)
 latents["refused"] = sample(load("Pusa.safetensors", frame_levels=False), frames)
+logging.warning = lambda text, *values: said.append(text % values)
+latents["lcm"] = sample(trained, frames, "lcm")
+seen = []
+trained.model.diffusion_model.register_forward_pre_hook(
+    lambda _, inputs, named: seen.append(named["frame_levels"].shares.tolist()), with_kwargs=True
+)
 windows = ContextWindowsManualNode.execute(trained, 3, 1, "standard_static", 1, False, "pyramid", 2, False).args[0]
 latents["windows"] = sample(windows, frames)
 save_file({name: tensor.contiguous() for name, tensor in latents.items()}, folder + "/made.safetensors")
-print(json.dumps(prepared))
+print(json.dumps([prepared, said, seen]))
 """
 LEVELS = torch.tensor([0.0, 0.4, 1.0, 1.0, 0.8])
 
@@ -81,7 +87,8 @@ def made(comfy_path, tmp_path_factory, given):
     for name in ("Pusa", "mochi"):
         save_file(random_dit().state_dict(), folder / f"{name}.safetensors")
     output = run_in_comfyui(comfy_path, SCRIPT, folder).stdout.splitlines()
-    return load_file(folder / "made.safetensors") | {"prepared": json.loads(output[-1])}
+    prepared, said, seen = json.loads(output[-1])
+    return load_file(folder / "made.safetensors") | {"prepared": prepared, "said": said, "seen": seen}
 
 
 def test_the_host_samples_what_the_core_does(made, given):
@@ -95,7 +102,7 @@ def test_the_host_samples_what_the_core_does(made, given):
 
 def test_a_frame_without_noise_is_kept_by_every_sampler(made, given):
     clean = denormalize_latents(given["clean"])
-    for name in ("frames", "heun", "windows"):
+    for name in ("frames", "heun", "lcm", "windows"):
         torch.testing.assert_close(made[name][:, :, 0], clean[:, :, 0], rtol=1e-5, atol=1e-5)
     assert (made["heun"] - made["frames"]).norm() < (made["heun"] - clean).norm()
 
@@ -114,7 +121,16 @@ def test_a_mask_inside_of_a_frame_stays_the_hosts_inpainting(made):
     torch.testing.assert_close(made["inside"], made["inside, other"], rtol=0, atol=0)
 
 
+def test_samplers_that_add_noise_are_warned_of(made):
+    assert [line.partition(" adds")[0] for line in made["said"]] == ["Mochi: sample_lcm"]
+
+
 def test_context_windows_have_the_levels_of_their_frames(made):
-    """All frames of the first window, 0 to 2, are in no other before they are blended with the next in frame 2."""
+    windows = {tuple(round(share, 4) for share in video) for videos in made["seen"] for video in videos}
+    starts = {
+        window: [i for i in range(5) if LEVELS[i : i + len(window)].tolist() == pytest.approx(window)]
+        for window in windows
+    }
+    assert len(windows) > 1
+    assert all(starts.values()), starts
     assert made["windows"].isfinite().all()
-    assert not torch.equal(made["windows"], made["frames"])
