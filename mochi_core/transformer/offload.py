@@ -1,7 +1,8 @@
 """Offloading: the weights stay in main memory and are on the device for a whole run, or block by block.
 
 It works by swapping `param.data`: a device copy is assigned for the duration, then the CPU tensor is put back; that one is
-never written. Weights of any kind, quantised ones and LoRAs beside a layer too, are handled alike.
+never written. Weights of any kind, quantised ones and LoRAs beside a layer too, are handled alike. A tensor that somebody else
+assigns in the meantime, as a LoRA does whose strength is changed, is used from then on and stays.
 
 mod_x and mod_y, 27 % of the weights, are called only when a run prepares its conditioning. Both ways of offloading have each
 of them on the device for that call alone.
@@ -56,24 +57,42 @@ class Weights:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = list(tensors)
         self.originals = [tensor.data for tensor in self.tensors]
+        # What they were last given here. Held, so that no other tensor can have the same address.
+        self.assigned = list(self.originals)
 
     def pin(self) -> None:
         """Move the originals, tensor by tensor, into pinned memory, which a device can read by itself."""
         for i, tensor in enumerate(self.tensors):
-            tensor.data = self.originals[i] = self.originals[i].pin_memory()
+            tensor.data = self.originals[i] = self.assigned[i] = self.originals[i].pin_memory()
 
     def copies(self, device: torch.device | str) -> list[Tensor]:
         """Copies of the originals on `device`; from pinned memory, they may still be on their way."""
+        self._keep_changes()
         return [data.to(device, non_blocking=True, copy=True) for data in self.originals]
 
     def assign(self, copies: list[Tensor]) -> None:
-        """Have the parameters and buffers use `copies`."""
-        for tensor, copy in zip(self.tensors, copies, strict=True):
-            tensor.data = copy
+        """Have the parameters and buffers use `copies`, made by `copies`; what has changed since is copied again."""
+        changed = self._keep_changes()
+        self._swap([self.originals[i].to(c.device) if i in changed else c for i, c in enumerate(copies)])
 
     def restore(self) -> None:
         """Have the parameters and buffers use the originals again."""
-        self.assign(self.originals)
+        self._keep_changes()
+        self._swap(self.originals)
+
+    def _swap(self, tensors: list[Tensor]) -> None:
+        for i, (tensor, data) in enumerate(zip(self.tensors, tensors, strict=True)):
+            tensor.data = self.assigned[i] = data
+
+    def _keep_changes(self) -> set[int]:
+        """Make what others have assigned since the last call the originals; returns which."""
+        changed = set()
+        for i, tensor in enumerate(self.tensors):
+            if tensor.data_ptr() != self.assigned[i].data_ptr():
+                self.originals[i] = tensor.data.to(self.originals[i].device)
+                self.assigned[i] = tensor.data
+                changed.add(i)
+        return changed
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """An offloaded denoiser, with its weights on the device together or block by block, computes the same and is left as it was."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from mochi_core import AsymmDiT, load_lora, load_transformer, sample
+from mochi_core import AsymmDiT, fuse_loras, load_lora, load_transformer, sample
 from mochi_core.transformer.block import BlockContext
 from mochi_core.transformer.offload import offload_modulation, stream_blocks
 from mochi_core.transformer.rope import Rope
-from tests.harness.lora_files import random_adapter, write_adapter
+from tests.harness.lora_files import random_adapter, random_changes, write_adapter
 from tests.harness.memory import in_a_process, needs_proc
 from tests.harness.random_inputs import NOISE, SIGMAS, prompt
 from tests.harness.tiny_models import random_dit
@@ -47,6 +49,30 @@ def test_same_result_with_loras_and_quantised_weights(dit, tmp_path, dtype, quan
     assert addresses(dit) == before
     assert hooks(dit) == hooked
     assert torch.equal(sample(dit, NOISE, SIGMAS, *CONDITIONS), expected)
+
+
+@ways
+@pytest.mark.parametrize("last", [None, lambda _, lora: lora.remove(), lambda dit, _: fuse_loras(dit)])
+def test_loras_may_change_meanwhile(tmp_path, last, offload):
+    """On the device and at home, where a block is being copied already, and afterwards; those of norms and biases, too."""
+    weights = random_dit().state_dict()
+    changes = random_changes(weights, "bias", "norm_x.weight", "pos_frequencies")
+    path = write_adapter(tmp_path / "a.safetensors", random_adapter(weights), "comfyui", changes=changes)
+
+    def run(offloaded):
+        dit = random_dit()
+        lora = load_lora(dit, path)
+
+        def change(step, _):
+            lora.strength = 0.5 * step - 0.7
+            if step == 3 and last:
+                last(dit, lora)
+
+        with offload(dit, "cpu") if offloaded else nullcontext():
+            result = sample(dit, NOISE, SIGMAS, *CONDITIONS, on_step=change)
+        return result, sample(dit, NOISE, SIGMAS, *CONDITIONS), dit.state_dict()
+
+    torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)
 
 
 def test_only_the_block_at_work_is_away_from_home(dit):
