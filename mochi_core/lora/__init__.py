@@ -1,7 +1,7 @@
 """LoRAs for the denoiser: files of every kind, and the layers that they add."""
 
 from .files import LoraDelta, LoraFile, ParameterDelta, read_lora
-from .layers import Lora, dora_scale, fuse_loras, load_lora
+from .layers import Lora, dora_scale, finite_strength, fuse_loras, load_lora
 from .named import NamedLoras
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "NamedLoras",
     "ParameterDelta",
     "dora_scale",
+    "finite_strength",
     "fuse_loras",
     "load_lora",
     "read_lora",

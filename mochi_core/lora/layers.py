@@ -26,8 +26,15 @@ class Lora:
     """A LoRA applied to a denoiser. `strength` may be set at any time; `remove` takes the LoRA out."""
 
     def __init__(self, dit: AsymmDiT, deltas: Iterable[LoraDelta | ParameterDelta], strength: float) -> None:
-        self._parts = [_attached(dit, delta) for delta in deltas]
-        self.strength = strength
+        self._strength = finite_strength(strength)
+        self._parts: list[LoraLayer | ParameterChange] = []
+        try:
+            for delta in deltas:
+                self._parts.append(_attached(dit, delta))
+            self.strength = strength
+        except BaseException:  # nobody would have a handle to take out what is attached already
+            self.remove()
+            raise
 
     @property
     def strength(self) -> float:
@@ -36,7 +43,7 @@ class Lora:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._strength = _finite(value)
+        self._strength = finite_strength(value)
         for part in self._parts:
             part.set_strength(value)
 
@@ -58,7 +65,7 @@ def load_lora(dit: AsymmDiT, path: str | Path, strength: float = 1.0) -> Lora:
         ValueError: the file is no LoRA for this denoiser, or `strength` is not finite.
         FileNotFoundError: there is no such file.
     """
-    _finite(strength)  # before the file is read
+    finite_strength(strength)  # before the file is read
     file = read_lora(path, dit.config)
     if left_out := file.report():
         warn(left_out, stacklevel=2)
@@ -88,7 +95,8 @@ def fuse_loras(dit: AsymmDiT) -> None:
             parameter.fuse()
 
 
-def _finite(strength: float) -> float:
+def finite_strength(strength: float) -> float:
+    """`strength`, which must be a finite number; ValueError if it is not."""
     if not math.isfinite(strength):
         raise ValueError(f"The strength of a LoRA is {strength}, but must be a number; 1 is as trained.")
     return strength
@@ -224,9 +232,10 @@ class ParameterChange:
     def __init__(self, layer: nn.Module, leaf: str, delta: LoraDelta | ParameterDelta) -> None:
         self.rows, self.strength = delta.rows, 1.0
         changed = layer.__dict__.setdefault("lora_parameters", {})
-        self._parameter = changed.setdefault(leaf, ChangedParameter(layer, leaf))
-        self._parameter.changes.append(self)
+        self._parameter: ChangedParameter = changed.get(leaf) or ChangedParameter(layer, leaf)
         self.change = delta.change if isinstance(delta, ParameterDelta) else self._product(delta)
+        changed[leaf] = self._parameter  # last, so that a change that fails leaves nothing
+        self._parameter.changes.append(self)
 
     def _product(self, delta: LoraDelta) -> Tensor:
         """The low-rank change of a convolution as a matrix (rows, columns), with DoRA that of its lengths, too."""
@@ -237,8 +246,9 @@ class ParameterChange:
         return dora_scale(weight + change, delta.magnitude)[:, None] * (weight + change) - weight
 
     def set_strength(self, strength: float) -> None:
-        self.strength = strength
-        self._parameter.update()
+        if self in self._parameter.changes:  # not fused
+            self.strength = strength
+            self._parameter.update()
 
     def detach(self) -> None:
         if self in self._parameter.changes:  # not fused

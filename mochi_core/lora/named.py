@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..transformer.model import AsymmDiT
-from .layers import Lora, fuse_loras, load_lora
+from .layers import Lora, finite_strength, fuse_loras, load_lora
 
 
 class NamedLoras:
@@ -34,14 +34,15 @@ class NamedLoras:
         """Give the named LoRAs these strengths, one for all or one each; all others are off until they are named again.
 
         Raises:
-            ValueError: a name that is unknown, or not one strength for each.
+            ValueError: a name that is unknown, or not one finite strength for each; nothing is changed then.
         """
         names = self._known(adapter_names)
         weights = [adapter_weights] * len(names) if isinstance(adapter_weights, int | float) else list(adapter_weights)
         if len(weights) != len(names):
             raise ValueError(f"There are {len(names)} names and {len(weights)} strengths; pass one strength for each.")
+        strengths = dict(zip(names, map(finite_strength, weights), strict=True))
         for name, lora in self.loras.items():
-            lora.strength = dict(zip(names, weights, strict=True)).get(name, 0.0)
+            lora.strength = strengths.get(name, 0.0)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Take the named LoRAs out of the denoiser and free their memory; ValueError for a name that is unknown."""

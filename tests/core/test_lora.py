@@ -1,6 +1,7 @@
 """LoRAs of every kind give what merging by hand gives, and leave nothing behind."""
 
 import json
+from dataclasses import replace
 from pathlib import PureWindowsPath
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 from mochi_core import AsymmDiT, AsymmDiTConfig, fuse_loras, load_lora, load_transformer
 from mochi_core.__main__ import lora_option
+from mochi_core.lora import Lora, LoraDelta, read_lora
 from mochi_core.lora.targets import find_target, lora_targets
 from mochi_core.quantization.weights import QuantizedLinear
 from tests.harness.lora_files import (
@@ -446,6 +448,34 @@ def test_fused_loras_change_the_weights(tmp_path):
     assert dit.state_dict().keys() == weights.keys()
     changed = {name for name, weight in dit.state_dict().items() if not torch.equal(weight, weights[name])}
     assert changed == whole | {name for name in weights if name.endswith("attn.qkv_x.weight")}
+
+
+def test_what_was_fused_stays_under_later_loras(dit, tmp_path):
+    name = "final_layer.linear.bias"
+    original = dit.state_dict()[name].clone()
+    path = write_adapter(tmp_path / "a.safetensors", {}, "comfyui", changes={name: torch.full_like(original, 0.5)})
+    fused = load_lora(dit, path)
+    fuse_loras(dit)
+    load_lora(dit, path, 2.0)
+    fused.strength = 0.25
+    assert torch.equal(dit.state_dict()[name], original + 0.5 + 1.0)
+
+
+def test_a_lora_that_fails_halfway_leaves_nothing(dit, tmp_path):
+    before, weights = dit(*INPUTS), own_names(dit)
+    adapter = random_adapter(weights | {"x_embedder.proj.weight": weights["x_embedder.proj.weight"].flatten(1)})
+    path = write_adapter(tmp_path / "a.safetensors", adapter, "comfyui", changes=random_changes(weights, "bias"))
+    deltas = read_lora(path, dit.config).deltas
+    last = next(delta for delta in deltas if isinstance(delta, LoraDelta) and delta.layer == "x_embedder.proj")
+    deltas = [delta for delta in deltas if delta is not last]
+    with pytest.raises(RuntimeError, match="shape"):
+        Lora(dit, [*deltas, replace(last, down=last.down[:1])], 1.0)
+    with pytest.raises(ValueError, match="must be a number"):
+        Lora(dit, [*deltas, last], float("nan"))
+    assert not [module for module in dit.modules() if hasattr(module, "lora")]
+    assert torch.equal(dit(*INPUTS), before)
+    load_lora(dit, path).remove()
+    assert torch.equal(dit(*INPUTS), before)
 
 
 def test_what_is_quantised_is_not_fused(tmp_path):

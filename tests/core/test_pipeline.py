@@ -477,6 +477,7 @@ def test_loras_by_name(tmp_path, t5):
         lambda: pipe.load_lora_weights(paths["kites"]): "There is a LoRA kites already; pass another adapter_name",
         lambda: pipe.set_adapters(["kites", "rain"]): "There is no LoRA rain; there are: kites, dense fog.",
         lambda: pipe.set_adapters(["kites"], [1, 2]): "There are 1 names and 2 strengths",
+        lambda: pipe.set_adapters(["kites", "dense fog"], [0, float("nan")]): "The strength of a LoRA is nan",
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
