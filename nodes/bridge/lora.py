@@ -11,7 +11,7 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 
 from ...mochi_core.checkpoints import dit_config, from_state_dict
-from ...mochi_core.lora import LoraDelta, LoraFile, ParameterDelta, dora_scale, read_lora
+from ...mochi_core.lora import LoraDelta, LoraFile, ParameterDelta, dora_scale, finite_strength, read_lora
 from ...mochi_core.lora.targets import TargetRows, find_target, lora_targets
 
 
@@ -33,8 +33,9 @@ def add_lora(model, path: str, strength: float):
     """A copy of a Mochi MODEL from any loader, with a LoRA file added to the patches that it has already.
 
     Raises:
-        ValueError: the file is no LoRA for this MODEL, or the MODEL is not Mochi.
+        ValueError: the file is no LoRA for this MODEL, the MODEL is not Mochi, or `strength` is not finite.
     """
+    finite_strength(strength)  # which the host lets through where it is NaN or comes from another node
     if not isinstance(model.model, comfy.model_base.GenmoMochi):
         raise ValueError(f"The MODEL is {type(model.model).__name__}, not Mochi; connect Load Mochi Transformer.")
     denoiser = model.model.diffusion_model

@@ -245,10 +245,11 @@ config.set_inference_dtype(torch.bfloat16, None)
 stock = comfy.model_patcher.ModelPatcher(config.get_model({}, device="meta"), torch.device("cpu"), torch.device("cpu"))
 print(json.dumps(sorted(add_lora(stock, released_lora, 1.0).patches)))
 stock.model = torch.nn.Identity()
-try:
-    add_lora(stock, lora, 1.0)
-except ValueError as error:
-    print(error)
+for strength in (1.0, float("nan"), float("inf")):
+    try:
+        add_lora(stock, lora, strength)
+    except ValueError as error:
+        print(error)
 """
 
 
@@ -289,11 +290,13 @@ def test_weight_streaming_and_the_stock_loaders_model(comfy_path, dit, tmp_path)
         assert relative_error(streamed[name], expected[name]) < 1e-6
         # The host divides by the lengths that the rows have without the LoRA.
         assert relative_error(streamed[f"host/{name}"], expected[name]) > 0.01
-    *_, keys, refusal = done.stdout.splitlines()
+    *_, keys, refusal, nan, infinite = done.stdout.splitlines()
     blocks = "diffusion_model.blocks"
     assert json.loads(keys) == [
         *(f"{blocks}.{i}.attn.qkv_x.weight" for i in (0, 10, 20, 30, 40)), f"{blocks}.47.mod_y.weight"
     ]  # fmt: skip
     assert refusal == "The MODEL is Identity, not Mochi; connect Load Mochi Transformer."
+    for strength, told in (("nan", nan), ("inf", infinite)):
+        assert told == f"The strength of a LoRA is {strength}, but must be a number; 1 is as trained."
     for name in HOSTS_FILES:
         assert_equal_to_the_hosts_loader(tmp_path, name, dit)
