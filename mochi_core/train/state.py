@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -31,10 +30,13 @@ def save_state(
 
 def replace_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state file; an older one stays until the new one is complete."""
-    with replacing(path) as temporary:
-        file = BytesIO()  # a disk that is full has torch.save say nothing of it
-        torch.save(state, file)
-        temporary.write_bytes(file.getbuffer())
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(state, file)  # not by the name: PyTorch's own writer says nothing of a disk that is full
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # the cause, which the end of the archive hides
+                raise error.__context__ from None
+            raise
 
 
 def load_state(path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, settings: Settings) -> int:

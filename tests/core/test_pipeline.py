@@ -1,7 +1,10 @@
 """Prompt to mp4 without ComfyUI: text encoder, pipeline, command line."""
 
+import os
 import sys
+import tracemalloc
 from functools import partialmethod
+from pathlib import Path
 
 import av
 import numpy as np
@@ -16,6 +19,7 @@ from mochi_core.checkpoints import from_state_dict
 from mochi_core.checkpoints.formats.writer import write_safetensors
 from mochi_core.io.latent_files import load_latents, save_latents
 from mochi_core.io.video import video_file
+from mochi_core.output_files import folder, replacing
 from mochi_core.train.state import replace_state
 from tests.harness import trained
 from tests.harness.lora_files import random_adapter, write_adapter
@@ -325,6 +329,47 @@ def test_a_disk_that_is_full_is_one_sentence_and_leaves_what_was_there(tmp_path,
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"earlier"]
     write(tmp_path / name)
     assert (tmp_path / name).stat().st_size > 20_000
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_an_output_that_is_a_link_stays_one_and_a_device_stays(tmp_path):
+    real, link = tmp_path / "real.txt", tmp_path / "link.txt"
+    link.symlink_to(real.name)
+    for text in ("new", "newer"):
+        with replacing(link) as temporary:
+            temporary.write_text(text)
+        assert (link.is_symlink(), real.read_text()) == (True, text)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match=r"pipe is a device or a pipe, which a file would replace; choose the name of a"):
+        replacing(pipe).__enter__()
+    assert pipe.is_fifo()
+    assert len([*tmp_path.iterdir()]) == 3
+
+
+def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path):
+    path = tmp_path / ("x" * 245 + ".mp4")
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_folder_on_a_drive_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # as of Z:\\ and all below it
+    with pytest.raises(KeyboardInterrupt), folder(tmp_path / "a" / "b"):
+        raise KeyboardInterrupt
+    monkeypatch.undo()
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_state_is_not_gathered_in_memory(tmp_path):
+    state = {"weights": [torch.zeros(2**18) for _ in range(16)]}  # of 1 MiB
+    tracemalloc.start()
+    replace_state(tmp_path / "x.pt", state)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * 2**20
+    assert len(torch.load(tmp_path / "x.pt", weights_only=True)["weights"]) == 16
 
 
 @pytest.mark.parametrize(
