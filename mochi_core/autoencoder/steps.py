@@ -92,7 +92,7 @@ def norm_silu_conv(
 
     def convolved(rows: slice) -> Tensor:
         seen = slice(max(rows.start - 1, 0), min(rows.stop + 1, height))
-        before = None if past is None else past[..., seen, :].to(x.device, non_blocking=True)
+        before = None if past is None else past[..., seen, :].to(x.device, non_blocking=x.is_cuda)
         borders = {"above": rows.start == seen.start, "below": rows.stop == seen.stop}
         return convolve(conv, padded_rows(seen, before, kept[..., rows, :], **borders))  # (B, C, f, r, W)
 
@@ -156,7 +156,7 @@ def downsample(conv: nn.Conv3d, x: Tensor, cache: Cache, plan: Plan) -> tuple[Te
     The cache holds the frames that did not fill a block; it and the output may have no frame.
     """
     time, space, _ = conv.kernel_size
-    before = cache[0].to(x.device, non_blocking=True) if cache else x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
+    before = cache[0].to(x.device, non_blocking=x.is_cuda) if cache else x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
     x = torch.cat((before, x), dim=2)
     whole = x.shape[2] // time * time
     kept = empty_cache(x, x.shape[2] - whole, plan.cache_device)

@@ -270,7 +270,7 @@ def store(frames: Tensor, cache: Tensor) -> None:
     """Copy frames into an `empty_cache`, or some rows of them; what reads it next must be a copy queued on the device, too."""
     if cache.device != frames.device and cache.stride() != frames.stride():
         frames = torch.empty_like(cache, device=frames.device).copy_(frames)  # with rows outermost, as there
-    cache.copy_(frames, non_blocking=True)
+    cache.copy_(frames, non_blocking=frames.is_cuda)  # only CUDA has pinned memory: elsewhere it may change on the way
 
 
 def release_pinned_memory() -> None:

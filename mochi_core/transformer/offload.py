@@ -68,7 +68,8 @@ class Weights:
     def copies(self, device: torch.device | str) -> list[Tensor]:
         """Copies of the originals on `device`; from pinned memory, they may still be on their way."""
         self._keep_changes()
-        return [data.to(device, non_blocking=True, copy=True) for data in self.originals]
+        pinned = torch.device(device).type == "cuda"  # elsewhere a copy has to be complete when it is given out
+        return [data.to(device, non_blocking=pinned, copy=True) for data in self.originals]
 
     def assign(self, copies: list[Tensor]) -> None:
         """Have the parameters and buffers use `copies`, made by `copies`; what has changed since is copied again."""

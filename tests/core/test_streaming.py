@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.random_weights import randomize
 from mochi_core import AsymmVAE, AsymmVAEConfig
@@ -26,6 +27,7 @@ from mochi_core.autoencoder.streaming import (
     StreamStep,
     empty_cache,
     is_out_of_memory,
+    store,
     stream,
 )
 from tests.harness.tiny_models import VAE, random_vae
@@ -382,3 +384,32 @@ def test_clip_steps_get_the_whole_clip():
     assert [piece.shape[2] for piece in got] == [2, 2, 2]
     assert torch.equal(torch.cat(got, dim=2), x + 1)
     assert torch.equal(result, 2 * (x + 1))
+
+
+class Copies(TorchDispatchMode):
+    """Notes of each copy between devices whether the host may go on before it is complete; nothing leaves meta."""
+
+    def __init__(self):
+        super().__init__()
+        self.early = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten.copy_.default and args[0].device != args[1].device:
+            self.early.append(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+            return args[0]
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
+            self.early.append(kwargs.get("non_blocking", False))
+        return function(*args, **kwargs)
+
+
+def test_caches_are_complete_before_the_host_goes_on_where_no_memory_is_pinned():
+    device = torch.device("meta")
+    conv, blocks = nn.Conv3d(4, 4, 3, device=device), nn.Conv3d(4, 4, (3, 2, 2), stride=(3, 2, 2), device=device)
+    x, past, plan = torch.empty(1, 4, 4, 8, 8, device=device), torch.empty(1, 4, 2, 8, 8), Plan(device, CPU, 2**60)
+    with Copies() as copies:
+        steps.norm_silu_conv(nn.GroupNorm(2, 4, device=device), conv, x, past, plan)
+        steps.downsample(blocks, x, (past,), plan)
+        store(x, empty_cache(x, 4, CPU))
+    assert len(copies.early) >= 5
+    assert not any(copies.early)
