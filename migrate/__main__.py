@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
+from .account import add_account
+from .editor import is_workflow
 from .migration import Migration, migrate
-from .shown import sentence
+from .shown import sentence, without_advice
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,14 +24,17 @@ def main(arguments: list[str] | None = None) -> int:
         if output.exists() and not options.force:
             raise ValueError(f"{output} exists already; choose another name with -o, or overwrite it with --force.")
         migration = migrate_file(options.workflow, stock=options.stock)
+        notes = [*map(sentence, migration.notes)]
+        if is_workflow(migration.workflow):  # the API form has no notes
+            add_account(migration.workflow, notes)
         write_workflow(migration.workflow, output)
     except (ValueError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    for note in migration.notes:
-        print(sentence(note), file=sys.stderr)
+    for note in notes:
+        print(note, file=sys.stderr)
     print(output)
     return 0
 
@@ -42,8 +49,9 @@ def migrate_file(path: Path, *, stock: bool) -> Migration:
     try:
         workflow = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        reason = str(error).partition("; use sys.")[0]  # Python goes on about how its limit of digits is switched off
-        raise ValueError(f"{path} is not a JSON file ({reason}); save the workflow in the editor.") from None
+        raise ValueError(
+            f"{path} is not a JSON file ({without_advice(error)}); save the workflow in the editor."
+        ) from None
     try:
         return migrate(workflow, stock=stock)
     except ValueError as error:
@@ -51,13 +59,16 @@ def migrate_file(path: Path, *, stock: bool) -> Migration:
 
 
 def write_workflow(workflow: dict[str, Any], path: Path) -> None:
-    """Write a JSON file, which is there when it is complete."""
+    """Write a JSON file, which is there when it is complete; a link stays, and the file that it leads to is replaced."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no file that can be replaced; choose another name with -o.")
     text = json.dumps(workflow, indent=2, ensure_ascii=False) + "\n"
-    partial = path.with_name(f".{path.name}.part")
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{token_hex(4)}.part")
     try:
         # UTF-8 has no bytes for one half of a pair of surrogates, but JSON writes it as this does: \ud800.
         partial.write_bytes(text.encode("utf-8", "backslashreplace"))
-        partial.replace(path)
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -23,12 +23,18 @@ def add_account(workflow: editor.Json, notes: Iterable[str]) -> None:
 
 def _files(workflow: editor.Json) -> list[tuple[str, str, str]]:
     """Name with size, address and folder of each public file that a node asks for."""
-    asked = {
-        (file["name"], file["url"], file["directory"]): None
-        for graph in editor.graphs(workflow)
-        for node in graph["nodes"]
-        if str(node["type"]).startswith("Mochi1")
-        for file in (node.get("properties") or {}).get("models", [])
-    }
+    ours = [
+        node for graph in editor.graphs(workflow) for node in graph["nodes"] if str(node["type"]).startswith("Mochi1")
+    ]
+    asked = dict.fromkeys(file for node in ours for file in _asked_by(node))
     sizes = {file.url: file.size for file in PUBLIC_FILES.values()}
     return [(f"{name} ({sizes[url]})", url, folder) for name, url, folder in asked if url in sizes]
+
+
+def _asked_by(node: editor.Json) -> list[tuple[str, str, str]]:
+    """Name, address and folder of each file that a node asks for; what does not have the editor's form is left out."""
+    properties = node.get("properties")
+    models = properties.get("models") if isinstance(properties, dict) else None
+    entries = [entry for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
+    files = [(entry.get("name"), entry.get("url"), entry.get("directory")) for entry in entries]
+    return [file for file in files if all(isinstance(part, str) for part in file)]

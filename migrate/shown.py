@@ -14,3 +14,11 @@ def sentence(message: object) -> str:
     more = f" ... ({len(text):,} characters)" if len(text) > SENTENCE_LENGTH else ""
     kept = text[:SENTENCE_LENGTH]
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in kept) + more
+
+
+def without_advice(error: object) -> str:
+    """What Python says of a number of thousands of digits, without the way to switch its limit off; other errors whole.
+
+    As in `mochi_core.shown`, too.
+    """
+    return str(error).partition("; use sys.")[0]

@@ -29,3 +29,8 @@ def shown_names(names: Collection[str], most: int = EXAMPLES) -> str:
     """The first few of `names`, each made fit to be shown, with commas between them and dots for the others."""
     first = [shown(name) for name, _ in zip(names, range(most), strict=False)]
     return ", ".join(first) + (", ..." if len(names) > most else "")
+
+
+def without_advice(error: object) -> str:
+    """What Python says of a number of thousands of digits, without the way to switch its limit off; other errors whole."""
+    return str(error).partition("; use sys.")[0]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..shown import without_advice
+
 MAX_TENSORS = 16_000
 """In one file or index, and keys of a GGUF file; the transformer has 1,056, in bitsandbytes' 4 bits some 6,000."""
 MAX_AXES = 8
@@ -27,9 +29,6 @@ MAX_INDEX_BYTES, MAX_SHARDS = 4_000_000, 500
 MAX_JSON_PARTS = 200_000
 """Lists and objects in a header, an index or a note; the transformer's header has 3,200."""
 
-ADVICE = "; use sys."
-"""How Python goes on about numbers of thousands of digits: with a way to switch its limit off."""
-
 
 def read_json(text: str, **options: Any) -> Any:
     """`json.loads` for text of strangers; ValueError also for what it would take seconds for, or cannot take at all."""
@@ -40,4 +39,4 @@ def read_json(text: str, **options: Any) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(str(error).partition(ADVICE)[0]) from None
+        raise ValueError(without_advice(error)) from None

@@ -10,9 +10,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from ..checkpoints.limits import ADVICE
 from ..geometry import VideoSize
-from ..shown import NAME_LENGTH, shown
+from ..shown import NAME_LENGTH, shown, without_advice
 
 MAX_BYTES = 50_000
 """Of a training's file; a real one has a tenth, most of it prompts."""
@@ -148,7 +147,7 @@ def read_config(path: Path, *, full: bool = False) -> Config:
     except OSError:
         raise
     except Exception as error:  # PyYAML makes dates, numbers and bytes of text, which fail in any way they like
-        text = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition(ADVICE)[0]
+        text = "it is nested too deeply" if isinstance(error, RecursionError) else without_advice(error)
         reason = " ".join(text.split())
         raise ValueError(f"{path} is no YAML file: {shown(reason)}") from None
     if not isinstance(values, dict):

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 
 from migrate.__main__ import main as migrate_main
 from migrate.shown import sentence as migrate_sentence
+from migrate.shown import without_advice as migrate_without_advice
 from mochi_core import load_transformer, load_vae
 from mochi_core.__main__ import main
 from mochi_core.lora import read_lora
-from mochi_core.shown import NAME_LENGTH, SENTENCE_LENGTH, sentence, shown, shown_names
+from mochi_core.shown import NAME_LENGTH, SENTENCE_LENGTH, sentence, shown, shown_names, without_advice
 from tests.harness.bad_files import DIT, SMALL, VALID, with_header
 
 EVIL = "\x1b[31m\r\nrm -rf\x07\u202e\u2028\ud800"
@@ -39,6 +40,17 @@ def test_it_is_cut_before_it_is_looked_at():
     assert shown("a" * 50_000_000) == "a" * NAME_LENGTH + " ... (50,000,000 characters)"
     assert shown_names(["a\n", *"bcdefgh"]) == "a\\n, b, c, d, e, f, ..."
     assert shown("schön ✓ 漢字") == "schön ✓ 漢字"
+
+
+def test_advice_to_switch_a_limit_off_is_not_passed_on():
+    with pytest.raises(ValueError, match=r"sys\.set_int_max_str_digits") as refusal:
+        int("9" * 5000)
+    kept = without_advice(refusal.value)
+    assert kept.startswith("Exceeds the limit")
+    assert kept.endswith("digits")
+    for error in (refusal.value, ValueError("another; use it"), "text"):
+        assert without_advice(error) == migrate_without_advice(error)
+    assert without_advice(ValueError("another; use it")) == "another; use it"
 
 
 def fits(text):

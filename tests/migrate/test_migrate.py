@@ -171,6 +171,27 @@ def test_the_account_of_a_conversion_is_a_note_in_it():
     assert f"]({PUBLIC_FILES['mochi_preview_bf16.safetensors'].url}), into models/diffusion_models" in text
 
 
+@pytest.mark.parametrize(
+    "properties",
+    [
+        {"models": None},
+        {"models": "x"},
+        {"models": ["x", None]},
+        {"models": [{"name": "x", "url": "y"}]},
+        {"models": [{"name": ["x"], "url": "y", "directory": "z"}]},
+        "x",
+        None,
+    ],
+    ids=str,
+)
+def test_files_that_are_not_asked_for_in_the_editors_form_are_left_out(properties):
+    workflow = migrated("text_to_video").workflow
+    for node in workflow["nodes"]:
+        node["properties"] = deepcopy(properties)
+    add_account(workflow, [])
+    assert workflow["nodes"][-1]["widgets_values"] == ["Everything was carried over.\n\n"]
+
+
 def test_one_loader_becomes_two():
     migration = migrated("download_and_load")
     nodes = summary(migration.workflow)
