@@ -38,11 +38,18 @@ def files(*kinds: str) -> list[str]:
     """
     for kind in kinds:
         folder_paths.get_filename_list(kind)
-    return [*_files(kinds, tuple(folder_paths.filename_list_cache[kind][WALKED_AT] for kind in kinds))]
+    walks = [folder_paths.filename_list_cache.get(kind) for kind in kinds]
+    if None in walks:  # another pack lists the files in a way of its own, or has cleared the cache
+        return _listed(kinds)
+    return [*_listed_once(kinds, tuple(walk[WALKED_AT] for walk in walks))]
 
 
 @lru_cache(maxsize=4)  # as many loaders
-def _files(kinds: tuple[str, ...], _walked_at: tuple[float, ...]) -> list[str]:
+def _listed_once(kinds: tuple[str, ...], _walked_at: tuple[float, ...]) -> list[str]:
+    return _listed(kinds)
+
+
+def _listed(kinds: tuple[str, ...]) -> list[str]:
     listed = {name for kind in kinds for name in [*folder_paths.get_filename_list(kind), *unlisted_files(kind)]}
     return [*sorted(listed - own_files(*kinds)), *sorted(own_files(*kinds))]
 

@@ -122,7 +122,8 @@ class HostMochi(comfy.model_base.GenmoMochi):
 
     def state_dict(self, *args, **named):
         """Only what is an attribute in the model: nodes that merge look for the rest, scales of quantised layers, in vain."""
-        places = {name for name, _ in (*self.named_parameters(), *self.named_buffers())}
+        prefix = named.get("prefix") or "".join(args[1:2])
+        places = {prefix + name for name, _ in (*self.named_parameters(), *self.named_buffers())}
         return {name: value for name, value in super().state_dict(*args, **named).items() if name in places}
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):

@@ -33,6 +33,17 @@ ours = vae.load_vae([arguments[1]])
 found["unset"] = sorted(name for name in always_set(comfy.sd.VAE.__init__) if not hasattr(ours, name))
 found["always set"] = sorted(always_set(comfy.sd.VAE.__init__))
 found["abstract"] = sorted({*GGMLLayout.__abstractmethods__, *RowwiseLayout.__abstractmethods__})
+
+from pack.nodes.bridge.model import load_model
+model = load_model(arguments[2]).model
+found["names"], found["names with prefix"] = [*model.state_dict()], [*model.state_dict(prefix="a.")]
+
+import folder_paths
+from pack.nodes import loaders
+before = loaders.files("vae", "checkpoints")
+folder_paths.get_filename_list = lambda kind: ["of another pack.safetensors"]
+folder_paths.filename_list_cache.clear()
+found["listed"] = [before, loaders.files("vae", "checkpoints")]
 print("FOUND " + json.dumps(found))
 """
 
@@ -42,7 +53,9 @@ def found(comfy_path):
     internals = [(i.path, i.key, i.positional, i.named) for i in listed()]
     asked = json.dumps([*internals, *(internal for internal, _ in CHANGED)])
     code = LOOKUP.read_text(encoding="utf-8") + CODE
-    output = run_in_comfyui(comfy_path, code, asked, json.dumps(str(trained.VAE))).stdout
+    output = run_in_comfyui(
+        comfy_path, code, asked, *(json.dumps(str(path)) for path in (trained.VAE, trained.TRANSFORMER))
+    ).stdout
     return json.loads(next(line for line in output.splitlines() if line.startswith("FOUND "))[len("FOUND ") :])
 
 
@@ -64,3 +77,13 @@ def test_our_vae_has_every_attribute_that_the_hosts_constructor_sets(found):
 
 def test_our_layouts_have_every_method_that_the_host_wants(found):
     assert found["abstract"] == []
+
+
+def test_a_prefix_for_the_models_weights(found):
+    assert len(found["names"]) > 20
+    assert found["names with prefix"] == ["a." + name for name in found["names"]]
+
+
+def test_files_are_listed_when_another_pack_lists_the_hosts(found):
+    before, after = found["listed"]
+    assert set(after) - set(before) == {"of another pack.safetensors"}
