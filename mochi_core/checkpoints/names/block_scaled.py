@@ -14,7 +14,6 @@ from torch import Tensor
 from ..tensors import LazyStateDict, LazyTensor, block_weight
 
 TILE_ROWS, TILE_COLUMNS = 128, 4
-WEIGHTS_PER_SCALE = {"nvfp4": 16, "mxfp8": 32}
 VALUE_BYTES = {"nvfp4": 8, "mxfp8": 32}
 VALUE_DTYPES = {"nvfp4": torch.uint8, "mxfp8": torch.float8_e4m3fn}
 
