@@ -49,7 +49,7 @@ BAD = {
     "cut in the header": (VALID[:100], "incomplete"),
     "cut in the data": (VALID[:-1], "incomplete"),
     "one byte more": (VALID + b"x", "1 bytes too many"),
-    "header of 2**63 bytes": (struct.pack("<Q", 2**63) + VALID[8:], "4,000,000 are read at most"),
+    "header of 2**63 bytes": (struct.pack("<Q", 2**63) + VALID[8:], "64,000,000 are read at most"),
     "header longer than the file": (struct.pack("<Q", 10**6) + VALID[8:], "incomplete"),
     "header in no JSON": (with_header(b"{" + b"]" * 50), "wrong header"),
     "no tensors": (with_header({}, b""), "holds no tensors"),

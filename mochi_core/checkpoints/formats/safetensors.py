@@ -85,8 +85,8 @@ def _refuse_other_file_types(path: Path, start: bytes, length: int) -> None:
         raise ValueError(f"{path.name} is not a safetensors file but {what}; download the weights again.")
     if length > MAX_HEADER_BYTES:
         raise ValueError(
-            f"{path.name} says that its header has {length:,} bytes; {MAX_HEADER_BYTES:,} are read at most, "
-            "download it again."
+            f"{path.name} says that its header has {length:,} bytes; {MAX_HEADER_BYTES:,} are read at most. "
+            "Use another file, or one without so much metadata."
         )
 
 
