@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from mochi_core import load_transformer, load_vae
-from mochi_core.checkpoints import limits, open_checkpoint
+from mochi_core.checkpoints import from_state_dict, limits, open_checkpoint
+from mochi_core.checkpoints.names.bitsandbytes import translate_bitsandbytes
+from mochi_core.quantization.block_floats import NF4_VALUES
 from tests.harness.bad_files import with_header
 from tests.harness.tiny_models import random_vae
 
@@ -74,6 +76,7 @@ BOMBS = {
     "axes.safetensors": lambda: with_header({"a": {**EMPTY, "shape": [1] * 40_000}}, b""),
     "twice.safetensors": lambda: repeated(b'"a":' + json.dumps(EMPTY).encode(), 4000),
     "lists.safetensors": lambda: with_header(b'{"a":[' + b"[]," * 1_300_000 + b"[]]}", b""),
+    "numbers.safetensors": lambda: with_header(b'{"a":[' + b"1," * 30_000_000 + b"1]}", b""),
     "header.safetensors": lambda: with_header(b"{" + b" " * 90_000_000, b""),
     "blocks.safetensors": lambda: named(10_000, "encoder.layers.{}.layers.0.weight"),
     "resnets.safetensors": lambda: named(10_000, "decoder.block_in.resnets.{}.conv1.conv.weight"),
@@ -111,6 +114,37 @@ def test_bombs(tmp_path, name):
     assert time.process_time() - before < SECONDS
 
 
+def bytes_of(text):
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def test_many_states_of_4_bit_weights(tmp_path):
+    """Time grows with their number: the names of all tensors are gone through once, not once for each state."""
+    states = {f"a{i}.weight.quant_state.bitsandbytes__nf4": torch.zeros(1) for i in range(limits.MAX_TENSORS)}
+    save_file(states, tmp_path / "states.safetensors")
+    before = time.process_time()
+    with pytest.raises(ValueError, match=r"^states.safetensors "):
+        load_transformer(tmp_path / "states.safetensors")
+    assert time.process_time() - before < SECONDS
+
+
+@pytest.mark.parametrize("changes", ['"nested_offset": 1' + "0" * 400, '"nested_blocksize": 1' + "0" * 12])
+def test_states_of_4_bit_weights_with_large_numbers(changes):
+    """An offset that is no float is refused; blocks of more scales than there are cost nothing."""
+    state = f'{{"quant_type": "nf4", "blocksize": 64, "shape": [1, 64], "nested_blocksize": 64, {changes}}}'
+    parts = {
+        "": torch.zeros(32, dtype=torch.uint8),
+        ".absmax": torch.zeros(1, dtype=torch.uint8),
+        ".quant_map": torch.tensor(NF4_VALUES),
+        ".nested_absmax": torch.ones(1),
+        ".nested_quant_map": torch.ones(256),
+        ".quant_state.bitsandbytes__nf4": bytes_of(state),
+    }
+    found = translate_bitsandbytes(from_state_dict({f"a.weight{part}": value for part, value in parts.items()}))
+    assert ("a.comfy_quant" in found) == ("offset" in changes)
+    assert torch.equal(found["a.weight"].read().flatten().unique(), torch.tensor([0.0 if "offset" in changes else -1]))
+
+
 def test_a_layer_with_a_large_number(tmp_path):
     """Counts come from the layers that are there, not from what they are called."""
     weights = random_vae().state_dict() | {"encoder.layers.1000000000000.layers.0.weight": torch.zeros(4, 4, 3, 3, 3)}
@@ -129,6 +163,13 @@ def test_more_blocks_than_any_model_has(tmp_path, name, shapes):
     save_file(weights | {key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "deep.safetensors")
     with pytest.raises(ValueError, match=r"has 513 blocks; 512 are read at most"):
         load_transformer(tmp_path / "deep.safetensors")
+
+
+def test_metadata_may_be_large(tmp_path):
+    """Trainers and ComfyUI put tags, pictures and workflows there."""
+    note = {"ss_tag_frequency": '{"a kite, red": 3}, ' * 90_000, "preview": "/9j/" * 1_000_000}
+    save_file({"a.lora_A.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors", note)
+    assert open_checkpoint(tmp_path / "lora.safetensors").metadata == note
 
 
 FLOATS = torch.arange(6.0)

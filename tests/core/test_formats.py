@@ -219,6 +219,18 @@ def test_forms_that_cannot_be_read_are_named(dit, tmp_path, form):
         load_transformer(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("form", ["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("note", [{"convrot": True}, {"params": {"convrot": True}}])
+def test_rotated_weights_are_not_read_as_if_they_were_not(dit, tmp_path, form, note):
+    FORMATS[form](dit.state_dict(), tmp_path / "x.safetensors")
+    tensors = load_file(tmp_path / "x.safetensors")
+    name = "blocks.1.mod_x.comfy_quant"
+    tensors[name] = torch.tensor(list(json.dumps({"format": form, **note}).encode()), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=rf"x.safetensors has weights in a form that cannot be read: {form}"):
+        load_transformer(tmp_path / "x.safetensors")
+
+
 def test_layers_of_a_scaled_file_may_stay_in_high_precision(dit, tmp_path):
     """Only the marker and the scales say what is quantised."""
     SAFETENSORS["scaled fp8, older"](dit.state_dict(), tmp_path / "x.safetensors")

@@ -9,7 +9,6 @@ functional.py (QuantState) and nn/modules.py.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from contextlib import suppress
@@ -21,9 +20,11 @@ from torch import Tensor
 from ...quantization.block_floats import FP4_VALUES, NF4_VALUES
 from ...quantization.blocks import BLOCK_TYPES, dequantize
 from ..tensors import LazyStateDict, LazyTensor, block_weight, from_state_dict
-from .notes import EXACT_INT8, MAX_NOTE_BYTES, NOTE, note_tensor
+from .notes import EXACT_INT8, NOTE, note_tensor, read_note
 
-STATE = re.compile(r"(?P<weight>.*weight)\.quant_state\.bitsandbytes__\w+")
+STATE_PART = "quant_state.bitsandbytes__"
+PART = re.compile(r"(?P<weight>.*weight)\.(?P<part>.+)")
+STATE = re.compile(rf"(?P<weight>.*weight)\.{re.escape(STATE_PART)}\w+")
 VALUES = {"nf4": NF4_VALUES, "fp4": FP4_VALUES}
 LARGEST_INT8 = 127
 
@@ -49,8 +50,10 @@ def translate_bitsandbytes(tensors: LazyStateDict) -> LazyStateDict:
     for name, tensor in tensors.items():
         if name.endswith(".SCB"):
             _translate_int8(translated, name.removesuffix("SCB"), tensor)
-        elif match := STATE.fullmatch(name):
-            _gather_4_bits(translated, match["weight"], tensor)
+    for weight, parts in _parts_of_4_bits(translated).items():
+        for part in parts:
+            del translated[f"{weight}.{part}"]
+        _gather_4_bits(translated, weight, parts)
     return translated
 
 
@@ -63,11 +66,18 @@ def _translate_int8(tensors: LazyStateDict, layer: str, largest: LazyTensor) -> 
     tensors |= from_state_dict({layer + NOTE: note_tensor(note)})
 
 
-def _gather_4_bits(tensors: LazyStateDict, weight: str, state_tensor: LazyTensor) -> None:
-    parts = {
-        name.removeprefix(f"{weight}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{weight}.")
-    }
-    state, packed = _read_state(state_tensor), tensors.get(weight)
+def _parts_of_4_bits(tensors: LazyStateDict) -> dict[str, LazyStateDict]:
+    """The tensors `X.weight.*` of each weight that has a state beside it, by what is in place of the star."""
+    parts = {match["weight"]: LazyStateDict() for name in tensors if (match := STATE.fullmatch(name))}
+    for name, tensor in tensors.items():
+        if (match := PART.fullmatch(name)) and match["weight"] in parts:
+            parts[match["weight"]][match["part"]] = tensor
+    return parts
+
+
+def _gather_4_bits(tensors: LazyStateDict, weight: str, parts: LazyStateDict) -> None:
+    states = [tensor for part, tensor in parts.items() if part.startswith(STATE_PART)]
+    state, packed = _read_state(states[0]) if len(states) == 1 else None, tensors.get(weight)
     if state is None or packed is None or not _fits(state, packed, parts):
         note = {"format": "bitsandbytes 4 bits of an unknown kind"}
         tensors |= from_state_dict({weight.removesuffix("weight") + NOTE: note_tensor(note)})
@@ -76,10 +86,8 @@ def _gather_4_bits(tensors: LazyStateDict, weight: str, state_tensor: LazyTensor
 
 
 def _read_state(tensor: LazyTensor) -> State | None:
-    if tensor.numel > MAX_NOTE_BYTES or tensor.dtype != torch.uint8:
-        return None
-    with suppress(ValueError, TypeError, KeyError, RecursionError):
-        content = json.loads(bytes(tensor.read().flatten().tolist()))
+    with suppress(ValueError, TypeError, KeyError, OverflowError):
+        content = read_note(tensor)
         kind, (rows, columns), size = content["quant_type"], content["shape"], content["blocksize"]
         nested = content.get("nested_blocksize", 0), content.get("nested_offset", 0.0)
         whole = all(isinstance(n, int) and n >= 0 for n in (rows, columns, size, nested[0]))
@@ -139,5 +147,6 @@ def _scales(state: State, parts: LazyStateDict) -> Tensor:
     if not state.nested_block_size:
         return scales.float()
     table, largest = (parts[f"nested_{part}"].read().float().flatten() for part in ("quant_map", "absmax"))
-    each = largest.repeat_interleave(state.nested_block_size)[: len(scales)]
+    # Blocks of more scales than there are would take the memory of all that the state says.
+    each = largest.repeat_interleave(min(state.nested_block_size, len(scales)))[: len(scales)]
     return table[scales.int()] * each + state.nested_offset

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..limits import read_json
+from ..tensors import LazyTensor
+
 NOTE = "comfy_quant"
 """Last name of the tensor that tells the format of a quantised layer."""
 MAX_NOTE_BYTES = 4096
@@ -19,3 +22,10 @@ EXACT_INT8 = {"format": INT8, "full_precision_matrix_mult": True}
 def note_tensor(note: Any) -> Tensor:
     """A note about the format of a quantised layer as files keep it: JSON in uint8."""
     return torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)
+
+
+def read_note(tensor: LazyTensor) -> Any:
+    """What a note says: the JSON in a tensor of bytes; ValueError if it is none, or too long."""
+    if tensor.dtype != torch.uint8 or tensor.numel > MAX_NOTE_BYTES:
+        raise ValueError(f"it is no JSON in up to {MAX_NOTE_BYTES:,} bytes")
+    return read_json(bytes(tensor.read().flatten().tolist()).decode())

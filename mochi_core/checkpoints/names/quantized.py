@@ -9,7 +9,6 @@ are translated first: `torchao`, `bitsandbytes`. What ComfyUI saves of a model i
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import suppress
 from typing import Any
@@ -32,7 +31,7 @@ from ..tensors import (
 )
 from .bitsandbytes import translate_bitsandbytes
 from .block_scaled import gather_block_scaled
-from .notes import INT8, MAX_NOTE_BYTES, NOTE, note_tensor
+from .notes import INT8, NOTE, note_tensor, read_note
 from .torchao import translate_torchao
 
 GGML_WEIGHT = re.compile(r"(.*\.)([A-Z\d_]+)_qweight")
@@ -63,6 +62,8 @@ def gather_quantized(checkpoint: Checkpoint) -> LazyStateDict:
         if tensor.quantized is not None:
             continue  # of a GGUF file, which says itself what its blocks are
         is_matrix, is_weight = len(tensor.shape) == 2, name.endswith(".weight")
+        if is_weight and _is_rotated(gathered, name.removesuffix("weight")):
+            continue
         if is_matrix and (match := GGML_WEIGHT.fullmatch(name)) and _holds_blocks(tensor, match[2]):
             gathered[match[1] + "weight"] = block_weight(gathered.pop(name), match[2])
         elif is_matrix and is_weight and tensor.dtype == torch.uint8:
@@ -120,6 +121,13 @@ def unknown_formats(tensors: LazyStateDict) -> set[str]:
     return {str(note.get("format")) for note in notes} | blocks | ({"int8 without a scale"} if bare else set())
 
 
+def _is_rotated(tensors: LazyStateDict, layer: str) -> bool:
+    """Whether a layer's note says that its weight was rotated before it was quantised, in whichever format."""
+    note = _note(tensors, layer)
+    params = note.get("params")
+    return bool(note.get("convrot") or (isinstance(params, dict) and params.get("convrot")))
+
+
 def _holds_blocks(stored: LazyTensor, block_type: str) -> bool:
     return block_type in BLOCK_TYPES and stored.shape[1] % BLOCK_TYPES[block_type].bytes == 0
 
@@ -149,7 +157,7 @@ def _gather_scaled(tensors: LazyStateDict, layer: str, *, exact_product: bool) -
     known = "format" not in note or {**STORED_AS, ROWWISE_FORMAT: FP8}.get(str(stored_format)) == values.dtype
     bare = values.dtype == torch.int8 and scale is None
     fits = _count(scale) in (1, values.shape[0]) and _count(input_scale) == 1
-    if not known or bare or not fits or note.get("convrot"):
+    if not known or bare or not fits:
         return
     for leaf in (*SCALES, *INPUT_SCALES, NOTE):
         tensors.pop(layer + leaf, None)
@@ -187,8 +195,7 @@ def _note(tensors: LazyStateDict, layer: str) -> dict[str, Any]:
     """What the file says about the format of a layer; empty if nothing."""
     if layer + NOTE not in tensors:
         return {}
-    text, note = tensors[layer + NOTE], None
-    if text.numel <= MAX_NOTE_BYTES:
-        with suppress(ValueError, TypeError, RecursionError):
-            note = json.loads(bytes(text.read().flatten().tolist()))
+    note = None
+    with suppress(ValueError):
+        note = read_note(tensors[layer + NOTE])
     return note if isinstance(note, dict) else {"format": "something that is no JSON"}

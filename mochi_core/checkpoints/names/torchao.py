@@ -6,7 +6,6 @@ prototype/safetensors/safetensors_support.py.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..limits import read_json
 from ..tensors import LazyStateDict, LazyTensor, from_state_dict
 from .notes import EXACT_INT8, NOTE, note_tensor
 
@@ -39,8 +39,8 @@ def translate_torchao(tensors: LazyStateDict, metadata: Mapping[str, str]) -> La
 
 
 def _kind(text: str) -> str:
-    with suppress(ValueError, RecursionError):
-        content: Any = json.loads(text)
+    with suppress(ValueError):
+        content = read_json(text)
         if isinstance(content, dict):
             return str(content.get("_type"))
     return "of an unknown kind"
