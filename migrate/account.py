@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from . import editor
 from .downloads import PUBLIC_FILES
 
+FILE_KEYS = ("name", "url", "directory")
+"""What the editor knows of a file that a node asks for."""
+
 TITLE = "Converted to Mochi Nodes"
 
 
@@ -36,5 +39,5 @@ def _asked_by(node: editor.Json) -> list[tuple[str, str, str]]:
     properties = node.get("properties")
     models = properties.get("models") if isinstance(properties, dict) else None
     entries = [entry for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
-    files = [(entry.get("name"), entry.get("url"), entry.get("directory")) for entry in entries]
-    return [file for file in files if all(isinstance(part, str) for part in file)]
+    whole = [entry for entry in entries if all(isinstance(entry.get(key), str) for key in FILE_KEYS)]
+    return [(entry["name"], entry["url"], entry["directory"]) for entry in whole]

@@ -38,10 +38,12 @@ def files(*kinds: str) -> list[str]:
     """
     for kind in kinds:
         folder_paths.get_filename_list(kind)
-    walks = [folder_paths.filename_list_cache.get(kind) for kind in kinds]
-    if None in walks:  # another pack lists the files in a way of its own, or has cleared the cache
+    walks = folder_paths.filename_list_cache
+    if any(
+        kind not in walks for kind in kinds
+    ):  # another pack lists the files in a way of its own, or has cleared the cache
         return _listed(kinds)
-    return [*_listed_once(kinds, tuple(walk[WALKED_AT] for walk in walks))]
+    return [*_listed_once(kinds, tuple(walks[kind][WALKED_AT] for kind in kinds))]
 
 
 @lru_cache(maxsize=4)  # as many loaders
