@@ -269,7 +269,7 @@ def test_a_file_that_may_not_be_read(tmp_path, name):
     (tmp_path / name).write_bytes(VALID)
     (tmp_path / name).chmod(0)
     before = os.geteuid()
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)
     try:
         if before == 0:  # whom nothing stops
