@@ -190,7 +190,9 @@ def test_with_the_hosts_own_patches(latents_of, comfy_client, patch):
     graph |= {f"with {name}": sampled(graph, name) for name in ("patch", "exact", "loose")}
     patched, exact, loose = latents_of(graph, ["with patch", 0], ["with exact", 0], ["with loose", 0])
     assert torch.equal(exact, patched)
-    assert 0 < (loose - exact).norm() < 0.7 * exact.norm(), "what belongs to another prompt changes nearly all of it"
+    assert not torch.equal(loose, exact)
+    if patch != "EasyCache":  # which leaves out other steps where a little has changed, and so makes another video
+        assert (loose - exact).norm() < 0.7 * exact.norm(), "what belongs to another prompt changes nearly all of it"
 
 
 def test_samplers_that_ask_between_the_steps(latents_of):
