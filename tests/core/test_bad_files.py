@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,19 @@ def test_torch_files_of_something_else(tmp_path, content):
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match=r"odd.pt (is not|holds something)"):
+        open_checkpoint(path)
+
+
+def test_a_zip_whose_members_would_start_before_the_file(tmp_path):
+    """The system refuses to go there (EINVAL), which is the file's fault and not the disk's."""
+    path = tmp_path / "odd.pt"
+    torch.save({"a": torch.ones(3)}, path)
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<Q", content, content.rindex(b"PK\x06\x06") + 48, 2**20)  # where the list of members starts
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"odd.pt is not a file of plain tensors \(its list of members points to before"
+    ):
         open_checkpoint(path)
 
 

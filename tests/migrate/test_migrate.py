@@ -856,8 +856,10 @@ def test_command_writes_beside_and_reports(tmp_path, capsys):
     assert main([str(path)]) == 0
     out, err = capsys.readouterr()
     assert out.strip() == str(tmp_path / "old-mochi1.json")
-    assert json.loads(Path(out.strip()).read_text(encoding="utf-8")) == migrated("text_to_video").workflow
-    assert err.splitlines() == migrated("text_to_video").notes
+    expected = migrated("text_to_video")
+    assert err.splitlines() == expected.notes
+    add_account(expected.workflow, expected.notes)
+    assert json.loads(Path(out.strip()).read_text(encoding="utf-8")) == expected.workflow
 
 
 @pytest.mark.parametrize(

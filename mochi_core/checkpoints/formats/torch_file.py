@@ -11,7 +11,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
-from io import BytesIO, FileIO
+from io import SEEK_SET, BytesIO, FileIO
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -104,6 +104,11 @@ class _ShortReads(FileIO):
         if size is None or size > MAX_PICKLE_BYTES:
             raise _RefusalError("its list of members is too long")
         return super().read(size) or b""
+
+    def seek(self, offset: int, whence: int = SEEK_SET, /) -> int:
+        if whence == SEEK_SET and offset < 0:
+            raise _RefusalError("its list of members points to before its start")
+        return super().seek(offset, whence)
 
 
 def _check_zip(path: Path) -> None:
