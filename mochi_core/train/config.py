@@ -113,6 +113,7 @@ class Config(Keys):
     batch_size: Count = 1
     gradient_accumulation: Count = 1
     caption_dropout: Fraction = 0.1
+    frame_levels: Fraction = 0.0
     gradient_checkpointing: BlockCount = True
     dtype: Dtype = "bf16"
     quantize: Annotated[ExactQuantizer | None, Field(description="one of fp8, int8, q4_0")] = None

@@ -17,6 +17,7 @@ from ..autoencoder.latents import normalize_latents
 from ..autoencoder.model import Posterior
 from ..checkpoints import LazyTensor, from_state_dict, open_checkpoint
 from ..checkpoints.formats.writer import write_safetensors
+from .levels import draw_levels
 
 SUFFIX = ".safetensors"
 NAMES = {"mean", "logvar", "embeds"}
@@ -88,8 +89,11 @@ def batch_at(clips: Sequence[Clip], batch_size: int, seed: int, index: int) -> l
     return batches[rng.permutation(round_length)[index % round_length]]
 
 
-def example(clips: Sequence[Clip], caption_dropout: float, seed: int, index: int) -> Example:
-    """Draw latents, noise level, noise and dropped captions for a batch; `index` as for `batch_at`."""
+def example(clips: Sequence[Clip], caption_dropout: float, seed: int, index: int, frame_levels: float = 0.0) -> Example:
+    """Draw latents, noise levels, noise and dropped captions for a batch; `index` as for `batch_at`.
+
+    `frame_levels` is the share of clips with a noise level of each latent frame; above 0 the levels are (B, T), else (B,).
+    """
     entropy = np.random.SeedSequence((seed, NOISE, index)).generate_state(1)
     generator = torch.Generator().manual_seed(int(entropy[0]))
     mean, logvar = (torch.stack([getattr(clip, name).read().float() for clip in clips]) for name in ("mean", "logvar"))
@@ -100,4 +104,8 @@ def example(clips: Sequence[Clip], caption_dropout: float, seed: int, index: int
     embeds = torch.nn.utils.rnn.pad_sequence([clip.embeds.read().float() for clip in clips], batch_first=True)
     lengths = torch.tensor([clip.embeds.shape[0] for clip in clips])
     mask = (torch.arange(embeds.shape[1]) < lengths[:, None]) & kept[:, None]
+    if frame_levels > 0:
+        by_frame = draw_levels(sigma, latents.shape[2], generator)
+        chosen = torch.rand(len(clips), generator=generator) < frame_levels
+        sigma = torch.where(chosen[:, None], by_frame, sigma[:, None])
     return latents, embeds, mask, sigma, noise

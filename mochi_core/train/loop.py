@@ -136,7 +136,7 @@ def add_gradients(run: TrainingRun, index: int) -> Tensor:
     """Add the share of the `index`-th batch to the gradients, and return its share of the loss."""
     config, dit = run.config, run.model.dit
     batch = batch_at(run.clips, config.batch_size, config.seed, index)
-    tensors = example(batch, config.caption_dropout, config.seed, index)
+    tensors = example(batch, config.caption_dropout, config.seed, index, config.frame_levels)
     latents, embeds, mask, sigma, noise = (tensor.to(run.accelerator.device) for tensor in tensors)
     blocks = dit.config.depth if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=run.model.autocast):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,21 +22,25 @@ def velocity_loss(
 ) -> Tensor:
     """Mean squared error of the predicted velocity, data - noise, as one float32 number.
 
+    Frames without any noise do not count: their noise cannot be known, and no sampler moves them.
+
     Args:
         latents: (B, C, T, H, W) clean latents in DiT space.
         embeds, mask: (B, L, text_width) and (B, L) bool; an all-False row is the empty prompt, as a dropped caption is.
-        sigma: (B,) noise level in [0, 1].
+        sigma: (B,) noise level in [0, 1], or (B, T) one of each latent frame.
         noise: standard normal, shape of `latents`.
         checkpointed_blocks: the first so many blocks keep nothing for the backward pass and are computed again there.
     """
-    level = sigma.view(-1, 1, 1, 1, 1)
+    level = sigma.view(len(sigma), 1, -1, 1, 1)  # (B, 1, 1 or T, 1, 1)
     noisy = level * noise + (1 - level) * latents
     text = dit.prepare_text(embeds.to(dit.dtype), mask)
     modulation = dit.modulation(sigma, text.pooled)
     rope = dit.rope(latents.shape, latents.device)
     run = partial(run_checkpointed, checkpointed_blocks)
     velocity = dit.denoise(noisy.to(dit.dtype), text, modulation, rope, run_block=run)
-    return F.mse_loss(velocity.float(), (latents - noise).float())
+    error = (velocity.float() - (latents - noise).float()).square()
+    moves = (level > 0).expand_as(error)
+    return (error * moves).sum() / moves.sum()
 
 
 def run_checkpointed(count: int, call: BlockCall) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from mochi_core.checkpoints import is_block_matrix
 from mochi_core.quantization.fp8 import quantize_rows
 from mochi_core.quantization.weights import QuantizedLinear
 from mochi_core.train.dataset import batch_at, example, open_dataset
+from mochi_core.train.levels import draw_levels
 from mochi_core.train.loop import LOG, STATE, TrainingRun, add_gradients, learning_rate, new_accelerator, train
 from mochi_core.train.objective import velocity_loss
 from mochi_core.train.weights import full_model, lora_model
@@ -297,6 +298,30 @@ def test_what_is_drawn_has_the_promised_distribution(tmp_path):
     assert latents[:, 3].std() == pytest.approx(math.exp(-2) / LATENTS_STD[3], rel=0.02)
     assert torch.equal(example(clips, 0.25, 3, 9)[4], drawn[9][4])
     assert not torch.equal(example(clips, 0.25, 4, 9)[4], drawn[9][4])
+
+
+def test_levels_of_frames_have_the_promised_distribution(tmp_path):
+    sigma = torch.full((3000,), 0.5)
+    levels = draw_levels(sigma, 4, torch.Generator().manual_seed(0))
+    assert levels.min() >= 0
+    assert levels.max() <= 1
+    after_first = (levels[:, -1] == 0.5) & (levels[:, 0] < 0.5)
+    between = (levels[:, 1:3] == 0.5).all(dim=1) & (levels[:, 0] < 0.5) & (levels[:, 3] < 0.5)
+    independent = ~(after_first | between)
+    for kind in (after_first, between, independent):
+        assert kind.float().mean() == pytest.approx(1 / 3, abs=0.03)
+    assert levels[independent].mean() == pytest.approx(0.5, abs=0.03)
+    given = torch.cat([levels[after_first][:, :1], levels[between][:, [0, 3]].reshape(-1, 1)])
+    assert (given == 0).float().mean() == pytest.approx(0.5, abs=0.03)
+    assert given.max() <= 0.2
+
+    clips = open_dataset(write_dataset(tmp_path), TEXT_WIDTH)[:1]
+    alike, half = ([example(clips, 0.25, 3, i, share) for i in range(200)] for share in (0.0, 0.5))
+    for one, other in zip(alike, half, strict=True):
+        assert torch.equal(one[4], other[4])
+        assert other[3].shape == (1, clips[0].shape[1])
+    same = [torch.equal(one[3][:, None].expand_as(other[3]), other[3]) for one, other in zip(alike, half, strict=True)]
+    assert sum(same) / len(same) >= 0.45
 
 
 def test_data_that_does_not_fit_is_refused(tmp_path, accelerator):

@@ -17,6 +17,21 @@ def test_is_the_error_of_data_minus_noise():
     torch.testing.assert_close(velocity_loss(dit, *batch()), expected)
 
 
+def test_frames_have_levels_of_their_own_and_those_without_noise_do_not_count():
+    dit = random_dit()
+    latents, embeds, mask, sigma, noise = batch()
+    assert torch.equal(velocity_loss(dit, latents, embeds, mask, sigma, noise), velocity_loss(dit, *batch()))
+    num_latents = latents.shape[2]
+    equal = sigma[:, None].expand(-1, num_latents)
+    torch.testing.assert_close(velocity_loss(dit, latents, embeds, mask, equal, noise), velocity_loss(dit, *batch()))
+
+    levels = equal * torch.linspace(0, 1, num_latents)
+    shares = levels[:, None, :, None, None]
+    predicted = dit(shares * noise + (1 - shares) * latents, levels, embeds, mask)
+    expected = (predicted - (latents - noise))[:, :, 1:].square().mean()
+    torch.testing.assert_close(velocity_loss(dit, latents, embeds, mask, levels, noise), expected)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_checkpointing_changes_no_gradient(count):
     gradients = []

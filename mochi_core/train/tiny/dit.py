@@ -19,6 +19,7 @@ from ...checkpoints.formats.writer import write_safetensors
 from ...checkpoints.names.t5 import hugging_face_entries
 from ...config import AsymmDiTConfig, T5EncoderConfig
 from ...transformer.model import AsymmDiT
+from ..levels import draw_levels
 from ..objective import velocity_loss
 from . import vae as tiny_vae
 from .shapes import draw, random_clip
@@ -37,6 +38,8 @@ SHARES = (0.6, 0.2, 0.2)
 BATCH_TOKENS = 3200
 """Video tokens in a batch."""
 CAPTION_DROPOUT = 0.15
+FRAME_LEVELS = 0.5
+"""Share of the batches whose latent frames have noise levels of their own."""
 ANGLES = (0.15, 2.0)
 """Slowest and fastest rotation of a new model, in radians from one latent frame, or one patch, to the next."""
 PATCH_DISTANCE = 48
@@ -124,6 +127,8 @@ def loss(tiny: TinyMochi, tokenizer: Tokenizer, clips: Clips, rng: np.random.Gen
     # One noise level in each of as many equal parts of [0, 1]: less noisy than independent ones.
     sigma = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     noise = torch.randn(clips.latents[chosen].shape, generator=generator)
+    if rng.random() < FRAME_LEVELS:
+        sigma = draw_levels(sigma, noise.shape[2], generator)
     return velocity_loss(tiny.dit, clips.latents[chosen].to(device), embeds, mask, sigma.to(device), noise.to(device))
 
 
