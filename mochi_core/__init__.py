@@ -9,7 +9,8 @@ from .io.video import save_video
 from .lora import Lora, fuse_loras, load_lora
 from .pipeline import MochiPipeline
 from .sampling.block_cache import BlockCache
-from .sampling.sample import euler, guided, sample
+from .sampling.guidance import Guidance, guided
+from .sampling.sample import euler, sample
 from .sampling.schedule import guidance_schedule, linear_quadratic_schedule
 from .text_encoder import TextEncoder, load_text_encoder
 from .transformer.attention import Attention, sdpa
@@ -22,6 +23,7 @@ __all__ = [
     "AsymmVAEConfig",
     "Attention",
     "BlockCache",
+    "Guidance",
     "Lora",
     "MochiPipeline",
     "Posterior",

@@ -30,6 +30,7 @@ from .output_files import check_writable
 from .pipeline import MochiPipeline
 from .quantization.weights import QUANTIZERS
 from .sampling.block_cache import METHODS, BlockCache
+from .sampling.guidance import Guidance
 from .sampling.schedule import check_guidance, linear_quadratic_schedule
 from .shown import sentence
 from .text_encoder import load_text_encoder
@@ -59,9 +60,11 @@ def generate(options: argparse.Namespace) -> None:
     size = VideoSize(options.height, options.width, frames)
     sigmas = linear_quadratic_schedule(options.steps, options.threshold_noise, options.linear_steps)
     check_guidance("guidance", options.guidance)
+    guidance = Guidance(tuple(options.skip_block), options.skip_scale, options.cfg_zero, options.nag)
     home = "cpu" if options.offload else options.device
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
     transformer = load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize)
+    guidance.check_depth(transformer.config.depth)
     for path, strength in options.lora:
         load_lora(transformer, path, strength)
     if options.compile:
@@ -88,6 +91,7 @@ def generate(options: argparse.Namespace) -> None:
             output_type="latent" if as_latents else "np",
             on_step=lambda *_: bool(bar.update() and False),
             cache=options.cache,
+            guidance=guidance,
         )
     if options.cache is not None:
         print(options.cache.report(), file=sys.stderr)
@@ -202,6 +206,12 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--threshold-noise", type=float, default=0.025, help="noise removed by the linear steps (default: %(default)s)")
     add("--linear-steps", type=int, help="(default: half of the steps)")
     add("--guidance", type=float, default=4.5, help="classifier-free guidance scale; 1 is off (default: %(default)s)")
+    skip = "skip-layer guidance: go away from what the transformer makes without this block, e.g. 34; may be repeated"
+    add("--skip-block", type=int, action="append", default=[], metavar="N", help=skip)
+    add("--skip-scale", type=float, default=1.0, help="how far (default: %(default)s)")
+    add("--cfg-zero", action="store_true", help="guidance is CFG-Zero*, which leaves out the first 4 %% of the steps")
+    nag = "lead attention away from the negative prompt, too, for models that want --guidance 1 (default: off; alone: %(const)s)"
+    add("--nag", type=float, nargs="?", const=5.0, default=1.0, metavar="SCALE", help=nag)
     add(
         "--cache",
         type=cache_option,

@@ -16,6 +16,7 @@ from .io.video import as_images, to_unit_range
 from .lora import NamedLoras
 from .mapped_files import check_mapped_files
 from .sampling.block_cache import BlockCache
+from .sampling.guidance import PLAIN, Guidance
 from .sampling.sample import Condition, OnStep, sample
 from .sampling.schedule import linear_quadratic_schedule
 from .text_encoder import TextEncoder, empty_prompts
@@ -79,6 +80,7 @@ class MochiPipeline(NamedLoras):
         on_step: OnStep | None = None,
         cache: BlockCache | None = None,
         *,
+        guidance: Guidance = PLAIN,
         num_videos_per_prompt: int = 1,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
@@ -99,6 +101,7 @@ class MochiPipeline(NamedLoras):
             sigmas: noise levels from 1 down to 0, instead of the linear-quadratic schedule of `num_inference_steps`.
             on_step: called as on_step(step, latents) after each step; returning True stops the run.
             cache: skips blocks where little changes, see `block_cache`.
+            guidance: what is done beside classifier-free guidance, see `guidance`.
             num_videos_per_prompt: videos with noise of their own, those of one prompt one after the other.
             prompt_embeds, prompt_attention_mask: features (B, L, width) and valid tokens (B, L), as `TextEncoder.encode` gives
                 them, instead of `prompt`; without a mask, all tokens are.
@@ -129,7 +132,16 @@ class MochiPipeline(NamedLoras):
         with self._working(self.dit):
             sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
             denoised = sample(
-                self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step, attention=self.attention, cache=cache
+                self.dit,
+                noise,
+                sigmas,
+                cond,
+                uncond,
+                guidance_scale,
+                on_step,
+                attention=self.attention,
+                cache=cache,
+                guidance=guidance,
             )
         denoised = denormalize_latents(denoised)
         return denoised if output_type == "latent" else self._decode(denoised, output_type)

@@ -73,10 +73,10 @@ class BlockCache:
         """Whether blocks may be skipped in a step of a schedule."""
         return 0 < step < num_steps - 1 and in_step_range(step, num_steps, self.start, self.end)
 
-    def for_condition(self, batch: int, num_steps: int, depth: int) -> BlocksAt:
-        """How to call the `depth` blocks under one condition, for the `batch` videos of one run."""
+    def for_condition(self, batch: int, num_steps: int, depth: int, run: RunBlock = run_block) -> BlocksAt:
+        """How to call the `depth` blocks under one condition, for the `batch` videos of one run; `run` calls those needed."""
         states = [CacheState() for _ in range(batch)]
-        return lambda step: CachedBlocks(self, states, self.can_skip(step, num_steps), depth)
+        return lambda step: CachedBlocks(self, states, self.can_skip(step, num_steps), depth, run)
 
 
 @dataclass
@@ -115,7 +115,7 @@ class CachedBlocks:
         before = x
         if self.samples:
             modulation = self._select(call.modulation[0]), self._select(call.modulation[1])
-            selected = replace(context, lengths=self._lengths(context))
+            selected = context.select(self.samples)
             x, y = self.run(replace(call, x=x, y=y, modulation=modulation, context=selected))
         if call.index == 0 and self.cache.method == "first_block":
             self._decide(x - before, x)
@@ -153,11 +153,12 @@ class CachedBlocks:
         return torch.cat([batch[:0], *(batch[i : i + 1] for i in self.samples)])
 
     def _select_text(self, y: Tensor, context: BlockContext) -> Tensor:
-        """The samples that blocks run for, of y (B, L, Dy), as long as the longest prompt among them."""
-        return self._select(y)[:, : max(self._lengths(context), default=0)]
+        """The samples that blocks run for, of y (B, L, Dy), as long as the longest prompt among them.
 
-    def _lengths(self, context: BlockContext) -> tuple[int, ...]:
-        return tuple(context.lengths[i] for i in self.samples)
+        Two prompts in one, as NAG has them, are left as long as they are.
+        """
+        longest = y.shape[1] if context.negative_lengths else max(context.select(self.samples).lengths, default=0)
+        return self._select(y)[:, :longest]
 
     def _merge(self, x: Tensor) -> Tensor:
         """The whole batch (B, N, Dx): results `x` of the samples that blocks ran for, kept residuals for the others."""

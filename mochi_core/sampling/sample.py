@@ -1,4 +1,4 @@
-"""Sampling: guidance and Euler steps as plain functions over a velocity.
+"""Sampling: Euler steps over a velocity, and the network as velocities.
 
 The state is x = sigma * noise + (1 - sigma) * data, so its derivative along falling sigma is velocity = data - noise, and
 an Euler step is x + (sigma_i - sigma_{i+1}) * velocity. State and guidance are float32 whatever the network computes in.
@@ -16,18 +16,28 @@ from torch import Tensor
 
 from ..autoencoder.latents import latents_problem
 from ..transformer.attention import Attention, choose_attention, sdpa
+from ..transformer.block import run_block
 from ..transformer.model import AsymmDiT, ScheduleModulation, TextConditioning
 from .block_cache import BlockCache
+from .guidance import (
+    PLAIN,
+    Guidance,
+    PairModulation,
+    Velocities,
+    Velocity,
+    guided,
+    run_with_nag,
+    text_pair,
+    without_blocks,
+)
 from .schedule import check_guidance, check_schedule
 
-Velocity = Callable[[Tensor, int], Tensor]
-"""(latents, step) -> velocity at the noise level of that step."""
-Velocities = Callable[[Tensor, int, int], list[Tensor]]
-"""(latents, step, count) -> velocities at the noise level of that step under the first `count` conditions."""
 OnStep = Callable[[int, Tensor], bool | None]
 """(step, latents after that step) -> True to stop the run."""
 Condition = tuple[Tensor, Tensor]
 """text_embeds (B or 1, L, text_width) and text_mask (B or 1, L) bool."""
+Prepared = tuple[TextConditioning, ScheduleModulation | PairModulation]
+"""What a condition is to the denoiser, for a whole schedule."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +93,6 @@ def _falls(sigmas: Tensor, device: torch.device) -> Sequence[float] | Tensor:
     return torch.tensor(by_frame, device=device)[..., None, None]
 
 
-def guided(velocities: Velocities, scales: Sequence[float]) -> Velocity:
-    """Classifier-free guidance: uncond + scale * (cond - uncond), with one scale per step.
-
-    The conditions of `velocities` are the positive prompt and then the negative one; scale 1 asks for the first only.
-    """
-
-    def velocity(latents: Tensor, step: int) -> Tensor:
-        if scales[step] == 1:
-            return velocities(latents, step, 1)[0].float()
-        cond, uncond = (each.float() for each in velocities(latents, step, 2))
-        return uncond + scales[step] * (cond - uncond)
-
-    return velocity
-
-
 def scale_per_step(guidance_scale: float | Sequence[float], num_steps: int) -> list[float]:
     """One guidance scale per step.
 
@@ -123,20 +118,33 @@ def prepared_velocities(
     conditions: Sequence[Condition],
     attention: Attention = sdpa,
     cache: BlockCache | None = None,
+    guidance: Guidance = PLAIN,
 ) -> Velocities:
     """The network's velocities, with everything that does not depend on the latents computed once for all steps.
 
     `noise` (B, C, T, H, W) gives the shape and device of the latents, `sigmas` (steps + 1,) the schedule, or (steps + 1, T) one
-    of each latent frame. Conditions share a pass over the weights, see `AsymmDiT.denoise_each`.
+    of each latent frame. Conditions, the prompt and then the negative one, share a pass over the weights, see
+    `AsymmDiT.denoise_each`.
     """
-    prepared = [prepare_condition(dit, noise, sigmas, condition) for condition in conditions]
+    prepared: list[Prepared] = [prepare_condition(dit, noise, sigmas, condition) for condition in conditions]
+    runs = [run_block] * len(prepared)
+    if guidance.uses_nag:
+        (text, modulation), (negative, away) = prepared[:2]
+        text = text_pair(text, negative)
+        prepared[0] = text, PairModulation(modulation, away)
+        runs[0] = run_with_nag(guidance, text.tokens.shape[1] // 2)
+    if guidance.skip_blocks:
+        prepared[:1] = prepared[:1] * 2
+        runs[:1] = without_blocks(guidance.skip_blocks, runs[0], shared=cache is None)
     rope = dit.rope(noise.shape, noise.device)
     num_steps, depth = len(sigmas) - 1, dit.config.depth
-    cached = [] if cache is None else [cache.for_condition(len(noise), num_steps, depth) for _ in conditions]
+    blocks_at = [lambda _, run=run: run for run in runs]
+    if cache is not None:
+        blocks_at = [cache.for_condition(len(noise), num_steps, depth, run) for run in runs]
 
     def velocities(latents: Tensor, step: int, count: int) -> list[Tensor]:
         at_step = [(text, modulation.at(step)) for text, modulation in prepared[:count]]
-        run_blocks = [blocks_at(step) for blocks_at in cached[:count]] or None
+        run_blocks = [at(step) for at in blocks_at[:count]]
         return dit.denoise_each(latents.to(dit.dtype), at_step, rope, attention=attention, run_blocks=run_blocks)
 
     return velocities
@@ -175,18 +183,20 @@ def sample(
     attention: str = "auto",
     cache: BlockCache | None = None,
     given: Given | None = None,
+    guidance: Guidance = PLAIN,
 ) -> Tensor:
     """Denoise with Euler steps and classifier-free guidance, on the device of `dit`.
 
     Args:
         noise: (B, C, T, H, W) latents in DiT space at noise level sigmas[0]; pure noise for text to video.
         sigmas: (steps + 1,) falling noise levels.
-        cond, uncond: see `Condition`; `uncond` may be None when every guidance scale is 1.
+        cond, uncond: see `Condition`; `uncond` may be None when every guidance scale is 1 and there is no NAG.
         guidance_scale: one number, or one per step. Steps with 1 cost a single forward.
         on_step: called as on_step(step, latents) after each step; returning True stops the run.
         attention: one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device.
         cache: skips blocks where little changes; after the run it keeps nothing but its counters.
         given: frames to start from, for weights that were trained with a noise level of each frame, such as Pusa's.
+        guidance: what is done beside classifier-free guidance.
 
     Returns:
         DiT-space latents, float32, on the device of `noise`.
@@ -198,16 +208,18 @@ def sample(
     check_schedule(sigmas)
     if problem := latents_problem(noise, dit.config.in_channels):
         raise ValueError(problem)
+    guidance.check_depth(dit.config.depth)
     scales = scale_per_step(guidance_scale, len(sigmas) - 1)
     # The working device: offloaded weights lie elsewhere, positions never do.
     state = noise.to(dit.pos_frequencies.device, torch.float32)
     if given is not None:
         state, sigmas = given.start(state), frame_levels(sigmas, given.levels)
     conditions = [cond]
-    if any(scale != 1 for scale in scales):
+    if guidance.uses_nag or any(scale != 1 for scale in scales):
         if uncond is None:
-            raise ValueError("guidance_scale is not 1, so `uncond` is needed; pass the encoded negative prompt.")
+            asking = "nag_scale" if guidance.uses_nag else "guidance_scale"
+            raise ValueError(f"{asking} is not 1, so `uncond` is needed; pass the encoded negative prompt.")
         conditions.append(uncond)
     attend = choose_attention(attention, state.device, dit.dtype, dit.config.head_dim).run
-    velocities = prepared_velocities(dit, state, sigmas, conditions, attend, cache)
-    return euler(guided(velocities, scales), state, sigmas, on_step).to(noise.device)
+    velocities = prepared_velocities(dit, state, sigmas, conditions, attend, cache, guidance)
+    return euler(guided(velocities, scales, guidance), state, sigmas, on_step).to(noise.device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,15 @@ class BlockContext:
     attention: Attention
     joint_attention: JointAttention = joint_attention
     """How each block attends; hosts wrap the function to change what goes in or comes out."""
+    negative_lengths: tuple[int, ...] = ()
+    """Valid tokens of each sample's negative prompt, where its text is there, too; see `TextConditioning`."""
+
+    def select(self, samples: Sequence[int]) -> BlockContext:
+        """The context for some samples of the batch."""
+        lengths, negative = (
+            tuple(of_all[i] for i in samples) if of_all else () for of_all in (self.lengths, self.negative_lengths)
+        )
+        return replace(self, lengths=lengths, negative_lengths=negative)
 
 
 class AsymmetricAttention(nn.Module):

@@ -39,6 +39,8 @@ class TextConditioning:
     """Valid tokens of each prompt."""
     pooled: Tensor
     """(B or 1, Dx), one vector per prompt; one for all where they are the same."""
+    negative_lengths: tuple[int, ...] = ()
+    """Valid tokens of each negative prompt, whose tokens then are the second half of `tokens` (normalised attention guidance)."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,10 @@ class AsymmDiT(nn.Module):
         streams: list[tuple[Tensor, Tensor]] = []  # (B, N, Dx), (B, L, Dy)
         for text, _ in conditions:
             streams.append((embedded, text.tokens))  # no comprehension: what it uses, Dynamo cannot delete
-        contexts = [BlockContext(text.lengths, rope, attention) for text, _ in conditions]
+        contexts = [
+            BlockContext(text.lengths, rope, attention, negative_lengths=text.negative_lengths)
+            for text, _ in conditions
+        ]
         runs = run_blocks or [run_block] * len(conditions)
         del embedded
         for i, block in enumerate(self.joint_blocks()):
