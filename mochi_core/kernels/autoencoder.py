@@ -46,7 +46,7 @@ def merge_sums(sums: Tensor, groups: int, pixels: int) -> tuple[Tensor, Tensor]:
 @custom_op("mochi::norm_silu_pad", mutates_args=("kept",))
 def norm_silu_pad(
     x: Tensor, past: Tensor | None, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float,
-    above: bool, below: bool, kept: Tensor | None,
+    above: bool, below: bool, kept: Tensor,
 ) -> Tensor:  # fmt: skip
     """silu of the group norm of `x` (B, C, T, H, W) by its statistics, behind two earlier frames and padded for a convolution.
 
@@ -76,9 +76,9 @@ def norm_silu_pad(
     launch(
         kernels.norm_silu_pad, (batch * channels * out.shape[2], -(-pixels // BLOCK)),
         x, before, mean, variance, weight, bias, out, kept,
-        channels, frames, height, width, mean.shape[1], int(above), 0 if kept is None else kept.shape[3], pixels,
-        *x.stride()[:4], *_steps(before), *_steps(kept),
-        EPS=eps, HAS_PAST=past is not None, KEEPS=kept is not None, BLOCK=BLOCK, num_warps=warps(BLOCK),
+        channels, frames, height, width, mean.shape[1], int(above), own, pixels,
+        *x.stride()[:4], *_steps(before), *kept.stride()[:4],
+        EPS=eps, HAS_PAST=past is not None, BLOCK=BLOCK, num_warps=warps(BLOCK),
     )  # fmt: skip
     return out
 

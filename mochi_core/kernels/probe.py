@@ -85,9 +85,8 @@ def _of_frames(device: torch.device, dtype: torch.dtype) -> Found:
     weight, bias = _values(device, dtype, 2, 4)
     statistics = *autoencoder.merge_sums(autoencoder.frame_sums(x), 2, 30), weight, bias, EPS
     now = F.silu(F.group_norm(x[:, :, 0].float(), 2, weight.float(), bias.float(), EPS))[:, :, None]
-    for before, kept in ((None, None), (past, torch.empty_like(past))):
-        found = autoencoder.norm_silu_pad(x, before, *statistics, True, True, kept)
+    for before in (None, past):
+        found = autoencoder.norm_silu_pad(x, before, *statistics, True, True, kept := torch.empty_like(past))
         frames = torch.cat((now.expand(-1, -1, 2, -1, -1) if before is None else before.float(), now), dim=2)
         yield "norm_silu_pad", found, F.pad(frames, (1, 1, 1, 1, 0, 0), mode="replicate")
-        if kept is not None:
-            yield "norm_silu_pad", kept, frames[:, :, -2:]
+        yield "norm_silu_pad", kept, frames[:, :, -2:]

@@ -58,7 +58,7 @@ def norm_silu_pad(
     x, past, mean, variance, weight, bias, out, kept, channels, frames, height, width, groups, above, own_rows, pixels,
     x_sample, x_channel, x_frame, x_row, past_sample, past_channel, past_frame, past_row,
     kept_sample, kept_channel, kept_frame, kept_row,
-    EPS: tl.constexpr, HAS_PAST: tl.constexpr, KEEPS: tl.constexpr, BLOCK: tl.constexpr
+    EPS: tl.constexpr, HAS_PAST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One block of one padded frame: of the past as it is, or normed and through silu."""
     plane = tl.program_id(0).to(tl.int64)
@@ -80,8 +80,7 @@ def norm_silu_pad(
         earlier = past + sample * past_sample + channel * past_channel + place * past_frame + row * past_row + column
         activated = tl.where(is_past, tl.load(earlier, valid & is_past, 0).to(tl.float32), activated)
     tl.store(out + plane * pixels + pixel, activated, valid)
-    if KEEPS:
-        own_row = pixel // (width + 2) - 1  # padded, or a neighbour's row, which stands in the same place
-        inside = (own_row >= 0) & (own_row < own_rows) & (pixel % (width + 2) == column + 1) & (place >= frames)
-        later = kept + sample * kept_sample + channel * kept_channel + (place - frames) * kept_frame
-        tl.store(later + own_row * kept_row + column, activated, valid & inside)
+    own_row = pixel // (width + 2) - 1  # padded, or a neighbour's row, which stands in the same place
+    inside = (own_row >= 0) & (own_row < own_rows) & (pixel % (width + 2) == column + 1) & (place >= frames)
+    later = kept + sample * kept_sample + channel * kept_channel + (place - frames) * kept_frame
+    tl.store(later + own_row * kept_row + column, activated, valid & inside)

@@ -295,7 +295,7 @@ def test_the_probe_of_a_device_finds_a_wrong_kernel(monkeypatch, dtype):
 
 
 def test_tensors_that_do_not_fit_are_refused():
-    x, row = random(2, 3, 96), random(2, 96)
+    x, row, frame = random(2, 3, 96), random(2, 96), random(1, 4, 1, 6, 5)
     heads = random(1, 4, 288), random(1, 1, 288), *(random(32),) * 4, random(2, 3, 16, 2), random(2, 3, 16, 2), 1e-6
     calls = [
         (kernels.modulated_norm, x, random(3, 96), 1e-6),
@@ -303,7 +303,7 @@ def test_tensors_that_do_not_fit_are_refused():
         (kernels.gated_residual, x, x[:1], row, 1e-6),
         (kernels.joint_heads, heads[0][:, :3], *heads[1:]),
         (kernels.joint_heads, *heads[:2], random(31), *heads[3:]),
-        (kernels.norm_silu_pad, random(1, 4, 1, 6, 5), random(1, 4, 1, 6, 5), *(row,) * 4, 1e-6, True, True, None),
+        (kernels.norm_silu_pad, frame, frame, *(row,) * 4, 1e-6, True, True, frame),
     ]
     for operator, *arguments in calls:
         with pytest.raises(ValueError, match=r"fit|must be"):
