@@ -61,7 +61,7 @@ def describe(case: dict) -> str:
 
 
 def errors() -> list[tuple[str, str]]:
-    """Of every contender that can be used, in bf16, relative to attention in float64."""
+    """Error of every contender that can be used, in bf16, relative to attention in float64."""
     case, rows = {"length": 1024 + TEXT_TOKENS, "dtype": "bfloat16"}, []
     q, k, v = (tensor.double() for tensor in seeded(qkv, case))
     exact = sdpa(q, k, v).transpose(1, 2).flatten(2)

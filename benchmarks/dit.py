@@ -17,7 +17,7 @@ from benchmarks.measure import FASTEST, MEDIAN, RATIO, ROUNDS, Column, Timed, co
 from benchmarks.peers import DEVICE, comfy_dit, diffusers_dit, our_dit
 from mochi_core import AsymmDiTConfig, linear_quadratic_schedule, sample
 from mochi_core.quantization.weights import QUANTIZERS
-from mochi_core.sampling.sample import Condition, prepared_velocities
+from mochi_core.sampling.sample import EncodedPrompts, prepared_velocities
 from mochi_core.transformer.attention import Attention, choose_attention
 from mochi_core.transformer.offload import stream_blocks
 
@@ -66,7 +66,7 @@ def forward_flops(config: AsymmDiTConfig, tokens: int, text_tokens: int) -> int:
     return 2 * (blocks + 2 * tokens * patch * x)
 
 
-def inputs(case: dict) -> tuple[Tensor, list[Condition]]:
+def inputs(case: dict) -> tuple[Tensor, list[EncodedPrompts]]:
     """Latents, and the prompt; for a guided step also the empty one."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 12, *case["latent"], generator=generator).to(DEVICE)
@@ -89,17 +89,17 @@ def ours(
     if case.get("whole"):
         run = partial(sample, dit, latents)
         return Timed(dit, lambda: run(SIGMAS, *conditions, GUIDANCE), lambda: run(SIGMAS[-2:], *conditions, GUIDANCE))
-    attention = choose_attention("auto", DEVICE, dtype, dit.config.head_dim).run
+    attend = choose_attention("auto", DEVICE, dtype, dit.config.head_dim).run
     passes = [conditions] if together else [[condition] for condition in conditions]
-    prepared = [prepared_velocities(dit, latents, SIGMAS, each, attention) for each in passes]
+    prepared = [prepared_velocities(dit, latents, SIGMAS, each, attend) for each in passes]
     return Timed(dit, lambda: [run(latents, STEP, len(each)) for run, each in zip(prepared, passes, strict=True)])
 
 
 def unprepared(case: dict) -> Timed:
     dtype, (latents, [condition]) = getattr(torch, case["dtype"]), inputs(case)
     dit = our_dit(AsymmDiTConfig(depth=case["depth"]), dtype)
-    attention = choose_attention("auto", DEVICE, dtype, dit.config.head_dim).run
-    return Timed(dit, lambda: dit(latents, sigma(), *condition, attention=attention))
+    attend = choose_attention("auto", DEVICE, dtype, dit.config.head_dim).run
+    return Timed(dit, lambda: dit(latents, sigma(), *condition, attention=attend))
 
 
 def sigma() -> Tensor:
@@ -125,9 +125,9 @@ def comfyui(case: dict, attention: str | None = None) -> Timed:
     return Timed(model, lambda: [model(latents, noise_level, *each, transformer_options=options) for each in prompts])
 
 
-def override(attention: Attention):
+def override(attend: Attention):
     """As the host calls it for Mochi: heads first, and the result with the heads joined."""
-    return lambda _function, q, k, v, *_, **__: attention(q, k, v).transpose(1, 2).flatten(2)
+    return lambda _function, q, k, v, *_, **__: attend(q, k, v).transpose(1, 2).flatten(2)
 
 
 IN_8_BITS = {f"ours, {name}": partial(ours, quantize=name) for name in EIGHT_BITS}

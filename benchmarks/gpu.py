@@ -23,9 +23,9 @@ from benchmarks.gpu_results import Part, Results, write_page
 PAGE = Path(__file__).parent / "results" / "gpu.md"
 TINY_PAGE = Path(tempfile.gettempdir()) / "mochi_gpu_tiny.md"
 MINUTES = 10
-"""Of a call for which the limits of the parts are given."""
+"""Length of a call for which the limits of the parts are given."""
 SHOWN_LINES = 15
-"""Of what a failed part said last."""
+"""Lines that are shown of what a failed part said last."""
 
 
 def run_parts(

@@ -108,13 +108,13 @@ def member(case: dict, members: int) -> Timed:
     return Timed(model, lambda: run(latents, dit.STEP, len(conditions)))
 
 
-def null_exchange(attention: Attention, members: int) -> Attention:
+def null_exchange(attend: Attention, members: int) -> Attention:
     """Attention over 1 / `members` of the heads and `members` times the tokens, of tensors of the same total size."""
 
     def exchanged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, heads, length, head_dim = q.shape
         one = batch, heads // members, length * members, head_dim
-        return attention(*(t.reshape(one) for t in (q, k, v))).reshape(q.shape)
+        return attend(*(t.reshape(one) for t in (q, k, v))).reshape(q.shape)
 
     return exchanged
 

@@ -66,7 +66,7 @@ class Measurement:
         return statistics.median(self.seconds)
 
     def largest(self, figure: str) -> float:
-        """Of what `measure` gives; infinite if it failed."""
+        """The largest of one of the figures that `measure` gives; infinite if it failed."""
         return math.inf if self.failure else max(run[figure] for run in self.runs)
 
 
@@ -151,7 +151,7 @@ def measure(build: Callable[[dict], Callable[[], object]], case: dict, calls: in
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of the parameters and buffers that are on the device."""
+    """Bytes of the parameters and buffers that are on the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type == device)

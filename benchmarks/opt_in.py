@@ -32,7 +32,7 @@ from mochi_core import (
 )
 from mochi_core.pipeline import initial_noise
 from mochi_core.quantization.weights import QUANTIZERS
-from mochi_core.sampling.sample import Condition
+from mochi_core.sampling.sample import EncodedPrompts
 
 TINY = Path(__file__).parents[1] / "models"
 ROUNDS = 3
@@ -76,13 +76,13 @@ class Setup:
     dits: dict[str | None, AsymmDiT]
     """By the form of their matrices."""
     vae: AsymmVAE
-    prompts: list[Condition]
-    uncond: Condition
+    prompts: list[EncodedPrompts]
+    uncond: EncodedPrompts
 
 
 @dataclass
 class Outcome:
-    """Of one way to sample, all prompts."""
+    """What one way to sample gave for all prompts."""
 
     latents: list[Tensor]
     seconds: float

@@ -46,7 +46,7 @@ def median_seconds(call: Callable[[], Any]) -> float:
 
 
 def step_seconds() -> dict[int, float]:
-    """Of a guided step, by latent frames; on a CPU from one block and the shortest video."""
+    """Seconds of a guided step, by latent frames; on a CPU from one block and the shortest video."""
     if GPU:
         return {t: measure(ours, new_case((t, 60, 106), guided=True), calls=1)["seconds"][0] for t in LATENTS}
     shortest, config = (LATENTS[0], 60, 106), AsymmDiTConfig()

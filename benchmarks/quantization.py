@@ -111,7 +111,7 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 
 
 def gigabytes(bits: float, chosen: Callable[[str], bool]) -> float:
-    """Of the released model."""
+    """Size of the released model, in GB, with `bits` per weight of the `chosen` block matrices and 16 of the rest."""
     released = AsymmDiT(device="meta").named_parameters()
     return sum(p.numel() * (bits if is_block_matrix(name, p) and chosen(name) else 16) for name, p in released) / 8e9
 

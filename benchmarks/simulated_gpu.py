@@ -177,7 +177,7 @@ def _touched(tensor: Tensor) -> int:
 
 
 def _flops(name: str, args: Sequence[Any], out: Tensor) -> int:
-    """Of a matrix product or convolution: each value of the result is a sum of products, two FLOPs each."""
+    """FLOPs of a matrix product or convolution: each value of the result is a sum of products, two FLOPs each."""
     if "convolution" in name:
         return 2 * out.numel() * args[1][0].numel()
     left = args[1] if "add" in name else args[0]

@@ -35,9 +35,9 @@ class Card:
 
     name: str
     flops: float
-    """Of products in bf16, FLOP/s."""
+    """Rate of products in bf16, FLOP/s."""
     bandwidth: float
-    """Of its memory, bytes/s."""
+    """Rate of its memory, bytes/s."""
 
 
 CARDS = (
@@ -85,7 +85,7 @@ def our_forward(frames: int, kernels: str) -> Call:
     dit, x = AsymmDiT(CONFIG, device="cuda", dtype=DTYPE), latents(frames)
     text = text_of_lengths(dit, TEXT_TOKENS)
     modulation, rope = dit.modulation(torch.ones(1, device="cuda"), text.pooled), dit.rope(x.shape, x.device)
-    return with_kernels(kernels, lambda: dit.denoise(x, text, modulation, rope, attention=no_attention))
+    return with_kernels(kernels, lambda: dit.denoise(x, text, modulation, rope, attend=no_attention))
 
 
 def comfyui_forward(frames: int) -> Call:
@@ -191,7 +191,7 @@ HEAD = (
 
 
 def attention_flops(frames: int) -> int:
-    """Of a forward: the products of q and k, and of their softmax and v, over visual and text tokens."""
+    """FLOPs of the attention of a forward: the products of q and k, and of their softmax and v, over visual and text tokens."""
     tokens = latents(frames).shape[2:].numel() // CONFIG.patch_size**2 + TEXT_TOKENS
     return CONFIG.depth * 2 * 2 * tokens**2 * CONFIG.hidden_size_x
 

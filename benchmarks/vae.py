@@ -25,7 +25,7 @@ from mochi_core.autoencoder.streaming import CPU, OomRetry, Plan, stream
 # In latents, for both peers: what fits twice into the smaller frame.
 TILE, OVERLAP = 24, 8
 ONE_PIECE = "ours, in one piece"
-# Of the random output layer, so that its pixels stay in range.
+# Factor of the random output layer, so that its pixels stay in range.
 CONTRAST = 0.15
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "seams.png"
 
@@ -206,7 +206,7 @@ def pixels(case: dict, name: str) -> Tensor:
 
 
 def memory_table() -> list[str]:
-    """Of ours alone, with an allocator that gives back what is freed: its hoard would hide what is held."""
+    """Peaks of ours alone, with an allocator that gives back what is freed: its hoard would hide what is held."""
     give_back = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     cases = memory_cases()
     results = compare("benchmarks.vae", ["ours"], cases, calls=0, rounds=1, **give_back)

@@ -17,7 +17,7 @@ from .lora import NamedLoras
 from .mapped_files import check_mapped_files
 from .sampling.block_cache import BlockCache
 from .sampling.guidance import PLAIN, Guidance
-from .sampling.sample import Condition, OnStep, sample
+from .sampling.sample import EncodedPrompts, OnStep, sample
 from .sampling.schedule import linear_quadratic_schedule
 from .text_encoder import TextEncoder, empty_prompts
 from .transformer.model import AsymmDiT
@@ -146,7 +146,7 @@ class MochiPipeline(NamedLoras):
         denoised = denormalize_latents(denoised)
         return denoised if output_type == "latent" else self._decode(denoised, output_type)
 
-    def _encoded(self, given: list[str] | Condition) -> Condition:
+    def _encoded(self, given: list[str] | EncodedPrompts) -> EncodedPrompts:
         if isinstance(given, tuple):
             if (width := given[0].shape[2]) != self.dit.config.text_width:
                 raise ValueError(
@@ -192,7 +192,7 @@ class MochiPipeline(NamedLoras):
 
 def _given(
     name: str, prompt: str | Sequence[str] | None, embeds: Tensor | None, mask: Tensor | None
-) -> list[str] | Condition:
+) -> list[str] | EncodedPrompts:
     """What one prompt argument and its encoded form say: texts, or features and the mask of their valid tokens."""
     if embeds is not None:
         if prompt:
@@ -211,14 +211,14 @@ def _given(
     return prompts
 
 
-def _count(given: list[str] | Condition) -> int:
+def _count(given: list[str] | EncodedPrompts) -> int:
     return len(given[0]) if isinstance(given, tuple) else len(given)
 
 
-def _repeated(condition: Condition, count: int) -> Condition:
+def _repeated(encoded: EncodedPrompts, count: int) -> EncodedPrompts:
     """`count` of each of several prompts, one after the other; a single one goes to all videos."""
-    embeds, mask = condition
-    return condition if len(embeds) == 1 else (embeds.repeat_interleave(count, 0), mask.repeat_interleave(count, 0))
+    embeds, mask = encoded
+    return encoded if len(embeds) == 1 else (embeds.repeat_interleave(count, 0), mask.repeat_interleave(count, 0))
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -100,7 +100,7 @@ def converted(prompt: Prompt) -> Prompt:
 
 
 async def migrate_request(request: web.Request) -> web.Response:
-    """For the editor's command: a workflow in, {"workflow", "notes"} or {"error"} out."""
+    """The editor's command to convert: a workflow in, {"workflow", "notes"} or {"error"} out."""
     try:
         workflow = await request.json()
     except (ValueError, LookupError, RecursionError):  # no JSON, an unknown charset, too deep

@@ -11,7 +11,7 @@ GAP = 28
 TITLE = 30
 """Height of a node's title, which lies above its position."""
 MOST_WIDE = 2060
-"""Of a whole graph: wider ones open as empty boxes on a screen of 1600 x 950."""
+"""Width of a whole graph at most: wider ones open as empty boxes on a screen of 1600 x 950."""
 MOST_HIGH = 1150
 LOADERS = ("Mochi1LoadTransformer", "Mochi1LoadT5", "Mochi1LoadVAE")
 SAMPLERS = ("Mochi1Sampler", "KSampler", "SamplerCustomAdvanced")

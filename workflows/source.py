@@ -68,9 +68,9 @@ class Subgraph:
 @dataclass(frozen=True)
 class Template:
     name: str
-    """Of the file in API form, for those who type it."""
+    """Name of the file in API form, for those who type it."""
     title: str
-    """Of the file that the editor opens, which shows no other title, and finds no other words."""
+    """Name of the file that the editor opens, which shows no other title, and finds no other words."""
     note: str
     """Markdown; stands beside the graph, its first line as the title."""
     nodes: Nodes

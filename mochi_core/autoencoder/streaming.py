@@ -78,9 +78,9 @@ class MemoryEstimate(NamedTuple):
     """Bytes that a stack of steps holds under every plan; a plan's working sets come on top."""
 
     cache_bytes: int
-    """Of frames that steps remember, and of the clip where it gathers; they may wait in main memory."""
+    """Bytes of frames that steps remember, and of the clip where it gathers; they may wait in main memory."""
     frame_bytes: int
-    """Of whole frames that a step works on, and of those that wait between steps."""
+    """Bytes of whole frames that a step works on, and of those that wait between steps."""
 
     def choose_plan(self, limit: int, device: torch.device) -> Plan:
         """The fastest plan that stays within `limit` bytes on `device`.

@@ -30,7 +30,7 @@ def system() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of us, what we run on, and the optional packages; what does not apply is left out."""
+    """Version of the pack, of what it runs on, and of optional packages; what does not apply is left out."""
     host = sys.modules.get("comfyui_version")
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     found = {
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def _own_version() -> str:
-    """Of the pack that this file lies in, with its commit; of the installed core where there is no pack around it."""
+    """Version and commit of the pack that this file lies in; version of the installed core where there is no pack around it."""
     project = ROOT / "pyproject.toml"
     if not project.exists():
         return importlib.metadata.version("mochi-nodes")

@@ -10,7 +10,7 @@ from ..shown import sentence
 
 WIDTH = 100
 MAX_LINES = 2
-"""Of one finding; what is longer is cut here, and whole in the data."""
+"""Most lines of one finding; a longer one is cut in the text, and whole in the data."""
 MAX_DEVICES = 8
 GB, MB, GIB = 1e9, 1e6, 2**30
 

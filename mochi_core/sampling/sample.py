@@ -34,8 +34,8 @@ from .schedule import check_guidance, check_schedule
 
 OnStep = Callable[[int, Tensor], bool | None]
 """(step, latents after that step) -> True to stop the run."""
-Condition = tuple[Tensor, Tensor]
-"""text_embeds (B or 1, L, text_width) and text_mask (B or 1, L) bool."""
+EncodedPrompts = tuple[Tensor, Tensor]
+"""One side of guidance for all videos: text_embeds (B or 1, L, text_width) and text_mask (B or 1, L) bool."""
 Prepared = tuple[TextConditioning, ScheduleModulation | PairModulation]
 """What a condition is to the denoiser, for a whole schedule."""
 
@@ -115,8 +115,8 @@ def prepared_velocities(
     dit: AsymmDiT,
     noise: Tensor,
     sigmas: Tensor,
-    conditions: Sequence[Condition],
-    attention: Attention = sdpa,
+    conditions: Sequence[EncodedPrompts],
+    attend: Attention = sdpa,
     cache: BlockCache | None = None,
     guidance: Guidance = PLAIN,
 ) -> Velocities:
@@ -126,7 +126,7 @@ def prepared_velocities(
     of each latent frame. Conditions, the prompt and then the negative one, share a pass over the weights, see
     `AsymmDiT.denoise_each`.
     """
-    prepared: list[Prepared] = [prepare_condition(dit, noise, sigmas, condition) for condition in conditions]
+    prepared: list[Prepared] = [prepare_prompts(dit, noise, sigmas, encoded) for encoded in conditions]
     runs = [run_block] * len(prepared)
     if guidance.uses_nag:
         (text, modulation), (negative, away) = prepared[:2]
@@ -145,20 +145,20 @@ def prepared_velocities(
     def velocities(latents: Tensor, step: int, count: int) -> list[Tensor]:
         at_step = [(text, modulation.at(step)) for text, modulation in prepared[:count]]
         run_blocks = [at(step) for at in blocks_at[:count]]
-        return dit.denoise_each(latents.to(dit.dtype), at_step, rope, attention=attention, run_blocks=run_blocks)
+        return dit.denoise_each(latents.to(dit.dtype), at_step, rope, attend=attend, run_blocks=run_blocks)
 
     return velocities
 
 
-def prepare_condition(
-    dit: AsymmDiT, noise: Tensor, sigmas: Tensor, condition: Condition
+def prepare_prompts(
+    dit: AsymmDiT, noise: Tensor, sigmas: Tensor, encoded: EncodedPrompts
 ) -> tuple[TextConditioning, ScheduleModulation]:
     """Text for the batch of `noise` (B, C, T, H, W), and the modulation of all steps of `sigmas` (steps + 1,) or (steps + 1, T).
 
     Raises:
         ValueError: neither one prompt nor one for each video.
     """
-    embeds, mask = condition
+    embeds, mask = encoded
     batch = noise.shape[0]
     if len(embeds) not in (1, batch):
         raise ValueError(
@@ -176,8 +176,8 @@ def sample(
     dit: AsymmDiT,
     noise: Tensor,
     sigmas: Tensor,
-    cond: Condition,
-    uncond: Condition | None = None,
+    cond: EncodedPrompts,
+    uncond: EncodedPrompts | None = None,
     guidance_scale: float | Sequence[float] = 4.5,
     on_step: OnStep | None = None,
     attention: str = "auto",
@@ -190,7 +190,7 @@ def sample(
     Args:
         noise: (B, C, T, H, W) latents in DiT space at noise level sigmas[0]; pure noise for text to video.
         sigmas: (steps + 1,) falling noise levels.
-        cond, uncond: see `Condition`; `uncond` may be None when every guidance scale is 1 and there is no NAG.
+        cond, uncond: see `EncodedPrompts`; `uncond` may be None when every guidance scale is 1 and there is no NAG.
         guidance_scale: one number, or one per step. Steps with 1 cost a single forward.
         on_step: called as on_step(step, latents) after each step; returning True stops the run.
         attention: one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device.

@@ -14,10 +14,10 @@ from ..geometry import VideoSize
 from ..shown import NAME_LENGTH, shown, without_advice
 
 MAX_BYTES = 50_000
-"""Of a training's file; a real one has a tenth, most of it prompts."""
+"""Most bytes of a training's file; a real one has a tenth, most of it prompts."""
 MAX_COUNT = 2**63 - 1
 MAX_DIGITS = 12
-"""Of a width and a height together."""
+"""Most digits of a width and a height together."""
 
 
 def read_size(text: Any) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from ..autoencoder.model import AsymmVAE
 from ..checkpoints import load_vae
 from ..io.video import save_video, to_unit_range
 from ..pipeline import initial_noise
-from ..sampling.sample import Condition, sample
+from ..sampling.sample import EncodedPrompts, sample
 from ..sampling.schedule import linear_quadratic_schedule
 from ..text_encoder import load_text_encoder
 from ..transformer.model import AsymmDiT
@@ -24,8 +24,8 @@ class Samples:
 
     keys: SampleKeys
     vae: AsymmVAE
-    conditions: list[Condition]
-    uncond: Condition
+    prompts: list[EncodedPrompts]
+    uncond: EncodedPrompts
 
 
 def prepare_samples(keys: SampleKeys) -> Samples:
@@ -42,7 +42,7 @@ def write_samples(samples: Samples, dit: AsymmDiT, stem: Path, chosen: Iterable[
     noise = initial_noise(keys.video_size.latent_shape(), keys.seed)
     sigmas = linear_quadratic_schedule(keys.steps)
     for i in chosen:
-        latents = sample(dit, noise, sigmas, samples.conditions[i], samples.uncond, keys.guidance)
+        latents = sample(dit, noise, sigmas, samples.prompts[i], samples.uncond, keys.guidance)
         samples.vae.to(device)
         video = to_unit_range(samples.vae.decode(denormalize_latents(latents.to(device)))[0])  # (3, F, H, W)
         samples.vae.to("cpu")

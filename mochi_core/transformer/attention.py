@@ -51,14 +51,14 @@ def _kernels(*names: str, flash: Literal["FA3", "FA4"] | None = None) -> Attenti
     """
     order = [KERNELS[name] for name in names]
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with nullcontext() if torch.compiler.is_compiling() else _SDP_LOCK:  # compilers know no locks
             if "flash" in names:
                 _activate(flash)
             with sdpa_kernel(order, set_priority=True):
                 return F.scaled_dot_product_attention(q, k, v)
 
-    return attention
+    return attend
 
 
 def _active() -> str | None:

@@ -32,17 +32,17 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> T
     """
     padding = [max(context.lengths) - length for length in context.lengths]
     if not any(padding):
-        return _attend(q, k, v, context.attention)
+        return _heads_joined(q, k, v, context.attend)
     out = q.new_zeros(*q.shape[:2], q.shape[2] * q.shape[3])
     for b, unused in enumerate(padding):
         valid = slice(b, b + 1), slice(q.shape[1] - unused)
-        out[valid] = _attend(q[valid], k[valid], v[valid], context.attention)
+        out[valid] = _heads_joined(q[valid], k[valid], v[valid], context.attend)
     return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+def _heads_joined(q: Tensor, k: Tensor, v: Tensor, attend: Attention) -> Tensor:
     heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return rearrange(attention(*heads_first), "b k l d -> b l (k d)")
+    return rearrange(attend(*heads_first), "b k l d -> b l (k d)")
 
 
 JointAttention = Callable[[Tensor, Tensor, Tensor, "BlockContext"], Tensor]
@@ -56,7 +56,7 @@ class BlockContext:
     lengths: tuple[int, ...]
     """Valid text tokens of each sample."""
     rope: Rope
-    attention: Attention
+    attend: Attention
     joint_attention: JointAttention = joint_attention
     """How each block attends; hosts wrap the function to change what goes in or comes out."""
     negative_lengths: tuple[int, ...] = ()

@@ -19,8 +19,8 @@ from .. import kernels
 from ..ops import Ops
 
 NORM_EPS = 1e-6
-"""In norms without a weight: the default of `modulated_rmsnorm` and `residual_tanh_gated_rmsnorm`, and the LayerNorm before the
-output, in Genmo's joint_model/."""
+"""Added to mean squares and variances in norms without a weight: the default of `modulated_rmsnorm` and
+`residual_tanh_gated_rmsnorm`, and the LayerNorm before the output, in Genmo's joint_model/."""
 TIMESTEP_SCALE = 1000.0
 """Timestep at the end of the way from noise to data: `timestep_scale` in Genmo's configuration of the denoiser, pipelines.py."""
 TIMESTEP_PERIOD = 10000.0

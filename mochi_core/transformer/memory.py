@@ -7,7 +7,7 @@ from .layers import FEED_FORWARD_TOKEN_CHUNK
 
 MAX_TEXT_TOKENS = 256
 SMALL_TENSORS = 48 * 2**20
-"""For float32 chunks, text streams and the rotary table, which do not grow with the video."""
+"""Bytes of float32 chunks, text streams and the rotary table, which do not grow with the video."""
 
 
 def working_bytes(config: AsymmDiTConfig, num_tokens: int, itemsize: int, conditions: int = 2) -> int:

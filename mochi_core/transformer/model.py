@@ -62,7 +62,7 @@ class ScheduleModulation:
     """Modulations of all steps of a schedule, each distinct noise level computed once."""
 
     levels: Modulation
-    """Of visual tokens (levels, B or 1, ...), of text (steps, B or 1, ...)."""
+    """The axes in front: visual tokens (levels, B or 1, ...), one for each distinct noise level; text (steps, B or 1, ...)."""
     rows: Tensor | None
     """(steps, T) int64, which of the levels each frame has in each step; None if all frames have that of the step."""
 
@@ -143,7 +143,7 @@ class AsymmDiT(nn.Module):
         text = self.prepare_text(text_embeds.to(self.dtype), text_mask)
         modulation = self.modulation(sigma, text.pooled)
         rope = self.rope(latents.shape, latents.device)
-        return self.denoise(latents.to(self.dtype), text, modulation, rope, attention=attention).to(latents.dtype)
+        return self.denoise(latents.to(self.dtype), text, modulation, rope, attend=attention).to(latents.dtype)
 
     def prepare_text(self, text_embeds: Tensor, text_mask: Tensor) -> TextConditioning:
         """Drop padding, pool and project text features (B, L, text_width) with their mask (B, L) bool."""
@@ -172,7 +172,7 @@ class AsymmDiT(nn.Module):
         return ScheduleModulation(self._modulation(visual[:, None] + pooled, text[:, None] + pooled), rows)
 
     def _modulation(self, visual: Tensor, text: Tensor) -> Modulation:
-        """From what either stream is conditioned on, (..., Dx) each."""
+        """Modulation from what visual tokens and text are conditioned on, (..., Dx) each."""
         visual, text = F.silu(visual), F.silu(text)
         blocks = tuple((block.mod_x(visual), block.mod_y(text)) for block in self.joint_blocks())
         return Modulation(blocks, self.final_layer.mod(visual))
@@ -190,13 +190,11 @@ class AsymmDiT(nn.Module):
         modulation: Modulation,
         rope: Rope,
         *,
-        attention: Attention = sdpa,
+        attend: Attention = sdpa,
         run_block: RunBlock = run_block,
     ) -> Tensor:
         """Velocity from prepared conditioning, in the shape of `latents` (B, C, T, H, W), which have the model's dtype."""
-        (velocity,) = self.denoise_each(
-            latents, [(text, modulation)], rope, attention=attention, run_blocks=[run_block]
-        )
+        (velocity,) = self.denoise_each(latents, [(text, modulation)], rope, attend=attend, run_blocks=[run_block])
         return velocity
 
     def denoise_each(
@@ -205,7 +203,7 @@ class AsymmDiT(nn.Module):
         conditions: Sequence[tuple[TextConditioning, Modulation]],
         rope: Rope,
         *,
-        attention: Attention = sdpa,
+        attend: Attention = sdpa,
         run_blocks: Sequence[RunBlock] | None = None,
     ) -> list[Tensor]:
         """Velocities (B, C, T, H, W) under each condition, in one pass over the blocks; `latents` have the model's dtype.
@@ -221,8 +219,7 @@ class AsymmDiT(nn.Module):
         for text, _ in conditions:
             streams.append((embedded, text.tokens))  # no comprehension: what it uses, Dynamo cannot delete
         contexts = [
-            BlockContext(text.lengths, rope, attention, negative_lengths=text.negative_lengths)
-            for text, _ in conditions
+            BlockContext(text.lengths, rope, attend, negative_lengths=text.negative_lengths) for text, _ in conditions
         ]
         runs = run_blocks or [run_block] * len(conditions)
         del embedded

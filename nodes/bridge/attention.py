@@ -52,7 +52,7 @@ def _server_was_asked() -> bool:
     return any(getattr(args, f"use_{flag}") for flag in FLAGS)
 
 
-def _override(attention: Attention):
+def _override(attend: Attention):
     def override(function, *arguments, **named):
         """`function` for calls that are not like `host_attention`'s, such as those of a node that brings its own."""
         q, k, v, *rest = arguments
@@ -62,7 +62,7 @@ def _override(attention: Attention):
             and named.get("skip_reshape")
             and named.get("skip_output_reshape")
         )
-        return attention(q, k, v) if own else function(*arguments, **named)
+        return attend(q, k, v) if own else function(*arguments, **named)
 
     return override
 
@@ -70,9 +70,9 @@ def _override(attention: Attention):
 def host_attention(transformer_options: dict) -> Attention:
     """The host's attention, or what overrides it in these options, as the core's `Attention`."""
 
-    def attention(q, k, v):
+    def attend(q, k, v):
         return host.optimized_attention(
             q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=transformer_options
         )
 
-    return attention
+    return attend

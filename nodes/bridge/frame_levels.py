@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 TRAINED = "pusa"
-"""In the names of files with such weights; nothing else tells them from Genmo's."""
+"""Part of the names of files with such weights; nothing else tells them from Genmo's."""
 
 ADDING_NOISE = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver")
-"""In the names of the host's samplers that add noise between steps."""
+"""Parts of the names of the host's samplers that add noise between steps."""
 ROUNDING = 1e-5
 """What the host's scaling of a mask may add to differences."""
 

@@ -102,7 +102,7 @@ class HostAsymmDiT(AsymmDiT):
             conditioning.text,
             conditioning.modulation,
             conditioning.rope,
-            attention=host_attention(transformer_options),
+            attend=host_attention(transformer_options),
             run_block=cached_run_block(run, x, transformer_options, self.config.depth),
         )
         return -velocity  # the host's flow models return noise - data

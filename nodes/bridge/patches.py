@@ -60,18 +60,21 @@ def _with_output_patches(call: BlockCall, transformer_options: dict) -> BlockCal
     if not patches:
         return call
 
-    def attention(q, k, v, context: BlockContext):
+    def attend(q, k, v, context: BlockContext):
         out = joint_attention(q, k, v, context)
         options = {**transformer_options, "img_slice": [0, out.shape[1] - max(context.lengths)]}
         for patch in patches:
             out = patch(out, options)
         return out
 
-    return replace(call, context=replace(call.context, joint_attention=attention))
+    return replace(call, context=replace(call.context, joint_attention=attend))
 
 
 def _output_patches(transformer_options: dict) -> list:
-    """Without those that come with an input patch and would undo what that has not done (token merging, HyperTile)."""
+    """The patches of attention's output that are called.
+
+    Left out are those that come with an input patch and would undo what that has not done (token merging, HyperTile).
+    """
     patches = transformer_options.get("patches", {})
     pairs = {patch.__module__ for patch in patches.get(INPUT_PATCH, ())}
     return [patch for patch in patches.get(OUTPUT_PATCH, ()) if patch.__module__ not in pairs]

@@ -60,8 +60,9 @@ class PreparedPrompts:
         self.text = network.prepare_text(context.to(device, dtype), mask.to(device).bool())
         self.sigmas: list[float] = []
         self.modulations: ScheduleModulation | None = None
-        """Of the noise levels `sigmas`, for frames with these `shares` of them, or without."""
+        """The modulations at `sigmas`; by frame where `shares` are set."""
         self.shares: tuple[float, ...] | None = None
+        """Noise level of each frame as a share of that in `sigmas`, for which `modulations` are; None where all are equal."""
 
     def matches(self, context: Tensor, mask: Tensor) -> bool:
         """Whether these are the same prompts, on the same device."""

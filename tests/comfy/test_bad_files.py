@@ -109,7 +109,7 @@ def test_indices_of_shards_that_are_not_there(comfy_client, refusal, shard, mess
 
 
 def test_a_file_that_changes_while_it_loads(comfy_client, comfy_server, refusal):
-    """Its date does; one that became shorter could not be told from here at the right moment."""
+    """The date of the file changes; one that became shorter could not be told from here at the right moment."""
     good = comfy_server.base / "models" / "diffusion_models" / GOOD["diffusion_models"]
     done = threading.Event()
 

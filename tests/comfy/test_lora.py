@@ -273,7 +273,7 @@ def assert_equal_to_the_hosts_loader(folder, name, dit):
 
 
 def test_weight_streaming_and_the_stock_loaders_model(comfy_path, dit, tmp_path):
-    """Of the host's low-VRAM mode what runs without a GPU; the stock denoiser without its 20 GB."""
+    """What the host's low-VRAM mode does without a GPU; the stock denoiser without its 20 GB."""
     weights = dit.state_dict()
     adapter = random_adapter(weights, dora=True)
     model, other, lora = (tmp_path / f"{name}.safetensors" for name in ("model", "other", "lora"))

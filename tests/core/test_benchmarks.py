@@ -30,7 +30,7 @@ def test_the_work_of_a_step_is_what_torch_counts(depth, text_tokens):
         modulation, rope = dit.modulation(torch.tensor([0.5]), text.pooled), dit.rope(latents.shape, latents.device)
         with FlopCounterMode(display=False) as counter:
             # Only this kernel is made of products that the counter knows on a CPU.
-            dit.denoise(latents, text, modulation, rope, attention=BACKENDS["math"].run)
+            dit.denoise(latents, text, modulation, rope, attend=BACKENDS["math"].run)
     assert forward_flops(dit.config, 3 * 4 * 5, text_tokens) == counter.get_total_flops()
 
 
@@ -132,6 +132,6 @@ def test_products_on_a_simulated_gpu_are_those_that_torch_counts():
             dit.rope(latents.shape, latents.device),
         )
         with GpuCounter() as counter:
-            dit.denoise(latents, text, modulation, rope, attention=no_attention)
+            dit.denoise(latents, text, modulation, rope, attend=no_attention)
     attention = 2 * 2 * 2 * (60 + 7) ** 2 * TINY["hidden_size_x"]
     assert sum(flops for flops, _ in counter.products) + attention == forward_flops(config, 60, 7)

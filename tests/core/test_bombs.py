@@ -20,7 +20,7 @@ from tests.harness.tiny_models import random_vae
 
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 SECONDS = 5
-"""Of the processor; without the limits, most of these files would take minutes, or never be done."""
+"""Most seconds of the processor for one file; without the limits, most of these files would take minutes, or never be done."""
 
 
 def named(count, name="t{}"):

@@ -92,7 +92,7 @@ def test_diffusers_loads_what_convert_writes(sources, tmp_path):
 
 
 def test_diffusers_loads_a_canonical_single_file(tmp_path):
-    """Its loader of single files knows 48 blocks only."""
+    """The loader of single files knows 48 blocks only."""
     from diffusers import MochiTransformer3DModel
 
     config = AsymmDiTConfig(

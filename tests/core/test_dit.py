@@ -122,7 +122,7 @@ def test_a_token_of_a_large_latent_is_what_it_is_in_a_small_one(dtype):
 
     def velocity(frames):
         part = Rope(rope.frames[frames], rope.spatial)
-        return dit.denoise(latents[:, :, frames], text, modulation, part, attention=lambda q, k, v: q + k + v)
+        return dit.denoise(latents[:, :, frames], text, modulation, part, attend=lambda q, k, v: q + k + v)
 
     together = velocity(slice(3))
     for i in range(3):

@@ -24,7 +24,7 @@ TOKENS = [3, 9, 1131, 2812, 1735, 646, 30, 3, 9, 1001, 2458, 1]
 
 
 def tiny_pipeline():
-    """Its text encoder reads every prompt as `TOKENS`, so that no tokenizer is needed."""
+    """The text encoder reads every prompt as `TOKENS`, so that no tokenizer is needed."""
     with TemporaryDirectory() as folder, mock.patch("transformers.AutoTokenizer.from_pretrained") as load:
         load.return_value = lambda _, **_options: SimpleNamespace(input_ids=TOKENS)
         (Path(folder) / "tokenizer.json").touch()

@@ -41,7 +41,7 @@ def forward():
     condition = text, dit.modulation(torch.ones(1), text.pooled)
     rope = dit.rope(latents.shape, latents.device)
     # As kernels of attention do, it holds nothing but its output; 44,520 tokens would take too long here.
-    dit.denoise_each(latents, [condition] * count, rope, attention=lambda q, k, v: q + v)
+    dit.denoise_each(latents, [condition] * count, rope, attend=lambda q, k, v: q + v)
 _, peak, _ = peak_of(forward)
 print(peak / (44520 * 384 * 4))
 """

@@ -94,7 +94,7 @@ def test_only_the_block_at_work_is_away_from_home(dit):
 
 
 def test_only_a_modulator_at_work_is_away_from_home_and_all_else_always(dit, tmp_path):
-    """Its LoRA with it."""
+    """A modulator takes its LoRA with it."""
     load_lora(dit, write_adapter(tmp_path / "a.safetensors", random_adapter(random_dit().state_dict()), "comfyui"))
     home, seen = addresses(dit), []
     modulators = {name for name in home if ".mod_" in name}

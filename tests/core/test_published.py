@@ -20,7 +20,7 @@ from mochi_core.transformer.rope import axis_positions
 from tests.harness.tiny_models import DIT
 
 SMALL = 1e-3
-"""Of such a size, x² is what eps is, so that eps decides what comes out of a norm."""
+"""A size of x whose square is what eps is, so that eps decides what comes out of a norm."""
 
 
 def small_values(*shape, seed=0):
@@ -122,7 +122,7 @@ def test_positions_cover_192_by_192(rows, columns):
 
 
 def test_sizes():
-    """Of the published demonstration: 163 frames of 848 x 480, 30 a second, 44,520 tokens, 256 tokens of text."""
+    """The published demonstration has 163 frames of 848 x 480, 30 a second, 44,520 tokens, 256 tokens of text."""
     size = VideoSize()
     assert (size.width, size.height, size.num_frames, FPS, MAX_TOKENS) == (848, 480, 163, 30, 256)
     assert (size.latent_shape(), size.num_tokens) == ((1, 12, 28, 60, 106), 44520)

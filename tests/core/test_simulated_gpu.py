@@ -42,7 +42,7 @@ class Bar(NamedTuple):
     """At the peak, without weights and what was there before."""
 
 
-# Of each block and condition; the ends of the network are shared out among the blocks.
+# For each block and condition; the ends of the network are shared out among the blocks.
 FORWARD = {
     ("plain", 25): Bar(80, 5.3, 560),
     ("plain", 85): Bar(105, 15.8, 1400),
@@ -51,7 +51,7 @@ FORWARD = {
     ("triton", 85): Bar(31, 4.1, 1400),
     ("triton", 163): Bar(36, 7.6, 1900),
 }
-# Of each block and 25 frames.
+# For each block, with 25 frames.
 FORMS = {
     ("plain", "lora"): Bar(86, 5.3, 560),
     ("plain", "int8"): Bar(100, 8.0, 560),
@@ -60,7 +60,7 @@ FORMS = {
     ("triton", "int8"): Bar(46, 4.1, 560),
     ("triton", "fp8_rowwise"): Bar(34, 1.8, 560),
 }
-# Of each frame, by GiB of the limit and frames.
+# For each frame, by GiB of the limit and frames.
 DECODE = {
     ("plain", 3, 7): Bar(112, 15.0, 3 * 1024),
     ("plain", 5, 25): Bar(75, 13.0, 5 * 1024),
@@ -69,13 +69,13 @@ DECODE = {
     ("triton", 5, 25): Bar(35, 8.6, 5 * 1024),
     ("triton", 24, 7): Bar(48, 8.9, 5 * 1024),
 }
-# Of each of 7 frames, by GiB of the limit.
+# For each of 7 frames, by GiB of the limit.
 ENCODE = {
     ("plain", 24): Bar(490, 15.2, 2 * 1024),
     ("triton", 1): Bar(650, 15.8, 1024),
     ("triton", 24): Bar(390, 12.8, 2 * 1024),
 }
-# Of each layer, for two prompts.
+# For each layer, with two prompts.
 T5 = Bar(95, 0.5, 64)
 
 
@@ -114,7 +114,7 @@ def count_forward(dit, frames, levels=()):
         dit.rope(latents.shape, latents.device),
     )
     with GpuCounter() as counted:
-        velocity = dit.denoise(latents, text, modulation, rope, attention=no_attention)
+        velocity = dit.denoise(latents, text, modulation, rope, attend=no_attention)
     assert (velocity.shape, velocity.device, velocity.dtype) == (latents.shape, latents.device, dit.dtype)
     return counted
 

@@ -80,7 +80,7 @@ def relative(result, expected):
 
 @pytest.mark.parametrize("half", ["decoder", "encoder"])
 def test_caches_as_they_wait_in_main_memory_beside_a_gpu(vae, half, monkeypatch):
-    """Their rows lie one after the other, and an own copy goes there."""
+    """Rows of a cache lie one after the other, and an own copy goes there."""
     made = []
 
     def outermost(x, frames, device):

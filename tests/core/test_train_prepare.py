@@ -46,7 +46,7 @@ def turned_by_the_player(path, target):
 
 
 def corners(frame):
-    """Of an image, the colours of the four corners: above left and right, below left and right."""
+    """Colours of the four corners of an image: above left and right, below left and right."""
     return [tuple((frame[row, column] > 128).astype(int)) for row in (4, -4) for column in (4, -4)]
 
 

@@ -543,7 +543,7 @@ class Tally:
     loaded: int = 0
     refused: int = 0
     seconds: float = 0.0
-    """Of the processor, the longest."""
+    """Most seconds of the processor for one file."""
     megabytes: float = 0.0
     """The largest growth of the process, in one file."""
     faults: list[str] = field(default_factory=list)

@@ -31,7 +31,7 @@ def latents(vae, video):
 
 
 def psnr(decoded, video):
-    """Of all clips together, in dB."""
+    """Peak signal-to-noise ratio of all clips together, in dB."""
     return 10 * torch.log10(4 / (decoded.clamp(-1, 1) - video).square().mean())
 
 

@@ -1,4 +1,4 @@
-"""Links and pictures of the documentation lead somewhere."""
+"""Links and pictures of the documentation lead somewhere; docstrings are read without what is around them."""
 
 import re
 import subprocess
@@ -25,6 +25,15 @@ def test_links_lead_to_files_that_are_kept(page):
         inside = [(page.parent / target).resolve().relative_to(ROOT).as_posix() for target in targets]
         lost = [target for target in inside if not any(k == target or k.startswith(target + "/") for k in kept)]
         assert not lost
+
+
+def test_docstrings_begin_with_what_they_are_about():
+    """Editors show them alone: "Of one frame, in bytes" means nothing there."""
+    sources = [path for path in ROOT.rglob("*.py") if ".dev" not in path.parts]
+    bare = re.compile(r'^\s*(?:"""|# )(?:Of|Its|Their) .*', re.M)
+    found = {path.name: bare.findall(path.read_text(encoding="utf-8")) for path in sources}
+    assert sources
+    assert not {name: lines for name, lines in found.items() if lines}
 
 
 def test_the_picture_of_the_layers_is_drawn_from_the_code():

@@ -21,7 +21,7 @@ def test_clean(tool):
 
 @pytest.mark.slow
 def test_types(comfy_path):
-    """Of the core, the migration and the nodes, which are checked against the host's own code."""
+    """The core, the migration and the nodes are checked against the host's own code."""
     assert_clean(["pyright", "--pythonpath", sys.executable], PYTHONPATH=str(comfy_path))
 
 
