@@ -5,6 +5,8 @@ The autoencoder works in VAE space, the denoiser in DiT space: VAE space = DiT s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..geometry import LATENT_CHANNELS
@@ -23,14 +25,20 @@ LATENTS_STD = (
 )  # fmt: skip
 
 
+def shape_problem(shape: Sequence[int], channels: int = LATENT_CHANNELS) -> str | None:
+    """Why latents of this shape are none of Mochi's, (B, 12, T, H, W) with at least one of each, or None if they are."""
+    if len(shape) == 5 and shape[1] == channels and 0 not in shape:
+        return None
+    return f"latents have shape {(*shape,)}, but Mochi's are (batch, {channels}, T, H, W) with at least one of each."
+
+
 def latents_problem(latents: Tensor, channels: int = LATENT_CHANNELS) -> str | None:
     """Why `latents` are none of Mochi's, which are finite (B, 12, T, H, W) with at least one of each, or None if they are.
 
     One number that is not finite is enough to make a whole video of them, in the denoiser and in the autoencoder.
     """
-    shape = tuple(latents.shape)
-    if len(shape) != 5 or shape[1] != channels or 0 in shape:
-        return f"latents have shape {shape}, but Mochi's are (batch, {channels}, T, H, W) with at least one of each."
+    if problem := shape_problem(latents.shape, channels):
+        return problem
     if not latents.is_floating_point():
         return f"latents are {str(latents.dtype).removeprefix('torch.')}, but they have to be real numbers, such as float32."
     if bad := latents.numel() - int(latents.isfinite().sum()):

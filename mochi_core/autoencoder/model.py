@@ -20,7 +20,7 @@ from ..mapped_files import check_mapped_files
 from ..ops import Ops
 from .decoder import Decoder
 from .encoder import Encoder
-from .latents import latents_problem
+from .latents import latents_problem, shape_problem
 from .layers import RGB
 from .memory import decoder_memory_estimate, encoder_memory_estimate, encoder_progress_units
 from .steps import decoder_steps, encoder_steps
@@ -197,11 +197,8 @@ class AsymmVAE(nn.Module):
                 "This autoencoder has no decoder; load a file that has one, such as mochi_vae.safetensors."
             )
         check_mapped_files(self)
-        channels = self.config.latent_channels
-        if len(shape) != 5 or shape[1] != channels or 0 in shape:
-            raise ValueError(
-                f"latents have shape {tuple(shape)}; the decoder needs (batch, {channels}, T, H, W), at least one of each."
-            )
+        if problem := shape_problem(shape, self.config.latent_channels):
+            raise ValueError(problem)
         return self.decoder
 
     def check_encoder(self, video: Tensor) -> Encoder:

@@ -19,6 +19,7 @@ SWIGLU_BLOCK = 1024
 HEADS_BLOCK = 8
 """Heads of one token that one program of `joint_heads` makes."""
 FP8 = torch.float8_e4m3fn
+"""The dtype of all products and stored weights in fp8."""
 
 
 @custom_op("mochi::modulated_norm", mutates_args=())

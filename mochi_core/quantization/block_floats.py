@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .block_type import BlockType, numbers_at, power_of_two
+from .fp8 import FP8
 from .ggml import looked_up
 
 NF4_VALUES = (
@@ -23,7 +24,6 @@ FP4_VALUES = (
     0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
 )  # fmt: skip
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-FP8 = torch.float8_e4m3fn
 
 
 def _high_first(data: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
+from ..kernels.denoiser import FP8
 
-FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 ALIGNMENT = 16
 """Rows and columns of a weight must be multiples of this: PyTorch's `scaled_mm` refuses other sizes on CUDA devices."""

@@ -63,12 +63,19 @@ class Given:
             )
         if not ((self.levels >= 0) & (self.levels <= 1)).all():
             raise ValueError(f"The levels of given frames are {self.levels.tolist()}; use 0 (kept) to 1 (new).")
-        levels = self.levels[:, None, None].to(noise)  # (T, 1, 1)
-        return torch.where(levels < 1, levels * noise + (1 - levels) * self.latents.to(noise), noise)
+        return at_levels(self.latents.to(noise), noise, self.levels[:, None, None].to(noise))
+
+
+def at_levels(clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+    """`noise` (B, C, T, H, W) in shares `levels` of it, the rest `clean`; both broadcast to it.
+
+    Where a level is 1 there is noise alone, whatever `clean` holds.
+    """
+    return torch.where(levels < 1, levels * noise + (1 - levels) * clean, noise)
 
 
 def frame_levels(sigmas: Tensor, levels: Tensor) -> Tensor:
-    """Noise level of each latent frame at each point of a schedule: `sigmas` (steps + 1,), `levels` (T,) to (steps + 1, T)."""
+    """Noise level of each latent frame: those of the sampler `sigmas` (n,) times shares `levels` (T,) or (n, T), to (n, T)."""
     return sigmas[:, None] * levels.to(sigmas)
 
 

@@ -16,6 +16,8 @@ from pathlib import PurePath
 import torch
 from torch import Tensor
 
+from ...mochi_core.sampling.sample import at_levels, frame_levels
+
 TRAINED = "pusa"
 """Part of the names of files with such weights; nothing else tells them from Genmo's."""
 
@@ -34,7 +36,7 @@ class FrameLevels:
 
     def sigma(self, timestep: Tensor) -> Tensor:
         """Noise levels (B, T) for those of the sampler, `timestep` (B,)."""
-        return timestep[:, None] * self.shares.to(timestep)
+        return frame_levels(timestep, self.shares)
 
     def scale(self, velocity: Tensor) -> Tensor:
         """`velocity` (B, C, T, H, W) as a derivative by the sampler's noise level."""
@@ -67,6 +69,6 @@ def with_frame_levels(
                 sampler,
             )
         # The host mixes it with latent_image by the first sigma.
-        noise = shares * noise + (1 - shares) * latent_image
+        noise = at_levels(latent_image, noise, shares)
         denoise_mask = (denoise_mask > 0).to(denoise_mask)
     return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *arguments, **named)

@@ -25,17 +25,17 @@ from ...mochi_core.checkpoints import (
     open_checkpoint,
     select_part,
 )
-from ...mochi_core.checkpoints.names.quantized import GGML_FORMAT, ROWWISE_FORMAT, STORED_AS
+from ...mochi_core.checkpoints.names.quantized import BLOCK_FORMAT, ROWWISE_FORMAT, STORED_AS
 from ...mochi_core.quantization import fp8
 from ...mochi_core.quantization.weights import QuantizedWeight
 
-GGML_LAYOUT, ROWWISE_LAYOUT = "MochiGGMLLayout", "MochiFP8RowwiseLayout"
-OWN_LAYOUTS = (GGML_LAYOUT, ROWWISE_LAYOUT)
+BLOCK_LAYOUT, ROWWISE_LAYOUT = "MochiBlockLayout", "MochiFP8RowwiseLayout"
+OWN_LAYOUTS = (BLOCK_LAYOUT, ROWWISE_LAYOUT)
 HOST_SUFFIXES = (".safetensors", ".sft")
 HOST_FORMATS = {dtype: name for name, dtype in STORED_AS.items()}
 
 
-class GGMLLayout(QuantizedLayout):
+class BlockLayout(QuantizedLayout):
     """Blocks, (rows, bytes of a row) uint8, all times `scale`; dequantised in float32 and rounded once to `orig_dtype`."""
 
     @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class RowwiseLayout(QuantizedLayout):
         return {"": qdata, "_scale": params.scale}
 
 
-register_layout_class(GGML_LAYOUT, GGMLLayout)
+register_layout_class(BLOCK_LAYOUT, BlockLayout)
 register_layout_class(ROWWISE_LAYOUT, RowwiseLayout)
 
 
@@ -154,8 +154,8 @@ def host_weights(tensors: LazyStateDict, module: nn.Module) -> dict[str, torch.T
 
 def _host_entries(layer: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     if weight.block_type:
-        params = GGMLLayout.Params(weight.block_type, torch.float32, weight.shape, weight.scale)
-        return {f"{layer}.weight": QuantizedTensor(weight.values, GGML_LAYOUT, params)}
+        params = BlockLayout.Params(weight.block_type, torch.float32, weight.shape, weight.scale)
+        return {f"{layer}.weight": QuantizedTensor(weight.values, BLOCK_LAYOUT, params)}
     if weight.fp8_product:
         params = RowwiseLayout.Params(weight.scale, torch.float32, weight.shape)
         return {f"{layer}.weight": QuantizedTensor(weight.values, ROWWISE_LAYOUT, params)}
@@ -187,8 +187,8 @@ def quantized_operations(operations: type) -> type:
                 # In inference mode, where nodes run, the host's own cast would dequantise it.
                 super()._load_from_state_dict(state_dict | {name: torch.empty(0)}, prefix, *args)
                 self.weight = nn.Parameter(_on(given, **self.factory_kwargs), requires_grad=False)
-                if _layout(given) == GGML_LAYOUT:
-                    self.quant_format = GGML_FORMAT + given._params.block_type
+                if _layout(given) == BLOCK_LAYOUT:
+                    self.quant_format = BLOCK_FORMAT + given._params.block_type
                 else:
                     self.quant_format, self.layout_type = ROWWISE_FORMAT, ROWWISE_LAYOUT
                     self._full_precision_mm = rowwise_unsupported_reason() is not None

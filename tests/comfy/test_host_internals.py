@@ -28,11 +28,11 @@ arguments = [json.loads(argument) for argument in arguments]
 found = {"missing": [missing(internal) for internal in arguments[0]]}
 
 from pack.nodes.bridge import vae
-from pack.nodes.bridge.quantized import GGMLLayout, RowwiseLayout
+from pack.nodes.bridge.quantized import BlockLayout, RowwiseLayout
 ours = vae.load_vae([arguments[1]])
 found["unset"] = sorted(name for name in always_set(comfy.sd.VAE.__init__) if not hasattr(ours, name))
 found["always set"] = sorted(always_set(comfy.sd.VAE.__init__))
-found["abstract"] = sorted({*GGMLLayout.__abstractmethods__, *RowwiseLayout.__abstractmethods__})
+found["abstract"] = sorted({*BlockLayout.__abstractmethods__, *RowwiseLayout.__abstractmethods__})
 
 from pack.nodes.bridge.model import load_model
 model = load_model(arguments[2]).model

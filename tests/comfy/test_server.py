@@ -117,8 +117,8 @@ def test_empty_latents_of_other_models_get_mochis_size(latents_of):
         ("sigmas", "no step", "sigmas have shape (1,), but one step needs two noise levels in a row"),
         ("sigmas", "no level", "sigmas have shape (0,), but one step needs two noise levels in a row"),
         ("decode", "no number", "latents hold 1 values of 192 that are infinite or not a number"),
-        ("decode", "no frames", "latents have shape (1, 12, 0, 4, 4); the decoder needs"),
-        ("stock decode", "no frames", "latents have shape (1, 12, 0, 4, 4); the decoder needs"),
+        ("decode", "no frames", "latents have shape (1, 12, 0, 4, 4), but Mochi's are (batch, 12, T, H, W)"),
+        ("stock decode", "no frames", "latents have shape (1, 12, 0, 4, 4), but Mochi's are (batch, 12, T, H, W)"),
     ],
 )
 def test_latents_and_schedules_that_make_no_video(comfy_client, comfy_server, name, source, message):

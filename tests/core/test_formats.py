@@ -22,6 +22,7 @@ from mochi_core.checkpoints import (
     to_diffusers,
     transformer_rules,
 )
+from mochi_core.checkpoints.names.notes import note_tensor
 from mochi_core.checkpoints.names.quantized import gather_quantized, unknown_formats
 from mochi_core.checkpoints.tensors import QUANTIZATION, Checkpoint, quantized_weight
 from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear, quantize_fp8_rowwise
@@ -171,6 +172,17 @@ def test_what_is_no_number_is_not_hidden_by_quantising(dit, tmp_path, kind):
     save_file(broken, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"x.safetensors holds NaN or infinite values in blocks.1.mod_x.weight"):
         load_transformer(tmp_path / "x.safetensors", quantize=kind)
+
+
+@pytest.mark.parametrize(
+    ("stored_format", "known"), [("blocks_Q8_0", True), ("ggml_Q8_0", True), ("blocks_Q9_0", False), ("Q8_0", False)]
+)
+def test_what_comfyui_saves_in_blocks(stored_format, known):
+    blocks = torch.from_numpy(quantized_files.random_blocks("Q8_0", 32, 64))
+    tensors = from_state_dict({"a.weight": blocks, "a.comfy_quant": note_tensor({"format": stored_format})})
+    gathered = gather_quantized(Checkpoint("a", Path("a"), tensors))
+    assert gathered["a.weight"].block_type == ("Q8_0" if known else None)
+    assert unknown_formats(gathered) == (set() if known else {stored_format})
 
 
 def test_unknown_quantisation_is_refused(dit, tmp_path):

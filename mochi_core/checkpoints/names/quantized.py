@@ -4,7 +4,8 @@ There are four spellings: `X.weight` in fp8 with `X.scale_weight` (and `X.scale_
 `scaled_fp8` in the file; `X.weight` with `X.weight_scale`, `X.input_scale` and `X.comfy_quant` (JSON as bytes, or the JSON of
 all layers in the file's metadata); `X.weight` in plain fp8; GGML blocks in `X.Q4_0_qweight` and the like. Those of other tools
 are translated first: `torchao`, `bitsandbytes`. What ComfyUI saves of a model in blocks is of the second kind, with the format
-`ggml_Q4_0` or `ggml_NF4`; of one that multiplies in fp8 with scales per row, with the format `float8_e4m3fn_rowwise`.
+`blocks_Q4_0` or `blocks_NF4` (in files of version 0.1 `ggml_Q4_0`); of one that multiplies in fp8 with scales per row, with the
+format `float8_e4m3fn_rowwise`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ GGML_WEIGHT = re.compile(r"(.*\.)([A-Z\d_]+)_qweight")
 MARKER = re.compile(r"(.*\.)?scaled_fp8")
 STORED_AS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, INT8: torch.int8}
 ROWWISE_FORMAT = "float8_e4m3fn_rowwise"
-GGML_FORMAT = "ggml_"
+BLOCK_FORMAT = "blocks_"
+"""What the formats of layers in blocks begin with, before the name of the block type."""
+READ_BLOCK_FORMAT = re.compile(rf"(?:{BLOCK_FORMAT}|ggml_)(\w+)")
 SCALES, INPUT_SCALES = ("weight_scale", "scale_weight"), ("input_scale", "scale_input")
 BLOCK_MATRIX = re.compile(r"blocks\..*\.weight|encoder\.block\..*\.(q|k|v|o|wi_0|wi_1|wo)\.weight")
 MODULATION = re.compile(r".*\.mod_[xy]\.weight")
@@ -133,17 +136,15 @@ def _holds_blocks(stored: LazyTensor, block_type: str) -> bool:
 
 
 def _gather_blocks(tensors: LazyStateDict, layer: str) -> None:
-    stored_format = str(_note(tensors, layer).get("format"))
-    block_type, scale = stored_format.removeprefix(GGML_FORMAT), _first(tensors, layer, SCALES)
+    stored, stored_format = tensors[layer + "weight"], str(_note(tensors, layer).get("format"))
+    match, scale = READ_BLOCK_FORMAT.fullmatch(stored_format), _first(tensors, layer, SCALES)
+    block_type = match[1] if match else ""
     if stored_format == "nvfp4" and gather_block_scaled(tensors, layer, stored_format):
         del tensors[layer + NOTE]
-    elif _holds_blocks(tensors[layer + "weight"], block_type) and _count(scale) in (
-        1,
-        tensors[layer + "weight"].shape[0],
-    ):
+    elif _holds_blocks(stored, block_type) and _count(scale) in (1, stored.shape[0]):
         for leaf in (*SCALES, NOTE):
             tensors.pop(layer + leaf, None)
-        tensors[layer + "weight"] = block_weight(tensors[layer + "weight"], block_type, scale)
+        tensors[layer + "weight"] = block_weight(stored, block_type, scale)
 
 
 def _gather_scaled(tensors: LazyStateDict, layer: str, *, exact_product: bool) -> None:
