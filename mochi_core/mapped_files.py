@@ -20,6 +20,7 @@ ATTRIBUTE = "mapped_files"
 class FileState:
     """A file at one time: which one it is, its size in bytes and its date in ns."""
 
+    path: Path
     inode: int
     size: int
     modified: int
@@ -27,23 +28,54 @@ class FileState:
     @classmethod
     def of(cls, path: Path) -> FileState:
         status = path.stat()
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the file has been written to or cut since.
+
+        One that was removed, or that another one has taken the place of, has not: it stays until nobody maps it.
+        """
+        now = FileState.of(self.path) if self.path.exists() else self
+        return now.inode == self.inode and now != self
+
+    def check_while_loading(self) -> None:
+        """Raise a ValueError if the file has changed since it was opened: a map of one that shrinks ends the process."""
+        if self.changed:
+            raise ValueError(f"{self.path.name} changed while it was loaded; load it again when it is complete.")
 
 
 @dataclass(frozen=True)
 class MappedFiles:
     """What is known of the files that a model's weights may lie in."""
 
-    states: dict[Path, FileState]
-    """Every file when the model was loaded."""
+    states: tuple[FileState, ...]
+    """Every file when it was opened."""
     addresses: frozenset[int]
     """Where the weights lay in memory that were not copied."""
 
 
-def remember(model: nn.Module, states: dict[Path, FileState], names: Iterable[str]) -> None:
-    """Note that the parameters and buffers `names` of `model` lie in files that were as in `states`."""
-    wanted = set(names)
-    addresses = frozenset(tensor.data_ptr() for name, tensor in _tensors(model) if name in wanted)
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor that was read from a file lies in it still, and not in memory that PyTorch has allocated."""
+    return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
+
+
+def is_mostly_mapped(module: nn.Module) -> bool:
+    """Whether more than half of the bytes of the parameters and buffers lie in a file."""
+    sizes = [(tensor.nbytes, is_mapped(tensor)) for _, tensor in _tensors(module)]
+    return 2 * sum(size for size, mapped in sizes if mapped) > sum(size for size, _ in sizes)
+
+
+def copy_mapped(module: nn.Module) -> None:
+    """Give the parameters and buffers of `module` that lie in a file memory of their own."""
+    for _, tensor in _tensors(module):
+        if is_mapped(tensor):
+            tensor.data = tensor.data.clone()
+
+
+def remember(model: nn.Module, states: tuple[FileState, ...]) -> None:
+    """Note which parameters and buffers of `model` lie in files, and that these were as in `states`."""
+    addresses = frozenset(tensor.data_ptr() for _, tensor in _tensors(model) if is_mapped(tensor))
     setattr(model, ATTRIBUTE, MappedFiles(states, addresses))
 
 
@@ -54,19 +86,15 @@ def mapped_weights(model: nn.Module) -> list[str]:
 
 
 def check_mapped_files(model: nn.Module) -> None:
-    """Raise a ValueError if a file has changed that weights of `model` lie in.
-
-    A file that was removed, or that another one has taken the place of, does no harm: it stays until nobody maps it.
-    """
+    """Raise a ValueError if a file has changed that weights of `model` lie in."""
     files = getattr(model, ATTRIBUTE, None)
     if files is None or not mapped_weights(model):
         return
-    for path, before in files.states.items():
-        now = FileState.of(path) if path.exists() else before
-        if now.inode == before.inode and now != before:
+    for state in files.states:
+        if state.changed:
             raise ValueError(
-                f"{path.name} changed after it was loaded, and weights are read from it when they are used; load it again, "
-                "with mmap=False if it will change once more."
+                f"{state.path.name} changed after it was loaded, and weights are read from it when they are used; load it "
+                "again, with mmap=False if it will change once more."
             )
 
 

@@ -1,6 +1,6 @@
 """Weight files: open (`formats`), recognise and rename (`names`), load, convert and inspect."""
 
-from .formats.reader import change_check, open_checkpoint
+from .formats.reader import open_checkpoint
 from .loading import (
     check_fit,
     checked_when_read,
@@ -23,7 +23,6 @@ __all__ = [
     "LazyStateDict",
     "LazyTensor",
     "autoencoder_rules",
-    "change_check",
     "check_fit",
     "checked_when_read",
     "describe",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from ..autoencoder.model import AsymmVAE
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
-from ..mapped_files import FileState, remember
+from ..mapped_files import copy_mapped, is_mostly_mapped, remember
 from ..quantization.weights import QuantizedLinear, QuantizedWeight
 from ..shown import shown, shown_names
 from ..transformer.model import AsymmDiT
@@ -139,43 +137,32 @@ def load_into(module: nn.Module, checkpoint: Checkpoint, device: torch.device | 
 
     A linear layer with a quantised weight becomes a `QuantizedLinear`; any other quantised tensor is dequantised. Tensors
     are read, cast and moved one by one, so a second copy of the model never exists. With `mmap`, weights that need neither
-    stay in the mapped file, unless most are converted: then all are copies.
+    stay in the mapped file, unless they are less than half of the model: then all are copies.
 
     Raises:
         ValueError: tensors are missing, unexpected or of the wrong shape, or have values that are no numbers.
     """
     parameters, tensors = dict(module.named_parameters()), checkpoint.tensors
     check_fit(parameters, checkpoint)
-    stays = mmap and _mostly_as_stored(parameters, tensors)
-    states = {path: FileState.of(path) for path in checkpoint.files}
-    mapped: list[str] = []
     for name, parameter in parameters.items():
         owner, _, leaf = name.rpartition(".")
         layer, read_quantized = module.get_submodule(owner), tensors[name].quantized
         if read_quantized is not None and isinstance(layer, nn.Linear):
-            value = read_quantized()
-            quantized = QuantizedLinear(value if stays else copy.deepcopy(value)).to(device)
-            module.set_submodule(owner, quantized)
-            mapped += [f"{owner}.{buffer}" for buffer, _ in quantized.named_buffers()]
-            value = quantized.weight
+            layer = QuantizedLinear(read_quantized()).to(device)
+            module.set_submodule(owner, layer)
         else:
-            stored = tensors[name].read()
-            value = stored.to(device, parameter.dtype)
-            if value.data_ptr() == stored.data_ptr() and not stays:
-                value = stored.clone()
+            value = tensors[name].read().to(device, parameter.dtype)
             # A quantised layer gets its bias here, too: `named_parameters` lists a layer's weight before its bias.
             setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
-            mapped += [name] if value.data_ptr() == stored.data_ptr() else []
-        check_finite(checkpoint, name, value)
-    if stays:
-        remember(module, states, mapped)
-
-
-def _mostly_as_stored(parameters: Mapping[str, Tensor], tensors: LazyStateDict) -> bool:
-    """Whether most of the weights of a model need no conversion."""
-    kept = [t.quantized is not None or t.dtype == parameters[name].dtype for name, t in tensors.items()]
-    sizes = [tensor.numel for tensor in tensors.values()]
-    return 2 * sum(compress(sizes, kept)) > sum(sizes)
+        if not mmap:
+            copy_mapped(layer)
+        check_finite(checkpoint, name, getattr(layer, leaf))
+    if is_mostly_mapped(module):
+        remember(module, checkpoint.files)
+        return
+    for file in checkpoint.files:
+        file.check_while_loading()
+    copy_mapped(module)
 
 
 def check_fit(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..mapped_files import FileState
 from ..quantization.blocks import BLOCK_TYPES, columns
 from ..quantization.weights import QuantizedWeight
 from ..shown import sentence, shown
@@ -106,8 +107,8 @@ class Checkpoint:
     """The file; of several that were merged, the first."""
     tensors: LazyStateDict
     metadata: dict[str, str] = field(default_factory=dict)
-    files: tuple[Path, ...] = ()
-    """All files that the tensors lie in."""
+    files: tuple[FileState, ...] = ()
+    """All files that the tensors lie in, as they were when they were opened."""
 
     def with_tensors(self, tensors: LazyStateDict) -> Checkpoint:
         """The same file with other tensors, such as renamed ones."""

@@ -19,7 +19,6 @@ from torch import nn
 from ...mochi_core.checkpoints import (
     Checkpoint,
     LazyStateDict,
-    change_check,
     checked_when_read,
     from_state_dict,
     open_checkpoint,
@@ -113,10 +112,10 @@ def read_part(path: str, part: str) -> Checkpoint:
     """
     file = open_checkpoint(path)  # a broken file gets our sentence, before the host reads it
     if file.path.suffix.lower() in HOST_SUFFIXES:
-        check = change_check(file.path)
+        (opened,) = file.files
         state_dict: Any = comfy.utils.load_torch_file(str(file.path), safe_load=True)
         mapped = from_state_dict(state_dict)
-        guarded = {name: tensor.guarded(check) for name, tensor in mapped.items()}
+        guarded = {name: tensor.guarded(opened.check_while_loading) for name, tensor in mapped.items()}
         file = file.with_tensors(file.tensors | guarded)
     found = select_part(file, part)
     # With the host's dynamic memory, weights are read when they are first used: nothing may touch all of them now.

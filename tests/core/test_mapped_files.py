@@ -11,7 +11,9 @@ from mochi_core import load_transformer, load_vae
 from mochi_core.mapped_files import mapped_weights
 from mochi_core.text_encoder import load_text_encoder
 from tests.harness.bad_files import DIT
-from tests.harness.tiny_models import random_t5, random_vae
+from tests.harness.formats import FORMATS
+from tests.harness.quantized_files import nvfp4
+from tests.harness.tiny_models import random_dit, random_t5, random_vae
 
 VAE = random_vae().state_dict()
 TOKENIZER = Path(__file__).parents[2] / "models" / "text_encoders"
@@ -140,6 +142,38 @@ def test_quantised_weights_are_mapped_too(stored):
     assert torch.equal(run_transformer(copied), before)
     with pytest.raises(ValueError, match=r"^m.safetensors changed"):
         run_transformer(dit)
+
+
+def test_quantised_weights_that_are_put_together_are_copies(stored):
+    name = "blocks.0.attn.proj_x"
+    scale = torch.full((len(DIT[f"{name}.weight"]), 1), 0.5, dtype=torch.float16)
+    scaled = {f"{name}.weight": DIT[f"{name}.weight"].to(torch.float8_e4m3fn), f"{name}.scale_weight": scale}
+    dit = load_transformer(stored({**DIT, **scaled, "scaled_fp8": torch.zeros(0)}), torch.float32)
+    assert (
+        {f"{name}.values", "pos_frequencies"} < set(mapped_weights(dit)) == dit.state_dict().keys() - {f"{name}.scale"}
+    )
+
+
+def test_nothing_stays_mapped_where_blocks_are_put_together(tmp_path):
+    """Files have values and scales of nvfp4 apart; one scale of the whole matrix could stay."""
+    nvfp4(random_dit().state_dict(), path := tmp_path / "m.safetensors")
+    dit = load_transformer(path, torch.float32)
+    assert mapped_weights(dit) == []
+    cut(path)
+    assert all(tensor.float().sum().isfinite() for tensor in (*dit.parameters(), *dit.buffers()))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0 gguf", "pt"])
+def test_files_of_every_kind_are_mapped(tmp_path, kind):
+    weights = random_dit().state_dict()
+    path = tmp_path / ("m.pt" if kind == "pt" else "m.gguf")
+    torch.save(weights, path) if kind == "pt" else FORMATS[kind](weights, path)
+    dit = load_transformer(path, torch.float32)
+    quantized = {name for name in dit.state_dict() if name.endswith(".values")}
+    assert set(mapped_weights(dit)) >= (quantized or weights.keys())
+    cut(path)
+    with pytest.raises(ValueError, match=r"^m\.\w+ changed"):
+        dit.prepare_text(torch.ones(1, 3, 64), torch.ones(1, 3, dtype=torch.bool))
 
 
 def test_the_text_encoder(stored):

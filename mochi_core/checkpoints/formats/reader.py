@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ...mapped_files import FileState
 from ...shown import sentence, shown, shown_names
 from ..limits import MAX_INDEX_BYTES, MAX_NAME, MAX_SHARDS, MAX_TENSORS, read_json
 from ..tensors import QUANTIZATION, Checkpoint, LazyStateDict
@@ -34,7 +34,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}; check the name.")
     try:
-        check, file = change_check(path), _open_file(path)
+        state, file = FileState.of(path), _open_file(path)
     except ValueError as error:
         raise ValueError(sentence(error)) from None
     except OSError as error:
@@ -43,8 +43,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise type(error)(
             f"{path.name} cannot be read ({error.strerror}); check who may read it, and its disk."
         ) from None
-    tensors = {name: tensor.guarded(check) for name, tensor in file.tensors.items()}
-    return replace(file, tensors=tensors, files=file.files or (path,))
+    tensors = {name: tensor.guarded(state.check_while_loading) for name, tensor in file.tensors.items()}
+    return replace(file, tensors=tensors, files=file.files or (state,))
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -53,24 +53,6 @@ def _open_file(path: Path) -> Checkpoint:
     if path.suffix.lower() in TORCH_SUFFIXES:
         return open_torch(path)
     return _open_shards(path) if path.match(INDEX_PATTERN) else open_safetensors(path)
-
-
-def change_check(path: Path) -> Callable[[], None]:
-    """A function that raises a ValueError if the file is no longer what it is now.
-
-    Files are memory-mapped: one that shrinks while it is read would take the process with it.
-    """
-
-    def stamp() -> tuple[int, int]:
-        stat = path.stat()
-        return stat.st_size, stat.st_mtime_ns
-
-    def check() -> None:
-        if stamp() != before:
-            raise ValueError(f"{path.name} changed while it was loaded; load it again when it is complete.")
-
-    before = stamp()
-    return check
 
 
 def _choose(folder: Path) -> Path:
@@ -98,7 +80,7 @@ def _open_shards(index: Path) -> Checkpoint:
             )
         tensors[name] = shards[shard].tensors[name]
     metadata = _joined_metadata(index, [shard.metadata for shard in shards.values()])
-    return Checkpoint(index.name, index, tensors, metadata, tuple(path for s in shards.values() for path in s.files))
+    return Checkpoint(index.name, index, tensors, metadata, tuple(file for s in shards.values() for file in s.files))
 
 
 def _joined_metadata(index: Path, shards: list[dict[str, str]]) -> dict[str, str]:
