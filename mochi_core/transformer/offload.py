@@ -2,7 +2,8 @@
 
 It works by swapping `param.data`: a device copy is assigned for the duration, then the CPU tensor is put back; that one is
 never written. Weights of any kind, quantised ones and LoRAs beside a layer too, are handled alike. A tensor that somebody else
-assigns in the meantime, as a LoRA does whose strength is changed, is used from then on and stays.
+assigns in the meantime, as a LoRA does whose strength is changed, is used from then on and stays; a LoRA that is loaded in the
+meantime goes with its layer.
 
 mod_x and mod_y, 27 % of the weights, are called only when a run prepares its conditioning. Both ways of offloading have each
 of them on the device for that call alone.
@@ -10,7 +11,7 @@ of them on the device for that call alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 
@@ -40,7 +41,7 @@ def stream_blocks(dit: AsymmDiT, device: torch.device | str) -> Iterator[None]:
     check_mapped_files(dit)
     blocks, modulators = dit.joint_blocks(), modulators_of(dit)
     stream = BlockStream([without(modulators, block) for block in blocks], torch.device(device))
-    rest = Weights(tensor for name, tensor in named_tensors(dit) if not name.startswith("blocks."))
+    rest = Weights(lambda: [tensor for name, tensor in named_tensors(dit) if not name.startswith("blocks.")])
     hooks = [block.register_forward_pre_hook(lambda *_, i=i: stream.start(i)) for i, block in enumerate(blocks)]
     try:
         with on_device(rest, device), on_device_when_called(modulators, device):
@@ -54,45 +55,48 @@ def stream_blocks(dit: AsymmDiT, device: torch.device | str) -> Iterator[None]:
 class Weights:
     """Parameters and buffers that are swapped together between main memory and a device."""
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.tensors = list(tensors)
-        self.originals = [tensor.data for tensor in self.tensors]
+    def __init__(self, find: Callable[[], Iterable[Tensor]]) -> None:
+        """`find` gives the parameters and buffers; it is asked before each swap, as LoRAs come and go."""
+        self.find = find
+        self.originals = {tensor: tensor.data for tensor in find()}
         # What they were last given here. Held, so that no other tensor can have the same address.
-        self.assigned = list(self.originals)
+        self.assigned = dict(self.originals)
 
     def pin(self) -> None:
         """Move the originals, tensor by tensor, into pinned memory, which a device can read by itself."""
-        for i, tensor in enumerate(self.tensors):
-            tensor.data = self.originals[i] = self.assigned[i] = self.originals[i].pin_memory()
+        for tensor, original in self.originals.items():
+            tensor.data = self.originals[tensor] = self.assigned[tensor] = original.pin_memory()
 
-    def copies(self, device: torch.device | str) -> list[Tensor]:
+    def copies(self, device: torch.device | str) -> dict[Tensor, Tensor]:
         """Copies of the originals on `device`; from pinned memory, they may still be on their way."""
         self._keep_changes()
         pinned = torch.device(device).type == "cuda"  # elsewhere a copy has to be complete when it is given out
-        return [data.to(device, non_blocking=pinned, copy=True) for data in self.originals]
+        return {t: data.to(device, non_blocking=pinned, copy=True) for t, data in self.originals.items()}
 
-    def assign(self, copies: list[Tensor]) -> None:
-        """Have the parameters and buffers use `copies`, made by `copies`; what has changed since is copied again."""
-        changed = self._keep_changes()
-        self._swap([self.originals[i].to(c.device) if i in changed else c for i, c in enumerate(copies)])
+    def assign(self, copies: dict[Tensor, Tensor], device: torch.device | str) -> None:
+        """Have the parameters and buffers use `copies`, made by `copies`; what is new or has changed since is copied now."""
+        for tensor in self._keep_changes():
+            copies[tensor] = self.originals[tensor].to(device)
+        self._swap(copies)
 
     def restore(self) -> None:
         """Have the parameters and buffers use the originals again."""
         self._keep_changes()
         self._swap(self.originals)
 
-    def _swap(self, tensors: list[Tensor]) -> None:
-        for i, (tensor, data) in enumerate(zip(self.tensors, tensors, strict=True)):
-            tensor.data = self.assigned[i] = data
+    def _swap(self, tensors: dict[Tensor, Tensor]) -> None:
+        for tensor in self.originals:
+            tensor.data = self.assigned[tensor] = tensors[tensor]
 
-    def _keep_changes(self) -> set[int]:
-        """Make what others have assigned since the last call the originals; returns which."""
-        changed = set()
-        for i, tensor in enumerate(self.tensors):
-            if tensor.data_ptr() != self.assigned[i].data_ptr():
-                self.originals[i] = tensor.data.to(self.originals[i].device)
-                self.assigned[i] = tensor.data
-                changed.add(i)
+    def _keep_changes(self) -> list[Tensor]:
+        """Make what others have added or assigned since the last call the originals; returns which, and forgets what is gone."""
+        found = list(self.find())
+        home = next((data.device for data in self.originals.values()), torch.device("cpu"))
+        changed = [t for t in found if t not in self.assigned or t.data_ptr() != self.assigned[t].data_ptr()]
+        self.originals = {t: self.originals.get(t, t.data) for t in found}
+        self.assigned = {t: self.assigned.get(t, t.data) for t in found}
+        for tensor in changed:
+            self.originals[tensor], self.assigned[tensor] = tensor.data.to(home), tensor.data
         return changed
 
 
@@ -100,7 +104,7 @@ class Weights:
 def on_device(weights: Weights, device: torch.device | str) -> Iterator[None]:
     """Have `weights` on `device` for the duration."""
     try:
-        weights.assign(weights.copies(device))
+        weights.assign(weights.copies(device), device)
         yield
     finally:
         weights.restore()
@@ -111,7 +115,7 @@ def on_device_when_called(layers: dict[nn.Module, Weights], device: torch.device
     """Have the weights of each layer on `device` during its forward, for as long as the context lasts."""
     hooks = []
     for layer, weights in layers.items():
-        hooks.append(layer.register_forward_pre_hook(lambda *_, w=weights: w.assign(w.copies(device))))
+        hooks.append(layer.register_forward_pre_hook(lambda *_, w=weights: w.assign(w.copies(device), device)))
         hooks.append(layer.register_forward_hook(lambda *_, w=weights: w.restore()))
     try:
         yield
@@ -128,7 +132,7 @@ class BlockStream:
     def __init__(self, blocks: list[Weights], device: torch.device) -> None:
         self.blocks, self.device = blocks, device
         self.current: int | None = None
-        self.prefetched: tuple[int, list[Tensor]] | None = None
+        self.prefetched: tuple[int, dict[Tensor, Tensor]] | None = None
         self.copy_stream = None
         if device.type == "cuda":
             self.copy_stream = torch.cuda.Stream(device)
@@ -142,7 +146,7 @@ class BlockStream:
         self._end()
         if self.prefetched is None or self.prefetched[0] != index:
             self._prefetch(index)
-        self.blocks[index].assign(self._take_prefetched())
+        self.blocks[index].assign(self._take_prefetched(), self.device)
         self.current = index
         self._prefetch((index + 1) % len(self.blocks))
 
@@ -168,7 +172,7 @@ class BlockStream:
         with nullcontext() if self.copy_stream is None else torch.cuda.stream(self.copy_stream):
             self.prefetched = index, self.blocks[index].copies(self.device)
 
-    def _take_prefetched(self) -> list[Tensor]:
+    def _take_prefetched(self) -> dict[Tensor, Tensor]:
         assert self.prefetched is not None
         if self.copy_stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.copy_stream)
@@ -179,13 +183,19 @@ class BlockStream:
 def modulators_of(dit: AsymmDiT) -> dict[nn.Module, Weights]:
     """mod_x and mod_y of every block, with their weights."""
     layers = [layer for block in dit.joint_blocks() for layer in (block.mod_x, block.mod_y)]
-    return {layer: Weights(tensor for _, tensor in named_tensors(layer)) for layer in layers}
+    return {layer: Weights(lambda layer=layer: [tensor for _, tensor in named_tensors(layer)]) for layer in layers}
 
 
 def without(modulators: dict[nn.Module, Weights], module: nn.Module) -> Weights:
     """The weights of `module` without those that belong to one of the modulators."""
-    excluded = {id(tensor) for weights in modulators.values() for tensor in weights.tensors}
-    return Weights(tensor for _, tensor in named_tensors(module) if id(tensor) not in excluded)
+
+    inside = [layer for layer in module.modules() if layer in modulators]
+
+    def find() -> list[Tensor]:
+        excluded = {tensor for layer in inside for _, tensor in named_tensors(layer)}
+        return [tensor for _, tensor in named_tensors(module) if tensor not in excluded]
+
+    return Weights(find)
 
 
 def named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -75,6 +75,36 @@ def test_loras_may_change_meanwhile(tmp_path, last, offload):
     torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)
 
 
+@ways
+def test_a_lora_that_is_loaded_meanwhile_goes_with_its_layers(dit, tmp_path, offload):
+    path = write_adapter(tmp_path / "a.safetensors", random_adapter(random_dit().state_dict()), "comfyui")
+    plain, away = sample(dit, NOISE, SIGMAS, *CONDITIONS), {}
+
+    def of_lora(layer):
+        return {name: address for name, address in addresses(dit).items() if name.startswith(f"{layer}.lora.")}
+
+    with offload(dit, "cpu"):
+        sample(dit, NOISE, SIGMAS, *CONDITIONS)
+        lora = load_lora(dit, path)
+        home = {layer: of_lora(layer) for layer in ("blocks.0.mod_x", "blocks.1.attn.qkv_x")}
+        for layer, where in home.items():
+            assert len(where) >= 2
+
+            def look(_module, _inputs, layer=layer, where=where):
+                away[layer] = where.items() - of_lora(layer).items()
+
+            dit.get_submodule(layer).register_forward_pre_hook(look)
+        result = sample(dit, NOISE, SIGMAS, *CONDITIONS)
+    moved = {layer for layer, where in home.items() if len(away[layer]) == len(where)}
+    assert moved == home.keys() - ({"blocks.1.attn.qkv_x"} if offload is offload_modulation else set())
+    assert {layer: of_lora(layer) for layer in home} == home
+    assert torch.equal(sample(dit, NOISE, SIGMAS, *CONDITIONS), result)
+    assert not torch.equal(result, plain)
+    with offload(dit, "cpu"):
+        lora.remove()
+        assert torch.equal(sample(dit, NOISE, SIGMAS, *CONDITIONS), plain)
+
+
 def test_only_the_block_at_work_is_away_from_home(dit):
     home, seen = addresses(dit), []
 
