@@ -35,7 +35,15 @@ from .frame_levels import FrameLevels, is_trained_for_them, shares_of, with_fram
 from .patches import host_run_block
 from .prepared import Conditioning, conditioning_of, full_mask, prepared, with_run
 from .preview import MochiLatents, with_previews
-from .quantized import by_layer, describe_matmul, host_weights, is_quantized, quantized_operations, read_part
+from .quantized import (
+    attributes_only,
+    by_layer,
+    describe_matmul,
+    host_weights,
+    is_quantized,
+    quantized_operations,
+    read_part,
+)
 
 COMPUTE_DTYPES = [torch.bfloat16, torch.float32]
 
@@ -121,10 +129,9 @@ class HostMochi(comfy.model_base.GenmoMochi):
         )
 
     def state_dict(self, *args, **named):
-        """Only what is an attribute in the model: nodes that merge look for the rest, scales of quantised layers, in vain."""
+        """Only what is an attribute in the model: the host merges by it, and saves what is inside of the model."""
         prefix = named.get("prefix") or "".join(args[1:2])
-        places = {prefix + name for name, _ in (*self.named_parameters(), *self.named_buffers())}
-        return {name: value for name, value in super().state_dict(*args, **named).items() if name in places}
+        return attributes_only(self, super().state_dict(*args, **named), prefix)
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
         """Add what the run has prepared, in the last step before the denoiser: wrappers of other nodes may change prompts."""

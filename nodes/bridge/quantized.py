@@ -135,6 +135,15 @@ def _owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def attributes_only(module: nn.Module, state_dict: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The entries of a state dict of `module` that are its parameters and buffers; scales of quantised layers are not.
+
+    The host looks for an attribute of every entry when it merges models.
+    """
+    places = {prefix + name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    return {name: value for name, value in state_dict.items() if name in places}
+
+
 def is_quantized(checkpoint: Checkpoint) -> bool:
     return any(tensor.quantized is not None for tensor in checkpoint.tensors.values())
 

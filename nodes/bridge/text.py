@@ -22,7 +22,7 @@ from ...mochi_core.checkpoints.names.t5 import hugging_face_entries, t5_config
 from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.text_encoder import cut_text, cut_tokens, empty_prompts
 from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
-from .quantized import host_weights, is_quantized, quantized_operations, read_part
+from .quantized import attributes_only, host_weights, is_quantized, quantized_operations, read_part
 
 TOKENS_KEY = "t5xxl"
 END_TOKEN = 1  # of T5's vocabulary; what follows is padding
@@ -78,6 +78,12 @@ class HostCLIP(comfy.sd.CLIP):
         super().__setattr__(name, value)
         if name == "patcher":
             self.cond_stage_model = value.model
+
+    def get_key_patches(self):
+        """What nodes merge with another CLIP; in the host's own, a quantised layer's scale is an AttributeError."""
+        patcher = self.patcher.clone()
+        patcher.model_state_dict = lambda: attributes_only(patcher.model, patcher.model.state_dict())
+        return patcher.get_key_patches()
 
     def clone(self, disable_dynamic=False):
         clone = copy.copy(self)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from mochi_core.__main__ import main
 from tests.harness.comfy_process import run_in_comfyui
+from tests.harness.quantized_files import SAFETENSORS
 from tests.harness.tiny_models import T5_HEADS, TEXT_WIDTH, random_t5
 
 SCRIPT = """
@@ -84,3 +85,43 @@ def test_stock_clip_loads_what_convert_writes(done, dtype):
     assert torch.equal(out[f"{number} stock text"], out["0 stock text"]) == (dtype == "fp32")
     assert "missing" not in log.replace("clip missing: ['logit_scale']", "")
     assert "unexpected" not in log
+
+
+MERGES = """
+import json
+from comfy_extras.nodes_model_merging import CLIPMergeSimple
+from pack.nodes.bridge.text import encode_prompt, load_clip
+
+encode = lambda clip: encode_prompt(clip, "a kite")[0][0]
+difference = lambda one, other: ((one - other).norm() / other.norm()).item()
+plain, *quantised = map(load_clip, arguments)
+found = []
+for second in quantised:
+    for clips in ((plain, second), (second, plain)):
+        alone = [encode(clip) for clip in clips]
+        for ratio in (0.0, 0.5, 1.0):
+            (merged,) = CLIPMergeSimple().merge(*clips, ratio)
+            made = encode(merged)
+            found.append([ratio, *(difference(made, one) for one in alone), difference(*alone)])
+        assert all(difference(encode(clip), one) < 1e-5 for clip, one in zip(clips, alone)), "a merge is a copy"
+print(json.dumps(found))
+"""
+QUANTISED = ("int8", "Q8_0 in safetensors")
+
+
+def test_merges_with_a_quantised_t5(comfy_path, tmp_path):
+    """All of the first, all of the second, or something between, as the node's ratio says.
+
+    A first one that is quantised quantises what it gets, and the many layers make much of that.
+    """
+    save_file(random_t5(), plain := tmp_path / "plain.safetensors")
+    paths = [tmp_path / f"{form}.safetensors" for form in QUANTISED]
+    for form, path in zip(QUANTISED, paths, strict=True):
+        SAFETENSORS[form](random_t5(seed=1), path)
+    found = json.loads(run_in_comfyui(comfy_path, MERGES, plain, *paths).stdout.splitlines()[-1])
+    assert len(found) == 2 * 3 * len(QUANTISED)
+    for i, (ratio, from_first, from_second, apart) in enumerate(found):
+        same = 1e-4 if i // 3 % 2 == 0 else 0.25
+        assert (from_first < same * apart) == (ratio == 1)
+        assert (from_second < same * apart) == (ratio == 0)
+        assert 1 < max(from_first, from_second) < 1.5
