@@ -6,6 +6,9 @@ another process, as does
     TRITON_INTERPRET=1 python -m pytest tests/core/interpreted_kernels.py
 """
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +29,7 @@ from mochi_core.transformer.layers import NORM_EPS
 from mochi_core.transformer.rope import rope_table
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.random_inputs import inputs
-from tests.harness.tiny_models import random_dit
+from tests.harness.tiny_models import VAE, random_dit, random_vae
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Samples, tokens, width: one row, none as of an empty prompt, and widths that are no power of two.
@@ -368,3 +371,18 @@ def test_a_residual_block_in_pieces_and_strips(working_set):
         first, past = res_block(block, x[:, :, :1], None, plan)
         second, _ = res_block(block, x[:, :, 1:], past, plan)
     torch.testing.assert_close(torch.cat((first, second), dim=2), block(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_encoder():
+    """One block that streams and one behind which the clip gathers; the first levels take a second for each frame."""
+    config = replace(VAE, encoder_attention=(False, False, False, False, True), encoder_blocks=(0, 0, 0, 1, 1))
+    vae, video = random_vae(config), random(1, 3, 7, 16, 16).clamp(-1, 1)
+    expected = copy.deepcopy(vae).double().encoder(video.double())
+    with kernels.using("plain"):
+        plain = vae.encode(video)
+    with kernels.using("triton"):
+        fused = vae.encode(video)
+    moments = (torch.cat((each.mean, each.logvar), dim=1) for each in (plain, fused))
+    plain, fused = moments
+    assert error(fused, expected) <= 1.2 * error(plain, expected) + 1e-6 * expected.norm()
+    assert not torch.equal(fused, plain), "sums have another order"

@@ -194,7 +194,7 @@ def test_encoder_refuses_what_it_cannot_hold(vae, shape, message):
 
 
 def test_decoder_refuses_other_latents(vae):
-    with pytest.raises(ValueError, match="needs \\(batch, 12"):
+    with pytest.raises(ValueError, match="are \\(batch, 12"):
         vae.decode(torch.zeros(1, 16, 2, 4, 4))
 
 
