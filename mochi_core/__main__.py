@@ -7,8 +7,11 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -18,12 +21,13 @@ from .checkpoints import load_transformer, load_vae
 from .checkpoints.convert import KEEP, LAYOUTS, TARGET_DTYPES, plan_conversion, write_conversion
 from .checkpoints.inspect import inspect as inspect_file
 from .checkpoints.inspect import render
-from .checkpoints.names.detect import PARTS
+from .checkpoints.names.detect import FRAME_LEVELS_CHOICES, PARTS
 from .doctor import examine
 from .doctor import render as render_report
 from .dtypes import DTYPES
 from .geometry import FPS, VideoSize, seconds_to_frames
 from .io.latent_files import load_latents, save_latents
+from .io.read_frames import read_frames, read_image
 from .io.video import save_video, to_unit_range, video_file
 from .lora import load_lora
 from .output_files import check_writable
@@ -31,6 +35,7 @@ from .pipeline import MochiPipeline
 from .quantization.weights import QUANTIZERS
 from .sampling.block_cache import METHODS, BlockCache
 from .sampling.guidance import Guidance
+from .sampling.image_to_video import KEEP_FRAMES, kept_frames
 from .sampling.schedule import check_guidance, linear_quadratic_schedule
 from .shown import sentence
 from .text_encoder import load_text_encoder
@@ -61,9 +66,12 @@ def generate(options: argparse.Namespace) -> None:
     sigmas = linear_quadratic_schedule(options.steps, options.threshold_noise, options.linear_steps)
     check_guidance("guidance", options.guidance)
     guidance = Guidance(tuple(options.skip_block), options.skip_scale, options.cfg_zero, options.nag)
+    given = given_frames(options, size)
     home = "cpu" if options.offload else options.device
     text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
-    transformer = load_transformer(options.transformer, DTYPES[options.dtype], home, options.quantize)
+    frame_levels = FRAME_LEVELS_CHOICES[options.frame_levels]
+    dtype = DTYPES[options.dtype]
+    transformer = load_transformer(options.transformer, dtype, home, options.quantize, frame_levels=frame_levels)
     guidance.check_depth(transformer.config.depth)
     for path, strength in options.lora:
         load_lora(transformer, path, strength)
@@ -92,14 +100,44 @@ def generate(options: argparse.Namespace) -> None:
             on_step=lambda *_: bool(bar.update() and False),
             cache=options.cache,
             guidance=guidance,
+            **given,
         )
     if options.cache is not None:
         print(options.cache.report(), file=sys.stderr)
     if as_latents:
         save_latents(result, options.output)
     else:
-        save_video(result, options.output, options.fps)
+        save_video(joined(given.get("video"), result[0], options.keep), options.output, options.fps)
     print(options.output)
+
+
+def given_frames(options: argparse.Namespace, size: VideoSize) -> dict[str, Any]:
+    """The files that a video is made from, as arguments of `MochiPipeline`; ValueError if one cannot be read."""
+    if options.image and options.video:
+        raise ValueError("--image and --video are both given; a video begins with one of them.")
+    given: dict[str, Any] = {"keep": options.keep, "start_noise": options.start_noise, "end_noise": options.end_noise}
+    read = {
+        "image": read_image,
+        "last_image": read_image,
+        "video": lambda path: read_frames(path, size.height, size.width),
+    }
+    for name, reader in read.items():
+        if path := getattr(options, name):
+            try:
+                given[name] = reader(path)
+            except ValueError as error:
+                raise ValueError(f"{path.name} cannot be used: {error}") from error
+    return given
+
+
+def joined(
+    video: NDArray[np.uint8] | None, continued: NDArray[np.float32], keep: int
+) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """A given video (F, H, W, 3) and the frames that continue it, which begin with its last ones."""
+    if video is None:
+        return continued
+    new = continued[kept_frames(len(video), keep) :]
+    return np.concatenate([video, (new * 255).round().astype(np.uint8)])
 
 
 def decode(options: argparse.Namespace) -> None:
@@ -198,6 +236,23 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add("--lora", type=lora_option, action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
     add("--prompt", required=True)
     add("--negative-prompt", default="")
+    add(
+        "--image",
+        type=Path,
+        help="image that the video begins with; without weights such as Pusa's, by inpainting in time",
+    )
+    add("--last-image", type=Path, help="image that the video ends with, for 6 frames")
+    add("--video", type=Path, help="video to continue, from its last frames on; both are written")
+    add(
+        "--keep", type=int, default=KEEP_FRAMES, help="6k + 1 frames of --video to continue from (default: %(default)s)"
+    )
+    noise = "0 keeps the {} as given, 1 makes them anew; Pusa's authors use 0 to 0.4 (default: %(default)s)"
+    add("--start-noise", type=float, default=0.0, help=noise.format("frames at the beginning"))
+    add("--end-noise", type=float, default=0.0, help=noise.format("frames at the end"))
+    levels = (
+        "whether the transformer was trained with a noise level of each frame (default: %(default)s, by file and name)"
+    )
+    add("--frame-levels", choices=FRAME_LEVELS_CHOICES, default="auto", help=levels)
     add("--height", type=int, default=480, help="pixels, a multiple of 16 (default: %(default)s)")
     add("--width", type=int, default=848, help="pixels, a multiple of 16 (default: %(default)s)")
     add("--frames", type=int, default=163, help="6k + 1 (default: %(default)s)")

@@ -9,14 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .autoencoder.latents import denormalize_latents
+from .autoencoder.latents import denormalize_latents, normalize_latents
 from .autoencoder.model import AsymmVAE
 from .geometry import VideoSize
-from .io.video import as_images, to_unit_range
+from .io.video import as_frames, as_images, to_unit_range
 from .lora import NamedLoras
 from .mapped_files import check_mapped_files
 from .sampling.block_cache import BlockCache
+from .sampling.given import Given
 from .sampling.guidance import PLAIN, Guidance
+from .sampling.image_to_video import KEEP_FRAMES, given_frames
 from .sampling.sample import EncodedPrompts, OnStep, sample
 from .sampling.schedule import linear_quadratic_schedule
 from .text_encoder import TextEncoder, empty_prompts
@@ -81,6 +83,12 @@ class MochiPipeline(NamedLoras):
         cache: BlockCache | None = None,
         *,
         guidance: Guidance = PLAIN,
+        image: Any = None,
+        last_image: Any = None,
+        video: Any = None,
+        keep: int = KEEP_FRAMES,
+        start_noise: float = 0.0,
+        end_noise: float = 0.0,
         num_videos_per_prompt: int = 1,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
@@ -102,6 +110,11 @@ class MochiPipeline(NamedLoras):
             on_step: called as on_step(step, latents) after each step; returning True stops the run.
             cache: skips blocks where little changes, see `block_cache`.
             guidance: what is done beside classifier-free guidance, see `guidance`.
+            image, last_image: frames that the video begins and ends with, see `as_frames`; cropped and resized to its size. The
+                last image stands still for 6 frames, which one latent holds; several images are the end of a clip.
+            video: frames to continue instead of `image`; the new video begins with the last `keep` (6k + 1) of them.
+            start_noise, end_noise: 0 keeps the given frames as they are, 1 makes them anew. Weights without noise levels of
+                single frames (`AsymmDiT.has_frame_levels`) have them held, which is inpainting in time: see `sampling.given`.
             num_videos_per_prompt: videos with noise of their own, those of one prompt one after the other.
             prompt_embeds, prompt_attention_mask: features (B, L, width) and valid tokens (B, L), as `TextEncoder.encode` gives
                 them, instead of `prompt`; without a mask, all tokens are.
@@ -117,8 +130,11 @@ class MochiPipeline(NamedLoras):
             raise ValueError(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}.")
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt is {num_videos_per_prompt}; use 1 or more.")
-        given = _given("prompt", prompt, prompt_embeds, prompt_attention_mask)
-        shape = VideoSize(height, width, num_frames).latent_shape(_count(given) * num_videos_per_prompt)
+        if image is not None and video is not None:
+            raise ValueError("image and video are both given; a video begins with one of them.")
+        wanted = _given("prompt", prompt, prompt_embeds, prompt_attention_mask)
+        size = VideoSize(height, width, num_frames)
+        shape = size.latent_shape(_count(wanted) * num_videos_per_prompt)
         noise = initial_noise(shape, seed) if latents is None else latents
         if noise.shape != shape:
             raise ValueError(f"latents have shape {tuple(noise.shape)}; this size and number of videos need {shape}.")
@@ -128,7 +144,8 @@ class MochiPipeline(NamedLoras):
         unwanted = "" if negative_prompt is None else negative_prompt
         negative = _given("negative_prompt", unwanted, negative_prompt_embeds, negative_prompt_attention_mask)
         with self._working(self.text_encoder):
-            cond, uncond = (_repeated(self._encoded(text), num_videos_per_prompt) for text in (given, negative))
+            cond, uncond = (_repeated(self._encoded(text), num_videos_per_prompt) for text in (wanted, negative))
+        given = self._given_frames(size, video if image is None else image, last_image, keep, start_noise, end_noise)
         with self._working(self.dit):
             sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
             denoised = sample(
@@ -141,6 +158,7 @@ class MochiPipeline(NamedLoras):
                 on_step,
                 attention=self.attention,
                 cache=cache,
+                given=given,
                 guidance=guidance,
             )
         denoised = denormalize_latents(denoised)
@@ -158,6 +176,20 @@ class MochiPipeline(NamedLoras):
         if any(given):
             raise ValueError("There is no text encoder here; pass prompt_embeds, or load one with load_text_encoder.")
         return empty_prompts(len(given), self.dit.config.text_width)
+
+    def _given_frames(
+        self, size: VideoSize, start: Any, end: Any, keep: int, start_noise: float, end_noise: float
+    ) -> Given | None:
+        if start is None and end is None:
+            return None
+        first, last = (None if frames is None else as_frames(frames) for frames in (start, end))
+        levels = {"keep": keep, "start_noise": start_noise, "end_noise": end_noise}
+        with self._working(self.vae):
+            return given_frames(self._encode, size, first, last, **levels, held=not self.dit.has_frame_levels)
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        """Frames (6k + 1, H, W, 3) in [0, 1] to DiT-space latents (1, 12, k + 1, H / 8, W / 8)."""
+        return normalize_latents(self.vae.encode(frames.movedim(-1, 0)[None] * 2 - 1).mode().float())
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         with self._working(self.vae):

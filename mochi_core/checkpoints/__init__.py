@@ -12,7 +12,7 @@ from .loading import (
     load_vae,
     open_part,
 )
-from .names.detect import describe, select_part
+from .names.detect import describe, has_frame_levels, select_part
 from .names.diffusers import autoencoder_rules, to_canonical, to_diffusers, transformer_rules
 from .names.quantized import is_block_matrix, quantize_block_matrices
 from .names.sizes import dit_config, vae_config
@@ -30,6 +30,7 @@ __all__ = [
     "empty_transformer",
     "empty_vae",
     "from_state_dict",
+    "has_frame_levels",
     "is_block_matrix",
     "is_finite",
     "load_into",

@@ -17,7 +17,7 @@ from ..quantization.weights import QuantizedLinear, QuantizedWeight
 from ..shown import shown, shown_names
 from ..transformer.model import AsymmDiT
 from .formats.reader import open_checkpoint
-from .names.detect import PARTS, select_part
+from .names.detect import PARTS, has_frame_levels, select_part
 from .names.quantized import quantize_block_matrices
 from .names.sizes import dit_config, halves, vae_config
 from .names.t5 import t5_config, t5_shapes
@@ -38,6 +38,7 @@ def load_transformer(
     quantize: str | None = None,
     *,
     mmap: bool = True,
+    frame_levels: bool | None = None,
 ) -> AsymmDiT:
     """Load a denoiser from a file or folder in any known layout, ready for inference.
 
@@ -50,6 +51,9 @@ def load_transformer(
     memory until they are used, and the file must stay as it is. That is looked at before each run. With `mmap=False`, or where
     most weights are converted, all are copies.
 
+    `frame_levels` says whether the weights were trained with a noise level of each latent frame, as Pusa's are; None leaves it to
+    the file's metadata and name. It changes nothing but how videos are made from images.
+
     Raises:
         ValueError: the file is not a whole Mochi transformer, or it cannot be quantised so.
         FileNotFoundError: there is no such file.
@@ -57,6 +61,7 @@ def load_transformer(
     checkpoint = quantize_block_matrices(open_part(path, "transformer"), quantize)
     dit = empty_transformer(checkpoint, dtype)
     load_into(dit, checkpoint, device, mmap=mmap and quantize is None)
+    dit.has_frame_levels = has_frame_levels(checkpoint) if frame_levels is None else frame_levels
     return dit.eval()
 
 

@@ -93,6 +93,24 @@ def as_images(frames: np.ndarray[Any, Any] | Tensor) -> list[Image]:
     return [fromarray(frame) for frame in _as_uint8(frames)]
 
 
+def as_frames(frames: Any) -> Tensor:
+    """Frames (F, H, W, 3) in [0, 1], float32 on the CPU, from an image or a video.
+
+    Args:
+        frames: (H, W, 3) or (F, H, W, 3) as array or tensor, floats in [0, 1] or uint8; or a PIL image, or several.
+
+    Raises:
+        ValueError: another shape, or other values.
+    """
+    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    if array.ndim not in (3, 4) or array.shape[-1] not in (3, 4) or 0 in array.shape:
+        raise ValueError(f"An image has shape {array.shape}; give (height, width, 3), or (frames, height, width, 3).")
+    scaled = torch.from_numpy(array[..., :3].astype(np.float32) / (255 if array.dtype == np.uint8 else 1))
+    if not (scaled.min() >= 0 and scaled.max() <= 1):
+        raise ValueError(f"An image has values from {scaled.min():.3g} to {scaled.max():.3g}; use 0 to 1, or uint8.")
+    return scaled if scaled.ndim == 4 else scaled[None]
+
+
 def _as_uint8(frames: np.ndarray[Any, Any] | Tensor) -> np.ndarray[Any, Any]:
     images = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
     if images.ndim == 5 and len(images) == 1:

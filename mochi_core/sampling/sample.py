@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -19,6 +18,7 @@ from ..transformer.attention import Attention, choose_attention, sdpa
 from ..transformer.block import run_block
 from ..transformer.model import AsymmDiT, ScheduleModulation, TextConditioning
 from .block_cache import BlockCache
+from .given import Given, frame_levels
 from .guidance import (
     PLAIN,
     Guidance,
@@ -40,45 +40,6 @@ Prepared = tuple[TextConditioning, ScheduleModulation | PairModulation]
 """What a condition is to the denoiser, for a whole schedule."""
 
 
-@dataclass(frozen=True)
-class Given:
-    """Frames that a video is made from: a first image, a last one, the end of an earlier video."""
-
-    latents: Tensor
-    """(B or 1, C, T, H, W), clean, in DiT space; where a level is 1 they are not used."""
-    levels: Tensor
-    """(T,), the noise level of each latent frame as a share of the schedule's: 0 keeps the given frame as it is, 1 makes a new
-    one, and what lies between refines it. Pusa's noise multiplier, in [0, 1]."""
-
-    def start(self, noise: Tensor) -> Tensor:
-        """`noise` (B, C, T, H, W) with the given frames in it, each at its level.
-
-        Raises:
-            ValueError: shapes that do not fit, or levels outside [0, 1].
-        """
-        if self.latents.shape not in (noise.shape, (1, *noise.shape[1:])) or self.levels.shape != noise.shape[2:3]:
-            raise ValueError(
-                f"Given latents {(*self.latents.shape,)} with {len(self.levels)} levels do not fit a video of latents "
-                f"{(*noise.shape,)}; give those of one or all videos, and a level for each of {noise.shape[2]} frames."
-            )
-        if not ((self.levels >= 0) & (self.levels <= 1)).all():
-            raise ValueError(f"The levels of given frames are {self.levels.tolist()}; use 0 (kept) to 1 (new).")
-        return at_levels(self.latents.to(noise), noise, self.levels[:, None, None].to(noise))
-
-
-def at_levels(clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-    """`noise` (B, C, T, H, W) in shares `levels` of it, the rest `clean`; both broadcast to it.
-
-    Where a level is 1 there is noise alone, whatever `clean` holds.
-    """
-    return torch.where(levels < 1, levels * noise + (1 - levels) * clean, noise)
-
-
-def frame_levels(sigmas: Tensor, levels: Tensor) -> Tensor:
-    """Noise level of each latent frame: those of the sampler `sigmas` (n,) times shares `levels` (T,) or (n, T), to (n, T)."""
-    return sigmas[:, None] * levels.to(sigmas)
-
-
 def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
     """Latents (B, C, T, H, W) moved from sigmas[0] to sigmas[-1], in float32, with one call of `velocity` per step.
 
@@ -98,6 +59,13 @@ def _falls(sigmas: Tensor, device: torch.device) -> Sequence[float] | Tensor:
         return [now - following for now, following in pairwise(sigmas.tolist())]
     by_frame = [[*map(operator.sub, *levels)] for levels in pairwise(sigmas.tolist())]
     return torch.tensor(by_frame, device=device)[..., None, None]
+
+
+def holding(velocity: Velocity, given: Given, start: Tensor, sigmas: Tensor) -> Velocity:
+    """`velocity`, but held frames go straight from `start` (B, C, T, H, W), which is at sigmas[0], to the given ones."""
+    straight = (given.latents.to(start) - start) / sigmas[0]
+    levels = sigmas.tolist()
+    return lambda latents, step: given.hold(velocity(latents, step), straight, levels[step])
 
 
 def scale_per_step(guidance_scale: float | Sequence[float], num_steps: int) -> list[float]:
@@ -202,7 +170,8 @@ def sample(
         on_step: called as on_step(step, latents) after each step; returning True stops the run.
         attention: one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device.
         cache: skips blocks where little changes; after the run it keeps nothing but its counters.
-        given: frames to start from, for weights that were trained with a noise level of each frame, such as Pusa's.
+        given: frames that the video is made from, see `given`. Without `held` they are for weights that were trained with a
+            noise level of each frame.
         guidance: what is done beside classifier-free guidance.
 
     Returns:
@@ -219,8 +188,11 @@ def sample(
     scales = scale_per_step(guidance_scale, len(sigmas) - 1)
     # The working device: offloaded weights lie elsewhere, positions never do.
     state = noise.to(dit.pos_frequencies.device, torch.float32)
+    schedule = sigmas
     if given is not None:
-        state, sigmas = given.start(state), frame_levels(sigmas, given.levels)
+        given.check(state)
+    if given is not None and not given.held:
+        state, schedule = given.start(state), frame_levels(sigmas, given.levels)
     conditions = [cond]
     if guidance.uses_nag or any(scale != 1 for scale in scales):
         if uncond is None:
@@ -228,5 +200,8 @@ def sample(
             raise ValueError(f"{asking} is not 1, so `uncond` is needed; pass the encoded negative prompt.")
         conditions.append(uncond)
     attend = choose_attention(attention, state.device, dit.dtype, dit.config.head_dim).run
-    velocities = prepared_velocities(dit, state, sigmas, conditions, attend, cache, guidance)
-    return euler(guided(velocities, scales, guidance), state, sigmas, on_step).to(noise.device)
+    velocities = prepared_velocities(dit, state, schedule, conditions, attend, cache, guidance)
+    velocity = guided(velocities, scales, guidance)
+    if given is not None and given.held:
+        velocity = holding(velocity, given, state, sigmas)
+    return euler(velocity, state, schedule, on_step).to(noise.device)

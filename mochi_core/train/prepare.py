@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from warnings import warn
 
 import numpy as np
@@ -17,25 +16,13 @@ from torch import Tensor
 from ..autoencoder.model import AsymmVAE
 from ..checkpoints import open_checkpoint
 from ..geometry import FPS, VideoSize
+from ..io.read_frames import read_frames
 from ..text_encoder import TextEncoder
 from .dataset import SUFFIX, write_clip
-
-if TYPE_CHECKING:
-    from av import VideoFrame
-    from av.filter import Graph
 
 CAPTION_SUFFIX = ".txt"
 SOURCE = "source"
 """Metadata key of a clip whose value says, as JSON, what the clip was made from."""
-
-# FFmpeg filters by a video's rotation note in degrees, counterclockwise: phones store frames lying and leave the turning
-# to the player.
-UPRIGHT = {
-    90: [("transpose", "cclock")],
-    -90: [("transpose", "clock")],
-    180: [("hflip", ""), ("vflip", "")],
-    -180: [("hflip", ""), ("vflip", "")],
-}
 
 
 @dataclass(frozen=True)
@@ -145,51 +132,7 @@ def read_video(path: Path, size: VideoSize) -> np.ndarray[Any, Any]:
     Raises:
         ValueError: it is no video, or too short.
     """
-    import av  # optional outside ComfyUI, and slow to import
-    from av.error import FFmpegError
-
-    frames = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError("there is no picture in it.")
-            for frame in islice(resampled(container.decode(video=0), size), size.num_frames):
-                frames.append(frame.to_ndarray(format="rgb24"))
-    except (FFmpegError, OSError) as error:
-        raise ValueError(f"it cannot be read ({error.strerror or error}).") from error
+    frames = read_frames(path, size.height, size.width, size.num_frames)
     if len(frames) < size.num_frames:
         raise ValueError(f"it has {len(frames)} frames at {FPS} per second, and {size.num_frames} are wanted.")
-    return np.stack(frames)
-
-
-def resampled(frames: Iterator[VideoFrame], size: VideoSize) -> Iterator[VideoFrame]:
-    """Upright frames of `size`, 30 per second, made by FFmpeg's filters."""
-    first = next(frames, None)
-    if first is None:
-        return
-    graph = _filters(first, size)
-    for frame in chain([first], frames, [None]):  # the last asks for what is still inside
-        graph.vpush(frame)
-        while True:
-            try:
-                yield graph.vpull()
-            except (BlockingIOError, EOFError):  # it wants another frame, or is done
-                break
-
-
-def _filters(frame: VideoFrame, size: VideoSize) -> Graph:
-    from av.filter import Graph
-
-    shape = f"{size.width}:{size.height}"
-    steps = [
-        ("fps", str(FPS)),
-        *UPRIGHT.get(frame.rotation, ()),
-        ("scale", f"{shape}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd+full_chroma_int"),
-        ("crop", shape),
-        ("format", "rgb24"),
-        ("buffersink", ""),
-    ]
-    graph = Graph()
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-    graph.link_nodes(source, *(graph.add(name, options) for name, options in steps)).configure()
-    return graph
+    return frames

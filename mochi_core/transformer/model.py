@@ -78,6 +78,9 @@ class ScheduleModulation:
 class AsymmDiT(nn.Module):
     """Predicts velocity = data - noise from noisy latents, noise level and prompt."""
 
+    has_frame_levels = False
+    """Whether the weights were trained with a noise level of each latent frame; the network takes such levels with any."""
+
     def __init__(
         self,
         config: AsymmDiTConfig = AsymmDiTConfig(),  # noqa: B008 - frozen

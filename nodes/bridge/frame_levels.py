@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import PurePath
 
 import torch
 from torch import Tensor
 
-from ...mochi_core.sampling.sample import at_levels, frame_levels
-
-TRAINED = "pusa"
-"""Part of the names of files with such weights; nothing else tells them from Genmo's."""
+from ...mochi_core.sampling.given import at_levels, frame_levels
 
 ADDING_NOISE = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver")
 """Parts of the names of the host's samplers that add noise between steps."""
@@ -41,10 +37,6 @@ class FrameLevels:
     def scale(self, velocity: Tensor) -> Tensor:
         """`velocity` (B, C, T, H, W) as a derivative by the sampler's noise level."""
         return velocity * self.shares[:, None, :, None, None].to(velocity)
-
-
-def is_trained_for_them(model_name: str) -> bool:
-    return TRAINED in PurePath(model_name).name.lower()
 
 
 def shares_of(mask: Tensor | None) -> Tensor | None:

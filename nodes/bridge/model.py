@@ -21,6 +21,7 @@ from ...mochi_core.checkpoints import (
     LazyStateDict,
     check_fit,
     empty_transformer,
+    has_frame_levels,
     is_block_matrix,
     quantize_block_matrices,
 )
@@ -31,7 +32,7 @@ from ...mochi_core.transformer.layers import TIMESTEP_PERIOD
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
 from .choices import arithmetic_choice, kernels_choice, log_choice, stored_name, weights_choice
-from .frame_levels import FrameLevels, is_trained_for_them, shares_of, with_frame_levels
+from .frame_levels import FrameLevels, shares_of, with_frame_levels
 from .patches import host_run_block
 from .prepared import Conditioning, conditioning_of, full_mask, prepared, with_run
 from .preview import MochiLatents, with_previews
@@ -184,7 +185,7 @@ def load_model(
     """A MODEL from a Mochi transformer file in any known layout.
 
     `quantize` as in `mochi_core.load_transformer`, `attention` one of `attention.CHOICES`. `frame_levels` says whether the
-    weights were trained with a noise level of each latent frame, None that the name of the file does.
+    weights were trained with a noise level of each latent frame, None that the file's metadata or name does.
 
     Raises:
         ValueError: the file is no whole Mochi transformer, or the attention cannot be used here.
@@ -198,7 +199,7 @@ def load_model(
     network: Any = patcher.model.diffusion_model
     _load_weights(network, checkpoint.tensors, module, assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path, dtype, quantize, attention, frame_levels))
-    if is_trained_for_them(path) if frame_levels is None else frame_levels:
+    if has_frame_levels(stored) if frame_levels is None else frame_levels:
         patcher.model.has_frame_levels = True
         patcher.add_wrapper_with_key(
             comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "mochi_frame_levels", with_frame_levels

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...mochi_core import AsymmDiT
-from ...mochi_core.sampling.sample import frame_levels
+from ...mochi_core.sampling.given import frame_levels
 from ...mochi_core.transformer.model import Modulation, ScheduleModulation, TextConditioning
 from ...mochi_core.transformer.rope import Rope
 from .frame_levels import FrameLevels

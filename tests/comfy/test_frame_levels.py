@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from mochi_core import linear_quadratic_schedule, sample
 from mochi_core.autoencoder.latents import denormalize_latents
-from mochi_core.sampling.sample import Given
+from mochi_core.sampling.given import Given
 from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.tiny_models import random_dit
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from mochi_core import BlockCache, sample
-from mochi_core.sampling.sample import Given, frame_levels, prepared_velocities
+from mochi_core.sampling.given import Given, frame_levels
+from mochi_core.sampling.sample import prepared_velocities
 from mochi_core.transformer.layers import NORM_EPS
 from tests.harness.random_inputs import SIGMAS, inputs, prompt
 from tests.harness.tiny_models import DIT, random_dit

@@ -32,6 +32,12 @@ OTHER_MODELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 # Numbers that a training keeps among the weights: counters and rates of moving averages.
 TRAINING_STATE = re.compile(r"(.*\.)?(n_averaged|num_updates|decay|initted|step|global_step|num_batches_tracked)")
 QUOTED_NAMES = 3
+FRAME_LEVELS = "frame_levels"
+"""Entry of a file's metadata: "true" for a transformer that was trained with a noise level of each latent frame."""
+FRAME_LEVELS_CHOICES = {"auto": None, "on": True, "off": False}
+"""How a person says whether a transformer was trained so; auto leaves it to the file."""
+TRAINED_FOR_FRAME_LEVELS = "pusa"
+"""In the names of other people's files of that kind, whose tensors have the same names and shapes as Genmo's."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,12 @@ def _without_companions(checkpoint: Checkpoint, tensors: LazyStateDict, part: Pa
         some, name = shown_names(companions, QUOTED_NAMES), shown(checkpoint.name)
         logging.info(f"{name}: {len(companions)} tensors that {part.phrase} does not need are left out: {some}")
     return needed
+
+
+def has_frame_levels(checkpoint: Checkpoint) -> bool:
+    """Whether a transformer was trained with a noise level of each latent frame, by the file's metadata or else its name."""
+    said = checkpoint.metadata.get(FRAME_LEVELS)
+    return TRAINED_FOR_FRAME_LEVELS in checkpoint.path.name.lower() if said is None else said.lower() == "true"
 
 
 def find_parts(checkpoint: Checkpoint) -> dict[str, LazyStateDict]:

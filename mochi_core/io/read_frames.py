@@ -1,0 +1,96 @@
+"""Frames of files: images, and videos at Mochi's frame rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..geometry import FPS
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.filter import Graph
+
+# FFmpeg filters by a video's rotation note in degrees, counterclockwise: phones store frames lying and leave the turning
+# to the player.
+UPRIGHT = {
+    90: [("transpose", "cclock")],
+    -90: [("transpose", "clock")],
+    180: [("hflip", ""), ("vflip", "")],
+    -180: [("hflip", ""), ("vflip", "")],
+}
+
+
+def read_image(path: Path) -> np.ndarray[Any, Any]:
+    """An image as one frame (1, H, W, 3) uint8, upright as a camera has noted.
+
+    Raises:
+        ValueError: it is no image.
+    """
+    from PIL import Image, ImageOps  # optional outside ComfyUI
+
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image) or image
+            return np.asarray(upright.convert("RGB"))[None]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"it cannot be read ({error}).") from error
+
+
+def read_frames(path: Path, height: int, width: int, most: int | None = None) -> np.ndarray[Any, Any]:
+    """The first frames of a video at 30 frames per second, cropped in the middle and resized, (F, height, width, 3) uint8.
+
+    `most` is how many at most, None for all.
+
+    Raises:
+        ValueError: it is no video.
+    """
+    import av  # optional outside ComfyUI, and slow to import
+    from av.error import FFmpegError
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("there is no picture in it.")
+            frames = islice(_resampled(container.decode(video=0), height, width), most)
+            images = [frame.to_ndarray(format="rgb24") for frame in frames]
+    except (FFmpegError, OSError) as error:
+        raise ValueError(f"it cannot be read ({error.strerror or error}).") from error
+    return np.stack(images) if images else np.empty((0, height, width, 3), np.uint8)
+
+
+def _resampled(frames: Iterator[VideoFrame], height: int, width: int) -> Iterator[VideoFrame]:
+    """Upright frames of that size, 30 per second, made by FFmpeg's filters."""
+    first = next(frames, None)
+    if first is None:
+        return
+    graph = _filters(first, height, width)
+    for frame in chain([first], frames, [None]):  # the last asks for what is still inside
+        graph.vpush(frame)
+        while True:
+            try:
+                yield graph.vpull()
+            except (BlockingIOError, EOFError):  # it wants another frame, or is done
+                break
+
+
+def _filters(frame: VideoFrame, height: int, width: int) -> Graph:
+    from av.filter import Graph
+
+    shape = f"{width}:{height}"
+    steps = [
+        ("fps", str(FPS)),
+        *UPRIGHT.get(frame.rotation, ()),
+        ("scale", f"{shape}:force_original_aspect_ratio=increase:flags=bicubic+accurate_rnd+full_chroma_int"),
+        ("crop", shape),
+        ("format", "rgb24"),
+        ("buffersink", ""),
+    ]
+    graph = Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    graph.link_nodes(source, *(graph.add(name, options) for name, options in steps)).configure()
+    return graph
