@@ -55,5 +55,5 @@ NEW_NODES = {
         ("latent", "sigmas"),
     ),
     "Mochi1TiledVAEDecode": NewNode({"samples": "LATENT", "vae": "VAE"}, {"memory": 0.0}, "IMAGE"),
-    "Mochi1VAEEncode": NewNode({"pixels": "IMAGE", "vae": "VAE"}, {}, "LATENT"),
+    "Mochi1VAEEncode": NewNode({"pixels": "IMAGE", "vae": "VAE", "mask": "MASK"}, {}, "LATENT", ("mask",)),
 }

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import forecast, replacements
 from .bridge.doctor import log_report_if_asked
+from .image_to_video import ImageToVideo
 from .loaders import LoadT5, LoadTransformer, LoadVAE
 from .lora import LoadLoRA
 from .sampling import Length, Sampler, Sigmas
@@ -22,6 +23,7 @@ NODES: list[type[io.ComfyNode]] = [
     Length,
     Sigmas,
     Sampler,
+    ImageToVideo,
     Cache,
     Guider,
     TiledVAEDecode,

@@ -11,6 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..mochi_core.checkpoints.formats.reader import INDEX_PATTERN
+from ..mochi_core.checkpoints.names.detect import FRAME_LEVELS_CHOICES
 from ..mochi_core.dtypes import DTYPES
 from ..mochi_core.shown import shown
 from .bridge.attention import CHOICES as ATTENTIONS
@@ -113,14 +114,24 @@ class LoadTransformer(io.ComfyNode):
                     "server was started with; host leaves it to ComfyUI. A name is that one or an error that says why not. All "
                     "are exact but sage, which multiplies in 8 bits. None has yet been run on a GPU with this pack.",
                 ),
+                io.Combo.Input(
+                    "frame_levels",
+                    options=list(FRAME_LEVELS_CHOICES),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Whether the weights were trained with a noise level of each frame, for Mochi Image to Video. auto "
+                    "looks for pusa in the name of the file, or a note in it; on suits a LoRA that was trained so.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="Works with every sampler, LoRA loader and model patch of ComfyUI.")],
         )
 
     @classmethod
-    def execute(cls, model_name, weight_dtype="auto", attention="auto"):
-        path, quantize = full_path(model_name, *cls.KINDS), QUANTIZED.get(weight_dtype)
-        return io.NodeOutput(load_model(path, DTYPE_CHOICES.get(weight_dtype), quantize, attention))
+    def execute(cls, model_name, weight_dtype="auto", attention="auto", frame_levels="auto"):
+        path, dtype = full_path(model_name, *cls.KINDS), DTYPE_CHOICES.get(weight_dtype)
+        levels = FRAME_LEVELS_CHOICES[frame_levels]
+        return io.NodeOutput(load_model(path, dtype, QUANTIZED.get(weight_dtype), attention, levels))
 
 
 class LoadVAE(io.ComfyNode):

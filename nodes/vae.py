@@ -7,6 +7,7 @@ import math
 from comfy_api.latest import io
 
 from ..mochi_core.autoencoder.streaming import GIB
+from .bridge.image_to_video import latent_mask
 from .bridge.vae import decode_video, encode_frames
 from .category import CATEGORY
 
@@ -55,7 +56,7 @@ class VAEEncode(io.ComfyNode):
             node_id="Mochi1VAEEncode",
             display_name="VAE Encode (Mochi)",
             category=CATEGORY,
-            description="Frames to latents, for video to video.",
+            description="Frames to latents, for video to video; with a mask, only what it covers is made anew.",
             search_aliases=["mochi encode", "MochiImageEncode"],
             inputs=[
                 io.Image.Input(
@@ -63,10 +64,17 @@ class VAEEncode(io.ComfyNode):
                     tooltip="Frames at 30 per second. Those beyond 6k + 1 are left out, and pixels beyond multiples of 8.",
                 ),
                 io.Vae.Input("vae", tooltip="From Load Mochi VAE, with an encoder."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="What is made anew: one mask for all frames, or one for each. It becomes the noise mask of the "
+                    "latents, each of which takes the largest value of its 8 x 8 pixels and 6 frames.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="For the latent input of Mochi Sampler, with denoise below 1.")],
         )
 
     @classmethod
-    def execute(cls, pixels, vae):
-        return io.NodeOutput({"samples": encode_frames(vae, pixels)})
+    def execute(cls, pixels, vae, mask=None):
+        masked = {} if mask is None else {"noise_mask": latent_mask(mask, pixels)}
+        return io.NodeOutput({"samples": encode_frames(vae, pixels), **masked})

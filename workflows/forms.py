@@ -245,7 +245,7 @@ def _app(graph: Graph) -> Json:
     """What the editor's App mode shows: the video to start from, prompt, length, seed, and the result."""
     inputs = [
         [graph.ids[name], key]
-        for keys in (("file",), ("prompt", "text", "value"), ("seconds", "num_frames", "length"), SEEDS)
+        for keys in (("file", "image"), ("prompt", "text", "value"), ("seconds", "num_frames", "length"), SEEDS)
         for name, node in graph.nodes.items()
         for key in keys
         if _is_shown_in_app(graph, node, key)
@@ -414,7 +414,7 @@ def _height(node: Node, definition: Json) -> int:
         for spec in specs.values()
         if len(spec) > 1 and spec[1].get("multiline")
     )
-    viewer = {RESULT: VIEWER, "LoadVideo": 230}.get(node.type, 0)
+    viewer = {RESULT: VIEWER, "LoadVideo": 230, "LoadImage": 230}.get(node.type, 0)
     return 50 + 26 * rows + text + viewer
 
 

@@ -19,6 +19,7 @@ WIDTHS = {
     **dict.fromkeys(LOADERS, 260),
     **dict.fromkeys(("Mochi1T5Encode", "CLIPTextEncode", "PrimitiveStringMultiline"), 290),
     "LoadVideo": 300,
+    "LoadImage": 300,
 }
 WIDTH = 230
 """No node is narrower in the default renderer."""

@@ -20,11 +20,16 @@ template *Long video*.
 """
 
 TEXT_TO_VIDEO = ("Text to video", "text_to_video.md")
+IMAGES = ("Images and video", "image_to_video.md")
 PAGES = {
     "text_to_video": TEXT_TO_VIDEO,
     "fast_preview": TEXT_TO_VIDEO,
     "tiny_mochi": TEXT_TO_VIDEO,
-    "video_to_video": ("Images and video", "image_to_video.md"),
+    "image_to_video": IMAGES,
+    "first_last_frame": IMAGES,
+    "extend_video": IMAGES,
+    "masked": IMAGES,
+    "video_to_video": IMAGES,
     "long_video_low_memory": ("Long video", "long_video.md"),
     "lora": ("LoRA training", "train.md"),
     "prompt_list": ("Many prompts through the API", "api.md"),

@@ -15,6 +15,7 @@ LIGHTHOUSE = (
 PAPER = "The same scene made of folded paper, soft studio light, stop-motion look."
 TRAIN = "A steam train crosses a stone viaduct in the highlands, seen from the air, smoke drifting over autumn trees."
 LIST = (WAVES, LIGHTHOUSE, TRAIN)
+WAKES = "The scene comes alive: a light wind moves everything that can move, the camera slowly moves closer."
 SHAPE = "a red star moving to the right"
 BF16, FP8 = "mochi_preview_bf16.safetensors", "mochi_preview_fp8_scaled.safetensors"
 T5, T5_FP8 = "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors"
@@ -135,6 +136,40 @@ def long_video() -> Nodes:
     }
 
 
+def image_to_video(prompt: str = WAKES, **images: Any) -> Nodes:
+    """The sampler takes MODEL and LATENT from Mochi Image to Video, whose inputs are `images`."""
+    nodes = text_to_video(prompt, model=Link("given"), latent=Link("given", 1))
+    given = {"model": Link("transformer"), "vae": Link("vae"), "start_image": Link("load")} | images
+    return nodes | {
+        "load": Node("LoadImage", {"image": ""}, "Your image"),
+        "given": Node("Mochi1ImageToVideo", given),
+    }
+
+
+def first_last_frame() -> Nodes:
+    nodes = image_to_video(end_image=Link("last"))
+    return nodes | {
+        "load": Node("LoadImage", {"image": ""}, "First image"),
+        "last": Node("LoadImage", {"image": ""}, "Last image"),
+    }
+
+
+def extend_video() -> Nodes:
+    """The given video at the size of the new one, and behind it the new frames that come after the kept ones."""
+    nodes = image_to_video(WAVES, start_image=Link("frames"), keep=19)
+    size = {"upscale_method": "lanczos", "width": Link("size"), "height": Link("size", 1), "crop": "center"}
+    new = {"image": Link("decode"), "batch_index": Link("given", 2), "length": 4096}
+    return nodes | {
+        "load": Node("LoadVideo", {"file": ""}, "Your video"),
+        "frames": Node("GetVideoComponents", {"video": Link("load")}),
+        "size": Node("GetImageSize", {"image": Link("decode")}),
+        "scale": Node("ImageScale", {"image": Link("frames"), **size}, "To the same size"),
+        "new": Node("ImageFromBatch", new, "New frames"),
+        "joined": Node("BatchImagesNode", {"images.image0": Link("scale"), "images.image1": Link("new")}, "Both"),
+        "video": Node("CreateVideo", {"images": Link("joined"), "fps": 30}),
+    }
+
+
 def lora() -> Nodes:
     nodes = text_to_video(WAVES, model=Link("lora"))
     added = {"model": Link("transformer"), "lora_name": "mochi_lora.safetensors", "strength": 1.0}
@@ -230,11 +265,11 @@ def masked() -> Nodes:
     nodes = video_to_video()
     area = {"source": Link("area"), "destination": Link("frame"), "x": 424, "y": 0, "operation": "add"}
     return nodes | {
-        "sampler": Node("Mochi1Sampler", nodes["sampler"].inputs | {"latent": Link("masked"), "denoise": 0.6}),
+        "sampler": Node("Mochi1Sampler", nodes["sampler"].inputs | {"denoise": 0.6}),
+        "encode": Node("Mochi1VAEEncode", nodes["encode"].inputs | {"mask": Link("mask")}),
         "frame": Node("SolidMask", {"value": 0.0, "width": 848, "height": 480}, "Stays"),
         "area": Node("SolidMask", {"value": 1.0, "width": 424, "height": 480}, "Made anew"),
         "mask": Node("MaskComposite", area, "Where"),
-        "masked": Node("SetLatentNoiseMask", {"samples": Link("encode"), "mask": Link("mask")}),
     }
 
 
@@ -280,6 +315,54 @@ PROMPT_LIST = Subgraph(
     TEXT_TO_VIDEO.ports,
     ("prompt1", "prompt2", "prompt3", "list", "save"),
     blueprint=False,
+)
+FROM_IMAGES = (
+    Port("positive", "prompt", "prompt"),
+    Port("given", "width", "width"),
+    Port("given", "height", "height"),
+    Port("given", "num_frames", "num_frames", "frames (30 a second)"),
+    Port("given", "start_noise", "start_noise", "noise of the first frames"),
+    Port("sampler", "steps", "steps", "steps (fewer are faster)"),
+    Port("sampler", "cfg", "cfg"),
+    Port("sampler", "seed", "seed"),
+)
+IMAGE_TO_VIDEO = Subgraph(
+    "Image to Video (Mochi 1)",
+    "Video generation and editing/Image to video",
+    "Makes a video that begins with an image: with Mochi weights that were trained for it, such as Pusa's, or by inpainting in "
+    "time with Genmo's.",
+    (Port("given", "start_image", "image"), *FROM_IMAGES, *FILE_PORTS),
+    ("load", "save"),
+)
+FIRST_LAST_FRAME = Subgraph(
+    "First and Last Frame to Video (Mochi 1)",
+    "Video generation and editing/FLF2V",
+    "Makes a video between two images: with Mochi weights that were trained for it, such as Pusa's, or by inpainting in time "
+    "with Genmo's.",
+    (
+        Port("given", "start_image", "first_image", "first image"),
+        Port("given", "end_image", "last_image", "last image"),
+        *FROM_IMAGES[:5],
+        Port("given", "end_noise", "end_noise", "noise of the last frames"),
+        *FROM_IMAGES[5:],
+        *FILE_PORTS,
+    ),
+    ("load", "last", "save"),
+)
+EXTEND_VIDEO = Subgraph(
+    "Extend Video (Mochi 1)",
+    "Video generation and editing/Image to video",
+    "Continues a video from its last frames: with Mochi weights that were trained for it, such as Pusa's, or by inpainting in "
+    "time with Genmo's.",
+    (
+        Port("frames", "video", "video"),
+        *FROM_IMAGES[:1],
+        *FROM_IMAGES[1:4],
+        Port("given", "keep", "keep", "frames to continue from"),
+        *FROM_IMAGES[4:],
+        *FILE_PORTS,
+    ),
+    ("load", "save"),
 )
 EDITING = (
     Port("frames", "video", "video"),
@@ -359,6 +442,58 @@ your video, first of all its motion. The first 163 frames are taken, of those 6k
 """,
         video_to_video(),
         subgraph=VIDEO_TO_VIDEO,
+    ),
+    Template(
+        "image_to_video",
+        "Mochi 1 - Image to Video",
+        """# Image to video
+
+Choose an image in **Your image**: the video begins with it. Describe in **prompt** what is seen and how it moves. The image is
+cropped in the middle and resized.
+
+**Genmo's weights were not trained for this.** With them it is inpainting in time: the first frame is kept, and its neighbours
+are released late. In the tiny model that comes with this pack it keeps place, colour and motion; with the released weights it is
+**untested**, and may stand still or drift.
+
+**Weights that were trained for it:** [Pusa V0.5](https://huggingface.co/RaphaelLiu/Pusa-V0.5), Mochi with a noise level of each
+frame; see there for its licence. Choose the file as **transformer**; *pusa* in its name tells the node. **Untested** here as
+well; colours of new frames may differ from the image's. Its authors give **noise of the first frames** as 0 to 0.4, 30 steps.
+""",
+        image_to_video(),
+        subgraph=IMAGE_TO_VIDEO,
+    ),
+    Template(
+        "first_last_frame",
+        "Mochi 1 - First and last frame",
+        """# First and last frame
+
+A video that begins with one image and ends with another. Best if both show the same scene: the prompt says how one becomes the
+other.
+
+**The last image stands still for 6 frames**, a fifth of a second: every latent but the first holds 6.
+
+**Untested** with released weights. Genmo's were not trained for this: inpainting in time, see *Image to Video*. The authors of
+[Pusa V0.5](https://huggingface.co/RaphaelLiu/Pusa-V0.5) give the noise of the first frames as 0.3, of the last as 0.7.
+""",
+        first_last_frame(),
+        subgraph=FIRST_LAST_FRAME,
+    ),
+    Template(
+        "extend_video",
+        "Mochi 1 - Extend a video",
+        """# Extend a video
+
+Choose a video of 30 frames per second in **Your video**: its last 19 frames (4 latents) begin a new one, whose other frames are
+put behind it. Both get **width** and **height**.
+
+**Worth changing:** **frames to continue from** (6k + 1): more carry more of the motion, and leave fewer new ones. For a longer
+video, extend the result once more.
+
+**Untested** with released weights. Genmo's were not trained for this: inpainting in time, see *Image to Video*. Each round
+loses a little: what is kept goes through the autoencoder, and colours may drift. Sound is left out.
+""",
+        extend_video(),
+        subgraph=EXTEND_VIDEO,
     ),
     Template(
         "long_video_low_memory",
@@ -504,8 +639,11 @@ and height of the area are in pixels of the scaled video.
 
 **What it costs:** as much as the whole video: all of it is sampled, and the rest put back at each step.
 
-**Untested** with the released weights. The mask stands still. The autoencoder mixes neighbours: at the edges of the area a few
-pixels of the rest change. **denoise** 0.6 starts at nearly pure noise inside of the area.
+**A mask that moves:** connect any mask with as many frames as the video to **mask** of *VAE Encode (Mochi)*, inside. A latent is
+made anew if any of its 8 x 8 pixels and 6 frames is in the mask.
+
+**Untested** with the released weights. The autoencoder mixes neighbours: at the edges of the area a few pixels of the rest
+change. **denoise** 0.6 starts at nearly pure noise inside of the area.
 """,
         masked(),
         subgraph=MASKED,

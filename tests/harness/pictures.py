@@ -40,12 +40,25 @@ PROMPTS = {
     "stock_nodes": "a blue square rising",
     "second_pass": "a white star growing larger",
     "prompt_list": "a green star moving to the right",
+    "image_to_video": "a green square moving left",
+    "first_last_frame": "a green square moving left",
+    "extend_video": "a yellow circle moving right",
     "masked": "a red square moving left",
     "sharper": "a blue circle rising",
 }
 LONG = 3.2
 # Shown in help pages; the last one is also run.
-SHOWN = ("text_to_video", "fast_preview", "video_to_video", "lora", "fastmochi", "faster", "stock_nodes", "tiny_mochi")
+SHOWN = (
+    "text_to_video",
+    "fast_preview",
+    "video_to_video",
+    "image_to_video",
+    "lora",
+    "fastmochi",
+    "faster",
+    "stock_nodes",
+    "tiny_mochi",
+)
 LOGO = (34, 66)
 MOVING = 256
 # The nodes of a picture that can be read, and a script that puts them beside the side bar and says how large they are.

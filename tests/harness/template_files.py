@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from mochi_core import load_transformer, save_video
@@ -43,6 +44,8 @@ TINY: dict[str, dict[str, Any]] = {
     "SolidMask": SIZE,
     "MaskComposite": {"x": 32},
     "LoadVideo": {"file": "mochi_input.mp4"},
+    "LoadImage": {"image": "mochi_input.png"},
+    "Mochi1ImageToVideo": {**SIZE, "num_frames": 25},
 }
 
 
@@ -55,6 +58,7 @@ def write_files(base: Path) -> None:
         place(base / "models" / name, lambda path, tensors=tensors: scaled_fp8(tensors, path))
     place(base / "models" / "loras" / "mochi_lora.safetensors", write_lora)
     place(base / "input" / "mochi_input.mp4", write_video)
+    place(base / "input" / "mochi_input.png", write_image)
 
 
 def place(path: Path, write: Any) -> None:
@@ -71,6 +75,12 @@ def write_video(path: Path) -> None:
     """A yellow circle that moves to the right."""
     sprite = Sprite("circle", COLORS["yellow"], "right", 0.2, (0.0, -0.2), 0.4)
     save_video(draw(Scene((sprite,), ((0.03, 0.03, 0.03),) * 2), 31, 128, 128), path)
+
+
+def write_image(path: Path) -> None:
+    """A green square at the right."""
+    sprite = Sprite("square", COLORS["green"], "still", 0.18, (0.05, 0.2), 0.0)
+    Image.fromarray(draw(Scene((sprite,), ((0.03, 0.03, 0.03),) * 2), 1, 96, 96)[0]).save(path)
 
 
 def shrunk(prompt: dict[str, Any], text: str) -> dict[str, Any]:
