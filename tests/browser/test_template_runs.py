@@ -8,8 +8,10 @@ from tests.harness.semantics import main_color
 from tests.harness.template_files import shrunk
 from tests.harness.templates import FOLDER, NAMES, TITLES, api_form, files
 
-STAYS = {"masked": "yellow"}
-"""The circle of the given video is in the half that is not made anew."""
+STAYS = {"masked": "yellow", "extend_video": "yellow"}
+"""The circle of the given video is in the half that is not made anew, or goes on."""
+LENGTHS = {"extend_video": 31 + 25 - 19}
+"""Where it is not that of the new video: the given one is put in front of all but the kept frames."""
 
 
 def test_files_are_what_the_source_says(templates_server):
@@ -28,6 +30,6 @@ def test_runs_to_a_video(templates_server, name):
     run = client.run(shrunk(api_form(name), "a green square moving left"))
     assert run.outcome == "execution_success", run.error
     frames = read_frames(client.download(run.files[0]))
-    assert len(frames) == 25
+    assert len(frames) == LENGTHS.get(name, 25)
     assert frames[0].shape == (64, 64, 3)
     assert main_color(frames / 255) == STAYS.get(name, "green")
