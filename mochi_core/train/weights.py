@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checkpoints import from_state_dict, load_transformer
 from ..checkpoints.formats.writer import write_safetensors
+from ..checkpoints.names.detect import FRAME_LEVELS
 from ..dtypes import DTYPES
 from ..quantization.weights import QuantizedLinear
 from ..transformer.model import AsymmDiT
@@ -54,6 +55,7 @@ def full_model(config: Config, device: torch.device) -> TrainableModel:
             f"The weights of {config.transformer.name} are quantised and cannot be trained; dequantise them first with: "
             "python -m mochi_core convert ... --to canonical --dtype bf16."
         )
+    dit.has_frame_levels |= config.frame_levels > 0
     parameters = dict(dit.named_parameters())
     return TrainableModel(dit, parameters, lambda stem: [_write_all(stem, dit)], config.dtype == "bf16")
 
@@ -63,5 +65,6 @@ def _write_all(stem: Path, dit: AsymmDiT) -> Path:
     stored = AsymmDiT(dit.config, device="meta", dtype=torch.bfloat16)  # its parameters have the dtypes of a file
     dtypes = {name: parameter.dtype for name, parameter in stored.named_parameters()}
     tensors = {name: value.detach().to("cpu", dtypes[name]) for name, value in dit.named_parameters()}
-    write_safetensors(path, from_state_dict(tensors), {"format": "pt"})
+    note = {FRAME_LEVELS: "true"} if dit.has_frame_levels else {}
+    write_safetensors(path, from_state_dict(tensors), {"format": "pt", **note})
     return path

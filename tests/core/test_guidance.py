@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from mochi_core import BlockCache, Guidance, guided, load_lora, sample
 from mochi_core.__main__ import main
+from mochi_core.sampling.given import Given
 from mochi_core.sampling.guidance import nag
-from mochi_core.sampling.sample import Given
 from mochi_core.transformer.layers import NORM_EPS
 from mochi_core.transformer.offload import stream_blocks
 from tests.harness import trained

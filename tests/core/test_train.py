@@ -353,3 +353,9 @@ def test_quantised_weights_cannot_be_trained_themselves(tmp_path, accelerator):
         ValueError, match=r"The weights of fp8.safetensors are quantised and cannot be trained; dequantise"
     ):
         run(config(tmp_path, transformer=str(path)), accelerator, full_model)
+
+
+def test_weights_that_know_noise_levels_of_frames_say_so_in_their_file(tmp_path):
+    for share in (0.0, 0.5):
+        (path,) = full_model(config(tmp_path, frame_levels=share), torch.device("cpu")).write(tmp_path / f"of {share}")
+        assert load_transformer(path).has_frame_levels == (share > 0)

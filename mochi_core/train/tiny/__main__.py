@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ...autoencoder.model import AsymmVAE
 from ...checkpoints import from_state_dict
 from ...checkpoints.formats.writer import write_safetensors
+from ...checkpoints.names.detect import FRAME_LEVELS
+from ...transformer.model import AsymmDiT
 from . import dit as tiny_dit
 from . import vae as tiny_vae
 from .loop import TrainLoop
@@ -121,7 +123,8 @@ def write_model(path: Path, model: nn.Module) -> None:
     dtypes = {"pos_frequencies": torch.float32}
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in SKIPPED}
     stored = {name: tensor.to("cpu", dtypes.get(name, torch.bfloat16)) for name, tensor in weights.items()}
-    write_safetensors(path, from_state_dict(stored), METADATA)
+    note = {FRAME_LEVELS: "true"} if isinstance(model, AsymmDiT) else {}
+    write_safetensors(path, from_state_dict(stored), METADATA | note)
 
 
 if __name__ == "__main__":

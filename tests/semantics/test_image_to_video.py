@@ -1,0 +1,81 @@
+"""Videos from a first image and from the end of a clip, with weights that know one noise level for all frames: held in time.
+
+Where a shape is, is in the given frames alone, never in the prompt.
+"""
+
+import numpy as np
+import pytest
+
+from mochi_core import MochiPipeline, load_transformer
+from mochi_core.train.tiny.shapes import COLORS, OUTLINES, Scene, Sprite, draw
+from tests.harness import trained
+from tests.harness.semantics import CASES, MIN_PIXELS, direction, main_color, masks, videos
+
+CHOSEN = CASES[1::3]
+START = {"left": (0.0, 0.2), "right": (0.0, -0.2), "up": (0.2, 0.0), "down": (-0.2, 0.0)}
+AWAY = 0.12
+"""How far from the middle a shape is, across its way, in frame heights."""
+
+
+@pytest.fixture(scope="module")
+def held(pipe):
+    dit = load_transformer(trained.TRANSFORMER, frame_levels=False)
+    return MochiPipeline(dit.float(), pipe.vae, pipe.text_encoder)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """What the prompts say, somewhere, (13, 64, 64, 3) uint8 each."""
+    return [clip(*case, AWAY if i % 2 else -AWAY) for i, case in enumerate(CHOSEN)]
+
+
+def clip(color, way, prompt, across):
+    shape = next(name for name in OUTLINES if name in prompt)
+    place = tuple(side or across for side in START[way])
+    ground = (0.32, 0.32, 0.32) if "gray" in prompt else (0.03, 0.03, 0.03)
+    scene = Scene((Sprite(shape, COLORS[color], way, 0.16, place, 0.35),), (ground, ground))
+    return draw(scene, 13, 64, 64)
+
+
+def center(frames, color):
+    """Centre (y, x) of a colour in each frame, in frame heights; NaN where it is not seen."""
+    places = [np.argwhere(mask).mean(0) if mask.sum() >= MIN_PIXELS else (np.nan,) * 2 for mask in masks(frames)[color]]
+    return np.array(places) / frames.shape[1]
+
+
+def measured(made, clips, seam):
+    """Means over videos: PSNR of the first frame, distance to the truth in the 6 frames from the seam on, right colours, ways."""
+    rows = []
+    for video, true, (color, way, _) in zip(made, clips, CHOSEN, strict=True):
+        astray = np.linalg.norm(center(video, color) - center(true / 255, color), axis=1)
+        quality = -10 * np.log10(np.mean((video[0] - true[0] / 255) ** 2))
+        rows.append(
+            (quality, np.nanmean(astray[seam : seam + 6]), main_color(video) == color, direction(video, color) == way)
+        )
+    quality, place, colors, ways = np.mean(rows, axis=0)
+    print(f"first frame {quality:.1f} dB, place {place:.3f}, colour {colors:.0%}, direction {ways:.0%} of {len(rows)}")
+    return quality, place, colors, ways
+
+
+def one_by_one(pipe, clips, **frames):
+    return [
+        videos(pipe, prompt, **{name: take(true) for name, take in frames.items()})[0]
+        for true, (*_, prompt) in zip(clips, CHOSEN, strict=True)
+    ]
+
+
+def test_a_first_image_is_kept_and_its_shape_goes_on_from_there(held, clips):
+    made = one_by_one(held, clips, image=lambda true: true[0])
+    quality, place, colors, ways = measured(made, clips, 1)
+    _, without, *_ = measured(one_by_one(held, clips), clips, 1)
+    assert quality >= 30
+    assert place <= 0.05 < without
+    assert (colors, ways) == (1, 1)
+
+
+def test_a_clip_goes_on_without_a_jump(held, clips):
+    made = one_by_one(held, clips, video=lambda true: true[:7])
+    quality, place, colors, ways = measured(made, clips, 7)
+    assert quality >= 30
+    assert place <= 0.05
+    assert (colors, ways) == (1, 1)
