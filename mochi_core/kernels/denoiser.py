@@ -111,21 +111,25 @@ def joint_heads(
     frames: Tensor,
     spatial: Tensor,
     eps: float,
+    skipped: int = 0,
 ) -> Tensor:
     """q, k and v of both streams, (3, B, N + L, K, D), with q and k normed and the visual ones rotated.
 
     Args:
         visual, text: (B, N, 3 * K * D) and (B, L, 3 * K * D), the q, k and v of one stream.
         q_norm_x, k_norm_x, q_norm_y, k_norm_y: (D,), weights of the norms.
-        frames, spatial: (T, K, D / 2, 2) and (N / T, K, D / 2, 2) float32, the factors of the rotations, see `Rope`.
+        frames, spatial: (T, K, D / 2, 2) and (patches, K, D / 2, 2) float32, the factors of the rotations, see `Rope`.
         eps: added to the mean square of a head.
+        skipped: tokens of the first frame that `visual` does not have; it may end within the last one, too.
     """
     from . import triton_denoiser as kernels
 
     visual, text, out = _dense(visual), _dense(text), _joint(visual, text, frames)
     _, batch, tokens, heads, head_dim = out.shape
     packed, norms = 3 * heads * head_dim, (q_norm_x, k_norm_x, q_norm_y, k_norm_y)
-    if visual.shape[1] != len(frames) * len(spatial) or not visual.shape[2] == text.shape[2] == packed:
+    past_last = len(frames) * len(spatial) - skipped - visual.shape[1]  # tokens of the last frame that are not there
+    fits = min(skipped, past_last) >= 0 and max(skipped, past_last) < len(spatial)
+    if not fits or not visual.shape[2] == text.shape[2] == packed:
         raise ValueError(
             f"Tokens {(*visual.shape,)} and {(*text.shape,)} do not fit a rotary table of {(*frames.shape,)}."
         )
@@ -137,7 +141,7 @@ def joint_heads(
     launch(
         kernels.joint_heads, (batch * tokens, -(-heads // block)),
         visual, text, q_norm_x, k_norm_x, q_norm_y, k_norm_y, frames.contiguous(), spatial.contiguous(), out,
-        tokens, visual.shape[1], len(frames), *visual.stride()[:2], *text.stride()[:2], out.stride(0),
+        tokens, visual.shape[1], len(frames), len(spatial), skipped, *visual.stride()[:2], *text.stride()[:2], out.stride(0),
         HEADS=heads, HEAD_DIM=head_dim, EPS=eps, BLOCK=block, FEATURES=features, num_warps=warps(block * features),
     )  # fmt: skip
     return out

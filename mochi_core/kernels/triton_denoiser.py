@@ -83,17 +83,20 @@ def quantize_rows(x, values, scale, x_row, WIDTH: tl.constexpr, BLOCK: tl.conste
 @triton.jit
 def joint_heads(
     visual, text, q_norm_x, k_norm_x, q_norm_y, k_norm_y, frames, spatial, out,
-    tokens, num_visual, num_frames, visual_sample, visual_token, text_sample, text_token, out_third,
+    tokens, num_visual, num_frames, num_patches, skipped, visual_sample, visual_token, text_sample, text_token, out_third,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr
 ):  # fmt: skip
     """Some heads of one token: q and k normed and, if it is a visual token, rotated; v copied.
 
-    Programs that follow each other take the same patch in all frames: they find its rotation in space in a cache.
+    Programs that follow each other take the same patch in all frames, if those are whole: they find its rotation in space in a
+    cache.
     """
     _, sample, place = _place(tokens)
     is_visual = place < num_visual
-    frame, patch = place % num_frames, place // num_frames
-    token = tl.where(is_visual, frame * (num_visual // num_frames) + patch, place)
+    whole, position = num_visual == num_frames * num_patches, place + skipped
+    frame = tl.where(whole, place % num_frames, position // num_patches)
+    patch = tl.where(whole, place // num_frames, position % num_patches)
+    token = tl.where(is_visual, frame * num_patches + patch - skipped, place)
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     feature = tl.arange(0, FEATURES)[None, :]
     valid = (head < HEADS) & (feature < HEAD_DIM)

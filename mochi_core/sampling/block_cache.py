@@ -73,10 +73,20 @@ class BlockCache:
         """Whether blocks may be skipped in a step of a schedule."""
         return 0 < step < num_steps - 1 and in_step_range(step, num_steps, self.start, self.end)
 
-    def for_condition(self, batch: int, num_steps: int, depth: int, run: RunBlock = run_block) -> BlocksAt:
-        """How to call the `depth` blocks under one condition, for the `batch` videos of one run; `run` calls those needed."""
+    def for_condition(
+        self,
+        batch: int,
+        num_steps: int,
+        depth: int,
+        run: RunBlock = run_block,
+        total: Callable[[Tensor], Tensor] | None = None,
+    ) -> BlocksAt:
+        """How to call the `depth` blocks under one condition, for the `batch` videos of one run; `run` calls those needed.
+
+        `total` adds up a tensor over the members that share the tokens: they decide together.
+        """
         states = [CacheState() for _ in range(batch)]
-        return lambda step: CachedBlocks(self, states, self.can_skip(step, num_steps), depth, run)
+        return lambda step: CachedBlocks(self, states, self.can_skip(step, num_steps), depth, run, total)
 
 
 @dataclass
@@ -98,10 +108,16 @@ class CachedBlocks:
     """
 
     def __init__(
-        self, cache: BlockCache, states: Sequence[CacheState], can_skip: bool, depth: int, run: RunBlock = run_block
+        self,
+        cache: BlockCache,
+        states: Sequence[CacheState],
+        can_skip: bool,
+        depth: int,
+        run: RunBlock = run_block,
+        total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`states` has one entry per sample; `depth` is the number of blocks."""
-        self.cache, self.states, self.can_skip, self.run = cache, states, can_skip, run
+        """`states` has one entry per sample; `depth` is the number of blocks; `total` is that of `for_condition`."""
+        self.cache, self.states, self.can_skip, self.run, self.total = cache, states, can_skip, run, total
         self.last = depth - 1
         self.samples = list(range(len(states)))
         """Indices of the samples for which blocks run."""
@@ -129,14 +145,26 @@ class CachedBlocks:
         """
         self.entering = x
         self.samples = [i for i, state in enumerate(self.states) if not self._skips(state, signals[i])]
+        self._check_agreement(signals.device)
         self.cache.forwards += len(self.states)
         self.cache.hits += len(self.states) - len(self.samples)
+
+    def _check_agreement(self, device: torch.device) -> None:
+        """Raise a RuntimeError unless all members chose the same samples: what they send each other next would not fit."""
+        if self.total is None or not self.can_skip:
+            return
+        chosen = [float(i in self.samples) for i in range(len(self.states))]
+        *counts, members = self.total(torch.tensor([*chosen, 1.0], device=device)).tolist()
+        if any(count not in (0, members) for count in counts):
+            raise RuntimeError(
+                "Members decided differently about the block cache; give all of them the same cache and video."
+            )
 
     def _skips(self, state: CacheState, signal: Tensor) -> bool:
         """Whether the blocks are skipped for one sample with this `signal` (N, Dx); notes the change in `state`."""
         teacache, skips = self.cache.method == "teacache", False
         if self.can_skip and state.residual is not None and state.reference is not None:
-            change = relative_change(signal, state.reference)
+            change = relative_change(signal, state.reference, self.total)
             state.change = state.change + output_change(change) if teacache else change
             skips = state.change < self.cache.threshold
         if not skips:
@@ -174,8 +202,13 @@ class CachedBlocks:
         return merged
 
 
-def relative_change(signal: Tensor, reference: Tensor) -> float:
-    """Mean absolute difference over the mean absolute value of `reference`."""
+def relative_change(signal: Tensor, reference: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> float:
+    """Mean absolute difference over the mean absolute value of `reference`; with `total`, of the tokens of all members."""
+    if total is not None:
+        difference, size = total(
+            torch.stack([t.abs().sum(dtype=torch.float32) for t in (signal - reference, reference)])
+        )
+        return (difference / size).item()
     difference, size = (tensor.abs().mean(dtype=torch.float32) for tensor in (signal - reference, reference))
     return (difference / size).item()
 

@@ -7,13 +7,16 @@ an Euler step is x + (sigma_i - sigma_{i+1}) * velocity. State and guidance are 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..autoencoder.latents import latents_problem
+from ..parallel.group import Alone
+from ..parallel.plan import Members, agree
 from ..transformer.attention import Attention, choose_attention, sdpa
 from ..transformer.block import run_block
 from ..transformer.model import AsymmDiT, ScheduleModulation, TextConditioning
@@ -31,9 +34,8 @@ from .guidance import (
     without_blocks,
 )
 from .schedule import check_guidance, check_schedule
+from .together import OnStep, counted_together, exchanged, facts, stopping_all
 
-OnStep = Callable[[int, Tensor], bool | None]
-"""(step, latents after that step) -> True to stop the run."""
 EncodedPrompts = tuple[Tensor, Tensor]
 """One side of guidance for all videos: text_embeds (B or 1, L, text_width) and text_mask (B or 1, L) bool."""
 Prepared = tuple[TextConditioning, ScheduleModulation | PairModulation]
@@ -94,13 +96,20 @@ def prepared_velocities(
     attend: Attention = sdpa,
     cache: BlockCache | None = None,
     guidance: Guidance = PLAIN,
+    members: Members | None = None,
 ) -> Velocities:
     """The network's velocities, with everything that does not depend on the latents computed once for all steps.
 
     `noise` (B, C, T, H, W) gives the shape and device of the latents, `sigmas` (steps + 1,) the schedule, or (steps + 1, T) one
     of each latent frame. Conditions, the prompt and then the negative one, share a pass over the weights, see
-    `AsymmDiT.denoise_each`.
+    `AsymmDiT.denoise_each`, or are those of different `members`, which exchange the velocities.
     """
+    if members is not None and members.guidance.size > 1:
+        halves, alone = members.guidance, replace(members, guidance=Alone())
+        prompts = [conditions if guidance.uses_nag else conditions[:1], conditions[1:]][halves.rank]
+        ours = guidance if halves.rank == 0 else PLAIN
+        own = prepared_velocities(dit, noise, sigmas, prompts, attend, cache, ours, alone)
+        return exchanged(own, 1 + bool(guidance.skip_blocks), halves, dit.dtype)
     prepared: list[Prepared] = [prepare_prompts(dit, noise, sigmas, encoded) for encoded in conditions]
     runs = [run_block] * len(prepared)
     if guidance.uses_nag:
@@ -111,16 +120,18 @@ def prepared_velocities(
     if guidance.skip_blocks:
         prepared[:1] = prepared[:1] * 2
         runs[:1] = without_blocks(guidance.skip_blocks, runs[0], shared=cache is None)
-    rope = dit.rope(noise.shape, noise.device)
+    rope, group = dit.rope(noise.shape, noise.device), members and members.tokens
     num_steps, depth = len(sigmas) - 1, dit.config.depth
     blocks_at = [lambda _, run=run: run for run in runs]
     if cache is not None:
-        blocks_at = [cache.for_condition(len(noise), num_steps, depth, run) for run in runs]
+        total = group.total if group is not None and group.size > 1 else None
+        blocks_at = [cache.for_condition(len(noise), num_steps, depth, run, total) for run in runs]
 
     def velocities(latents: Tensor, step: int, count: int) -> list[Tensor]:
         at_step = [(text, modulation.at(step)) for text, modulation in prepared[:count]]
         run_blocks = [at(step) for at in blocks_at[:count]]
-        return dit.denoise_each(latents.to(dit.dtype), at_step, rope, attend=attend, run_blocks=run_blocks)
+        latents = latents.to(dit.dtype)
+        return dit.denoise_each(latents, at_step, rope, attend=attend, run_blocks=run_blocks, group=group)
 
     return velocities
 
@@ -159,6 +170,7 @@ def sample(
     cache: BlockCache | None = None,
     given: Given | None = None,
     guidance: Guidance = PLAIN,
+    members: Members | None = None,
 ) -> Tensor:
     """Denoise with Euler steps and classifier-free guidance, on the device of `dit`.
 
@@ -173,6 +185,8 @@ def sample(
         given: frames that the video is made from, see `given`. Without `held` they are for weights that were trained with a
             noise level of each frame.
         guidance: what is done beside classifier-free guidance.
+        members: shares the work with other devices, which call this with the same arguments, apart from `on_step`; each gets
+            the whole result, and a run that one of them stops, stops for all after the same step.
 
     Returns:
         DiT-space latents, float32, on the device of `noise`.
@@ -199,9 +213,14 @@ def sample(
             asking = "nag_scale" if guidance.uses_nag else "guidance_scale"
             raise ValueError(f"{asking} is not 1, so `uncond` is needed; pass the encoded negative prompt.")
         conditions.append(uncond)
+    if members is not None:
+        members.plan.check(members.world.size, dit.config.num_heads, guided=any(scale != 1 for scale in scales))
+        agree(members.world, facts(dit, state, schedule, conditions, (scales, guidance, given and given.held), cache))
+        on_step = stopping_all(on_step, members)
     attend = choose_attention(attention, state.device, dit.dtype, dit.config.head_dim).run
-    velocities = prepared_velocities(dit, state, schedule, conditions, attend, cache, guidance)
+    velocities = prepared_velocities(dit, state, schedule, conditions, attend, cache, guidance, members)
     velocity = guided(velocities, scales, guidance)
     if given is not None and given.held:
         velocity = holding(velocity, given, state, sigmas)
-    return euler(velocity, state, schedule, on_step).to(noise.device)
+    with counted_together(cache, members):
+        return euler(velocity, state, schedule, on_step).to(noise.device)

@@ -6,6 +6,7 @@ for, or an error with the reason why each one cannot be used.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import threading
 from collections.abc import Callable, Mapping
@@ -200,3 +201,44 @@ def _error_of(run: Attention, probe: Tensor) -> str | None:
     finally:
         _activate(active)
     return None
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention as `Attention`, and the log of the sum of its exponentials, (B, heads, length of q) float32 or float64.
+
+    It is what attention over other keys has to be merged by. PyTorch's own kernel for the device computes both.
+
+    Raises:
+        ValueError: no kernel for this device and dtype gives it.
+    """
+    return LSE_KERNELS[_lse_kernel(q.device, q.dtype, q.shape[-1])](q, k, v)
+
+
+def _of_aten(name: str, *settings: object) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = getattr(torch.ops.aten, f"_scaled_dot_product_{name}")(q, k, v, *settings)
+        # Some kernels pad the lengths, and some have an axis more.
+        return out, lse.flatten(2)[..., : q.shape[2]]
+
+    return attention
+
+
+LSE_KERNELS = {
+    "cudnn": _of_aten("cudnn_attention", None, True),
+    "flash": _of_aten("flash_attention"),
+    "efficient": _of_aten("efficient_attention", None, True),
+    "cpu": _of_aten("flash_attention_for_cpu"),
+}
+"""Exact kernels that give the log of the sum of exponentials, by their names in `BACKENDS`; and PyTorch's for the CPU."""
+
+
+@functools.cache
+def _lse_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    probe = torch.zeros(1, 1, PROBE_LENGTH, head_dim, device=device, dtype=dtype)
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in CUDNN_IS_FASTEST_ON
+    for name in CUDNN_FIRST if hopper else FLASH_FIRST:
+        if name in LSE_KERNELS and _error_of(lambda *qkv, name=name: LSE_KERNELS[name](*qkv)[0], probe) is None:
+            return name
+    raise ValueError(f"No attention for {dtype} on {device} can be done in a ring; use ulysses instead of ring.")

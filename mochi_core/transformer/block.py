@@ -117,7 +117,8 @@ class AsymmetricAttention(nn.Module):
         norms = self.q_norm_x, self.k_norm_x, self.q_norm_y, self.k_norm_y
         if kernels.fused(visual, text, rope.frames, *(norm.weight for norm in norms)):
             weights = (norm_weight(norm, visual.device) for norm in norms)
-            q, k, v = kernels.joint_heads(visual, text, *weights, rope.frames, rope.spatial, QK_NORM_EPS)
+            tables = rope.frames, rope.spatial
+            q, k, v = kernels.joint_heads(visual, text, *weights, *tables, QK_NORM_EPS, rope.skipped)
             return q, k, v
         visual, text = (packed.unflatten(-1, (3, self.num_heads, -1)) for packed in (visual, text))
         batch, num_tokens = visual.shape[:2]

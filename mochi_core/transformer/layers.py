@@ -1,5 +1,6 @@
 """Small parts of the denoiser: norms and gates in float32, embedders, feed-forward, output layer.
 
+Every layer treats tokens one by one, so that members of a group may each have some of them; only attention relates them.
 Modules build their layers from an `Ops` namespace, torch.nn by default, so that a host can bring its own.
 """
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,47 @@ class Modulation:
     """Outputs of each block's mod_x, (..., 4 * Dx), and mod_y, (..., 4 * Dy) or in the last block (..., Dy)."""
     final: Tensor
     """(..., 2 * Dx), shift and scale of the final layer."""
+
+    @property
+    def by_frame(self) -> bool:
+        return self.final.ndim == 3
+
+    def of_frames(self, frames: list[int] | None) -> Modulation:
+        """Visual tokens modulated by these frames, one after the other; None leaves all as it is."""
+        if frames is None:
+            return self
+        blocks = tuple((x[:, frames], y) for x, y in self.blocks)
+        return Modulation(blocks, self.final[:, frames])
+
+
+class Share(Protocol):
+    """The tokens of a forward that are computed here, while others compute the rest: `parallel.sequence`."""
+
+    @property
+    def tokens(self) -> slice:
+        """Which ones."""
+        ...
+
+    @property
+    def frames(self) -> list[int] | None:
+        """The frame of each of the equal parts that they consist of, or None if nothing depends on frames."""
+        ...
+
+    def attention(self, attention: Attention) -> Attention:
+        """Attention over all tokens and the text, from q, k and v of these tokens and the text."""
+        ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Values (B, n, F) of these tokens to those of all, (B, N, F)."""
+        ...
+
+
+class TokenGroup(Protocol):
+    """Those who share the tokens of a forward: `parallel.sequence.TokenSplit`."""
+
+    def share(self, frames: int, per_frame: int, *, by_frame: bool = False) -> Share:
+        """This member's share of so many tokens; `by_frame` if modulations differ by frame."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -195,9 +236,12 @@ class AsymmDiT(nn.Module):
         *,
         attend: Attention = sdpa,
         run_block: RunBlock = run_block,
+        group: TokenGroup | None = None,
     ) -> Tensor:
         """Velocity from prepared conditioning, in the shape of `latents` (B, C, T, H, W), which have the model's dtype."""
-        (velocity,) = self.denoise_each(latents, [(text, modulation)], rope, attend=attend, run_blocks=[run_block])
+        (velocity,) = self.denoise_each(
+            latents, [(text, modulation)], rope, attend=attend, run_blocks=[run_block], group=group
+        )
         return velocity
 
     def denoise_each(
@@ -208,16 +252,24 @@ class AsymmDiT(nn.Module):
         *,
         attend: Attention = sdpa,
         run_blocks: Sequence[RunBlock] | None = None,
+        group: TokenGroup | None = None,
     ) -> list[Tensor]:
         """Velocities (B, C, T, H, W) under each condition, in one pass over the blocks; `latents` have the model's dtype.
 
         A block takes one condition after the other: its weights are needed once, and no prompt is padded to another's
         length. The residual streams are all that is held for every condition. `run_blocks` has one entry per condition.
+        With a `group`, all its members call this with the same arguments; each computes its share of the tokens, and gets all.
         """
         _, _, num_latents, height, width = latents.shape
         latents = pad_to_patches(latents, self.config.patch_size)
         rows = latents.shape[-2] // self.config.patch_size
         embedded = self.x_embedder(latents)  # (B, N, Dx)
+        share = None
+        if group is not None:
+            share = group.share(num_latents, len(rope.spatial), by_frame=conditions[0][1].by_frame)
+            embedded, rope = embedded[:, share.tokens].contiguous(), rope.part(share.tokens)  # (B, n, Dx)
+            conditions = [(text, modulation.of_frames(share.frames)) for text, modulation in conditions]
+            attend = share.attention(attend)
         streams: list[tuple[Tensor, Tensor]] = []  # (B, N, Dx), (B, L, Dy)
         for text, _ in conditions:
             streams.append((embedded, text.tokens))  # no comprehension: what it uses, Dynamo cannot delete
@@ -232,6 +284,7 @@ class AsymmDiT(nn.Module):
         velocities = []  # (B, C, T, H, W), padded
         for (x, _), (_, modulation) in zip(streams, conditions, strict=True):
             x = self.final_layer(x, modulation.final)  # (B, N, patch * patch * C)
+            x = x if share is None else share.gather(x)
             velocities.append(self._unpatchify(x, num_latents, rows)[..., :height, :width])
         return velocities
 

@@ -29,21 +29,36 @@ class Rope:
     """(T, heads, head_dim / 2, 2) float32."""
     spatial: Tensor
     """(rows * columns, heads, head_dim / 2, 2) float32."""
+    skipped: int = 0
+    """Tokens of the first frame that are left out."""
+    dropped: int = 0
+    """Tokens of the last frame that are left out."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.frames) * len(self.spatial) - self.skipped - self.dropped
+
+    def part(self, tokens: slice) -> Rope:
+        """The table of the tokens from `tokens.start` to `tokens.stop`."""
+        per_frame = len(self.spatial)
+        start, stop = self.skipped + tokens.start, self.skipped + tokens.stop
+        first, end = start // per_frame, -(-stop // per_frame)
+        return Rope(self.frames[first:end], self.spatial, start - first * per_frame, end * per_frame - stop)
 
     def chunks(self, tokens: int) -> Iterator[tuple[slice, Rope]]:
         """Which tokens, and their part of the table, in chunks of whole frames.
 
-        A chunk has at most `tokens` tokens, but at least one frame.
+        A chunk has at most `tokens` tokens, but at least one frame, or what there is of it.
         """
-        step = max(1, tokens // len(self.spatial))
-        for first in range(0, len(self.frames), step):
-            part = Rope(self.frames[first : first + step], self.spatial)
-            start = first * len(self.spatial)
-            yield slice(start, start + len(part.frames) * len(self.spatial)), part
+        step = max(1, tokens // len(self.spatial)) * len(self.spatial)
+        for start in range(-self.skipped, self.num_tokens, step):
+            some = slice(max(start, 0), min(start + step, self.num_tokens))
+            yield some, self.part(some)
 
     def table(self) -> Tensor:
         """The rotations of all tokens, (N, heads, head_dim / 2, 2)."""
-        return complex_mul(self.frames[:, None], self.spatial).flatten(0, 1)
+        frames = complex_mul(self.frames[:, None], self.spatial).flatten(0, 1)
+        return frames[self.skipped : self.skipped + self.num_tokens]
 
 
 def axis_positions(num_latents: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:

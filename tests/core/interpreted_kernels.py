@@ -205,22 +205,25 @@ def test_what_is_no_number_stays_none_in_fp8():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 32), (9, 12), (24, 128)])
-@pytest.mark.parametrize(("batch", "text_tokens"), [(2, 1), (1, 0)])
-def test_joint_heads(heads, head_dim, batch, text_tokens, dtype):
+@pytest.mark.parametrize(
+    ("batch", "text_tokens", "part"), [(2, 1, slice(0, 4)), (1, 0, slice(0, 4)), (1, 1, slice(1, 3))]
+)
+def test_joint_heads(heads, head_dim, batch, text_tokens, part, dtype):
+    """Also for some tokens alone, here the second of the first frame and the first of the second."""
     config = AsymmDiTConfig(hidden_size_x=heads * head_dim, hidden_size_y=heads * head_dim, num_heads=heads)
     attention = AsymmetricAttention(config, update_y=False, ops=torch.nn)
     norms = attention.q_norm_x, attention.k_norm_x, attention.q_norm_y, attention.k_norm_y
     for i, norm in enumerate(norms):
         norm.weight.copy_(1 + random(head_dim, seed=20 + i))
-    rope = rope_table(random(3, heads, head_dim // 2), 2, 2, 1)  # 2 frames of 2 tokens
+    rope = rope_table(random(3, heads, head_dim // 2), 2, 2, 1).part(part)  # of 2 frames of 2 tokens
     packed = 3 * heads * head_dim
-    visual, text = (streams(batch, tokens, packed, dtype, seed=tokens) for tokens in (4, text_tokens))
+    visual, text = (streams(batch, tokens, packed, dtype, seed=tokens) for tokens in (rope.num_tokens, text_tokens))
 
     def exact(visual, text):
         x, y = (packed.unflatten(-1, (3, heads, head_dim)) for packed in (visual, text))
         weights = [norm.weight.double() for norm in norms]
         t, s = (torch.view_as_complex(table.double()) for table in (rope.frames, rope.spatial))
-        turns = (t[:, None] * s).flatten(0, 1)  # (N, K, D / 2)
+        turns = (t[:, None] * s).flatten(0, 1)[part]  # (N, K, D / 2)
 
         def rotated(x):
             pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
@@ -304,7 +307,9 @@ def test_tensors_that_do_not_fit_are_refused():
         (kernels.modulated_norm, x, random(3, 96), 1e-6),
         (kernels.final_norm, x, row, random(2, 95), 1e-6),
         (kernels.gated_residual, x, x[:1], row, 1e-6),
-        (kernels.joint_heads, heads[0][:, :3], *heads[1:]),
+        (kernels.joint_heads, heads[0][:, :2], *heads[1:]),  # a frame less
+        (kernels.joint_heads, *heads, 1),  # a token more
+        (kernels.joint_heads, heads[0][:, :2], *heads[1:], 2),
         (kernels.joint_heads, *heads[:2], random(31), *heads[3:]),
         (kernels.norm_silu_pad, frame, frame, *(row,) * 4, 1e-6, True, True, frame),
     ]

@@ -36,6 +36,22 @@ def test_angles_are_exact_on_the_real_grid_in_any_module_dtype(dtype):
     assert seen == [(i * frame, min(i + 3, 28) * frame) for i in range(0, 28, 3)]
 
 
+def test_a_part_of_the_table_is_that_of_its_tokens():
+    dit = AsymmDiT(AsymmDiTConfig(depth=1, hidden_size_x=96, hidden_size_y=96, num_heads=3, text_width=64))
+    dit.pos_frequencies.data.normal_(generator=torch.Generator().manual_seed(0))
+    rope = dit.rope((1, 12, 4, 6, 10), torch.device("cpu"))  # 4 frames of 15 tokens
+    whole = rope.table()
+    for start, stop in ((0, 60), (0, 15), (7, 12), (14, 46), (15, 30), (59, 60)):
+        part = rope.part(slice(start, stop))
+        assert torch.equal(part.table(), whole[start:stop])
+        inner = slice((stop - start) // 3, stop - start)
+        assert torch.equal(part.part(inner).table(), whole[start:stop][inner])
+        for chunk in (1, 30, 100):
+            seen = [(tokens, table.table()) for tokens, table in part.chunks(chunk)]
+            assert torch.equal(torch.cat([table for _, table in seen]), whole[start:stop])
+            assert all(torch.equal(table, whole[start:stop][tokens]) for tokens, table in seen)
+
+
 def test_positions_cover_the_same_area_at_every_size():
     for rows, columns in ((30, 53), (8, 8), (7, 31)):
         _, h, w = axis_positions(1, rows, columns)

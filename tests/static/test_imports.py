@@ -16,6 +16,7 @@ FLOORS = (
     ("config", "dtypes", "geometry", "kernels", "mapped_files", "ops", "output_files", "shown"),
     ("quantization",),
     ("transformer", "autoencoder"),
+    ("parallel",),
     ("sampling", "checkpoints"),
     ("lora", "text_encoder", "io", "doctor"),
     ("pipeline",),

@@ -1,0 +1,78 @@
+"""A run that several members share: what they exchange, what they must have in common, and how it stops for all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..parallel.group import Group
+from ..parallel.plan import Members
+from ..transformer.model import AsymmDiT
+from .block_cache import BlockCache
+from .guidance import Velocities
+
+OnStep = Callable[[int, Tensor], bool | None]
+"""(step, latents after that step) -> True to stop the run."""
+
+
+def exchanged(velocities: Velocities, positive: int, group: Group, dtype: torch.dtype) -> Velocities:
+    """The velocities of two members, which have this dtype: the first one's are under the prompt, as many as `positive`."""
+
+    def of_both(latents: Tensor, step: int, count: int) -> list[Tensor]:
+        counts = min(count, positive), max(0, count - positive)
+        own = latents.new_empty(0, *latents.shape, dtype=dtype)
+        if works := counts[group.rank]:
+            own = torch.stack(velocities(latents, step, works))
+        return [*torch.cat(group.gather(own, [(number, *latents.shape) for number in counts]))]
+
+    return of_both
+
+
+def stopping_all(on_step: OnStep | None, members: Members) -> OnStep:
+    """`on_step` of this member, after which all stop if that of one says so."""
+    return lambda step, latents: members.any(bool(on_step is not None and on_step(step, latents)))
+
+
+@contextmanager
+def counted_together(cache: BlockCache | None, members: Members | None) -> Iterator[None]:
+    """Have a cache count the forwards of all conditions, those of other members too, as one device would."""
+    if cache is None or members is None:
+        yield
+        return
+    before = cache.forwards, cache.hits
+    yield
+    made = members.guidance.total(torch.tensor([cache.forwards - before[0], cache.hits - before[1]]))
+    cache.forwards, cache.hits = (old + new for old, new in zip(before, made.tolist(), strict=True))
+
+
+def facts(
+    dit: AsymmDiT,
+    state: Tensor,
+    sigmas: Tensor,
+    conditions: Sequence[tuple[Tensor, Tensor]],
+    guidance: object,
+    cache: BlockCache | None,
+) -> dict[str, str]:
+    """What all members of a run must have in common, as short texts."""
+    weights = {name: (tensor.shape, tensor.dtype) for name, tensor in dit.state_dict().items()}
+    return {
+        "the video has the shape": str(tuple(state.shape)),
+        "the noise has the checksum": _checksum(state),
+        "schedule and guidance have the checksum": _checksum(sigmas, str(guidance)),
+        "the prompts have the checksum": _checksum(*(tensor for condition in conditions for tensor in condition)),
+        "the transformer has the checksum": _checksum(dit.pos_frequencies, dit.x_embedder.proj.weight, str(weights)),
+        "the block cache is": "none" if cache is None else str((cache.method, cache.threshold, cache.start, cache.end)),
+    }
+
+
+def _checksum(*values: Tensor | str) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        digest.update(value.encode() if isinstance(value, str) else value)
+    return digest.hexdigest()[:12]

@@ -1,0 +1,268 @@
+"""One video on several devices, here processes or threads of one CPU: the same video, and no byte more than the formula says."""
+
+import re
+import sys
+import time
+
+import pytest
+import torch
+
+from mochi_core.parallel.group import Alone, Stopped, Threads
+from mochi_core.parallel.plan import Members, Plan, choose
+from mochi_core.parallel.sequence import shares, unit_of
+from mochi_core.sampling.given import Given
+from mochi_core.sampling.guidance import Guidance
+from tests.harness import parallel_runs
+from tests.harness.members import MemberPool
+
+# prompts' lengths, latent size (T, H, W), most tokens of a prompt
+SIZES = {
+    "75 tokens, 9 and 3 words": ([9, 3], (3, 9, 10), 16),
+    "77 tokens, 20 words": ([20], (7, 3, 22), 32),
+    "no word": ([0], (7, 3, 22), 16),
+    "two videos, 5 + 17 words": ([5, 17], (2, 6, 7), 17),
+    "two videos, 0 + 2 words": ([0, 2], (3, 5, 5), 16),
+    "257 words": ([256], (1, 9, 13), 256),
+    "1 word, odd sizes": ([1], (2, 9, 13), 16),
+}
+PLANS = ["ulysses=2", "ulysses=3", "ulysses=4", "ring=2", "ring=3", "ring=4", "ulysses=2,ring=2"]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with MemberPool(4) as members:
+        yield members
+
+
+def by_threads(count, name, *arguments, **options):
+    return Threads(count).run(lambda group: getattr(parallel_runs, name)(group, *arguments, **options))
+
+
+@pytest.fixture(params=["processes", "threads"])
+def run(request):
+    if request.param == "threads":
+        return by_threads
+    return request.getfixturevalue("pool").run
+
+
+def expected_bytes(plan, lengths, size, rank):
+    """What a member sends in a forward, in float32, by the formula."""
+    dit = parallel_runs.HEADS_24
+    plan, members = Plan.parse(plan), Plan.parse(plan).size
+    counts = shares(size[0] * -(-size[1] // 2) * -(-size[2] // 2), members)
+    u, r = plan.ulysses, plan.ring
+    here, own = counts[rank // u * u :][:u], counts[rank]
+    groups = [sum(counts[i : i + u]) for i in range(0, members, u)]
+    total, same = 0, len(set(lengths)) == 1
+    for words in [lengths[0]] if same else lengths:
+        videos = len(lengths) if same else 1
+        width, layers = dit.hidden_size_x * videos * 4, dit.depth
+        there = sum(here) - own
+        # q, k and v of own tokens for the heads of others; their tokens and the text, for the own heads.
+        total += layers * width * (3 * own * (u - 1) + there + words * (u - 1)) // u
+        sent = sum(groups) - groups[(rank // u + 1) % r] if r > 1 else 0
+        total += layers * width * 2 * sent // u
+    gathered = len(lengths) * 48 * 4
+    return total + gathered * (own * (u - 1) + groups[rank // u] * (r - 1))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("case", SIZES)
+def test_a_shared_forward_is_that_of_one_device(run, plan, case):
+    arguments = SIZES[case]
+    expected, _ = parallel_runs.denoise(None, plan, *arguments)
+    results = run(Plan.parse(plan).size, "denoise", plan, *arguments)
+    for rank, (velocity, sent) in enumerate(results):
+        assert torch.equal(velocity, results[0][0]), "members differ"
+        assert (velocity - expected).norm() / expected.norm() < 1e-6
+        assert sent == expected_bytes(plan, arguments[0], arguments[1], rank)
+
+
+@pytest.mark.parametrize("plan", ["ulysses=2", "ring=3", "ulysses=2,ring=2"])
+@pytest.mark.parametrize("size", [(3, 6, 10), (2, 5, 9)], ids=str)
+def test_noise_levels_by_frame(run, plan, size):
+    """Also where a member's tokens begin and end within a frame."""
+    arguments = [5, 17], size, 17, [0.0, 1.0, 0.4][: size[0]]
+    expected, _ = parallel_runs.denoise(None, plan, *arguments)
+    for velocity, _ in run(Plan.parse(plan).size, "denoise", plan, *arguments):
+        assert (velocity - expected).norm() / expected.norm() < 1e-6
+
+
+def test_shares():
+    assert shares(77, 4) == [20, 19, 19, 19]
+    with pytest.raises(ValueError, match=r"^3 tokens cannot be shared out to 4 members; use fewer of them\.$"):
+        shares(3, 4)
+    # 28 latent frames of 848 x 480 over 2, 4, 8 and 3; 5 over 4.
+    assert [unit_of(28, 1590, members) for members in (2, 4, 8, 3)] == [1590, 1590, 795, 1590 // 2]
+    assert unit_of(5, 1590, 4) == 106
+
+
+PARTLY = [4.5, 1, 4.5, 1, 3.0]
+RUNS = [
+    (plan, scales)
+    for plan in ("guidance=2", "guidance=2,ring=2", "guidance=2,ulysses=2", "ulysses=2")
+    for scales in (4.5, PARTLY, 1)
+    if scales != 1 or "guidance" not in plan
+]
+
+
+@pytest.mark.parametrize(("plan", "scales"), RUNS, ids=str)
+def test_a_shared_run_is_that_of_one_device(run, plan, scales):
+    expected, _, _ = parallel_runs.run(None, plan, scales=scales)
+    results = run(Plan.parse(plan).size, "run", plan, scales=scales)
+    for video, _, _ in results:
+        assert torch.equal(video, expected) or "ring" in plan
+        assert (video - expected).norm() / expected.norm() < 1e-6
+
+
+GUIDANCE = {
+    "skip": Guidance(skip_blocks=(1,)),
+    "nag": Guidance(nag_scale=5.0),
+    "all": Guidance(skip_blocks=(1,), cfg_zero=True, nag_scale=5.0),
+}
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+@pytest.mark.parametrize("plan", ["guidance=2", "ulysses=3"])
+def test_other_guidance_is_shared_too(run, plan, guidance):
+    expected, _, _ = parallel_runs.run(None, plan, scales=PARTLY, guidance=GUIDANCE[guidance])
+    for video, _, _ in run(Plan.parse(plan).size, "run", plan, scales=PARTLY, guidance=GUIDANCE[guidance]):
+        assert torch.equal(video, expected)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("plan", ["guidance=2,ulysses=2", "ulysses=3"])
+def test_given_frames(run, plan, held):
+    clean = torch.randn(1, 12, 3, 6, 10, generator=torch.Generator().manual_seed(8))
+    given = Given(clean, torch.tensor([0.0, 1.0, 0.4]), held)
+    expected, _, _ = parallel_runs.run(None, plan, given=given)
+    assert torch.equal(expected[:, :, 0], clean[:, :, 0]) or held
+    for video, _, _ in run(Plan.parse(plan).size, "run", plan, given=given):
+        assert (video - expected).norm() / expected.norm() < 1e-6
+
+
+@pytest.mark.parametrize("plan", ["guidance=2,ulysses=2", "ulysses=2"])
+def test_one_member_stops_all_after_the_same_step(run, plan):
+    expected, _, _ = parallel_runs.run(None, plan, stop=2)
+    for video, _, steps in run(Plan.parse(plan).size, "run", plan, stop=2):
+        assert torch.equal(video, expected)
+        assert steps == [0, 1, 2]
+
+
+CACHES = [("first_block", 0.8), ("teacache", 0.3)]
+
+
+@pytest.mark.parametrize("plan", ["guidance=2", "guidance=2,ulysses=2", "ulysses=3"])
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_members_decide_about_the_cache_together(run, plan, cache):
+    options = {"cache": cache, "scales": PARTLY}
+    expected, (forwards, hits), _ = parallel_runs.run(None, plan, **options)
+    assert 0 < hits < forwards
+    for video, counted, _ in run(Plan.parse(plan).size, "run", plan, **options):
+        assert (video - expected).norm() / expected.norm() < 1e-6
+        assert counted == (forwards, hits)
+
+
+def test_decisions_that_differ_are_an_error(pool):
+    start = time.monotonic()
+    said = pool.run(2, "run_with_a_bent_decision", "ulysses=2")
+    assert time.monotonic() - start < 8
+    sentence = "Members decided differently about the block cache; give all of them the same cache and video."
+    assert said == [f"RuntimeError: {sentence}"] * 2
+
+
+def test_members_with_other_arguments_are_refused(pool):
+    sentence = r"ValueError: Members differ: schedule and guidance have the checksum \w+ on member 0, \w+ on member 1\."
+    for said in pool.run(2, "run_with_own_scales", "guidance=2"):
+        assert re.fullmatch(sentence, said)
+
+
+PLANNED = {
+    (1, True, True): "guidance=1",
+    (2, True, True): "guidance=2",
+    (2, False, True): "ulysses=2",
+    (3, True, True): "ulysses=3",
+    (4, True, True): "guidance=2, ulysses=2",
+    (4, True, False): "guidance=2, ring=2",
+    (5, True, True): "ring=5",
+    (8, True, True): "guidance=2, ulysses=4",
+    (8, False, True): "ulysses=8",
+    (16, True, True): "guidance=2, ulysses=8",
+    (32, True, True): "guidance=2, ulysses=8, ring=2",
+    (48, True, True): "guidance=2, ulysses=24",
+}
+
+
+def test_plans_are_chosen():
+    for (members, guided, peers), plan in PLANNED.items():
+        chosen = choose(members, guided=guided, peers=peers)
+        assert str(chosen) == plan
+        assert Plan.parse(plan) == chosen
+        chosen.check(members)
+
+
+REFUSED = {
+    (6, "guidance=2,ulysses=4"): "6 GPUs: guidance=2 x ulysses=4 needs 8; use --parallel auto (guidance=2, ulysses=3).",
+    (5, "ulysses=5"): "ulysses=5 does not divide Mochi's 24 heads; use 1, 2, 3, 4, 6, 8, 12 or 24, or ring=5.",
+    (3, "guidance=3"): "guidance=3 is no plan; guidance is 1 or 2, ulysses and ring are 1 or more.",
+    (
+        2,
+        "guidance=two",
+    ): "'guidance=two' is no plan; use auto, or one such as guidance=2,ulysses=4 or guidance=2,ring=2.",
+    (
+        1,
+        "ring=1,heads=2",
+    ): "'ring=1,heads=2' is no plan; use auto, or one such as guidance=2,ulysses=4 or guidance=2,ring=2.",
+}
+
+
+@pytest.mark.parametrize(("members", "plan"), REFUSED)
+def test_plans_that_do_not_fit_are_refused(members, plan):
+    with pytest.raises(ValueError, match=re.escape(REFUSED[members, plan])):
+        Plan.parse(plan).check(members)
+    with pytest.raises(
+        ValueError, match=r"^guidance=2 is for steps with guidance, and there are none; .*\(ulysses=2\)\.$"
+    ):
+        Plan(guidance=2).check(2, guided=False)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("broken"), KeyboardInterrupt(), torch.OutOfMemoryError("out of memory")], ids=repr
+)
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_ends_one_thread_ends_all(count, error):
+    ended = []
+
+    def work(group):
+        try:
+            for turn in range(100):
+                if turn == 3 and group.rank == 1:
+                    raise error
+                group.total(torch.ones(2))
+        finally:
+            ended.append((group.rank, sys.exc_info()[0]))
+
+    start = time.monotonic()
+    with pytest.raises(type(error)) as raised:
+        Threads(count).run(work)
+    assert raised.value is error
+    assert time.monotonic() - start < 2
+    assert sorted(ended) == [(rank, type(error) if rank == 1 else Stopped) for rank in range(count)]
+
+
+def test_groups_in_a_grid():
+    def work(group):
+        guidance, ring, ulysses = group.grid(2, 2, 2)
+        seen = [axis.total(torch.tensor(group.rank)).item() for axis in (guidance, ring, ulysses)]
+        return seen, (guidance.rank, ring.rank, ulysses.rank), group.broadcast(torch.tensor(group.rank), 3).item()
+
+    for rank, (seen, places, third) in enumerate(Threads(8).run(work)):
+        assert places == (rank // 4, rank // 2 % 2, rank % 2)
+        assert seen == [2 * (rank % 4) + 4, 2 * rank + 2 - 4 * places[1], 2 * rank + 1 - 2 * places[2]]
+        assert third == 3
+
+
+def test_a_group_of_one_gives_what_it_gets():
+    group, x = Alone(), torch.arange(3)
+    assert torch.equal(group.total(x), x) and torch.equal(group.gather(x)[0], x) and group.sent == 0
+    assert Members.of(group, Plan()).tokens.size == 1
