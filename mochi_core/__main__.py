@@ -7,41 +7,34 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
+from torch import Tensor
 from tqdm import tqdm
 
 from .autoencoder.model import AsymmVAE
 from .autoencoder.streaming import GIB, OutOfMemory
-from .checkpoints import load_transformer, load_vae
+from .checkpoints import load_vae
 from .checkpoints.convert import KEEP, LAYOUTS, TARGET_DTYPES, plan_conversion, write_conversion
 from .checkpoints.inspect import inspect as inspect_file
 from .checkpoints.inspect import render
-from .checkpoints.names.detect import FRAME_LEVELS_CHOICES, PARTS
+from .checkpoints.names.detect import PARTS
 from .doctor import examine
 from .doctor import render as render_report
 from .dtypes import DTYPES
-from .geometry import FPS, VideoSize, seconds_to_frames
-from .io.latent_files import load_latents, save_latents
-from .io.read_frames import read_frames, read_image
-from .io.video import save_video, to_unit_range, video_file
-from .lora import load_lora
+from .generate import (
+    add_decoder,
+    add_models,
+    add_settings,
+    default_device,
+    load_pipeline,
+    make_file,
+    pipeline_arguments,
+)
+from .io.latent_files import load_latents
+from .io.video import to_unit_range, video_file
 from .output_files import check_writable
-from .pipeline import MochiPipeline
-from .quantization.weights import QUANTIZERS
-from .sampling.block_cache import METHODS, BlockCache
-from .sampling.guidance import Guidance
-from .sampling.image_to_video import KEEP_FRAMES, kept_frames
-from .sampling.schedule import check_guidance, linear_quadratic_schedule
 from .shown import sentence
-from .text_encoder import load_text_encoder
-from .transformer.attention import ATTENTIONS, choose_attention
-
-LATENT_SUFFIXES = (".latent", ".safetensors")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,84 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def generate(options: argparse.Namespace) -> None:
     check_writable(options.output)  # before anything is loaded, as the next
-    choose_attention(options.attention, options.device, DTYPES[options.dtype])
-    frames = options.frames if options.seconds is None else seconds_to_frames(options.seconds)
-    size = VideoSize(options.height, options.width, frames)
-    sigmas = linear_quadratic_schedule(options.steps, options.threshold_noise, options.linear_steps)
-    check_guidance("guidance", options.guidance)
-    guidance = Guidance(tuple(options.skip_block), options.skip_scale, options.cfg_zero, options.nag)
-    given = given_frames(options, size)
-    home = "cpu" if options.offload else options.device
-    text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
-    frame_levels = FRAME_LEVELS_CHOICES[options.frame_levels]
-    dtype = DTYPES[options.dtype]
-    transformer = load_transformer(options.transformer, dtype, home, options.quantize, frame_levels=frame_levels)
-    guidance.check_depth(transformer.config.depth)
-    for path, strength in options.lora:
-        load_lora(transformer, path, strength)
-    if options.compile:
-        transformer.compile_blocks()
-    pipe = MochiPipeline(
-        transformer,
-        load_vae(options.vae, DTYPES[options.vae_dtype], home),
-        text_encoder,
-        offload=options.offload,
-        device=options.device,
-        attention=options.attention,
-    )
-    as_latents = options.output.suffix in LATENT_SUFFIXES
+    arguments = pipeline_arguments(options)
+    pipe = load_pipeline(options)
     with tqdm(total=options.steps, unit="step") as bar:
-        result = pipe(
-            options.prompt,
-            options.negative_prompt,
-            height=size.height,
-            width=size.width,
-            num_frames=size.num_frames,
-            guidance_scale=options.guidance,
-            seed=options.seed,
-            sigmas=sigmas,
-            output_type="latent" if as_latents else "np",
-            on_step=lambda *_: bool(bar.update() and False),
-            cache=options.cache,
-            guidance=guidance,
-            **given,
-        )
+        make_file(pipe, arguments, options.output, options.fps, bar.update)
     if options.cache is not None:
         print(options.cache.report(), file=sys.stderr)
-    if as_latents:
-        save_latents(result, options.output)
-    else:
-        save_video(joined(given.get("video"), result[0], options.keep), options.output, options.fps)
     print(options.output)
-
-
-def given_frames(options: argparse.Namespace, size: VideoSize) -> dict[str, Any]:
-    """The files that a video is made from, as arguments of `MochiPipeline`; ValueError if one cannot be read."""
-    if options.image and options.video:
-        raise ValueError("--image and --video are both given; a video begins with one of them.")
-    given: dict[str, Any] = {"keep": options.keep, "start_noise": options.start_noise, "end_noise": options.end_noise}
-    read = {
-        "image": read_image,
-        "last_image": read_image,
-        "video": lambda path: read_frames(path, size.height, size.width),
-    }
-    for name, reader in read.items():
-        if path := getattr(options, name):
-            try:
-                given[name] = reader(path)
-            except ValueError as error:
-                raise ValueError(f"{path.name} cannot be used: {error}") from error
-    return given
-
-
-def joined(
-    video: NDArray[np.uint8] | None, continued: NDArray[np.float32], keep: int
-) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """A given video (F, H, W, 3) and the frames that continue it, which begin with its last ones."""
-    if video is None:
-        return continued
-    new = continued[kept_frames(len(video), keep) :]
-    return np.concatenate([video, (new * 255).round().astype(np.uint8)])
 
 
 def decode(options: argparse.Namespace) -> None:
@@ -149,7 +71,7 @@ def decode(options: argparse.Namespace) -> None:
         print(output)
 
 
-def decode_to_file(vae: AsymmVAE, latents: torch.Tensor, output: Path, options: argparse.Namespace) -> None:
+def decode_to_file(vae: AsymmVAE, latents: Tensor, output: Path, options: argparse.Namespace) -> None:
     """Decode latents (1, 12, T, H, W) into a video file a few frames at a time, so that memory does not grow with its length."""
     with (
         tqdm(total=vae.decoded_shape(latents.shape)[2], unit="frame") as bar,
@@ -228,65 +150,11 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
     command.set_defaults(run=generate)
-    add("--transformer", required=True, type=Path, help="e.g. mochi_preview_bf16.safetensors, or a diffusers folder")
-    add("--t5", required=True, type=Path, help="e.g. t5xxl_fp16.safetensors, or a text_encoder folder")
-    add("--tokenizer", type=Path, help="folder with T5's tokenizer.json (default: looked for beside --t5)")
-    add("--lora", type=lora_option, action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
-    add("--prompt", required=True)
-    add("--negative-prompt", default="")
-    add(
-        "--image",
-        type=Path,
-        help="image that the video begins with; without weights such as Pusa's, by inpainting in time",
-    )
-    add("--last-image", type=Path, help="image that the video ends with, for 6 frames")
-    add("--video", type=Path, help="video to continue, from its last frames on; both are written")
-    add(
-        "--keep", type=int, default=KEEP_FRAMES, help="6k + 1 frames of --video to continue from (default: %(default)s)"
-    )
-    noise = "0 keeps the {} as given, 1 makes them anew; Pusa's authors use 0 to 0.4 (default: %(default)s)"
-    add("--start-noise", type=float, default=0.0, help=noise.format("frames at the beginning"))
-    add("--end-noise", type=float, default=0.0, help=noise.format("frames at the end"))
-    levels = (
-        "whether the transformer was trained with a noise level of each frame (default: %(default)s, by file and name)"
-    )
-    add("--frame-levels", choices=FRAME_LEVELS_CHOICES, default="auto", help=levels)
-    add("--height", type=int, default=480, help="pixels, a multiple of 16 (default: %(default)s)")
-    add("--width", type=int, default=848, help="pixels, a multiple of 16 (default: %(default)s)")
-    add("--frames", type=int, default=163, help="6k + 1 (default: %(default)s)")
-    add("--seconds", type=float, help=f"instead of --frames, at {FPS} a second")
-    add("--steps", type=int, default=64, help="(default: %(default)s)")
-    add("--threshold-noise", type=float, default=0.025, help="noise removed by the linear steps (default: %(default)s)")
-    add("--linear-steps", type=int, help="(default: half of the steps)")
-    add("--guidance", type=float, default=4.5, help="classifier-free guidance scale; 1 is off (default: %(default)s)")
-    skip = "skip-layer guidance: go away from what the transformer makes without this block, e.g. 34; may be repeated"
-    add("--skip-block", type=int, action="append", default=[], metavar="N", help=skip)
-    add("--skip-scale", type=float, default=1.0, help="how far (default: %(default)s)")
-    add("--cfg-zero", action="store_true", help="guidance is CFG-Zero*, which leaves out the first 4 %% of the steps")
-    nag = "lead attention away from the negative prompt, too, for models that want --guidance 1 (default: off; alone: %(const)s)"
-    add("--nag", type=float, nargs="?", const=5.0, default=1.0, metavar="SCALE", help=nag)
-    add(
-        "--cache",
-        type=cache_option,
-        metavar="METHOD:THRESHOLD",
-        help=f"leave out blocks where little changes, which changes the result; {' or '.join(METHODS)}, e.g. teacache:0.06",
-    )
-    add("--seed", type=int, default=0)
-    add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
-    quantize = "keep the matrices of the transformer in 8 or 4 bits; fp8_rowwise multiplies in fp8, too (all change the result)"
-    add("--quantize", choices=QUANTIZERS, help=quantize)
-    compiled = (
-        "have the operations of the transformer's blocks fused by torch.compile, in place of our own kernels on a GPU"
-    )
-    add("--compile", action="store_true", help=compiled)
-    add("--attention", choices=ATTENTIONS, default="auto", help="auto: the fastest exact one (default: %(default)s)")
-    add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
-    offload = (
-        "keep only the model at work on the device; with stream, of the transformer only blocks, and T5 on the CPU"
-    )
-    add("--offload", nargs="?", const=True, default=False, choices=["stream"], help=offload)
+    add_models(command)
+    command.add_argument("--prompt", required=True)
+    add_settings(command)
+    add_decoder(command)
     _add_output(command, "mp4 file, or .latent or .safetensors file for latents to decode later")
 
 
@@ -296,21 +164,12 @@ def _add_decode(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--memory-limit", type=gibibytes, metavar="GIB", help="besides the weights (default, and 0: what is free)"
     )
+    add_decoder(command)
     _add_output(command, "mp4 file; of several videos, each is numbered")
 
 
 def _add_output(command: argparse.ArgumentParser, what: str) -> None:
-    """Add the options of commands that make a video; `what` describes the output file."""
-    add = command.add_argument
-    add("--vae", required=True, type=Path, nargs="+", help="e.g. mochi_vae.safetensors, or decoder.safetensors")
-    add("--vae-dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
-    add("--device", default=default_device(), help="(default: %(default)s)")
-    add("--fps", type=int, default=FPS, help="(default: %(default)s)")
-    add("-o", "--output", type=Path, default=Path("mochi.mp4"), help=f"{what} (default: %(default)s)")
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    command.add_argument("-o", "--output", type=Path, default=Path("mochi.mp4"), help=f"{what} (default: %(default)s)")
 
 
 def gibibytes(text: str) -> int | None:
@@ -320,24 +179,6 @@ def gibibytes(text: str) -> int | None:
             f"{text} is no amount of memory; use 0 for what is free, or a number such as 8."
         )
     return round(float(text) * GIB) or None
-
-
-def cache_option(text: str) -> BlockCache:
-    """METHOD:THRESHOLD to a cache."""
-    method, _, threshold = text.partition(":")
-    try:
-        return BlockCache(method, float(threshold))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
-
-
-def lora_option(text: str) -> tuple[str, float]:
-    """FILE or FILE:STRENGTH to both; a colon without a number after it belongs to the file, as in C:\\a.safetensors."""
-    path, _, strength = text.rpartition(":")
-    try:
-        return (path, float(strength)) if path else (text, 1.0)
-    except ValueError:
-        return text, 1.0
 
 
 if __name__ == "__main__":

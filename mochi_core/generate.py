@@ -1,0 +1,218 @@
+"""From the options of a shell to a video file: what `generate` and `farm` have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .checkpoints import load_transformer, load_vae
+from .checkpoints.names.detect import FRAME_LEVELS_CHOICES
+from .dtypes import DTYPES
+from .geometry import FPS, VideoSize, seconds_to_frames
+from .io.latent_files import save_latents
+from .io.read_frames import read_frames, read_image
+from .io.video import save_video
+from .lora import load_lora
+from .pipeline import MochiPipeline
+from .quantization.weights import QUANTIZERS
+from .sampling.block_cache import METHODS, BlockCache
+from .sampling.guidance import Guidance
+from .sampling.image_to_video import KEEP_FRAMES, kept_frames
+from .sampling.schedule import check_guidance, linear_quadratic_schedule
+from .text_encoder import load_text_encoder
+from .transformer.attention import ATTENTIONS, choose_attention
+
+LATENT_SUFFIXES = (".latent", ".safetensors")
+
+
+def pipeline_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What a prompt and its settings say, as arguments of `MochiPipeline`.
+
+    Raises:
+        ValueError: something that Mochi cannot make, or a file that cannot be read.
+    """
+    frames = options.frames if options.seconds is None else seconds_to_frames(options.seconds)
+    size = VideoSize(options.height, options.width, frames)
+    check_guidance("guidance", options.guidance)
+    return {
+        "prompt": options.prompt,
+        "negative_prompt": options.negative_prompt,
+        "height": size.height,
+        "width": size.width,
+        "num_frames": size.num_frames,
+        "guidance_scale": options.guidance,
+        "seed": options.seed,
+        "sigmas": linear_quadratic_schedule(options.steps, options.threshold_noise, options.linear_steps),
+        "cache": options.cache,
+        "guidance": Guidance(tuple(options.skip_block), options.skip_scale, options.cfg_zero, options.nag),
+        **given_frames(options, size),
+    }
+
+
+def given_frames(options: argparse.Namespace, size: VideoSize) -> dict[str, Any]:
+    """The files that a video is made from, as arguments of `MochiPipeline`; ValueError if one cannot be read."""
+    if options.image and options.video:
+        raise ValueError("--image and --video are both given; a video begins with one of them.")
+    given: dict[str, Any] = {"keep": options.keep, "start_noise": options.start_noise, "end_noise": options.end_noise}
+    read = {
+        "image": read_image,
+        "last_image": read_image,
+        "video": lambda path: read_frames(path, size.height, size.width),
+    }
+    for name, reader in read.items():
+        if path := getattr(options, name):
+            try:
+                given[name] = reader(path)
+            except ValueError as error:
+                raise ValueError(f"{path.name} cannot be used: {error}") from error
+    return given
+
+
+def load_pipeline(options: argparse.Namespace) -> MochiPipeline:
+    """The models, and the LoRAs.
+
+    Raises:
+        ValueError, OSError: a file that cannot be used, or an attention that the device does not have.
+    """
+    dtype, home = DTYPES[options.dtype], "cpu" if options.offload else options.device
+    choose_attention(options.attention, options.device, dtype)  # before anything is loaded
+    text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
+    frame_levels = FRAME_LEVELS_CHOICES[options.frame_levels]
+    transformer = load_transformer(options.transformer, dtype, home, options.quantize, frame_levels=frame_levels)
+    for path, strength in options.lora:
+        load_lora(transformer, path, strength)
+    if options.compile:
+        transformer.compile_blocks()
+    return MochiPipeline(
+        transformer,
+        load_vae(options.vae, DTYPES[options.vae_dtype], home),
+        text_encoder,
+        offload=options.offload,
+        device=options.device,
+        attention=options.attention,
+    )
+
+
+def make_file(
+    pipe: MochiPipeline, arguments: dict[str, Any], output: Path, fps: int, on_step: Callable[[], object]
+) -> None:
+    """Make a video, or latents if the name of the file says so, from what `pipeline_arguments` gives."""
+    as_latents = output.suffix in LATENT_SUFFIXES
+    result = pipe(**arguments, output_type="latent" if as_latents else "np", on_step=lambda *_: on_step() and False)
+    if as_latents:
+        save_latents(result, output)
+    else:
+        save_video(joined(arguments.get("video"), result[0], arguments["keep"]), output, fps)
+
+
+def joined(
+    video: NDArray[np.uint8] | None, continued: NDArray[np.float32], keep: int
+) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """A given video (F, H, W, 3) and the frames that continue it, which begin with its last ones."""
+    if video is None:
+        return continued
+    new = continued[kept_frames(len(video), keep) :]
+    return np.concatenate([video, (new * 255).round().astype(np.uint8)])
+
+
+def add_models(command: argparse.ArgumentParser) -> None:
+    """Add the options of transformer and text encoder."""
+    add = command.add_argument
+    add("--transformer", required=True, type=Path, help="e.g. mochi_preview_bf16.safetensors, or a diffusers folder")
+    add("--t5", required=True, type=Path, help="e.g. t5xxl_fp16.safetensors, or a text_encoder folder")
+    add("--tokenizer", type=Path, help="folder with T5's tokenizer.json (default: looked for beside --t5)")
+    add("--lora", type=lora_option, action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
+    levels = (
+        "whether the transformer was trained with a noise level of each frame (default: %(default)s, by file and name)"
+    )
+    add("--frame-levels", choices=FRAME_LEVELS_CHOICES, default="auto", help=levels)
+    add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
+    quantize = "keep the matrices of the transformer in 8 or 4 bits; fp8_rowwise multiplies in fp8, too (all change the result)"
+    add("--quantize", choices=QUANTIZERS, help=quantize)
+    compiled = (
+        "have the operations of the transformer's blocks fused by torch.compile, in place of our own kernels on a GPU"
+    )
+    add("--compile", action="store_true", help=compiled)
+    add("--attention", choices=ATTENTIONS, default="auto", help="auto: the fastest exact one (default: %(default)s)")
+    add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
+    offload = (
+        "keep only the model at work on the device; with stream, of the transformer only blocks, and T5 on the CPU"
+    )
+    add("--offload", nargs="?", const=True, default=False, choices=["stream"], help=offload)
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """Add what may differ from one video to the next, besides the prompt."""
+    add = command.add_argument
+    add("--negative-prompt", default="")
+    add(
+        "--image",
+        type=Path,
+        help="image that the video begins with; without weights such as Pusa's, by inpainting in time",
+    )
+    add("--last-image", type=Path, help="image that the video ends with, for 6 frames")
+    add("--video", type=Path, help="video to continue, from its last frames on; both are written")
+    add(
+        "--keep", type=int, default=KEEP_FRAMES, help="6k + 1 frames of --video to continue from (default: %(default)s)"
+    )
+    noise = "0 keeps the {} as given, 1 makes them anew; Pusa's authors use 0 to 0.4 (default: %(default)s)"
+    add("--start-noise", type=float, default=0.0, help=noise.format("frames at the beginning"))
+    add("--end-noise", type=float, default=0.0, help=noise.format("frames at the end"))
+    add("--height", type=int, default=480, help="pixels, a multiple of 16 (default: %(default)s)")
+    add("--width", type=int, default=848, help="pixels, a multiple of 16 (default: %(default)s)")
+    add("--frames", type=int, default=163, help="6k + 1 (default: %(default)s)")
+    add("--seconds", type=float, help=f"instead of --frames, at {FPS} a second")
+    add("--steps", type=int, default=64, help="(default: %(default)s)")
+    add("--threshold-noise", type=float, default=0.025, help="noise removed by the linear steps (default: %(default)s)")
+    add("--linear-steps", type=int, help="(default: half of the steps)")
+    add("--guidance", type=float, default=4.5, help="classifier-free guidance scale; 1 is off (default: %(default)s)")
+    skip = "skip-layer guidance: go away from what the transformer makes without this block, e.g. 34; may be repeated"
+    add("--skip-block", type=int, action="append", default=[], metavar="N", help=skip)
+    add("--skip-scale", type=float, default=1.0, help="how far (default: %(default)s)")
+    add("--cfg-zero", action="store_true", help="guidance is CFG-Zero*, which leaves out the first 4 %% of the steps")
+    nag = "lead attention away from the negative prompt, too, for models that want --guidance 1 (default: off; alone: %(const)s)"
+    add("--nag", type=float, nargs="?", const=5.0, default=1.0, metavar="SCALE", help=nag)
+    add(
+        "--cache",
+        type=cache_option,
+        metavar="METHOD:THRESHOLD",
+        help=f"leave out blocks where little changes, which changes the result; {' or '.join(METHODS)}, e.g. teacache:0.06",
+    )
+    add("--seed", type=int, default=0)
+
+
+def add_decoder(command: argparse.ArgumentParser) -> None:
+    """Add the options of commands that make a video of latents."""
+    add = command.add_argument
+    add("--vae", required=True, type=Path, nargs="+", help="e.g. mochi_vae.safetensors, or decoder.safetensors")
+    add("--vae-dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
+    add("--device", default=default_device(), help="(default: %(default)s)")
+    add("--fps", type=int, default=FPS, help="(default: %(default)s)")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def cache_option(text: str) -> BlockCache:
+    """METHOD:THRESHOLD to a cache."""
+    method, _, threshold = text.partition(":")
+    try:
+        return BlockCache(method, float(threshold))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+def lora_option(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH to both; a colon without a number after it belongs to the file, as in C:\\a.safetensors."""
+    path, _, strength = text.rpartition(":")
+    try:
+        return (path, float(strength)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
