@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from .our_nodes import AFTER_SEED, NEW_NODES
-from .tables import CLIP_LOADERS, DROPPED, LEFT, PASSES_ALL_ON, PASSES_ON, REMOVED, SENDERS, Part, ReplacementRule
+from .tables import CLIP_LOADERS, DROPPED, PASSES_ALL_ON, PASSES_ON, REMOVED, SENDERS, Part, ReplacementRule
 
 NodeId: TypeAlias = int | str
 Nodes: TypeAlias = dict[NodeId, "Node"]
@@ -98,7 +98,7 @@ def convert(nodes: Nodes, rules: Rules, new_id: Callable[[], NodeId]) -> list[st
     `new_id` gives the id of a node that an old one becomes besides the first.
     """
     notes = _use_mochi_clip(nodes, rules)
-    notes += _shorten_clip_links(nodes)
+    notes += _shorten_links(nodes)
     moved: dict[tuple[NodeId, NodeId], Link] = {}  # from an old node's output to a new one's
     for key, rule in rules.items():
         notes += _replace(nodes, nodes[key], rule, moved, new_id)
@@ -110,8 +110,7 @@ def convert(nodes: Nodes, rules: Rules, new_id: Callable[[], NodeId]) -> list[st
                 notes.append(_cut(nodes, node, name, removed[link.origin]))
             elif new := moved.get((link.origin, link.slot)):
                 node.links[name] = Link(new.origin, new.slot, link.number)
-    left = [node for node in nodes.values() if node.type in LEFT]
-    return notes + [f"{node.label} stays as it is; there is no counterpart to it here." for node in left]
+    return notes
 
 
 def _cut(nodes: Nodes, node: Node, name: str, removed: Node) -> str:
@@ -176,8 +175,8 @@ def passes_on(nodes: Nodes) -> list[tuple[Node, str]]:
     ]
 
 
-def _shorten_clip_links(nodes: Nodes) -> list[str]:
-    """Link what used MochiTextEncode's second output, its CLIP, to the CLIP's source: T5 Encode has no such output."""
+def _shorten_links(nodes: Nodes) -> list[str]:
+    """Link what used an output that only passes an input on to that input's source: the new nodes have no such outputs."""
     notes: list[str] = []
     source = sources(nodes)
     for node, name in passes_on(nodes):
@@ -186,7 +185,7 @@ def _shorten_clip_links(nodes: Nodes) -> list[str]:
             node.links[name] = Link(found.origin, found.slot, link.number)
         else:
             del node.links[name]
-            notes.append(f"{node.label} has lost the link to {name}, which came from no CLIP.")
+            notes.append(f"{node.label} has lost the link to {name}, which came from nothing.")
     return notes
 
 

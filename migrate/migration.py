@@ -1,4 +1,4 @@
-"""Convert a workflow: nodes of MochiWrapper and, if asked for, of ComfyUI's built-in Mochi become nodes of this pack."""
+"""Convert a workflow: nodes of MochiWrapper and MochiEdit and, if asked for, of ComfyUI's built-in Mochi become ours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from . import api, editor
 from .graph import NodeId, Nodes, Rules, convert, passes_on
 from .stock import LATENT, has_mochi, stock_rules
-from .tables import LEFT, REMOVED, WRAPPER
+from .tables import REMOVED, WRAPPER
 
 STOCK_HINT = "The nodes for ComfyUI's built-in Mochi stay as they are, and work; --stock puts ours in their place."
 
@@ -63,7 +63,7 @@ def migrate_prompt(prompt: api.Prompt, *, stock: bool = False, runs: Collection[
     """
     nodes = api.read(prompt)
     for node in nodes.values():
-        if node.type in runs and (node.type in WRAPPER or node.type in REMOVED or node.type in LEFT):
+        if node.type in runs and (node.type in WRAPPER or node.type in REMOVED):
             node.type = ""  # no rule is for it
     notes = _convert([nodes], map(str, _ids_above(prompt)), stock, [])
     return Migration(api.write(prompt, nodes), notes)

@@ -39,6 +39,7 @@ NEW_NODES = {
             "negative": "CONDITIONING",
             "latent": "LATENT",
             "sigmas": "SIGMAS",
+            "sampler": "SAMPLER",
         },
         {
             "width": 848,
@@ -52,7 +53,13 @@ NEW_NODES = {
             "denoise": 1.0,
         },
         "LATENT",
-        ("latent", "sigmas"),
+        ("latent", "sigmas", "sampler"),
+    ),
+    "Mochi1Invert": NewNode({}, {"gamma": 0.0, "seed": 0, AFTER_SEED: "fixed"}, "SAMPLER"),
+    "Mochi1RFEdit": NewNode(
+        {"latent": "LATENT"},
+        {"eta": 0.8, "start": 1.0, "end": 0.8, "trend": "constant", "start_step": 0, "end_step": 0},
+        "SAMPLER",
     ),
     "Mochi1TiledVAEDecode": NewNode({"samples": "LATENT", "vae": "VAE"}, {"memory": 0.0}, "IMAGE"),
     "Mochi1VAEEncode": NewNode({"pixels": "IMAGE", "vae": "VAE", "mask": "MASK"}, {}, "LATENT", ("mask",)),

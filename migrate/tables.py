@@ -1,4 +1,7 @@
-"""What old nodes become: rules for the nodes of MochiWrapper and for ComfyUI's own, as data."""
+"""What old nodes become: rules for the nodes of MochiWrapper, of MochiEdit and for ComfyUI's own, as data.
+
+Facts on MochiEdit: logtd/ComfyUI-MochiEdit, nodes/ and sampling/sampling_functions.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .our_nodes import AFTER_SEED
-from .values import Adapted, empty_is_nothing, in_mochi_folder, local_file, plain_text, vae_dtype, weight_dtype
+from .values import (
+    Adapted,
+    at_most_1,
+    empty_is_nothing,
+    in_mochi_folder,
+    local_file,
+    plain_text,
+    pull,
+    vae_dtype,
+    weight_dtype,
+)
 
 MODEL_TYPES = {"MOCHIMODEL": "MODEL", "MOCHIVAE": "VAE"}
 """The wrapper's types of links, and ComfyUI's that take their place."""
@@ -110,6 +123,37 @@ WRAPPER = {
             ),
         ),
     ),
+    "MochiWrapperSamplerCustom": ReplacementRule(
+        {"cfg": 4.5, "seed": 0, AFTER_SEED: "fixed", "add_noise": False},
+        (
+            Part(
+                "Mochi1Sampler",
+                {
+                    **{name: name for name in ("model", "positive", "negative", "cfg", "seed", AFTER_SEED)},
+                    **{name: name for name in ("sigmas", "sampler")},
+                    "latent": "latents",
+                },
+            ),
+        ),
+    ),
+    "MochiUnsampler": ReplacementRule(
+        {"seed": 0, AFTER_SEED: "fixed", "gamma": 0.0},
+        (Part("Mochi1Invert", {name: name for name in ("gamma", "seed", AFTER_SEED)}, {"gamma": at_most_1}),),
+    ),
+    "MochiResampler": ReplacementRule(
+        {"eta": 0.9, "start_step": 0, "end_step": 10, "eta_trend": "constant"},
+        (
+            Part(
+                "Mochi1RFEdit",
+                {
+                    "latent": "latents",
+                    "trend": "eta_trend",
+                    **{name: name for name in ("eta", "start_step", "end_step")},
+                },
+                {"eta": pull},
+            ),
+        ),
+    ),
     "MochiDecode": ReplacementRule(
         {
             "enable_vae_tiling": False,
@@ -172,6 +216,7 @@ DROPPED = {
     "enable_vae_tiling": "frames stream through the autoencoder without tiles or seams",
     "unnormalize": "LATENTs are always in the autoencoder's space",
     "normalize": "LATENTs are always in the autoencoder's space",
+    "add_noise": "Mochi Invert and Mochi RF Edit start from the LATENT itself",
 }
 """Old inputs without a counterpart, and why they are not missed. Values of inputs that are neither carried nor listed here are
 dropped without a word."""
@@ -179,11 +224,14 @@ REMOVED = {
     "MochiTorchCompileSettings": DROPPED["compile_args"],
     "MochiFasterCache": DROPPED["fastercache"],
     "MochiLatentPreview": "Mochi Sampler shows previews while it works",
+    "MochiPrepareSigmas": "schedules end at 0 already",
 }
-"""Old nodes that only held settings, or showed latents, and why they are not missed."""
-LEFT = ("MochiWrapperSamplerCustom", "MochiUnsampler", "MochiResampler", "MochiPrepareSigmas")
-"""Nodes of a pack for editing videos, which work on the wrapper's own objects and have no counterpart."""
-PASSES_ON: dict[tuple[str, int | str], str] = {("MochiTextEncode", 1): "clip", ("Mochi1T5Encode", 1): "clip"}
+"""Old nodes that only held settings, showed latents or changed nothing, and why they are not missed."""
+PASSES_ON: dict[tuple[str, int | str], str] = {
+    ("MochiTextEncode", 1): "clip",
+    ("Mochi1T5Encode", 1): "clip",
+    ("MochiPrepareSigmas", 0): "sigmas",
+}
 """{(type, output): the input that this output only passes on}. T5 Encode has none, but for links that stay behind when the editor
 puts it in MochiTextEncode's place."""
 SETTERS, GETTERS = ("SetNode", "easy setNode"), ("GetNode", "easy getNode")

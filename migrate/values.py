@@ -38,6 +38,19 @@ def vae_dtype(old: object, _: dict[str, object]) -> Adapted:
     return (old, "") if old in ("fp32", "bf16", "fp16") else ("auto", NO_SUCH_PRECISION)
 
 
+def at_most_1(old: object, _: dict[str, object]) -> Adapted:
+    """A share that old nodes let be more than all."""
+    return (1.0, "more goes beyond what it aims at") if isinstance(old, int | float) and old > 1 else (old, "")
+
+
+def pull(old: object, values: dict[str, object]) -> Adapted:
+    """The pull of a resampler, of which nothing is left where its steps end before they begin."""
+    start, end = values["start_step"], values["end_step"]
+    if isinstance(start, int) and isinstance(end, int) and end <= start:
+        return 0.0, "its steps ended before they began"
+    return at_most_1(old, values)
+
+
 def local_file(old: object, _: dict[str, object]) -> Adapted:
     """A file's name with this system's separator: the workflow may have been saved on another one."""
     return re.sub(r"[\\/]", re.escape(os.sep), str(old)), ""

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import forecast, replacements
 from .bridge.doctor import log_report_if_asked
+from .edit import Edit, Invert, RFEdit
 from .image_to_video import ImageToVideo
 from .loaders import LoadT5, LoadTransformer, LoadVAE
 from .lora import LoadLoRA
@@ -24,6 +25,9 @@ NODES: list[type[io.ComfyNode]] = [
     Sigmas,
     Sampler,
     ImageToVideo,
+    Edit,
+    Invert,
+    RFEdit,
     Cache,
     Guider,
     TiledVAEDecode,

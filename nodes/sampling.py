@@ -167,6 +167,13 @@ class Sampler(io.ComfyNode):
                 io.Sigmas.Input(
                     "sigmas", optional=True, lazy=True, tooltip="Noise levels that replace steps and denoise."
                 ),
+                io.Sampler.Input(
+                    "sampler",
+                    optional=True,
+                    lazy=True,
+                    tooltip="Another way to go along the noise levels than Euler's, which is Genmo's: Mochi Invert, Mochi RF "
+                    "Edit, or one from KSamplerSelect.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The video as latents; Tiled VAE Decode (Mochi) makes frames of it.")],
         )
@@ -188,10 +195,10 @@ class Sampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, width, height, num_frames, steps, cfg, seed,
-        batch_size=1, denoise=1.0, latent=None, sigmas=None,
+        batch_size=1, denoise=1.0, latent=None, sigmas=None, sampler=None,
     ):  # fmt: skip
         if latent is None:
             latent = empty_latent(width, height, num_frames, batch_size)
         if sigmas is None:
             sigmas = make_sigmas(steps, denoise)
-        return io.NodeOutput(sample(model, positive, negative, latent, sigmas, cfg, seed))
+        return io.NodeOutput(sample(model, positive, negative, latent, sigmas, cfg, seed, sampler))

@@ -63,7 +63,14 @@ class Guider(io.ComfyNode):
             category=CATEGORY,
             description="Guidance on a part of the steps, or one that changes from step to step. A step without guidance "
             "takes half the time.",
-            search_aliases=["guidance interval", "cfg schedule", "cfg range", "CFGGuider", "cfg_schedule"],
+            search_aliases=[
+                "cfg zero star",
+                "guidance interval",
+                "cfg schedule",
+                "cfg range",
+                "CFGGuider",
+                "cfg_schedule",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="From Load Mochi Transformer, or any other MODEL."),
                 io.Conditioning.Input("positive", tooltip="What the video shows."),
@@ -87,10 +94,18 @@ class Guider(io.ComfyNode):
                     optional=True,
                     tooltip="Guidance in the last guided step, reached from cfg by equal differences; 0 is the same as cfg.",
                 ),
+                io.Boolean.Input(
+                    "cfg_zero",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="CFG-Zero*: the negative prompt counts as far as it goes the way of the other, and the first 4 % of "
+                    "the steps are left out.",
+                ),
             ],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, cfg, start=0.0, end=1.0, cfg_end=0.0):
-        return io.NodeOutput(make_guider(model, positive, negative, cfg, cfg_end, start, end))
+    def execute(cls, model, positive, negative, cfg, start=0.0, end=1.0, cfg_end=0.0, cfg_zero=False):
+        return io.NodeOutput(make_guider(model, positive, negative, cfg, cfg_end, start, end, cfg_zero))

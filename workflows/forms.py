@@ -245,7 +245,13 @@ def _app(graph: Graph) -> Json:
     """What the editor's App mode shows: the video to start from, prompt, length, seed, and the result."""
     inputs = [
         [graph.ids[name], key]
-        for keys in (("file", "image"), ("prompt", "text", "value"), ("seconds", "num_frames", "length"), SEEDS)
+        for keys in (
+            ("file", "image"),
+            ("source_prompt",),
+            ("prompt", "text", "value"),
+            ("seconds", "num_frames", "length"),
+            SEEDS,
+        )
         for name, node in graph.nodes.items()
         for key in keys
         if _is_shown_in_app(graph, node, key)

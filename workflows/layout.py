@@ -14,7 +14,7 @@ MOST_WIDE = 2060
 """Width of a whole graph at most: wider ones open as empty boxes on a screen of 1600 x 950."""
 MOST_HIGH = 1150
 LOADERS = ("Mochi1LoadTransformer", "Mochi1LoadT5", "Mochi1LoadVAE")
-SAMPLERS = ("Mochi1Sampler", "KSampler", "SamplerCustomAdvanced")
+SAMPLERS = ("Mochi1Sampler", "Mochi1Edit", "KSampler", "SamplerCustomAdvanced")
 WIDTHS = {
     **dict.fromkeys(LOADERS, 260),
     **dict.fromkeys(("Mochi1T5Encode", "CLIPTextEncode", "PrimitiveStringMultiline"), 290),

@@ -12,6 +12,9 @@ WAVES = "A close view of ocean waves rolling onto black sand at sunrise, foam ca
 LIGHTHOUSE = (
     "A lighthouse on a rocky coast in a storm, waves breaking against the stones, its light sweeping through rain."
 )
+CAR = (
+    "A red car drives to the right along a coast road, waves breaking on the left, seen from a drone in evening light."
+)
 PAPER = "The same scene made of folded paper, soft studio light, stop-motion look."
 TRAIN = "A steam train crosses a stone viaduct in the highlands, seen from the air, smoke drifting over autumn trees."
 LIST = (WAVES, LIGHTHOUSE, TRAIN)
@@ -273,6 +276,49 @@ def masked() -> Nodes:
     }
 
 
+def edit_prompts() -> Nodes:
+    """Two prompts of which only the colour differs, and the negative one."""
+    t5 = {"clip": Link("t5")}
+    return {
+        "source": Node("Mochi1T5Encode", t5 | {"prompt": CAR}, "Source prompt"),
+        "target": Node("Mochi1T5Encode", t5 | {"prompt": CAR.replace("red", "yellow")}, "Prompt of the edit"),
+        "negative": Node("Mochi1T5Encode", t5 | {"prompt": ""}, "Negative prompt"),
+    }
+
+
+def edit_video() -> Nodes:
+    nodes = {name: node for name, node in video_to_video().items() if name not in ("positive", "negative")}
+    edited = {name: Link(name) for name in ("source", "target", "negative")} | {"latent": Link("encode")}
+    sampler = Node("Mochi1Edit", {"model": Link("transformer")} | edited)
+    return nodes | edit_prompts() | {"sampler": sampler}
+
+
+def edit_inverted() -> Nodes:
+    """MochiEdit's example: 50 steps, and a pull of 0.8 that falls from step 5 to step 20, which are noise 0.992 to 0.956."""
+    nodes = {name: node for name, node in video_to_video().items() if name not in ("positive", "negative")}
+    common = {"model": Link("transformer"), "negative": Link("negative")}
+    upwards = {
+        "positive": Link("source"),
+        "latent": Link("encode"),
+        "sigmas": Link("rising"),
+        "sampler": Link("invert"),
+    }
+    downwards = {"positive": Link("target"), "latent": Link("noise"), "sigmas": Link("sigmas"), "sampler": Link("pull")}
+    pull = {"eta": 0.8, "start": 0.992, "end": 0.95, "trend": "linear_decrease"}
+    return (
+        nodes
+        | edit_prompts()
+        | {
+            "sigmas": Node("Mochi1Sigmas", {"steps": 50, "linear_steps": 15}),
+            "rising": Node("FlipSigmas", {"sigmas": Link("sigmas")}),
+            "invert": Node("Mochi1Invert", {}),
+            "noise": Node("Mochi1Sampler", common | upwards | {"cfg": 1.0}, "To noise"),
+            "pull": Node("Mochi1RFEdit", {"latent": Link("encode")} | pull),
+            "sampler": Node("Mochi1Sampler", common | downwards, "And back, edited"),
+        }
+    )
+
+
 FILE_PORTS = (
     Port("transformer", "model_name", "model_name", "transformer"),
     Port("t5", "t5_name", "t5_name", "text encoder"),
@@ -380,6 +426,42 @@ VIDEO_TO_VIDEO = Subgraph(
     "Makes another video from one and a prompt with Genmo's Mochi 1; less noise keeps more of it, first of all its motion.",
     (*EDITING, *FILE_PORTS),
     ("load", "save"),
+)
+EDIT_PROMPTS = (
+    Port("source", "prompt", "source_prompt", "what it shows"),
+    Port("target", "prompt", "prompt", "what it becomes"),
+)
+EDIT_VIDEO = Subgraph(
+    "Edit Video (Mochi 1)",
+    "Video generation and editing/Video to video",
+    "Changes what two prompts say differently about a video with Genmo's Mochi 1.",
+    (
+        EDITING[0],
+        *EDIT_PROMPTS,
+        Port("sampler", "start_noise", "start_noise", "start_noise (how much may change)"),
+        Port("sampler", "cfg", "cfg", "cfg (how strongly)"),
+        *EDITING[3:],
+        *FILE_PORTS,
+    ),
+    ("load", "save"),
+)
+EDIT_INVERTED = Subgraph(
+    "Edit Video by inversion (Mochi 1)",
+    EDIT_VIDEO.category,
+    "Brings a video back to noise and makes it anew from there by another prompt, with Genmo's Mochi 1.",
+    (
+        EDITING[0],
+        *EDIT_PROMPTS,
+        Port("pull", "eta", "eta", "eta (the pull towards your video)"),
+        Port("pull", "end", "end", "end (noise down to which it pulls)"),
+        Port("sampler", "cfg", "cfg", "cfg (how strongly)"),
+        *EDITING[3:-2],
+        Port("sigmas", "steps", "steps", "steps, each way"),
+        EDITING[-1],
+        *FILE_PORTS,
+    ),
+    ("load", "save"),
+    blueprint=False,
 )
 MASKED = Subgraph(
     "Masked Video to Video (Mochi 1)",
@@ -494,6 +576,44 @@ loses a little: what is kept goes through the autoencoder, and colours may drift
 """,
         extend_video(),
         subgraph=EXTEND_VIDEO,
+    ),
+    Template(
+        "edit_video",
+        "Mochi 1 - Edit video",
+        """# Edit video
+
+Choose your video in **Your video**. Describe it in **what it shows**, its motion too, and copy that text to **what it becomes**
+with other words where it shall change: the video moves by the difference of the two (FlowEdit).
+
+**Worth changing:** **start_noise** (how much may change) and **cfg** (how strongly). 1.5 and 5.5 are what FlowEdit's authors take
+for another model.
+
+**What it costs:** four forwards a step: 30 steps are as long as 60 of *Text to Video*.
+
+**Untested** with the released weights. With the tiny model it was no better than *Video to Video* with less noise, and that
+is cheaper. What the prompts do not say may be lost: without words for the motion, shapes stood still.
+""",
+        edit_video(),
+        subgraph=EDIT_VIDEO,
+    ),
+    Template(
+        "edit_inverted",
+        "Mochi 1 - Edit video by inversion",
+        """# Edit video by inversion
+
+Choose your video in **Your video**. **Mochi Invert** brings it back to the noise that it could come from, under **what it shows**
+and without guidance; **Mochi RF Edit** makes a video of that noise under **what it becomes**, pulled towards yours while there is
+much noise. The settings are those of the example of MochiEdit, with its window of steps in noise levels.
+
+**Worth changing:** **end** (lower keeps more of your video) and **eta** (1 pulls fully).
+
+**What it costs:** one forward a step up, two a step down: 50 steps are as long as 75 of *Text to Video*.
+
+**Untested** with the released weights, and *Edit video* is simpler. With the tiny model it was no better than *Video to Video*
+with less noise. Users of MochiEdit have reported blur.
+""",
+        edit_inverted(),
+        subgraph=EDIT_INVERTED,
     ),
     Template(
         "long_video_low_memory",

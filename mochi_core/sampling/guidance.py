@@ -153,20 +153,32 @@ def text_pair(positive: TextConditioning, negative: TextConditioning) -> TextCon
     return TextConditioning(torch.cat(tokens, dim=1), positive.lengths, positive.pooled, negative.lengths)
 
 
+def with_nag(
+    guidance: Guidance,
+    text: TextConditioning,
+    modulation: ScheduleModulation,
+    negative: TextConditioning,
+    away: ScheduleModulation,
+) -> tuple[tuple[TextConditioning, PairModulation], RunBlock]:
+    """What a prompt and a negative one are to the denoiser together, and how to call blocks with it."""
+    pair = text_pair(text, negative)
+    return (pair, PairModulation(modulation, away)), run_with_nag(guidance, pair.tokens.shape[1] // 2)
+
+
 def run_with_nag(guidance: Guidance, rows: int) -> RunBlock:
     """How to call blocks with the text of `text_pair`, which has `rows` rows for each prompt."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
         """As `joint_attention`, q, k, v (B, N + 2 * rows, K, D); each prompt's text sees the visual tokens and itself."""
         visual, away = q.shape[1] - 2 * rows, context.negative_lengths
-        near = [t[:, : visual + max(context.lengths)] for t in (q, k, v)]
-        positive = joint_attention(*near, context)
+        near = visual + max(context.lengths)
+        positive = joint_attention(q[:, :near], k[:, :near], v[:, :near], context)
         start, stop = visual + rows, visual + rows + max(away)
-        far = (torch.cat((t[:, :visual], t[:, start:stop]), dim=1) for t in (q, k, v))
-        negative = joint_attention(*far, replace(context, lengths=away))
-        out = positive.new_zeros(len(q), q.shape[1], positive.shape[2])
+        q, k, v = (torch.cat((t[:, :visual], t[:, start:stop]), dim=1) for t in (q, k, v))
+        negative = joint_attention(q, k, v, replace(context, lengths=away))
+        out = positive.new_zeros(len(q), visual + 2 * rows, positive.shape[2])
         out[:, :visual] = nag(positive[:, :visual], negative[:, :visual], guidance)
-        out[:, visual : visual + max(context.lengths)] = positive[:, visual:]
+        out[:, visual:near] = positive[:, visual:]
         out[:, start:stop] = negative[:, visual:]
         return out
 

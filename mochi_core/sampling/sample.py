@@ -18,7 +18,7 @@ from ..autoencoder.latents import latents_problem
 from ..parallel.group import Alone
 from ..parallel.plan import Members, agree
 from ..transformer.attention import Attention, choose_attention, sdpa
-from ..transformer.block import run_block
+from ..transformer.block import RunBlock, run_block
 from ..transformer.model import AsymmDiT, ScheduleModulation, TextConditioning
 from .block_cache import BlockCache
 from .given import Given, frame_levels
@@ -29,8 +29,7 @@ from .guidance import (
     Velocities,
     Velocity,
     guided,
-    run_with_nag,
-    text_pair,
+    with_nag,
     without_blocks,
 )
 from .schedule import check_guidance, check_schedule
@@ -110,13 +109,11 @@ def prepared_velocities(
         ours = guidance if halves.rank == 0 else PLAIN
         own = prepared_velocities(dit, noise, sigmas, prompts, attend, cache, ours, alone)
         return exchanged(own, 1 + bool(guidance.skip_blocks), halves, dit.dtype)
-    prepared: list[Prepared] = [prepare_prompts(dit, noise, sigmas, encoded) for encoded in conditions]
-    runs = [run_block] * len(prepared)
+    each = [prepare_prompts(dit, noise, sigmas, encoded) for encoded in conditions]
+    prepared: list[Prepared] = [*each]
+    runs: list[RunBlock] = [run_block for _ in each]
     if guidance.uses_nag:
-        (text, modulation), (negative, away) = prepared[:2]
-        text = text_pair(text, negative)
-        prepared[0] = text, PairModulation(modulation, away)
-        runs[0] = run_with_nag(guidance, text.tokens.shape[1] // 2)
+        prepared[0], runs[0] = with_nag(guidance, *each[0], *each[1])
     if guidance.skip_blocks:
         prepared[:1] = prepared[:1] * 2
         runs[:1] = without_blocks(guidance.skip_blocks, runs[0], shared=cache is None)

@@ -55,6 +55,28 @@ def linear_quadratic_schedule(
     return (1.0 - removed).float()
 
 
+def schedule_below(start: float, num_steps: int) -> Tensor:
+    """`num_steps` steps from noise level `start` to 0: the last ones of the linear-quadratic schedule that is long enough.
+
+    Returns:
+        float32 (num_steps + 1,), from `start` down to 0.0.
+
+    Raises:
+        ValueError: num_steps < 1, or `start` outside (0, 1].
+    """
+    if not 0 < start <= 1:
+        raise ValueError(f"The noise to start from is {start}; use a level above 0 and up to 1, such as 0.9.")
+    total = num_steps
+    while len(below := _levels_below(start, total)) < num_steps:
+        total += 1
+    return torch.cat((torch.tensor([start]), below[-num_steps:]))
+
+
+def _levels_below(start: float, num_steps: int) -> Tensor:
+    levels = linear_quadratic_schedule(num_steps)
+    return levels[levels < start]
+
+
 def check_schedule(sigmas: Tensor) -> None:
     """Raise a ValueError unless `sigmas` are the noise levels of a run: finite numbers in a row, with at least one step."""
     if sigmas.ndim != 1 or len(sigmas) < 2:

@@ -32,6 +32,7 @@ from ...mochi_core.transformer.layers import TIMESTEP_PERIOD
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
 from .choices import arithmetic_choice, kernels_choice, log_choice, stored_name, weights_choice
+from .edit import FlowSampling
 from .frame_levels import FrameLevels, shares_of, with_frame_levels
 from .patches import host_run_block
 from .prepared import Conditioning, conditioning_of, full_mask, prepared, with_run
@@ -128,6 +129,7 @@ class HostMochi(comfy.model_base.GenmoMochi):
         comfy.model_base.BaseModel.__init__(
             self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=network
         )
+        self.model_sampling = FlowSampling(model_config)
 
     def state_dict(self, *args, **named):
         """Only what is an attribute in the model: the host merges by it, and saves what is inside of the model."""

@@ -53,8 +53,8 @@ def empty_latent(width: int, height: int, num_frames: int, batch_size: int) -> d
     return {"samples": torch.zeros(shape, device=mm.intermediate_device())}
 
 
-def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: float, seed: int) -> dict:
-    """Euler steps along `sigmas`; returns a LATENT like `latent`.
+def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: float, seed: int, sampler=None) -> dict:
+    """Steps along `sigmas`, Euler's or those of a SAMPLER; returns a LATENT like `latent`.
 
     Raises:
         ValueError: the LATENT is none of Mochi's, there is no step, or numbers are not finite.
@@ -67,7 +67,7 @@ def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: f
         model,
         noise,
         cfg,
-        comfy.samplers.sampler_object("euler"),
+        sampler or comfy.samplers.sampler_object("euler"),
         sigmas,
         positive,
         negative,
@@ -77,7 +77,12 @@ def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: f
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    return {**{key: value for key, value in latent.items() if key not in RATIOS}, "samples": samples}
+    return {**without_sizes(latent), "samples": samples}
+
+
+def without_sizes(latent: dict) -> dict:
+    """A LATENT without what says that its sizes are another model's."""
+    return {key: value for key, value in latent.items() if key not in RATIOS}
 
 
 def mochi_latents(model, latent: dict) -> torch.Tensor:

@@ -25,7 +25,7 @@ def only(prompt, class_type):
     return node["inputs"]
 
 
-@pytest.mark.parametrize("name", ["text_to_video", "download_and_load", "video_to_video", "stock"])
+@pytest.mark.parametrize("name", ["text_to_video", "download_and_load", "video_to_video", "edit_video", "stock"])
 def test_command_converts_the_open_workflow(editor, name):
     editor.load(old(name), name)
     convert(editor)

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file, save_file
 
-from mochi_core import guidance_schedule, linear_quadratic_schedule, sample
+from mochi_core import Guidance, guidance_schedule, linear_quadratic_schedule, sample
 from tests.harness import trained
 from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.graphs import MODEL, NEGATIVE, POSITIVE, SAMPLER, node, upto_sampler
@@ -26,10 +26,11 @@ positive, negative = (
 forwards = []
 model.model.diffusion_model.blocks[0].register_forward_pre_hook(lambda _, inputs: forwards.append(len(inputs[0])))
 out = {{}}
-for name, schedule in {{"full": (4.5, 0, 0, 1), "part": (4.5, 0, 0.25, 0.75), "falling": (6, 3, 0, 0.5)}}.items():
-    cfg, cfg_end, start, end = schedule
+schedules = {{"full": (4.5, 0, 0, 1), "part": (4.5, 0, 0.25, 0.75), "falling": (6, 3, 0, 0.5)}}
+for name, schedule in (schedules | {{"zero": (4.5, 0, 0, 0.75, True)}}).items():
+    cfg, cfg_end, start, end, *cfg_zero = schedule
     forwards.clear()
-    guider = make_guider(model, positive, negative, cfg, cfg_end, start, end)
+    guider = make_guider(model, positive, negative, cfg, cfg_end, start, end, *cfg_zero)
     noise = given["noise"]
     latents = guider.sample(
         noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), linear_quadratic_schedule({STEPS}), seed=0,
@@ -65,7 +66,11 @@ def test_a_part_of_the_steps_equals_the_core_with_the_same_scales(comfy_path, tm
     for name, scales in schedules.items():
         assert out[f"{name} forwards"] == STEPS + sum(scale != 1 for scale in scales)
         assert relative_error(out[name], sample(dit, noise, sigmas, *conditions, scales)) < 1e-4, name
-    assert [int(out[f"{name} forwards"]) for name in schedules] == [24, 18, 18]
+    assert [int(out[f"{name} forwards"]) for name in (*schedules, "zero")] == [24, 18, 18, 19]
+    scales = guidance_schedule(STEPS, 4.5, end=0.75)
+    zero = sample(dit, noise, sigmas, *conditions, scales, guidance=Guidance(cfg_zero=True))
+    assert relative_error(out["zero"], zero) < 1e-4
+    assert relative_error(zero, sample(dit, noise, sigmas, *conditions, scales)) > 1e-3
     for name in ("steps", "rising", "between"):  # schedules that lead back to noise rise
         assert out[name].tolist() == [0, 1, 2, 3], name
 

@@ -118,7 +118,14 @@ def test_the_table_knows_our_nodes(object_info):
 
 
 @pytest.mark.parametrize(
-    ("name", "decode"), [("text_to_video", "7"), ("download_and_load", "15"), ("video_to_video", "12"), ("stock", "8")]
+    ("name", "decode"),
+    [
+        ("text_to_video", "7"),
+        ("download_and_load", "15"),
+        ("video_to_video", "12"),
+        ("edit_video", "16"),
+        ("stock", "8"),
+    ],
 )
 def test_migrated_workflows_run(frames_of, object_info, name, decode):
     workflow = migrate(old(name), stock=name == "stock").workflow

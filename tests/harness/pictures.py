@@ -31,6 +31,8 @@ PROMPTS = {
     "text_to_video": "a red star moving to the right",
     "fast_preview": "a video of a blue square growing larger",
     "video_to_video": "a green circle moving right",
+    "edit_video": "a red circle moving to the right",
+    "edit_inverted": "a blue circle moving to the right",
     "long_video_low_memory": "a yellow circle moving in a circle",
     "fastmochi": "a white square moving to the left",
     "faster": "a red circle moving left",
@@ -53,6 +55,8 @@ SHOWN = (
     "fast_preview",
     "video_to_video",
     "image_to_video",
+    "edit_video",
+    "edit_inverted",
     "lora",
     "fastmochi",
     "faster",
@@ -88,7 +92,7 @@ def main() -> None:
             client = ComfyClient(server.url)
             for name, prompt in PROMPTS.items():
                 frames = template_frames(client, name, prompt)
-                if name in ("video_to_video", "masked"):
+                if name in ("video_to_video", "edit_video", "edit_inverted", "masked"):
                     frames = side_by_side(pictures_of((base / "input" / "mochi_input.mp4").read_bytes()), frames)
                 write_thumbnail(frames, WORKFLOWS / f"{TITLES[name]}.jpg")
             write_moving([template_frames(client, "tiny_mochi", prompt) for prompt in demo.PROMPTS], DOCS / "tiny.webp")

@@ -29,6 +29,8 @@ COPIES = {
 }
 SCALED = {f"diffusion_models/{source.FP8}": trained.TRANSFORMER, f"text_encoders/{source.T5_FP8}": trained.T5}
 SIZE = {"width": 64, "height": 64}
+GIVEN = "a yellow circle moving to the right"
+"""What the given video shows."""
 STEPS = 32
 """What the tiny model needs at most."""
 # What makes every node of the templates fit the tiny model.
@@ -93,4 +95,6 @@ def shrunk(prompt: dict[str, Any], text: str) -> dict[str, Any]:
             inputs["steps"] = min(inputs["steps"], STEPS)
         if node["_meta"]["title"].startswith("Prompt"):
             inputs[next(key for key in ("prompt", "text", "value") if key in inputs)] = text
+        elif node["_meta"]["title"] == "Source prompt":
+            inputs["prompt"] = GIVEN
     return prompt

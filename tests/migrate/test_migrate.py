@@ -21,7 +21,7 @@ from migrate.tables import WRAPPER
 
 OLD = Path(__file__).parents[1] / "data" / "old_workflows"
 MOCHI = f"mochi{os.sep}"
-EDITOR_FORMS = ("text_to_video", "download_and_load", "video_to_video", "stock")
+EDITOR_FORMS = ("text_to_video", "download_and_load", "video_to_video", "edit_video", "stock")
 
 
 def old(name):
@@ -426,12 +426,55 @@ def test_precision_is_one_that_the_loader_has(file, precision, weight_dtype, sai
     assert said in "".join(migration.notes)
 
 
-def test_nodes_without_a_counterpart_stay_and_are_reported():
-    graph = old("api")
-    graph["20"] = {"class_type": "MochiUnsampler", "inputs": {"model": ["4", 0], "latents": ["14", 0]}}
+def test_nodes_for_editing_videos():
+    """The schedule goes past the node that only ends it at 0."""
+    migration = migrated("edit_video")
+    nodes = summary(migration.workflow)
+    models = {"model": (1, 0), "negative": (6, 0)}
+    assert 10 not in nodes
+    assert nodes[11] == ("FlipSigmas", [], {"sigmas": (9, 0)})
+    assert nodes[12] == ("Mochi1Invert", [0.1, 7, "fixed"], {})
+    assert nodes[13] == (
+        "Mochi1Sampler",
+        [848, 480, 163, 64, 1.0, 5, "fixed", 1, 1.0],
+        {**models, "positive": (6, 0), "latent": (8, 0), "sigmas": (11, 0), "sampler": (12, 0)},
+    )
+    assert nodes[14] == ("Mochi1RFEdit", [0.8, 1.0, 0.8, "linear_decrease", 2, 7], {"latent": (8, 0)})
+    assert nodes[15][1] == [848, 480, 163, 64, 4.5, 5, "fixed", 1, 1.0]
+    assert nodes[15][2] == {
+        **models, "positive": (5, 0), "latent": (13, 0), "sigmas": (9, 0), "sampler": (14, 0),
+    }  # fmt: skip
+    about = [note for note in migration.notes if "sample" in note.lower() or "Sigmas" in note]
+    assert about == [
+        "Resample (node 15): add_noise True is dropped; Mochi Invert and Mochi RF Edit start from the LATENT itself.",
+        "MochiPrepareSigmas (node 10) is removed; schedules end at 0 already.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "expected", "said"),
+    [
+        ({"eta": 0.9, "start_step": 0, "end_step": 5}, 0.9, ""),
+        ({"eta": 1.5, "start_step": 0, "end_step": 5}, 1.0, "eta 1.5 becomes 1.0; more goes beyond what it aims at"),
+        ({"eta": 0.9, "start_step": 5, "end_step": 5}, 0.0, "eta 0.9 becomes 0.0; its steps ended before they began"),
+        ({"eta": 0.9, "start_step": 0, "end_step": 0}, 0.0, "eta 0.9 becomes 0.0; its steps ended before they began"),
+    ],
+)
+def test_the_pull_of_a_resampler(old, expected, said):
+    migration = migrate({"1": {"class_type": "MochiResampler", "inputs": old}})
+    assert migration.workflow["1"]["inputs"]["eta"] == expected
+    assert said in "".join(migration.notes)
+    assert bool(migration.notes) == bool(said)
+
+
+def test_sigmas_that_come_from_nowhere():
+    graph = {
+        "1": {"class_type": "MochiPrepareSigmas", "inputs": {}},
+        "2": {"class_type": "MochiWrapperSamplerCustom", "inputs": {"sigmas": ["1", 0]}},
+    }
     migration = migrate(graph)
-    assert migration.workflow["20"] == graph["20"]
-    assert "MochiUnsampler (node 20) stays as it is; there is no counterpart to it here." in migration.notes
+    assert "sigmas" not in migration.workflow["2"]["inputs"]
+    assert any("has lost the link to sigmas, which came from nothing." in note for note in migration.notes)
 
 
 def test_settings_of_latents_are_reported_if_they_are_not_the_usual():

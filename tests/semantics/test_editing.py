@@ -4,8 +4,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mochi_core import MochiPipeline, linear_quadratic_schedule, load_transformer, normalize_latents
+from mochi_core import (
+    MochiPipeline,
+    denormalize_latents,
+    linear_quadratic_schedule,
+    load_transformer,
+    normalize_latents,
+)
+from mochi_core.io.video import to_unit_range
 from mochi_core.pipeline import initial_noise
+from mochi_core.sampling.edit import edit
+from mochi_core.sampling.schedule import schedule_below
 from mochi_core.train.tiny import vae as tiny_vae
 from mochi_core.train.tiny.shapes import COLORS, Scene, Sprite, draw
 from tests.harness import quantized_files, trained
@@ -23,6 +32,19 @@ def test_video_to_video_keeps_the_motion_and_takes_the_new_color(pipe, way, new)
     sigmas = schedule[schedule <= 0.75]
     noisy = sigmas[0] * initial_noise(clean.shape, 0) + (1 - sigmas[0]) * clean
     (frames,) = videos(pipe, f"a {new} circle", latents=noisy, sigmas=sigmas)
+    assert main_color(frames) == new
+    assert direction(frames, new) == way
+
+
+@pytest.mark.parametrize(("way", "new"), [("left", "red"), ("right", "blue")])
+def test_flow_edit_takes_the_changed_word_and_keeps_what_both_prompts_say(pipe, way, new):
+    sprite = Sprite("circle", COLORS["yellow"], way, 0.17, START[way], 0.4)
+    source = draw(Scene((sprite,), ((0.03, 0.03, 0.03),) * 2), SIZE["num_frames"], SIZE["height"], SIZE["width"])
+    clean = normalize_latents(pipe.vae.encode(tiny_vae.to_video([source])).mode())
+    texts = f"a yellow circle moving to the {way}", f"a {new} circle moving to the {way}", ""
+    edited = edit(pipe.dit, clean, schedule_below(0.9, 16), *(pipe.text_encoder.encode([text]) for text in texts))
+    (video,) = to_unit_range(pipe.vae.decode(denormalize_latents(edited)))  # (3, F, H, W)
+    frames = video.permute(1, 2, 3, 0).numpy()
     assert main_color(frames) == new
     assert direction(frames, new) == way
 

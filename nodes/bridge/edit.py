@@ -1,0 +1,200 @@
+"""Editing through the host: FlowEdit as a guider and a sampler of its own, inversion and RF editing as samplers for any guider.
+
+A sampler here starts from the LATENT itself, whatever noise the run brings: the video, or what inversion has made of it. The
+core's velocities are the host's predictions of the clean video, (denoised - x) / sigma.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import comfy.model_sampling
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...mochi_core.sampling.edit import check_rising, flow_edit, fresh_noise, invert, pulls, rf_edit
+from ...mochi_core.sampling.guidance import Velocity
+from ...mochi_core.sampling.schedule import check_guidance, schedule_below
+from .sampling import mochi_latents, without_sizes
+
+SOURCE, TARGET = "source", "target"
+SMALLEST_LEVEL = 1e-4
+"""Noise level at which velocities are asked for where a schedule says 0, at which the host's prediction holds none."""
+
+
+class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """The host's noise levels of flow models, also where inversion ends at level 1, which has no part of the video to scale by.
+
+    The host divides what a run gives by 1 - sigma, and multiplies it by that where the next run starts without noise.
+    """
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        inverted = sigma >= 1 and not noise.any()
+        return latent_image if inverted else super().noise_scaling(sigma, noise, latent_image, max_denoise)
+
+    def inverse_noise_scaling(self, sigma, latent):
+        return latent if sigma >= 1 else super().inverse_noise_scaling(sigma, latent)
+
+
+class EditGuider(comfy.samplers.CFGGuider):
+    """Two guided predictions, under the prompt of the video and under that of the edited one."""
+
+    def set_prompts(self, source, target, negative, source_cfg: float, cfg: float) -> None:
+        # A negative prompt for each, so that a cache keeps the two apart.
+        self.inner_set_conds({SOURCE: source, TARGET: target, "from " + SOURCE: negative, "from " + TARGET: negative})
+        self.scales = {SOURCE: source_cfg, TARGET: cfg}
+        self.set_cfg(cfg)
+        self.asked = TARGET
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 - the host's signature
+        positive, negative = self.conds[self.asked], self.conds["from " + self.asked]
+        return comfy.samplers.sampling_function(
+            self.inner_model,
+            x,
+            timestep,
+            negative,
+            positive,
+            self.scales[self.asked],
+            model_options=model_options,
+            seed=seed,
+        )
+
+
+def edit_video(
+    model, source, target, negative, latent: dict, steps: int, start: float, scales: tuple[float, float], seed: int
+):
+    """A LATENT like `latent`, edited by FlowEdit from noise level `start`; `scales` are those of source and target.
+
+    Equal prompts and scales give the samples back bit for bit; so does everything outside of its noise mask.
+
+    Raises:
+        ValueError: the LATENT is empty or none of Mochi's, or numbers that make no sense.
+    """
+    for name, scale in zip(("source_cfg", "cfg"), scales, strict=True):
+        check_guidance(name, scale)
+    sigmas = schedule_below(start, steps)
+    samples = mochi_latents(model, latent)
+    if not samples.any():
+        raise ValueError("The LATENT is empty, and there is nothing to edit; connect VAE Encode (Mochi) with a video.")
+    guider = EditGuider(model)
+    guider.set_prompts(source, target, negative, *scales)
+    mask = latent.get("noise_mask")
+    mask = None if mask is None else comfy.sampler_helpers.prepare_mask(mask, samples.shape, model.load_device)
+    sampler = comfy.samplers.KSAMPLER(_flow_edit_sampler(guider, fresh_noise(samples, seed), mask))
+    edited = guider.sample(
+        torch.zeros_like(samples),
+        samples,
+        sampler,
+        sigmas,
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    # The same way into the denoiser's space and back, so that its rounding is no difference.
+    base = model.model
+    unedited = base.process_latent_out(base.process_latent_in(samples.float()))
+    moved = edited.to(unedited) - unedited
+    return {**without_sizes(latent), "samples": samples + moved}
+
+
+def _flow_edit_sampler(guider: EditGuider, noise: Callable[[], Tensor], mask: Tensor | None):
+    """The host's form of a sampler function, for this guider."""
+
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **_):  # noqa: ARG001 - the host's signature
+        clean = model.latent_image
+
+        def asking(prompt: str, velocity: Velocity) -> Velocity:
+            def asked(latents: Tensor, step: int) -> Tensor:
+                guider.asked = prompt
+                return velocity(latents, step) if mask is None else mask * velocity(latents, step)
+
+            return asked
+
+        velocity = velocity_of(model, sigmas, extra_args)
+        source, target = (asking(prompt, velocity) for prompt in (SOURCE, TARGET))
+        return flow_edit(source, target, clean, sigmas, noise, reporting(callback, sigmas))
+
+    return sample
+
+
+def velocity_of(model, sigmas: Tensor, extra_args: dict | None) -> Velocity:
+    """What the host's model, a KSamplerX0Inpaint, predicts at the levels of `sigmas` (steps + 1,), as the core's velocity."""
+
+    def velocity(latents: Tensor, step: int) -> Tensor:
+        sigma = sigmas[step].clamp(min=SMALLEST_LEVEL)
+        denoised = model(latents, sigma.expand(len(latents)), **(extra_args or {}))
+        return (denoised - latents) / sigma
+
+    return velocity
+
+
+def reporting(callback, sigmas: Tensor):
+    """The host's callback after each step, as the core calls one."""
+
+    def on_step(step: int, latents: Tensor) -> None:
+        if callback is not None:
+            sigma = sigmas[step]
+            callback({"i": step, "x": latents, "denoised": latents, "sigma": sigma, "sigma_hat": sigma})
+
+    return on_step
+
+
+def inversion_sampler(gamma: float, seed: int) -> comfy.samplers.KSAMPLER:
+    """A SAMPLER that goes from a video to noise along rising sigmas, see `invert`; `seed` is of the noise that gamma leads to."""
+    check_guidance("gamma", gamma)
+
+    def mochi_invert(model, x, sigmas, extra_args=None, callback=None, disable=None, **_):  # noqa: ARG001 - the host's signature
+        check_rising(sigmas)
+        velocity = velocity_of(model, sigmas, extra_args)
+        noise = fresh_noise(x, seed)() if gamma else None
+        return invert(velocity, model.latent_image, sigmas, gamma, noise, reporting(callback, sigmas))
+
+    return comfy.samplers.KSAMPLER(mochi_invert)
+
+
+def rf_edit_sampler(latent: dict, eta: float, start: float, end: float, trend: str, steps: tuple[int, int]):
+    """A SAMPLER that goes from inverted noise to a video pulled towards `latent`, see `rf_edit`.
+
+    `steps`, unless it ends at 0, says in steps of the run what `start` and `end` say in noise levels.
+    """
+    pulls(torch.tensor([1.0, 0.0]), eta, start, end, trend)
+
+    def mochi_rf_edit(model, x, sigmas, extra_args=None, callback=None, disable=None, **_):  # noqa: ARG001 - the host's signature
+        check_falling(sigmas)
+        guider: Any = model.inner_model
+        given = mochi_latents(guider.model_patcher, latent)
+        if given.shape != x.shape:
+            raise ValueError(
+                f"Mochi RF Edit has a LATENT {(*given.shape,)} but makes {(*x.shape,)}; connect the video that was inverted."
+            )
+        clean = guider.inner_model.process_latent_in(given.to(x))
+        window = levels_of_steps(sigmas, steps) if steps[1] else (start, end)
+        velocity, etas = velocity_of(model, sigmas, extra_args), pulls(sigmas, eta, *window, trend)
+        begin = model.latent_image if sigmas[0] >= 1 else (1 - sigmas[0]) * model.latent_image
+        return rf_edit(velocity, begin, clean, sigmas, etas, reporting(callback, sigmas))
+
+    return comfy.samplers.KSAMPLER(mochi_rf_edit)
+
+
+def check_falling(sigmas: Tensor) -> None:
+    """Raise a ValueError unless noise levels fall from step to step."""
+    if any(now <= following for now, following in pairwise(sigmas.tolist())):
+        raise ValueError(
+            "Mochi RF Edit goes from noise to a video, so its sigmas have to fall; connect Mochi Sigmas itself."
+        )
+
+
+def levels_of_steps(sigmas: Tensor, steps: tuple[int, int]) -> tuple[float, float]:
+    """The noise levels of the first and the last of the steps from steps[0] up to, not including, steps[1]."""
+    levels = sigmas[:-1][slice(*steps)].tolist() or [0.0]
+    start, end = levels[0], levels[-1]
+    logging.info("Mochi RF Edit: steps %d to %d are start %.4f and end %.4f.", *steps, start, end)
+    return start, end

@@ -1,0 +1,148 @@
+"""FlowEdit and RF inversion: what is exact about them, their formulas, and what they cost."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from mochi_core import linear_quadratic_schedule
+from mochi_core.sampling.edit import TRENDS, edit, flow_edit, fresh_noise, invert, pulls, rf_edit
+from mochi_core.sampling.sample import prepared_velocities
+from mochi_core.sampling.schedule import schedule_below
+from tests.harness.random_inputs import NOISE, prompt
+from tests.harness.tiny_models import random_dit
+
+CLEAN = torch.randn(NOISE.shape, generator=torch.Generator().manual_seed(11))
+FALLING = schedule_below(0.9, 6)
+RISING = linear_quadratic_schedule(6).flip(0)
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return random_dit()
+
+
+def curved(shift):
+    """A velocity that is not straight, and depends on the prompt by `shift`."""
+    return lambda x, step: torch.sin(x * 1.7 + shift) - 0.1 * step
+
+
+def test_equal_velocities_leave_the_video_bit_for_bit():
+    assert torch.equal(flow_edit(curved(0.3), curved(0.3), CLEAN, FALLING, fresh_noise(CLEAN, 1)), CLEAN)
+    other = flow_edit(curved(0.3), curved(0.4), CLEAN, FALLING, fresh_noise(CLEAN, 1))
+    assert (other - CLEAN).norm() / CLEAN.norm() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_prompts_and_scales_leave_the_video_bit_for_bit(dtype):
+    dit, negative = random_dit(dtype=dtype), prompt(2, seed=1)
+
+    def edited(target, source_scale, scale):
+        return edit(dit, CLEAN, FALLING, prompt(6), target, negative, source_scale, scale, seed=5)
+
+    assert torch.equal(edited(prompt(6), 3.0, 3.0), CLEAN)
+    assert not torch.equal(edited(prompt(6), 3.0, 3.5), CLEAN)
+    assert not torch.equal(edited(prompt(7), 3.0, 3.0), CLEAN)
+
+
+def test_flow_edit_is_the_published_loop():
+    found = flow_edit(curved(0.0), curved(0.5), CLEAN, FALLING, fresh_noise(CLEAN, 3))
+    generator, z = torch.Generator().manual_seed(3), CLEAN.double()
+    for step, (now, after) in enumerate(pairwise(FALLING.double().tolist())):
+        noised = (1 - now) * CLEAN + now * torch.randn(CLEAN.shape, generator=generator)
+        z = z + (now - after) * (curved(0.5)(z + noised - CLEAN, step) - curved(0.0)(noised, step))
+    torch.testing.assert_close(found.double(), z, rtol=1e-5, atol=1e-5)
+
+
+def test_an_edit_costs_four_forwards_a_step_in_two_passes(dit):
+    calls = []
+    hook = dit.blocks[0].register_forward_hook(lambda *_: calls.append("block"))
+    embedded = dit.x_embedder.register_forward_hook(lambda *_: calls.append("pass"))
+    seen = []
+    edit(dit, CLEAN, FALLING, prompt(6), prompt(7), prompt(0), on_step=lambda step, _: seen.append(step))
+    assert calls == ["pass", "block", "block"] * 2 * 6
+    assert seen == list(range(6))
+    hook.remove()
+    embedded.remove()
+
+
+def test_an_edit_can_be_stopped(dit):
+    seen = []
+    found = edit(dit, CLEAN, FALLING, prompt(6), prompt(7), prompt(0), on_step=lambda i, x: (seen.append(x), i == 1)[1])
+    assert len(seen) == 2
+    assert torch.equal(found, seen[-1])
+
+
+def test_inversion_of_a_straight_flow_gives_its_noise_and_back():
+    straight = lambda *_: CLEAN - NOISE  # noqa: E731
+    noise = invert(straight, CLEAN, RISING)
+    torch.testing.assert_close(noise, NOISE, rtol=1e-5, atol=1e-5)
+    back = rf_edit(straight, noise, torch.zeros_like(CLEAN), RISING.flip(0), [0.0] * 6)
+    torch.testing.assert_close(back, CLEAN, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_inversion_is_the_published_loop(gamma):
+    found, x = invert(curved(0.2), CLEAN, RISING, gamma, NOISE), CLEAN.double()
+    for step, (now, after) in enumerate(pairwise(RISING.double().tolist())):
+        upwards = -curved(0.2)(x, step)
+        x = x + (after - now) * (upwards + gamma * ((NOISE - x) / (1 - now) - upwards))
+    torch.testing.assert_close(found.double(), x, rtol=1e-5, atol=1e-5)
+    if gamma == 1:
+        torch.testing.assert_close(found, NOISE, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [(1.0, 0.8), (0.99, 0.5), (1.0, 0.0)])
+@pytest.mark.parametrize("trend", TRENDS)
+def test_rf_edit_is_the_published_loop(trend, window):
+    sigmas = linear_quadratic_schedule(9)
+    etas = pulls(sigmas, 0.7, *window, trend)
+    found, x = rf_edit(curved(0.2), NOISE, CLEAN, sigmas, etas), NOISE.double()
+    inside = [i for i, sigma in enumerate(sigmas[:-1].tolist()) if window[1] <= sigma <= window[0]]
+    for step, (now, after) in enumerate(pairwise(sigmas.double().tolist())):
+        velocity, eta = curved(0.2)(x, step), 0.0
+        if step in inside:
+            progress = inside.index(step) / (len(inside) - 1)
+            eta = 0.7 * {"constant": 1, "linear_decrease": 1 - progress, "linear_increase": progress}[trend]
+        x = x + (now - after) * (velocity + eta * ((CLEAN - x) / now - velocity))
+    torch.testing.assert_close(found.double(), x, rtol=1e-5, atol=1e-5)
+
+
+def test_eta_1_to_the_end_gives_the_given_video(dit):
+    sigmas = linear_quadratic_schedule(12)
+    velocities = prepared_velocities(dit, NOISE, sigmas, [prompt(6)])
+    velocity = lambda x, step: velocities(x, step, 1)[0]  # noqa: E731
+    found = rf_edit(velocity, NOISE, CLEAN, sigmas, pulls(sigmas, 1.0, 0.9, 0.0))
+    torch.testing.assert_close(found, CLEAN, rtol=1e-5, atol=1e-5)
+    shorter = rf_edit(velocity, NOISE, CLEAN, sigmas, pulls(sigmas, 1.0, 1.0, 0.9))
+    assert (shorter - CLEAN).norm() / CLEAN.norm() > 0.1
+
+
+@pytest.mark.parametrize("start", [1.0, 0.9, 0.3, 0.01])
+@pytest.mark.parametrize("steps", [1, 7, 30])
+def test_a_schedule_from_any_level(start, steps):
+    sigmas = schedule_below(start, steps)
+    assert len(sigmas) == steps + 1
+    assert sigmas[0] == torch.tensor(start)
+    assert sigmas[-1] == 0
+    assert (sigmas[1:] < sigmas[:-1]).all()
+    if start == 1:
+        assert torch.equal(sigmas, linear_quadratic_schedule(steps))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: schedule_below(0.0, 4), "noise to start from is 0.0; use a level"),
+        (lambda: schedule_below(math.nan, 4), "noise to start from is nan"),
+        (lambda: schedule_below(0.9, 0), "needs at least 1 step"),
+        (lambda: invert(curved(0), CLEAN, FALLING), "have to rise; turn the schedule round"),
+        (lambda: invert(curved(0), CLEAN, RISING[:1]), "one step needs two noise levels"),
+        (lambda: pulls(FALLING, math.inf, 1, 0), "eta is inf"),
+        (lambda: pulls(FALLING, 0.5, 1, 0, "cosine"), "trend is 'cosine'; use one of constant"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
