@@ -26,6 +26,7 @@ from .generate import (
     add_decoder,
     add_models,
     add_settings,
+    check_rounds,
     default_device,
     load_pipeline,
     make_file,
@@ -54,8 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> None:
     check_writable(options.output)  # before anything is loaded, as the next
     arguments = pipeline_arguments(options)
+    steps = options.steps * check_rounds(arguments, options.output)
     pipe = load_pipeline(options)
-    with tqdm(total=options.steps, unit="step") as bar:
+    with tqdm(total=steps, unit="step") as bar:
         make_file(pipe, arguments, options.output, options.fps, bar.update)
     if options.cache is not None:
         print(options.cache.report(), file=sys.stderr)

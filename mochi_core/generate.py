@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from .checkpoints import load_transformer, load_vae
 from .checkpoints.names.detect import FRAME_LEVELS_CHOICES
@@ -21,9 +19,10 @@ from .io.video import save_video
 from .lora import load_lora
 from .pipeline import MochiPipeline
 from .quantization.weights import QUANTIZERS
+from .rounds import continued, in_rounds, round_sizes
 from .sampling.block_cache import METHODS, BlockCache
 from .sampling.guidance import Guidance
-from .sampling.image_to_video import KEEP_FRAMES, kept_frames
+from .sampling.image_to_video import KEEP_FRAMES
 from .sampling.schedule import check_guidance, linear_quadratic_schedule
 from .text_encoder import load_text_encoder
 from .transformer.attention import ATTENTIONS, choose_attention
@@ -32,13 +31,15 @@ LATENT_SUFFIXES = (".latent", ".safetensors")
 
 
 def pipeline_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """What a prompt and its settings say, as arguments of `MochiPipeline`.
+    """What a prompt and its settings say, as arguments of `in_rounds`; without rounds, all is made at once.
 
     Raises:
         ValueError: something that Mochi cannot make, or a file that cannot be read.
     """
     frames = options.frames if options.seconds is None else seconds_to_frames(options.seconds)
     size = VideoSize(options.height, options.width, frames)
+    at_once = options.round or size.num_frames
+    round_sizes(size.num_frames, at_once, options.keep)
     check_guidance("guidance", options.guidance)
     return {
         "prompt": options.prompt,
@@ -46,6 +47,7 @@ def pipeline_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "height": size.height,
         "width": size.width,
         "num_frames": size.num_frames,
+        "at_once": at_once,
         "guidance_scale": options.guidance,
         "seed": options.seed,
         "sigmas": linear_quadratic_schedule(options.steps, options.threshold_noise, options.linear_steps),
@@ -103,22 +105,21 @@ def make_file(
     pipe: MochiPipeline, arguments: dict[str, Any], output: Path, fps: int, on_step: Callable[[], object]
 ) -> None:
     """Make a video, or latents if the name of the file says so, from what `pipeline_arguments` gives."""
-    as_latents = output.suffix in LATENT_SUFFIXES
-    result = pipe(**arguments, output_type="latent" if as_latents else "np", on_step=lambda *_: on_step() and False)
-    if as_latents:
-        save_latents(result, output)
+    check_rounds(arguments, output)
+    arguments = {**arguments, "on_step": lambda *_: on_step() and False}
+    if output.suffix in LATENT_SUFFIXES:
+        del arguments["at_once"]
+        save_latents(pipe(**arguments, output_type="latent"), output)
     else:
-        save_video(joined(arguments.get("video"), result[0], arguments["keep"]), output, fps)
+        save_video(continued(arguments.get("video"), in_rounds(pipe, **arguments), arguments["keep"]), output, fps)
 
 
-def joined(
-    video: NDArray[np.uint8] | None, continued: NDArray[np.float32], keep: int
-) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """A given video (F, H, W, 3) and the frames that continue it, which begin with its last ones."""
-    if video is None:
-        return continued
-    new = continued[kept_frames(len(video), keep) :]
-    return np.concatenate([video, (new * 255).round().astype(np.uint8)])
+def check_rounds(arguments: dict[str, Any], output: Path) -> int:
+    """How many rounds a video takes; ValueError if it takes several and is to be latents."""
+    rounds = len(round_sizes(arguments["num_frames"], arguments["at_once"], arguments["keep"]))
+    if rounds > 1 and output.suffix in LATENT_SUFFIXES:
+        raise ValueError(f"Rounds make frames and no latents; choose an mp4 file instead of {output.name}.")
+    return rounds
 
 
 def add_models(command: argparse.ArgumentParser) -> None:
@@ -159,7 +160,10 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     add("--last-image", type=Path, help="image that the video ends with, for 6 frames")
     add("--video", type=Path, help="video to continue, from its last frames on; both are written")
     add(
-        "--keep", type=int, default=KEEP_FRAMES, help="6k + 1 frames of --video to continue from (default: %(default)s)"
+        "--keep",
+        type=int,
+        default=KEEP_FRAMES,
+        help="6k + 1 frames to continue from, of --video and in rounds (default: %(default)s)",
     )
     noise = "0 keeps the {} as given, 1 makes them anew; Pusa's authors use 0 to 0.4 (default: %(default)s)"
     add("--start-noise", type=float, default=0.0, help=noise.format("frames at the beginning"))
@@ -168,6 +172,8 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     add("--width", type=int, default=848, help="pixels, a multiple of 16 (default: %(default)s)")
     add("--frames", type=int, default=163, help="6k + 1 (default: %(default)s)")
     add("--seconds", type=float, help=f"instead of --frames, at {FPS} a second")
+    rounds = "make a longer video in rounds of at most so many, each from the last --keep frames of the one before"
+    add("--round", type=int, metavar="FRAMES", help=rounds)
     add("--steps", type=int, default=64, help="(default: %(default)s)")
     add("--threshold-noise", type=float, default=0.025, help="noise removed by the linear steps (default: %(default)s)")
     add("--linear-steps", type=int, help="(default: half of the steps)")

@@ -13,6 +13,7 @@ from mochi_core.__main__ import main
 from mochi_core.checkpoints.convert import plan_conversion
 from mochi_core.io.read_frames import read_frames, read_image
 from mochi_core.io.video import as_frames
+from mochi_core.rounds import in_rounds, round_sizes
 from mochi_core.sampling.given import Given
 from mochi_core.sampling.image_to_video import fitted, given_frames
 from tests.harness import trained
@@ -232,6 +233,49 @@ def test_command_line_continues_a_video(run, tmp_path):
     frames = run("--video", str(tmp_path / "earlier.mp4"), "--keep", "8")
     assert len(frames) == 20 + 13 - 7
     assert np.abs(frames[:20] - earlier).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("frames", "at_once", "keep", "expected"),
+    [
+        (25, 25, 19, [25]),
+        (13, 25, 19, [13]),
+        (49, 25, 13, [25, 25, 25]),
+        (37, 25, 8, [25, 19]),
+        (31, 13, 1, [13, 13, 7]),
+    ],
+)
+def test_sizes_of_rounds(frames, at_once, keep, expected):
+    assert round_sizes(frames, at_once, keep) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((26, 25, 7), "num_frames is 26"),
+        ((49, 24, 7), "num_frames is 24"),
+        ((49, 19, 19), "Rounds of 19 frames that keep 19 make none"),
+        ((49, 19, 0), "keep is 0"),
+    ],
+)
+def test_rounds_that_make_nothing_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        round_sizes(*arguments)
+
+
+def test_each_round_continues_the_one_before(pipe):
+    once = {"height": 32, "width": 48, "num_inference_steps": 2, **TEXT}
+    made = in_rounds(pipe, 31, 19, seed=3, keep=7, image=FRAMES[0], last_image=FRAMES[1], **once)
+    first = pipe(num_frames=19, seed=3, image=FRAMES[0], **once)[0]
+    second = pipe(num_frames=19, seed=4, video=first[-7:], keep=7, last_image=FRAMES[1], **once)[0]
+    assert np.array_equal(made, np.concatenate([first, second[7:]]))
+
+
+def test_command_line_makes_rounds(run, tmp_path, capsys):
+    assert len(run("--frames", "31", "--round", "19", "--keep", "7")) == 31
+    models = ["--transformer", "none", "--t5", "none", "--vae", "none", "--prompt", "x"]
+    assert main(["generate", *models, "--round", "37", "-o", str(tmp_path / "x.latent")]) == 2
+    assert "Rounds make frames and no latents" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ FLOORS = (
     ("sampling", "checkpoints"),
     ("lora", "text_encoder", "io", "doctor"),
     ("pipeline",),
+    ("rounds",),
     ("generate",),
     ("__init__", "__main__"),
     ("train",),

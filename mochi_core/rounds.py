@@ -1,0 +1,73 @@
+"""Long videos in rounds: each continues the last frames of the one before, so that no more is made at once than fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .geometry import frames_problem
+from .pipeline import MochiPipeline
+from .sampling.image_to_video import KEEP_FRAMES, kept_frames
+
+Frames = NDArray[np.floating]
+
+
+def round_sizes(num_frames: int, at_once: int, keep: int) -> list[int]:
+    """Frames of each round of a video of `num_frames`, at most `at_once`; from the second on, those that are kept included.
+
+    Raises:
+        ValueError: a number of frames that is not 6k + 1, or a round in which nothing would be new.
+    """
+    for frames in (num_frames, at_once):
+        if problem := frames_problem(frames):
+            raise ValueError(problem)
+    kept = kept_frames(at_once, keep)
+    if num_frames > at_once and kept == at_once:
+        raise ValueError(f"Rounds of {at_once} frames that keep {kept} make none; keep fewer, or take longer rounds.")
+    sizes, made = [min(num_frames, at_once)], min(num_frames, at_once)
+    while made < num_frames:
+        new = min(at_once - kept, num_frames - made)
+        sizes.append(kept + new)
+        made += new
+    return sizes
+
+
+def in_rounds(
+    pipe: MochiPipeline,
+    num_frames: int,
+    at_once: int,
+    *,
+    seed: int = 0,
+    keep: int = KEEP_FRAMES,
+    image: Any = None,
+    video: Any = None,
+    last_image: Any = None,
+    **arguments: Any,
+) -> Frames:
+    """One video (F, H, W, 3) in [0, 1] of `num_frames`, in rounds of at most `at_once` frames.
+
+    The first round begins with `image` or `video`, the last one ends with `last_image`, and each other one continues the last
+    `keep` frames of the one before, with the next seed. All other arguments are those of a `MochiPipeline`, for one video.
+
+    Raises:
+        ValueError: see `round_sizes` and `MochiPipeline`.
+    """
+    sizes, parts = round_sizes(num_frames, at_once, keep), list[Frames]()
+    for number, size in enumerate(sizes):
+        end = last_image if number == len(sizes) - 1 else None
+        made = pipe(
+            num_frames=size, seed=seed + number, keep=keep, image=image, video=video, last_image=end, **arguments
+        )[0]
+        parts.append(made if number == 0 else made[kept_frames(len(video), keep) :])
+        image, video = None, made[-kept_frames(len(made), keep) :]
+    return np.concatenate(parts)
+
+
+def continued(video: NDArray[np.uint8] | None, made: Frames, keep: int) -> NDArray[np.uint8] | Frames:
+    """A given video (F, H, W, 3), if there is one, and the frames that continue it; `made` begins with its last ones."""
+    if video is None:
+        return made
+    new = made[kept_frames(len(video), keep) :]
+    return np.concatenate([video, (new * 255).round().astype(np.uint8)])
