@@ -1,0 +1,71 @@
+"""Draw docs/images/image_to_video.png with the tiny model: `python -m tests.harness.contact_sheet`.
+
+A row for each way to make a video from images; given frames have a border. Everything is held in time, as with weights that know
+one noise level for all frames.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from mochi_core import MochiPipeline, load_transformer
+from mochi_core.io.video import as_images
+from mochi_core.rounds import in_rounds
+from mochi_core.train.tiny.shapes import COLORS, Scene, Sprite, draw
+from tests.harness import trained
+from tests.harness.server import ROOT
+
+PATH = ROOT / "docs" / "images" / "image_to_video.png"
+PROMPT = "a yellow star moving to the right"
+SIZE: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 32}
+COLUMNS, SIDE, GAP, TEXT = 9, 112, 6, 22
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    sprite = Sprite("star", COLORS["yellow"], "right", 0.17, (0.18, -0.25), 0.45)
+    clip = draw(Scene((sprite,), ((0.03, 0.03, 0.03),) * 2), 25, 64, 64)
+    whole = trained.pipeline()
+    dit = load_transformer(trained.TRANSFORMER, torch.float32, frame_levels=False)
+    pipe = MochiPipeline(dit, whole.vae, whole.text_encoder)
+    first, last = clip[0], clip[-1]
+    rows = [
+        ("the clip that the images are from", clip, range(25)),
+        ("the prompt alone", pipe(PROMPT, num_frames=25, **SIZE)[0], ()),
+        ("from the first image", pipe(PROMPT, num_frames=25, image=first, **SIZE)[0], (0,)),
+        (
+            "between the first image and the last one",
+            pipe(PROMPT, num_frames=25, image=first, last_image=last, **SIZE)[0],
+            (0, *range(19, 25)),
+        ),
+        (
+            "two rounds: from the first image, then from the last 7 frames",
+            in_rounds(pipe, 37, 25, prompt=PROMPT, keep=7, image=first, **SIZE),
+            (0,),
+        ),
+    ]
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, len(rows) * (SIDE + TEXT + GAP) + GAP), "white")
+    for number, (title, frames, given) in enumerate(rows):
+        add_row(sheet, GAP + number * (SIDE + TEXT + GAP), f"{title} ({len(frames)} frames)", frames, given)
+    sheet.quantize(128).save(PATH, optimize=True)
+    print(PATH.relative_to(ROOT), PATH.stat().st_size)
+
+
+def add_row(sheet: Image.Image, top: int, title: str, frames: np.ndarray, given: Any) -> None:
+    """Nine of the frames, evenly, under the title."""
+    pen, images = ImageDraw.Draw(sheet), as_images(frames)
+    pen.text((GAP, top + 2), title, "black", ImageFont.load_default(14))
+    for column in range(COLUMNS):
+        index = round(column * (len(images) - 1) / (COLUMNS - 1))
+        left, upper = GAP + column * (SIDE + GAP), top + TEXT
+        sheet.paste(images[index].resize((SIDE, SIDE), Image.Resampling.BICUBIC), (left, upper))
+        if index in given:
+            pen.rectangle((left - 3, upper - 3, left + SIDE + 2, upper + SIDE + 2), outline="#d97706", width=3)
+
+
+if __name__ == "__main__":
+    main()
