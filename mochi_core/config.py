@@ -49,6 +49,18 @@ class AsymmVAEConfig:
 
 
 @dataclass(frozen=True)
+class TinyVAEConfig:
+    """Shape of the tiny autoencoder's decoder; the defaults are TAEM1's (madebyollin/taem1, taem1.py)."""
+
+    latent_channels: int = 12
+    decoder_channels: tuple[int, ...] = (256, 128, 64, 64)
+    """From the latents to the pixels: of each stage, and before the pixels."""
+    temporal_expansions: tuple[int, ...] = (1, 2, 3)
+    blocks: int = 3
+    """Of each stage."""
+
+
+@dataclass(frozen=True)
 class T5EncoderConfig:
     """Shape of the text encoder, T5 v1.1."""
 

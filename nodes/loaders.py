@@ -17,6 +17,7 @@ from ..mochi_core.shown import shown
 from .bridge.attention import CHOICES as ATTENTIONS
 from .bridge.model import load_model
 from .bridge.text import load_clip
+from .bridge.tiny_vae import is_tiny_vae, load_tiny_vae
 from .bridge.vae import load_vae
 from .category import CATEGORY
 
@@ -173,7 +174,10 @@ class LoadVAE(io.ComfyNode):
     @classmethod
     def execute(cls, vae_name, dtype="auto", second_file=NO_SECOND_FILE):
         names = [vae_name] if second_file == NO_SECOND_FILE else [vae_name, second_file]
-        return io.NodeOutput(load_vae([full_path(name, *cls.KINDS) for name in names], DTYPE_CHOICES[dtype]))
+        paths = [full_path(name, *cls.KINDS) for name in names]
+        if len(paths) == 1 and is_tiny_vae(paths[0]):
+            return io.NodeOutput(load_tiny_vae(paths[0], DTYPE_CHOICES[dtype]))
+        return io.NodeOutput(load_vae(paths, DTYPE_CHOICES[dtype]))
 
 
 class LoadT5(io.ComfyNode):

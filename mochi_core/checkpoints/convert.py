@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
+from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig, TinyVAEConfig
 from ..dtypes import DTYPES
 from ..output_files import folder, replacing
 from ..quantization.weights import quantize_fp8
@@ -36,6 +36,7 @@ WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "t5": "model.safetensors",
+    "tiny_vae": "model.safetensors",
 }
 
 
@@ -57,7 +58,7 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
     Args:
         sources: a file or folder, or the two halves of an autoencoder.
         layout, dtype: among `LAYOUTS` and `TARGET_DTYPES`.
-        part: "transformer", "vae" or "t5", if the source holds several.
+        part: one of `PARTS`, if the source holds several.
 
     Raises:
         FileNotFoundError, ValueError: see `open_checkpoint`, `select_part` and `check_fit`; or the model cannot be written so.
@@ -69,12 +70,14 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
     check_fit(model.parameters, checkpoint)
     converted = checked_when_read(_cast(checkpoint, model, TARGET_DTYPES[dtype])).tensors
     if dtype == FP8_SCALED:
-        if part == "vae" or layout != "canonical":
+        if part in ("vae", "tiny_vae") or layout != "canonical":
             raise ValueError(
                 "Scaled fp8 is for a transformer or T5 in canonical names; diffusers loads none, use --dtype bf16."
             )
         converted = _with_fp8(converted)
     if layout == "diffusers":
+        if part == "tiny_vae":
+            raise ValueError("diffusers has no tiny autoencoder for Mochi; write it with --to canonical.")
         converted = _to_diffusers(converted, model)
     metadata = {key: value for key, value in checkpoint.metadata.items() if key != QUANTIZATION}
     if part == "transformer" and has_frame_levels(checkpoint):
@@ -144,7 +147,7 @@ def _with_fp8(tensors: LazyStateDict) -> LazyStateDict:
 
 def _to_diffusers(tensors: LazyStateDict, model: ModelSpec) -> LazyStateDict:
     config = model.config
-    if isinstance(config, T5EncoderConfig):
+    if isinstance(config, T5EncoderConfig | TinyVAEConfig):
         return tensors
     if isinstance(config, AsymmDiTConfig):
         return to_diffusers(tensors, transformer_rules(config.depth))
@@ -155,6 +158,8 @@ def _to_diffusers(tensors: LazyStateDict, model: ModelSpec) -> LazyStateDict:
 
 def _config_entries(model: ModelSpec) -> dict[str, Any]:
     config = model.config
+    if isinstance(config, TinyVAEConfig):
+        return {}  # no library has a folder for it
     if isinstance(config, T5EncoderConfig):
         return {"architectures": ["T5EncoderModel"], "model_type": "t5", **hugging_face_entries(config)}
     return _dit_entries(config) if isinstance(config, AsymmDiTConfig) else _vae_entries(config)

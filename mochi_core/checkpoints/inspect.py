@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
+from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig, TinyVAEConfig
 from ..shown import sentence, shown, shown_names
 from .formats.reader import open_checkpoint
 from .loading import NOT_FLOATING, model_spec, state_dict_diff
@@ -40,7 +40,7 @@ def _inspect_part(file: Checkpoint, part: str) -> dict[str, Any]:
         model = model_spec(found, part)
     except ValueError as error:
         return {"problem": str(error)}
-    released = model.config in (AsymmDiTConfig(), AsymmVAEConfig(), T5EncoderConfig())
+    released = model.config in (AsymmDiTConfig(), AsymmVAEConfig(), T5EncoderConfig(), TinyVAEConfig())
     differences = state_dict_diff(model.parameters, found.tensors)
     return {"released_sizes": released, "config": asdict(model.config), **differences}
 

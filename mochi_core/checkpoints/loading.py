@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..autoencoder.model import AsymmVAE
-from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig
+from ..autoencoder.tiny import TinyDecoder
+from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig, TinyVAEConfig
 from ..mapped_files import copy_mapped, is_mostly_mapped, remember
 from ..quantization.weights import QuantizedLinear, QuantizedWeight
 from ..shown import shown, shown_names
@@ -89,6 +90,21 @@ def load_vae(
     return vae.eval()
 
 
+def load_tiny_vae(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> TinyDecoder:
+    """Load the decoder of TAEM1, a tiny autoencoder for previews, from its .pth or what `convert` made of it.
+
+    Raises:
+        ValueError: the file is no TAEM1.
+        FileNotFoundError: there is no such file.
+    """
+    checkpoint = open_part(path, "tiny_vae")
+    decoder = TinyDecoder(device="meta", dtype=dtype)
+    load_into(decoder, checkpoint, device)
+    return decoder.eval()
+
+
 def open_part(path: str | Path, part: str) -> Checkpoint:
     """`select_part` of a file, of a folder, or of the subfolder of a diffusers pipeline that has it.
 
@@ -122,17 +138,20 @@ def empty_vae(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Asymm
 class ModelSpec:
     """A model of the sizes of a file's tensors."""
 
-    config: AsymmDiTConfig | AsymmVAEConfig | T5EncoderConfig
+    config: AsymmDiTConfig | AsymmVAEConfig | T5EncoderConfig | TinyVAEConfig
     parameters: dict[str, Tensor]
     """All parameters of the model by name, on the meta device."""
 
 
 def model_spec(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None = None) -> ModelSpec:
-    """The specification of a "transformer", "vae" or "t5"; ValueError if the canonical tensors do not tell its sizes."""
+    """The specification of one of `PARTS`; ValueError if the canonical tensors do not tell its sizes."""
     if part == "t5":
         config = t5_config(checkpoint)
         shapes = t5_shapes(config)
         return ModelSpec(config, {n: torch.empty(shapes[n], dtype=dtype, device="meta") for n in shapes})
+    if part == "tiny_vae":
+        tiny = TinyDecoder(device="meta", dtype=dtype)
+        return ModelSpec(tiny.config, dict(tiny.named_parameters()))
     module = empty_transformer(checkpoint, dtype) if part == "transformer" else empty_vae(checkpoint, dtype)
     return ModelSpec(module.config, dict(module.named_parameters()))
 

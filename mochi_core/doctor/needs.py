@@ -119,6 +119,14 @@ def t5_needs(checkpoint: Checkpoint, _: torch.device) -> dict[str, Any]:
     return {"dtype": dtype_name(stored), "weights": as_stored, "weights_fp32": held_bytes(checkpoint.tensors, 4)}
 
 
+def tiny_vae_needs(checkpoint: Checkpoint, _: torch.device) -> dict[str, Any]:
+    """Weights as they are stored."""
+    check_fit(model_spec(checkpoint, "tiny_vae").parameters, checkpoint)
+    stored, _block_type = checkpoint.main_dtype()
+    weights = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
+    return {"dtype": dtype_name(stored), "weights": weights}
+
+
 def loaded_bytes(checkpoint: Checkpoint, itemsize: int, quantize: str | None = None) -> int:
     """Bytes of a denoiser's weights when its file is loaded with `quantize`, as in `load_transformer`; see `held_bytes`."""
     stored, loaded = checkpoint.tensors, quantize_block_matrices(checkpoint, quantize).tensors
@@ -144,4 +152,4 @@ def held_bytes(tensors: LazyStateDict, itemsize: int) -> int:
     )
 
 
-NEEDS = {"transformer": transformer_needs, "vae": vae_needs, "t5": t5_needs}
+NEEDS = {"transformer": transformer_needs, "vae": vae_needs, "t5": t5_needs, "tiny_vae": tiny_vae_needs}

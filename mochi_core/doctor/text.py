@@ -132,6 +132,10 @@ def _t5(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _tiny_vae(found: dict[str, Any]) -> list[str]:
+    return [f"  weights in {found['dtype']}: {_gb(found['weights'])}; for previews"]
+
+
 def _gb(count: int) -> str:
     return f"{count / GB:.2f} GB" if count > GB / 10 else f"{count / MB:.1f} MB"
 
@@ -151,4 +155,4 @@ SECTIONS = {
     "products": _checked("layers with quantised weights, beside float64"),
 }
 """How each probe of the report is told."""
-PARTS = {"transformer": _transformer, "vae": _vae, "t5": _t5}
+PARTS = {"transformer": _transformer, "vae": _vae, "t5": _t5, "tiny_vae": _tiny_vae}

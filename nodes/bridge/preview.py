@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from io import BytesIO
 
 import comfy.latent_formats
 import comfy.utils
+import folder_paths
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from PIL import Image
 
+from ...mochi_core.autoencoder.latents import denormalize_latents
+from ...mochi_core.autoencoder.tiny import TinyDecoder
+from ...mochi_core.checkpoints import load_tiny_vae
 from ...mochi_core.geometry import FPS, TEMPORAL_COMPRESSION
+from ...mochi_core.shown import sentence
 
 MAX_TIME_FRACTION = 0.01
 """Fraction of the sampling time that making previews may take."""
 WEBP_QUALITY = 70
+TINY_FILES = "taem1"
+"""How the names of files of the tiny autoencoder begin."""
 CALLBACK_ARGUMENT = 5
 """Position of the callback among the arguments of the host's `outer_sample`."""
 
@@ -59,11 +67,36 @@ def latents_to_rgb(latents: torch.Tensor, latent_format: MochiLatents) -> torch.
     return ((pixels + 1) * 127.5).clamp(0, 255).to("cpu", torch.uint8)
 
 
+def decoded_frames(latents: torch.Tensor, decoder: TinyDecoder) -> torch.Tensor:
+    """The first video of latents (B, 12, T, H, W) in DiT space as frames (T, 4 * H, 4 * W, 3), uint8 on the CPU."""
+    video = decoder.decode(denormalize_latents(latents[:1].float()))[
+        0, :, ::TEMPORAL_COMPRESSION
+    ]  # (3, T, 8 * H, 8 * W)
+    halved = torch.nn.functional.avg_pool2d(video.transpose(0, 1), 2)  # (T, 3, 4 * H, 4 * W)
+    return (halved.permute(0, 2, 3, 1) * 255).round_().clamp_(0, 255).to("cpu", torch.uint8)
+
+
+def tiny_decoder(device: torch.device) -> TinyDecoder | None:
+    """TAEM1 from models/vae_approx, if the server's way of previewing is taesd and there is one."""
+    if args.preview_method != LatentPreviewMethod.TAESD:
+        return None
+    names = (name for name in folder_paths.get_filename_list("vae_approx") if name.lower().startswith(TINY_FILES))
+    path = folder_paths.get_full_path("vae_approx", next(names, ""))
+    if path is None:
+        return None
+    try:
+        return load_tiny_vae(path, torch.float32 if device.type == "cpu" else torch.float16, device)
+    except ValueError as error:
+        logging.warning("Mochi preview: %s The linear fit is shown.", sentence(error))
+        return None
+
+
 class Previewer:
     """Sends a preview after a step, as long as all previews together take at most a hundredth of the time."""
 
-    def __init__(self, latent_format: MochiLatents) -> None:
-        self.latent_format = latent_format
+    def __init__(self, latent_format: MochiLatents, decoder: TinyDecoder | None = None) -> None:
+        """With a `decoder`, frames are decoded, otherwise they are a linear fit to the latents."""
+        self.latent_format, self.decoder = latent_format, decoder
         self.started, self.spent = time.perf_counter(), 0.0
 
     def show(self, step: int, denoised: torch.Tensor, total: int) -> None:
@@ -73,6 +106,8 @@ class Previewer:
         frames = latents_to_rgb(denoised, self.latent_format)
         # The copy before this waits for the device's step, which is no cost of the preview.
         start = time.perf_counter()
+        if self.decoder is not None:
+            frames = decoded_frames(denoised, self.decoder)
         preview = AnimatedPreview(frames)
         self.spent += time.perf_counter() - start
         comfy.utils.ProgressBar(total).update_absolute(step + 1, total, ("WEBP", preview, None))
@@ -83,7 +118,8 @@ def with_previews(executor, *arguments, **named):
     if args.preview_method == LatentPreviewMethod.NoPreviews:
         return executor(*arguments, **named)
     callback = arguments[CALLBACK_ARGUMENT]
-    previewer = Previewer(executor.class_obj.model_patcher.model.latent_format)
+    patcher = executor.class_obj.model_patcher
+    previewer = Previewer(patcher.model.latent_format, tiny_decoder(patcher.load_device))
 
     def show(step, denoised, x, total):
         if callback is not None:

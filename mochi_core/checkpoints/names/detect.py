@@ -42,7 +42,7 @@ TRAINED_FOR_FRAME_LEVELS = "pusa"
 
 @dataclass(frozen=True)
 class Part:
-    """How files spell one of the three models that a video takes."""
+    """How files spell one of the models that a video takes."""
 
     phrase: str
     example: str
@@ -59,7 +59,7 @@ class Part:
 
 
 def select_part(checkpoint: Checkpoint, part: str) -> Checkpoint:
-    """The tensors of "transformer", "vae" or "t5" under their canonical names, whatever the file calls them.
+    """The tensors of "transformer", "vae", "t5" or "tiny_vae" under their canonical names, whatever the file calls them.
 
     Prefixes are stripped, diffusers' names converted, tensors of other models left out. What is known to belong to the same
     model or its training, such as T5's decoder, is left out with a line in the log. Names of the autoencoder always begin with
@@ -101,7 +101,7 @@ def has_frame_levels(checkpoint: Checkpoint) -> bool:
 
 
 def find_parts(checkpoint: Checkpoint) -> dict[str, LazyStateDict]:
-    """The tensors of every one of "transformer", "vae" and "t5" that a file holds, without prefixes and wrappers.
+    """The tensors of every one of "transformer", "vae", "t5" and "tiny_vae" that a file holds, without prefixes and wrappers.
 
     Raises:
         ValueError: a name occurs with and without wrappers.
@@ -129,7 +129,7 @@ def describe(checkpoint: Checkpoint) -> str:
 def _describe_part(part: str, tensors: LazyStateDict) -> str:
     layout = " in diffusers layout" if any("resnets." in n or n.startswith("time_embed.") for n in tensors) else ""
     blocks = count_numbers(tensors, r"(?:transformer_blocks|blocks|encoder\.block|enc\.blk)\.(\d+)\..*")
-    depth = f", {blocks} blocks" if part != "vae" else ""
+    depth = f", {blocks} blocks" if part in ("transformer", "t5") else ""
     dtypes = sorted({tensor.stored_dtype for tensor in tensors.values()})
     return f"{PARTS[part].phrase}{layout}{depth}, {' and '.join(dtypes)}"
 
@@ -139,8 +139,18 @@ def _strip(tensors: LazyStateDict, part: str) -> LazyStateDict | None:
     prefixes = {name.removesuffix(end) for name in tensors for end in PARTS[part].signatures if name.endswith(end)}
     for prefix in sorted(filter(PARTS[part].prefixes.fullmatch, prefixes), key=len):
         found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        return found if part != "vae" or _is_mochi_vae(found) else None
+        return found if LOOKS.get(part, bool)(found) else None
     return None
+
+
+def _is_taem1(tensors: LazyStateDict) -> bool:
+    """Other tiny autoencoders have the same names, and make fewer frames or other channels."""
+    shapes = {name: tuple(tensors[name].shape) for name in TAEM1_SHAPES if name in tensors}
+    return shapes == TAEM1_SHAPES
+
+
+def _decoder_only(tensors: LazyStateDict) -> LazyStateDict:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
 
 
 def _is_mochi_vae(tensors: LazyStateDict) -> bool:
@@ -182,6 +192,10 @@ def _resnets(tensors: LazyStateDict, stages: str) -> tuple[int, ...]:
     return counts
 
 
+TAEM1_SHAPES = {"decoder.1.weight": (256, 12, 3, 3), "decoder.19.conv.weight": (192, 64, 1, 1)}
+"""What the first convolution and the last growth in time have in madebyollin/taem1."""
+LOOKS: dict[str, Callable[[LazyStateDict], bool]] = {"vae": _is_mochi_vae, "tiny_vae": _is_taem1}
+"""Where names do not tell a part: whether tensors with its signature are those of Mochi's."""
 PARTS = {
     "transformer": Part(
         "a Mochi transformer", "mochi_preview_bf16.safetensors", "transformer",
@@ -204,5 +218,12 @@ PARTS = {
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "enc.blk.0.attn_q.weight"),
         canonical_t5,
         COMPANIONS,
+    ),
+    "tiny_vae": Part(
+        "Mochi's tiny autoencoder TAEM1", "taem1.safetensors", "tiny_vae",
+        re.compile(r"((module|model|vae|taem1|first_stage_model)\.)*"),
+        ("decoder.19.conv.weight",),
+        _decoder_only,
+        re.compile(r"encoder\..*"),
     ),
 }  # fmt: skip
