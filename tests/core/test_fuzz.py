@@ -46,6 +46,22 @@ def take(size):
         memory[page] = 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has a clock only")
+def test_a_file_that_hangs_ends_the_process_and_one_that_waits_for_the_processor_does_not():
+    code = """
+import time
+from tests.harness.fuzz import watch_for_hang
+watch_for_hang(0.2)
+time.sleep(1)
+print("waited", flush=True)
+while True: pass
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode < 0
+    assert done.stdout == "waited\n"
+    assert 'File "<string>", line 7' in done.stderr
+
+
 def refuse(message):
     def read(_):
         raise ValueError(message)

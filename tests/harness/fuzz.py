@@ -13,6 +13,7 @@ import json
 import pickletools
 import random
 import shutil
+import signal
 import struct
 import sys
 import tempfile
@@ -66,6 +67,8 @@ TEXTS = (
     "a.safetensors",
 )
 HANG_SECONDS = 120
+PROGRESS = 1000
+"""Files after which one line says how many were tried."""
 MEGABYTE = 2**20
 
 Rng = random.Random
@@ -554,7 +557,7 @@ def try_one(kind: str, seed: str, tally: Tally, limits: tuple[float, float]) -> 
     with tempfile.TemporaryDirectory() as folder:
         path, read = make(rng, Path(folder)), rng.choice(readers)
         before, start = reset_peak(), time.process_time()
-        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+        watch_for_hang(HANG_SECONDS)
         try:
             read(path)
             tally.loaded += 1
@@ -570,11 +573,27 @@ def try_one(kind: str, seed: str, tally: Tally, limits: tuple[float, float]) -> 
                 f"{kind}/{seed}: {type(error).__name__} at {last.filename}:{last.lineno}: {ascii(str(error))[:300]}"
             )
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            watch_for_hang(0)
         seconds, megabytes = time.process_time() - start, (peak() - before) / MEGABYTE
         tally.seconds, tally.megabytes = max(tally.seconds, seconds), max(tally.megabytes, megabytes)
         if seconds > limits[0] or megabytes > limits[1]:
             tally.faults.append(f"{kind}/{seed}: {seconds:.1f} s, {megabytes:.0f} MB")
+
+
+def watch_for_hang(seconds: float) -> None:
+    """End the process with a traceback after so many seconds of the processor, or of the clock on Windows; 0 is never.
+
+    A process that is stopped or starved by others does not hang.
+    """
+    if sys.platform != "win32":
+        faulthandler.register(
+            signal.SIGPROF, chain=True
+        )  # and then what the signal does by itself: it ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+    elif seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    else:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def reset_peak() -> int:
@@ -603,6 +622,8 @@ def run(count: int, seed: int, limits: tuple[float, float]) -> dict[str, Tally]:
         for i in range(count):
             kind = kinds[i % len(kinds)]
             try_one(kind, f"{seed}-{i}", tallies[kind], limits)
+            if i % PROGRESS == PROGRESS - 1:
+                print(f"{i + 1:,} of {count:,} files", file=sys.stderr, flush=True)
     return tallies
 
 
