@@ -41,11 +41,11 @@ def image_to_video(
 
 
 def released(sigma: Tensor, denoise_mask: Tensor, extra_options: dict[str, Any]) -> Tensor:  # noqa: ARG001 - the host's
-    """What is denoised at the noise level `sigma` (B,): whatever it has fallen to, but never what is to be kept.
+    """What is denoised at the noise level `sigma` (B,), which is above 0: whatever it has fallen to.
 
     In a schedule from 1 to 0, that is the host's Differential Diffusion (arXiv 2306.00950).
     """
-    return ((denoise_mask >= sigma[0]) & (denoise_mask > 0)).to(denoise_mask)
+    return (denoise_mask >= sigma[0]).to(denoise_mask)
 
 
 def latent_mask(mask: Tensor, pixels: Tensor) -> Tensor:
