@@ -35,6 +35,8 @@ from .generate import (
 from .io.latent_files import load_latents
 from .io.video import to_unit_range, video_file
 from .output_files import check_writable
+from .parallel.launch import MemberError, join, own_device, together
+from .parallel.plan import Plan
 from .shown import sentence
 
 
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError, SafetensorError, OutOfMemory) as error:
+    except (ValueError, OSError, SafetensorError, OutOfMemory, MemberError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -53,12 +55,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def generate(options: argparse.Namespace) -> None:
-    check_writable(options.output)  # before anything is loaded, as the next
+    """Make a video; with --parallel, together with the other processes of the launcher."""
+    if options.parallel is None:
+        make_video(options, first=True)
+        return
+    device = own_device(options.device)
+    options.device = str(device)
+    world = join(device)
+    if world.rank:
+        warnings.showwarning = lambda *_, **__: None  # the first member gives it, too
+    with together(world, device):
+        make_video(options, first=world.rank == 0)
+
+
+def make_video(options: argparse.Namespace, *, first: bool) -> None:
+    """What a process does for a video; the first one, or the only one, says how far it is and writes."""
+    if first:
+        check_writable(options.output)  # before anything is loaded, as the next
     arguments = pipeline_arguments(options)
     steps = options.steps * check_rounds(arguments, options.output)
-    pipe = load_pipeline(options)
-    with tqdm(total=steps, unit="step") as bar:
+    pipe = load_pipeline(options, options.parallel, first=first)
+    with tqdm(total=steps, unit="step", disable=not first) as bar:
         make_file(pipe, arguments, options.output, options.fps, bar.update)
+    if not first:
+        return
+    if pipe.team is not None:
+        print(pipe.team.report(), file=sys.stderr)
     if options.cache is not None:
         print(options.cache.report(), file=sys.stderr)
     print(options.output)
@@ -156,6 +178,8 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     add_models(command)
     command.add_argument("--prompt", required=True)
     add_settings(command)
+    parallel = "share the video with the other processes of torchrun, a GPU each; auto, or such as guidance=2,ulysses=4 or ring=2"
+    command.add_argument("--parallel", type=parallel_option, metavar="PLAN", help=parallel)
     add_decoder(command)
     _add_output(command, "mp4 file, or .latent or .safetensors file for latents to decode later")
 
@@ -181,6 +205,14 @@ def gibibytes(text: str) -> int | None:
             f"{text} is no amount of memory; use 0 for what is free, or a number such as 8."
         )
     return round(float(text) * GIB) or None
+
+
+def parallel_option(text: str) -> Plan | str:
+    """A plan, or auto."""
+    try:
+        return text if text == "auto" else Plan.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from .io.latent_files import save_latents
 from .io.read_frames import read_frames, read_image
 from .io.video import save_video
 from .lora import load_lora
+from .parallel.plan import Plan
 from .pipeline import MochiPipeline
 from .quantization.weights import QUANTIZERS
 from .rounds import continued, in_rounds, round_sizes
@@ -76,15 +77,19 @@ def given_frames(options: argparse.Namespace, size: VideoSize) -> dict[str, Any]
     return given
 
 
-def load_pipeline(options: argparse.Namespace) -> MochiPipeline:
-    """The models, and the LoRAs.
+def load_pipeline(
+    options: argparse.Namespace, parallel: Plan | str | None = None, *, first: bool = True
+) -> MochiPipeline:
+    """The models, and the LoRAs; of processes that share a video by the plan `parallel`, the `first` one reads T5.
 
     Raises:
         ValueError, OSError: a file that cannot be used, or an attention that the device does not have.
     """
     dtype, home = DTYPES[options.dtype], "cpu" if options.offload else options.device
     choose_attention(options.attention, options.device, dtype)  # before anything is loaded
-    text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
+    text_encoder = None
+    if first:
+        text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], home)
     frame_levels = FRAME_LEVELS_CHOICES[options.frame_levels]
     transformer = load_transformer(options.transformer, dtype, home, options.quantize, frame_levels=frame_levels)
     for path, strength in options.lora:
@@ -98,20 +103,28 @@ def load_pipeline(options: argparse.Namespace) -> MochiPipeline:
         offload=options.offload,
         device=options.device,
         attention=options.attention,
+        parallel=parallel,
     )
 
 
 def make_file(
     pipe: MochiPipeline, arguments: dict[str, Any], output: Path, fps: int, on_step: Callable[[], object]
 ) -> None:
-    """Make a video, or latents if the name of the file says so, from what `pipeline_arguments` gives."""
+    """Make a video, or latents if the name of the file says so, from what `pipeline_arguments` gives.
+
+    Of processes that make it together, the first one writes.
+    """
     check_rounds(arguments, output)
     arguments = {**arguments, "on_step": lambda *_: on_step() and False}
     if output.suffix in LATENT_SUFFIXES:
         del arguments["at_once"]
-        save_latents(pipe(**arguments, output_type="latent"), output)
+        latents = pipe(**arguments, output_type="latent")
+        if pipe.is_first:
+            save_latents(latents, output)
     else:
-        save_video(continued(arguments.get("video"), in_rounds(pipe, **arguments), arguments["keep"]), output, fps)
+        video = in_rounds(pipe, **arguments)
+        if pipe.is_first:
+            save_video(continued(arguments.get("video"), video, arguments["keep"]), output, fps)
 
 
 def check_rounds(arguments: dict[str, Any], output: Path) -> int:

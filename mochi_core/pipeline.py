@@ -15,11 +15,14 @@ from .geometry import VideoSize
 from .io.video import as_frames, as_images, to_unit_range
 from .lora import NamedLoras
 from .mapped_files import check_mapped_files
+from .parallel.decode import decode_together
+from .parallel.launch import join, peers
+from .parallel.plan import Members, Plan, Team
 from .sampling.block_cache import BlockCache
 from .sampling.given import Given
 from .sampling.guidance import PLAIN, Guidance
 from .sampling.image_to_video import KEEP_FRAMES, given_frames
-from .sampling.sample import EncodedPrompts, OnStep, sample
+from .sampling.sample import EncodedPrompts, OnStep, sample, scale_per_step
 from .sampling.schedule import linear_quadratic_schedule
 from .text_encoder import TextEncoder, empty_prompts
 from .transformer.model import AsymmDiT
@@ -38,8 +41,12 @@ class MochiPipeline(NamedLoras):
     `device`, the denoiser by `offload.offload_modulation`. With "stream", the denoiser has only two of its blocks on `device`,
     by `offload.stream_blocks`, and the text encoder works on the CPU.
 
+    With `parallel`, the processes that a launcher such as torchrun has started make each video together. All of them call the
+    pipeline with the same arguments and get the videos; the first one alone needs a text encoder.
+
     Raises:
-        ValueError: `offload` without `device`, or another way to offload.
+        ValueError: `offload` without `device`, or another way to offload; `parallel` without a launcher, or a plan for another
+            number of processes.
     """
 
     def __init__(
@@ -51,8 +58,12 @@ class MochiPipeline(NamedLoras):
         offload: bool | Literal["stream"] = False,
         device: torch.device | str | None = None,
         attention: str = "auto",
+        parallel: Plan | str | None = None,
     ) -> None:
-        """`attention` is one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device."""
+        """`attention` is one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device.
+
+        `parallel` is a `Plan`, its text, such as "guidance=2,ulysses=4", or "auto" for the one that suits each video.
+        """
         if offload not in OFFLOADS:
             raise ValueError(f"offload is {offload!r}; use one of {', '.join(map(repr, OFFLOADS))}.")
         if offload and device is None:
@@ -63,7 +74,10 @@ class MochiPipeline(NamedLoras):
         moves = offload == "stream" or (offload and torch.device(device or "cpu").type != "cpu")
         self.work_device = device if moves else None
         self.offload_context = stream_blocks if offload == "stream" else offload_modulation
-        self.attention = attention
+        self.attention, self.team = attention, None
+        if parallel is not None:
+            works_on = dit.pos_frequencies.device if self.work_device is None else self.work_device
+            self.team = Team(join(works_on), parallel, dit.config.num_heads, peers=peers())
 
     @torch.no_grad()
     def __call__(
@@ -140,14 +154,17 @@ class MochiPipeline(NamedLoras):
             raise ValueError(f"latents have shape {tuple(noise.shape)}; this size and number of videos need {shape}.")
         if sigmas is None:
             sigmas = linear_quadratic_schedule(num_inference_steps)
+        sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
+        members = self._members(scale_per_step(guidance_scale, len(sigmas) - 1))
 
         unwanted = "" if negative_prompt is None else negative_prompt
         negative = _given("negative_prompt", unwanted, negative_prompt_embeds, negative_prompt_attention_mask)
         with self._working(self.text_encoder):
-            cond, uncond = (_repeated(self._encoded(text), num_videos_per_prompt) for text in (wanted, negative))
+            cond, uncond = (
+                _repeated(self._encoded(text, members), num_videos_per_prompt) for text in (wanted, negative)
+            )
         given = self._given_frames(size, video if image is None else image, last_image, keep, start_noise, end_noise)
         with self._working(self.dit):
-            sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
             denoised = sample(
                 self.dit,
                 noise,
@@ -160,11 +177,29 @@ class MochiPipeline(NamedLoras):
                 cache=cache,
                 given=given,
                 guidance=guidance,
+                members=members,
             )
         denoised = denormalize_latents(denoised)
-        return denoised if output_type == "latent" else self._decode(denoised, output_type)
+        return denoised if output_type == "latent" else self._decode(denoised, output_type, members)
 
-    def _encoded(self, given: list[str] | EncodedPrompts) -> EncodedPrompts:
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files: the first one of several, or the only one."""
+        return self.team is None or self.team.world.rank == 0
+
+    def _members(self, scales: Sequence[float]) -> Members | None:
+        return self.team and self.team.members(guided=any(scale != 1 for scale in scales))
+
+    def _encoded(self, given: list[str] | EncodedPrompts, members: Members | None) -> EncodedPrompts:
+        """The given text, encoded by the first member alone."""
+        if members is None or isinstance(given, tuple):
+            return self._encoded_here(given)
+        own = members.world.rank == 0
+        embeds, mask = self._encoded_here(given) if own else empty_prompts(len(given), self.dit.config.text_width)
+        embeds, mask = (members.world.broadcast(tensor.cpu().float()) for tensor in (embeds, mask))
+        return embeds, mask.bool()
+
+    def _encoded_here(self, given: list[str] | EncodedPrompts) -> EncodedPrompts:
         if isinstance(given, tuple):
             if (width := given[0].shape[2]) != self.dit.config.text_width:
                 raise ValueError(
@@ -191,9 +226,10 @@ class MochiPipeline(NamedLoras):
         """Frames (6k + 1, H, W, 3) in [0, 1] to DiT-space latents (1, 12, k + 1, H / 8, W / 8)."""
         return normalize_latents(self.vae.encode(frames.movedim(-1, 0)[None] * 2 - 1).mode().float())
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
+    def _decode(self, latents: Tensor, output_type: str, members: Members | None) -> Any:
         with self._working(self.vae):
-            video = to_unit_range(self.vae.decode(latents))
+            video = self.vae.decode(latents) if members is None else decode_together(self.vae, latents, members.world)
+        video = to_unit_range(video)
         if output_type == "pt":
             return video.transpose(1, 2)
         frames = video.permute(0, 2, 3, 4, 1).cpu().numpy()

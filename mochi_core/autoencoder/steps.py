@@ -19,7 +19,19 @@ from .. import kernels
 from .decoder import Decoder, DecoderStage
 from .encoder import Encoder, EncoderStage, fourier_features
 from .layers import CONV_SIZE, RGB, ResBlock, TemporalAttentionBlock, convolve, frame_norm, pointwise
-from .streaming import Cache, ClipStep, OomRetry, Plan, Step, StreamStep, by_strips, empty_cache, store, strip_step
+from .streaming import (
+    Cache,
+    ClipStep,
+    Neighbour,
+    OomRetry,
+    Plan,
+    Step,
+    StreamStep,
+    by_strips,
+    empty_cache,
+    store,
+    strip_step,
+)
 
 # Values that temporal attention holds per value that it takes: itself, normed and attended; then q, k, v and copies of them.
 STRIP_EXPANSION, ATTENTION_EXPANSION = 3, 8
@@ -53,14 +65,17 @@ def stream_steps(*modules: nn.Module) -> list[Step]:
     steps: list[Step] = []
     for module in modules:
         if isinstance(module, ResBlock):
-            steps.append(StreamStep(partial(res_block, module)))
+            steps.append(StreamStep(partial(res_block, module), convolutions=2))
             if module.attn_block:
                 steps.append(ClipStep(partial(attend, module.attn_block)))
         elif isinstance(module, EncoderStage):
             _, *blocks = module.layers
             steps += [StreamStep(partial(downsample, module.down)), *stream_steps(*blocks)]
         elif isinstance(module, DecoderStage):
-            steps += [*stream_steps(*module.blocks), StreamStep(partial(upsample, module), module.expansion)]
+            steps += [
+                *stream_steps(*module.blocks),
+                StreamStep(partial(upsample, module), module.expansion, time=module.temporal_expansion),
+            ]
         else:
             raise TypeError(f"{type(module).__name__} does not stream")
     return steps
@@ -83,9 +98,10 @@ def res_block(block: ResBlock, x: Tensor, cache: Cache, plan: Plan) -> tuple[Ten
 
 
 def norm_silu_conv(
-    norm: nn.GroupNorm, conv: nn.Conv3d, x: Tensor, past: Tensor | None, plan: Plan
+    norm: nn.GroupNorm, conv: nn.Conv3d, x: Tensor, past: Tensor | Neighbour | None, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """Causal convolution of silu(norm(x)), and what the next call needs as `past`: the last two frames that went into it."""
+    past = past if past is None or isinstance(past, Tensor) else past(norm, x)
     strips, height = plan.strips(x), x.shape[3]
     padded_rows = _padded_rows(norm, x, strips)
     kept = empty_cache(x, CONV_SIZE - 1, plan.cache_device)
@@ -156,7 +172,9 @@ def downsample(conv: nn.Conv3d, x: Tensor, cache: Cache, plan: Plan) -> tuple[Te
     The cache holds the frames that did not fill a block; it and the output may have no frame.
     """
     time, space, _ = conv.kernel_size
-    before = cache[0].to(x.device, non_blocking=x.is_cuda) if cache else x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
+    before = x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
+    if cache and isinstance(cache[0], Tensor):
+        before = cache[0].to(x.device, non_blocking=x.is_cuda)
     x = torch.cat((before, x), dim=2)
     whole = x.shape[2] // time * time
     kept = empty_cache(x, x.shape[2] - whole, plan.cache_device)

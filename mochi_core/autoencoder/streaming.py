@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MIB, GIB = 2**20, 2**30
 # More brings no speed: weights are read often enough for this much work, and caches of processors are small.
@@ -35,7 +35,10 @@ ALLOCATION_FAILED = (
     "out of memory", "alloc_failed", "unable to find an engine", "can't allocate memory", "not enough memory",
 )  # fmt: skip
 
-Cache = tuple[Tensor, ...] | None
+Neighbour = Callable[[nn.GroupNorm, Tensor], Tensor | None]
+"""(norm, x) -> the two frames that go into a convolution before those of `x` (B, C, f, H, W), normed and activated, or None at
+the start of a clip. Another device may have them; it is told the last ones of `x` meanwhile."""
+Cache = tuple[Tensor | Neighbour, ...] | None
 Result = TypeVar("Result")
 
 
@@ -153,6 +156,10 @@ class StreamStep(NamedTuple):
     run: Callable[[Tensor, Cache, Plan], tuple[Tensor, Cache]]
     expansion: float = 1
     """Values at work per value of `x`, at least 1."""
+    convolutions: int = 0
+    """Causal convolutions in it; instead of what each has cached, `run` may be given a `Neighbour` for it."""
+    time: int = 1
+    """Frames that it makes of one."""
 
 
 class ClipStep(NamedTuple):
@@ -291,4 +298,4 @@ def free_memory(device: torch.device) -> int:
 
 
 def _moved(cache: Cache, device: torch.device) -> Cache:
-    return cache if cache is None else tuple(tensor.to(device) for tensor in cache)
+    return cache and tuple(past.to(device) if isinstance(past, Tensor) else past for past in cache)

@@ -109,6 +109,39 @@ class Members:
         return bool(self.world.total(_number(said)))
 
 
+class Team:
+    """Members who make videos together, by one plan or by the one that suits each video."""
+
+    def __init__(self, world: Group, plan: Plan | str, heads: int = HEADS, *, peers: bool = True) -> None:
+        """`plan` is a `Plan`, its text, or "auto"; `peers` is that of `choose`, and false for all if it is for one.
+
+        Raises:
+            ValueError: the plan is none, or for another number of members or heads.
+        """
+        self.world, self.heads = world, heads
+        self.peers = bool(world.total(_number(peers)) == world.size)
+        self.plan = Plan.parse(plan) if isinstance(plan, str) and plan != "auto" else plan
+        if isinstance(self.plan, Plan):
+            self.plan.check(world.size, heads)
+        self.groups: dict[Plan, Members] = {}
+
+    def members(self, *, guided: bool) -> Members:
+        """The groups for a video with or without guidance; all members call it."""
+        plan = self.plan
+        if not isinstance(plan, Plan):
+            plan = choose(self.world.size, self.heads, guided=guided, peers=self.peers)
+        if plan not in self.groups:
+            self.groups[plan] = Members.of(self.world, plan)
+        return self.groups[plan]
+
+    def report(self) -> str:
+        """How the last video was shared out."""
+        reason = "as asked for" if isinstance(self.plan, Plan) else "chosen"
+        if self.plan == "auto" and not self.peers:
+            reason += " for GPUs that reach each other through main memory"
+        return f"{self.world.size} members: {[*self.groups][-1]}, {reason}"
+
+
 def agree(group: Group, facts: dict[str, str], place: str = "") -> None:
     """Raise a ValueError, in every member, that names what of the `facts`, text by name, differs among the members.
 
@@ -130,4 +163,4 @@ def _texts(group: Group, text: str) -> list[str]:
 
 
 def _number(value: int) -> Tensor:
-    return torch.tensor(value)
+    return torch.tensor(int(value))

@@ -7,13 +7,16 @@ import time
 import pytest
 import torch
 
+from mochi_core.parallel.decode import rounds_of
 from mochi_core.parallel.group import Alone, Stopped, Threads
 from mochi_core.parallel.plan import Members, Plan, choose
 from mochi_core.parallel.sequence import shares, unit_of
+from mochi_core.quantization.weights import QUANTIZERS
 from mochi_core.sampling.given import Given
 from mochi_core.sampling.guidance import Guidance
 from tests.harness import parallel_runs
 from tests.harness.members import MemberPool
+from tests.harness.tiny_models import VAE
 
 # prompts' lengths, latent size (T, H, W), most tokens of a prompt
 SIZES = {
@@ -266,3 +269,54 @@ def test_a_group_of_one_gives_what_it_gets():
     group, x = Alone(), torch.arange(3)
     assert torch.equal(group.total(x), x) and torch.equal(group.gather(x)[0], x) and group.sent == 0
     assert Members.of(group, Plan()).tokens.size == 1
+
+
+@pytest.mark.parametrize("limit", [None, 1], ids=["one round", "rounds"])
+@pytest.mark.parametrize("latents", [1, 2, 4, 5, 7, 9])
+@pytest.mark.parametrize("members", [2, 4])
+def test_a_decoder_shared_out_in_time(run, members, latents, limit):
+    """Also members with one frame, with none, and two videos."""
+    z = torch.randn(1 + (latents == 4), 12, latents, 4, 6, generator=torch.Generator().manual_seed(latents))
+    expected, _ = parallel_runs.decode(None, z)
+    for video, _ in run(members, "decode", z, memory_limit=limit):
+        assert (video - expected).abs().max() <= 1e-5 * (expected.max() - expected.min())
+
+
+def test_over_a_border_go_two_frames_for_each_convolution(run):
+    z = torch.randn(1, 12, 6, 4, 6, generator=torch.Generator().manual_seed(0))
+    (video, first), (_, second) = run(2, "decode", z)
+    widths, pixels = VAE.decoder_channels, [4 * 6 * scale**2 for scale in (1, 2, 4, 8)]
+    # Blocks of two convolutions: two at the first size, one at each of the others.
+    border = sum(blocks * 2 * 2 * w * size * 4 for blocks, w, size in zip((2, 1, 1, 1), widths, pixels, strict=True))
+    room = 8  # a number: for how many frames there is room
+    assert first == border + video[:, :, :13].numel() * 4 + room
+    assert second == video[:, :, 13:].numel() * 4 + room
+
+
+def test_rounds_of_a_decoder():
+    assert rounds_of(28, 2, 14) == [[14, 14]]
+    assert rounds_of(28, 4, 3) == [[3, 3, 2, 2], [3, 2, 2, 2], [3, 2, 2, 2]]
+    assert rounds_of(5, 8, 0) == [[1, 1, 1, 1, 1, 0, 0, 0]]
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forms")
+    parallel_runs.write_forms(folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", [*sorted(QUANTIZERS), "lora", "streamed"])
+def test_other_forms_of_the_weights_are_shared_too(pool, forms, form):
+    expected, _, _ = parallel_runs.run_in_form(None, "ulysses=2", forms, form)
+    for video, _, _ in pool.run(2, "run_in_form", "ulysses=2", forms, form):
+        assert torch.equal(video, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("new_compiler")
+def test_compiled_blocks_are_shared_too(pool, forms):
+    """In whole graphs, in which the attention of all members is one operation."""
+    expected, _, _ = parallel_runs.run_in_form(None, "ulysses=2", forms, "plain", scales=1)
+    for video, _, _ in pool.run(2, "run_in_form", "ulysses=2", forms, "compiled", scales=1, timeout=60):
+        assert (video - expected).norm() / expected.norm() < 1e-5

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 
 import torch
+from safetensors.torch import save_file
 
-from mochi_core import AsymmDiTConfig, BlockCache, sample
+from mochi_core import AsymmDiTConfig, BlockCache, load_lora, load_transformer, sample
+from mochi_core.parallel.decode import decode_together
 from mochi_core.parallel.plan import Members, Plan
+from mochi_core.quantization.weights import QUANTIZERS
 from mochi_core.sampling.block_cache import CachedBlocks
+from mochi_core.transformer.offload import stream_blocks
+from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.random_inputs import SIGMAS, inputs, prompt
-from tests.harness.tiny_models import TEXT_WIDTH, random_dit
+from tests.harness.tiny_models import TEXT_WIDTH, random_dit, random_vae
 
 # As many heads as Mochi has, which Ulysses shares out.
 HEADS_24 = AsymmDiTConfig(
@@ -46,7 +52,7 @@ def sent(members):
     return members and members.guidance.sent + members.tokens.ulysses.sent + members.tokens.ring.sent
 
 
-def run(group, plan, *, scales=4.5, cache=None, stop=None, **options):
+def run(group, plan, *, scales=4.5, cache=None, stop=None, dit=None, **options):
     """A whole run, and hits of the cache; it is stopped by member 0 after step `stop`."""
     members = group and Members.of(group, Plan.parse(plan))
     cache = cache and BlockCache(*cache)
@@ -58,7 +64,7 @@ def run(group, plan, *, scales=4.5, cache=None, stop=None, **options):
 
     noise = torch.randn(1, 12, 3, 6, 10, generator=torch.Generator().manual_seed(7))
     video = sample(
-        model(),
+        dit or model(),
         noise,
         SIGMAS,
         prompt(6),
@@ -85,3 +91,28 @@ def run_with_a_bent_decision(group, plan):
 
 def run_with_own_scales(group, plan):
     return run(group, plan, scales=4.5 + group.rank)
+
+
+def decode(group, latents, memory_limit=None):
+    """The video, and the bytes that this member sent."""
+    vae = random_vae()
+    if group is None:
+        return vae.decode(latents), 0
+    return decode_together(vae, latents, group, memory_limit), group.sent
+
+
+def run_in_form(group, plan, folder, form, **options):
+    """A run with a LoRA, quantised weights, streamed or compiled blocks; the files are those of `write_forms`."""
+    kind = form if form in QUANTIZERS else None
+    dit = load_transformer(folder / "dit.safetensors", torch.float32, quantize=kind)
+    if form == "lora":
+        load_lora(dit, folder / "lora.safetensors", 0.8)
+    if form == "compiled":
+        dit.compile_blocks(backend="eager")
+    with stream_blocks(dit, "cpu") if form == "streamed" else nullcontext():
+        return run(group, plan, dit=dit, **options)
+
+
+def write_forms(folder):
+    save_file(model().state_dict(), folder / "dit.safetensors")
+    write_adapter(folder / "lora.safetensors", random_adapter(model().state_dict(), "qkv_x", "mlp_x.w2"), "comfyui")

@@ -1,0 +1,186 @@
+"""Processes that a launcher such as torchrun has started: how they find each other, and how they end together."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .group import MEETING_TIMEOUT, Group, Processes
+from .plan import agree
+
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+NO_LAUNCHER = (
+    "--parallel needs a launcher: torchrun --nproc-per-node 4 -m mochi_core generate ...; in ComfyUI use the node "
+    "Mochi Parallel."
+)
+ERROR = "error"
+"""Key of the store under which the first error of a member stands."""
+LOOK_EVERY = 1.0
+"""Seconds between two looks at whether another member has failed."""
+LONGEST_SILENCE = 60.0
+"""Seconds after which a member that shows no sign of life is taken to be dead."""
+
+
+class MemberError(RuntimeError):
+    """A member has failed; the sentence names it, and what it raised."""
+
+
+def launched() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return dist.is_available() and (dist.is_initialized() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= {*os.environ})
+
+
+def own_device(device: str) -> torch.device:
+    """The device of this process: "cuda" means the card that the launcher gave it."""
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None and launched():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return found
+
+
+def peers() -> bool:
+    """Whether the cards that this process sees read each other's memory."""
+    cards = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return all(torch.cuda.can_device_access_peer(a, b) for a in cards for b in cards if a != b)
+
+
+def join(device: torch.device | str) -> Group:
+    """All processes of the launcher, which exchange tensors on `device`, one each, and on the CPU.
+
+    Raises:
+        ValueError: no launcher has started this process, or the others run another version.
+    """
+    if not launched():
+        raise ValueError(NO_LAUNCHER)
+    if not dist.is_initialized():
+        _start(own_device(str(device)))
+    world = Processes()
+    versions = f"{_version('mochi-nodes')} with PyTorch {torch.__version__}"
+    agree(world, {"mochi_core is": versions}, f"on host {socket.gethostname()}")
+    return world
+
+
+def _start(device: torch.device) -> None:
+    # NCCL allocates beside PyTorch, whose cudaMallocAsync, which ComfyUI asks for, would leave it nothing.
+    settings = [entry for entry in os.environ.get(ALLOCATOR, "").split(",") if entry and "cudaMallocAsync" not in entry]
+    os.environ[ALLOCATOR] = ",".join(settings)
+    timeout = timedelta(seconds=MEETING_TIMEOUT)
+    if device.type != "cuda":
+        dist.init_process_group("gloo", timeout=timeout)
+        return
+    if not dist.is_nccl_available():
+        raise ValueError(
+            "This PyTorch has no NCCL, which GPUs of several processes need; on Windows use WSL, or ComfyUI."
+        )
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@contextmanager
+def together(world: Group, device: torch.device) -> Iterator[None]:
+    """Have all members of `world` finish what is done here, or none.
+
+    When one of them fails, or its process dies, the others end within seconds.
+
+    Raises:
+        MemberError: in the member that failed first; names it and says what went wrong.
+        SystemExit: in the others, with status 2.
+    """
+    place = f"Member {world.rank} ({device}, host {socket.gethostname()})"
+    watch = Watch(world.rank, world.size, place)
+    try:
+        yield
+        world.total(torch.zeros(1))  # all have come here
+    except Exception as error:
+        lost = _lost_connection(error)
+        said = f"{place} lost another member, whose process has ended" if lost else f"{place} failed: {error}"
+        if not watch.is_first(said, wait=lost):
+            raise SystemExit(2) from error
+        raise MemberError(f"{said}; all {world.size} have stopped.") from error
+    finally:
+        watch.stop()
+    dist.destroy_process_group()
+
+
+def _lost_connection(error: Exception) -> bool:
+    """Whether an exchange failed because of another member."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+class Watch:
+    """A thread that ends this process when another member has failed or shows no sign of life.
+
+    An exchange that waits for such a member cannot be interrupted otherwise.
+    """
+
+    def __init__(self, rank: int, size: int, place: str) -> None:
+        from torch._C._distributed_c10d import PrefixStore, TCPStore  # not in every build of PyTorch
+
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False)
+        self.store = PrefixStore(f"mochi/{restart}", store)
+        self.rank, self.place, self.stopped = rank, place, threading.Event()
+        self.others = {other: ("", time.monotonic()) for other in range(size) if other != rank}
+        """The last sign of life of each other member, and when it was seen."""
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def is_first(self, said: str, *, wait: bool) -> bool:
+        """Note an error of this member; whether no other has noted one before, or does soon if `wait`."""
+        end = time.monotonic() + (2 * LOOK_EVERY if wait else 0)
+        try:
+            while time.monotonic() < end and not self.store.check([ERROR]):
+                time.sleep(0.05)
+            return self.store.compare_set(ERROR, "", said).decode() == said
+        except dist.DistError:  # the member that holds the store has ended
+            return True
+
+    def _look(self) -> None:
+        beats = 0
+        while not self.stopped.wait(LOOK_EVERY):
+            beats += 1
+            try:
+                self.store.set(str(self.rank), str(beats))
+                if self.store.check([ERROR]):
+                    self._end("")
+                self._look_for_the_silent()
+            except dist.DistError:
+                self._end("")
+
+    def _look_for_the_silent(self) -> None:
+        now = time.monotonic()
+        for other, (last, seen) in self.others.items():
+            beat = self.store.get(str(other)).decode() if self.store.check([str(other)]) else ""
+            if beat != last:
+                self.others[other] = beat, now
+            elif now - seen > LONGEST_SILENCE:
+                said = f"Member {other} has given no sign of life for {LONGEST_SILENCE:.0f} seconds"
+                self._end(said if self.is_first(said, wait=False) else "")
+
+    def _end(self, said: str) -> None:
+        """End the process, unless it does so itself in the next seconds."""
+        if self.stopped.wait(2 * LOOK_EVERY):
+            return
+        if said:
+            print(f"error: {said}; all have stopped.", file=sys.stderr, flush=True)  # noqa: T201 - nobody else can
+        os._exit(2)

@@ -1,0 +1,127 @@
+"""`torchrun ... -m mochi_core generate --parallel`, with the tiny trained model on the CPU."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from mochi_core.__main__ import main
+from mochi_core.io.latent_files import load_latents
+from tests.harness import trained
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+FILES = [
+    "--transformer",
+    trained.TRANSFORMER,
+    "--vae",
+    trained.VAE,
+    "--t5",
+    trained.T5,
+    "--tokenizer",
+    trained.TOKENIZER,
+]
+VIDEO = ["--prompt", "a red square", "--height", 64, "--width", 80, "--frames", 13, "--steps", 3, "--seed", 5]
+GENERATE = ["generate", *map(str, [*FILES, *VIDEO]), "--dtype", "fp32", "--device", "cpu"]
+
+
+def torchrun(members, *arguments):
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(members)]
+    command = [sys.executable, "-m", *launcher, "-m", "mochi_core", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def frames(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    path = tmp_path_factory.mktemp("single") / "video.mp4"
+    assert main([*GENERATE, "-o", str(path)]) == 0
+    return frames(path)
+
+
+def check_video(single, tmp_path, members, plan, said):
+    output = tmp_path / "video.mp4"
+    out, errors = torchrun(members, *GENERATE, "--parallel", plan, "-o", output).communicate()
+    assert out == f"{output}\n", errors
+    assert f"{members} members: {said}" in errors
+    assert "Traceback" not in errors
+    made = frames(output)
+    assert made.shape == single.shape
+    # x264 does not always make the same of the same frames, under load.
+    assert abs(made - single).mean() < 1
+
+
+def test_two_processes_make_the_video_of_one(single, tmp_path):
+    check_video(single, tmp_path, 2, "auto", "guidance=2, chosen")
+
+
+@pytest.mark.usefixtures("with_all")
+@pytest.mark.parametrize("plan", ["guidance=2,ulysses=2", "guidance=2,ring=2"])
+def test_four_processes_make_the_video_of_one(single, tmp_path, plan):
+    check_video(single, tmp_path, 4, plan, f"{plan.replace(',', ', ')}, as asked for")
+
+
+@pytest.mark.usefixtures("with_all")
+@pytest.mark.parametrize(("members", "plan"), [(2, "ulysses=2"), (4, "guidance=2,ulysses=2")])
+def test_latents_are_those_of_one_process(tmp_path, members, plan):
+    files = tmp_path / "one.latent", tmp_path / "several.latent"
+    assert main([*GENERATE, "-o", str(files[0])]) == 0
+    _, errors = torchrun(members, *GENERATE, "--parallel", plan, "-o", files[1]).communicate()
+    assert torch.equal(*map(load_latents, files)), errors
+
+
+def seconds_until_the_end(running):
+    start = time.monotonic()
+    out, errors = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert not out
+    return time.monotonic() - start, errors
+
+
+def test_the_error_of_one_member_is_the_one_that_is_shown(tmp_path):
+    """The first one alone reads T5, while the other waits for what it makes of the prompt."""
+    missing = tmp_path / "no_t5.safetensors"
+    _, errors = seconds_until_the_end(
+        torchrun(2, *GENERATE, "--t5", missing, "--parallel", "auto", "-o", tmp_path / "a.mp4")
+    )
+    sentence = rf"error: Member 0 \(cpu, host \S+\) failed: .*{re.escape(str(missing))}.*; all 2 have stopped\."
+    assert re.findall(sentence, errors), errors
+    assert errors.count("error: ") == 1
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_member_that_is_killed_ends_the_others(tmp_path):
+    endless = ["--steps", 100000, "--linear-steps", 100000]
+    running = torchrun(2, *GENERATE, *endless, "--parallel", "auto", "-o", tmp_path / "a.mp4")
+    while "1/100000" not in running.stderr.readline():
+        assert running.poll() is None
+    members = psutil.Process(running.pid).children()
+    os.kill(members[1].pid, signal.SIGKILL)
+    seconds, errors = seconds_until_the_end(running)
+    assert seconds < 10
+    assert "Signal 9 (SIGKILL)" in errors
+    assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
+
+
+def test_without_a_launcher_there_is_a_sentence(capsys, tmp_path):
+    assert main([*GENERATE, "-o", str(tmp_path / "a.mp4"), "--parallel", "auto"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --parallel needs a launcher: torchrun --nproc-per-node 4 -m mochi_core generate ...; in ComfyUI use the node "
+        "Mochi Parallel.\n"
+    )
