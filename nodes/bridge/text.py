@@ -82,7 +82,7 @@ class HostCLIP(comfy.sd.CLIP):
     def get_key_patches(self):
         """What nodes merge with another CLIP; in the host's own, a quantised layer's scale is an AttributeError."""
         patcher = self.patcher.clone()
-        patcher.model_state_dict = lambda: attributes_only(patcher.model, patcher.model.state_dict())
+        patcher.model_state_dict = lambda *_, **__: attributes_only(patcher.model, patcher.model.state_dict())
         return patcher.get_key_patches()
 
     def clone(self, disable_dynamic=False):
