@@ -169,7 +169,9 @@ def parse(keys: type[KeysT], values: dict[Any, Any]) -> KeysT:
     except ValidationError as error:
         # A misspelt key first: it is the reason when another one is missing.
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-        raise ValueError(_sentence(keys, values, first)) from error
+    # Not while pydantic's error is handled: a traceback would write out the values of both, and by aliases a short file can hold
+    # more than any machine could write.
+    raise ValueError(_sentence(keys, values, first))
 
 
 def _sentence(keys: type[Keys], values: dict[Any, Any], error: ErrorDetails) -> str:

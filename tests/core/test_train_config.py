@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ def written(tmp_path):
         return tmp_path / "c.yaml"
 
     return write
+
+
+def test_the_traceback_of_a_refusal_is_as_short(written):
+    with pytest.raises(ValueError, match=r"t5 is .* must be a file or folder") as refusal:
+        read_config(written(NEEDED + SAMPLE.replace("t5.safetensors", DOUBLED)))
+    lines = [line for line in traceback.format_exception(refusal.value) if not line.startswith("  File")]
+    assert len("".join(lines)) < 2000
 
 
 def test_defaults_are_the_documented_ones(written):
