@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import traffic
 from benchmarks.dit import forward_flops
 from benchmarks.measure import Measurement, attempt, table
 from benchmarks.simulated_gpu import GpuCounter, no_attention, simulated_gpu, text_of_lengths
@@ -135,3 +136,11 @@ def test_products_on_a_simulated_gpu_are_those_that_torch_counts():
             dit.denoise(latents, text, modulation, rope, attend=no_attention)
     attention = 2 * 2 * 2 * (60 + 7) ** 2 * TINY["hidden_size_x"]
     assert sum(flops for flops, _ in counter.products) + attention == forward_flops(config, 60, 7)
+
+
+@pytest.mark.slow
+def test_a_decode_is_counted_with_the_look_at_its_numbers():
+    counter = traffic.count(traffic.DECODES["ours, plain, 5 GiB"], 1)
+    assert counter.starts > 300
+    assert len(counter.waits) == 1
+    assert "autoencoder/latents.py" in counter.waits[0]
