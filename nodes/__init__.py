@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import forecast, replacements
+from . import forecast, replacements, templates
 from .bridge.doctor import log_report_if_asked
 from .edit import Edit, Invert, RFEdit
 from .image_to_video import ImageToVideo
@@ -39,6 +39,7 @@ class MochiExtension(ComfyExtension):
     async def on_load(self) -> None:
         await replacements.register()
         forecast.register()
+        templates.register()
         await log_report_if_asked()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

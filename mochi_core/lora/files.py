@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, LazyTensor, describe, is_finite, open_checkpoint
+from ..checkpoints import Checkpoint, LazyTensor, is_finite, open_checkpoint
 from ..checkpoints.limits import read_json
+from ..checkpoints.names.detect import Content, OtherModelError, content
 from ..checkpoints.names.diffusers import swapped_halves
 from ..config import AsymmDiTConfig
 from ..shown import shown, shown_names
@@ -28,16 +29,6 @@ LORA_KEY = re.compile(
     r"(?P<layer>.+)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up)|(?P<alpha>alpha)"
     r"|(?P<magnitude>dora_scale|lora_magnitude_vector))(?:\.(?!bias$)\w+){0,2}"
     r"|(?P<whole_layer>.+)\.(?:(?P<weight>diff|w_norm)|(?P<bias>diff_b|b_norm))"  # names of ComfyUI's comfy/lora.py
-)
-# How LoRAs for other models are known: a phrase, and a pattern of one of their tensor names.
-OTHER_LORAS = (
-    ("a LoHa, LoKr or OFT adapter", r".*\.(hada_w|lokr_w|oft_).*"),
-    ("a LoRA for FLUX or HunyuanVideo", r".*(double_blocks|single_blocks|single_transformer_blocks).*"),
-    ("a LoRA for FLUX or SD3", r".*(joint_blocks|transformer_blocks[._]\d+[._]attn[._]).*"),
-    ("a LoRA for Wan", r".*blocks[._]\d+[._](self|cross)_attn.*"),
-    ("a LoRA for LTX", r".*transformer_blocks[._]\d+[._]attn2.*"),
-    ("a LoRA for Stable Diffusion", r".*(down_blocks|up_blocks|mid_block|input_blocks|output_blocks).*"),
-    ("a LoRA for a text encoder", r"(lora_te|text_encoder).*"),
 )
 LEAVES = ("bias", "weight")
 """Roles of tensors that are added to the parameter of that name."""
@@ -86,13 +77,16 @@ class LoraFile:
         """A sentence that names what was left out, None if that is nothing; `read_elsewhere` is what a host has read.
 
         Raises:
-            ValueError: nothing was read.
+            OtherModelError: nothing was read.
         """
         left = [name for name in self.unmatched if name not in read_elsewhere]
         if not self.deltas and not read_elsewhere:
-            raise self.checkpoint.error(
-                f"holds {_kind(self.checkpoint)}; Mochi has none of its layers, e.g. {shown_names(left)}. "
-                "Choose a LoRA made for Mochi."
+            name, holds = self.checkpoint.name, _content(self.checkpoint)
+            raise OtherModelError(
+                f"{name} holds {holds.phrase}; Mochi has none of its layers, e.g. {shown_names(left)}: "
+                "choose a LoRA made for Mochi.",
+                name,
+                holds,
             )
         name, some = shown(self.checkpoint.name), shown_names(left)
         sentence = f"{name}: Mochi has no place for {len(left)} of its names, left out: {some}."
@@ -168,7 +162,7 @@ def _read_whole(file: Checkpoint, layer: str, tensor: LazyTensor, target: Target
     if tensor.shape != target.shape:
         raise file.error(
             f"does not fit: the change of {layer} is {tensor.shape}, but {target.parameter} in Mochi is {target.shape}; "
-            f"it looks like {_kind(file)}."
+            f"it looks like {_content(file).phrase}."
         )
     change = _read_finite(file, layer, tensor)
     rows = (target.first_row, target.first_row + target.rows)
@@ -213,7 +207,7 @@ def _check(file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], target:
     if (down, up) != ((*rank, target.columns), (target.rows, *rank)) or rank == (0,):
         raise file.error(
             f"does not fit: {layer} multiplies {up} by {down}, but the layer in Mochi is {expected}; "
-            f"it looks like {_kind(file)}."
+            f"it looks like {_content(file).phrase}."
         )
     if "magnitude" in tensors and _as_matrix(tensors["magnitude"].shape) not in ((target.rows, 1), (target.rows,)):
         raise file.error(
@@ -259,10 +253,7 @@ def _peft_alphas(notes: dict[str, Any]) -> Alphas:
     return Alphas(by_ending, None if default is None else float(default), bool(notes.get("use_rslora")))
 
 
-def _kind(file: Checkpoint) -> str:
-    """A phrase for what a file holds that does not fit Mochi."""
-    for phrase, pattern in OTHER_LORAS:
-        if any(re.fullmatch(pattern, name) for name in file.tensors):
-            return phrase
-    described = describe(file)
-    return "a LoRA for another model" if described == "a LoRA" else described
+def _content(file: Checkpoint) -> Content:
+    """What a file holds that does not fit Mochi."""
+    found = content(file)
+    return Content("a LoRA for another model", ()) if found.phrase == "a LoRA" else found

@@ -18,6 +18,7 @@ from ...mochi_core.doctor.forecast import denoising_bytes, memory_sentence
 from ...mochi_core.doctor.needs import loaded_bytes
 from ...mochi_core.text_encoder import MAX_TOKENS, cut_text, cut_tokens
 from .model import choose_dtypes
+from .other_files import naming_loaders
 from .text import TOKENS_KEY, count_tokens, expect_any_length, spell
 
 _TOKENIZER_LOCK = threading.Lock()  # those of `transformers` refuse to be used by two threads at once
@@ -65,7 +66,8 @@ def describe_memory(size: VideoSize, videos: int, window: int | None, file: Mode
     """
     config, itemsize, weights = AsymmDiTConfig(), 2, None
     if file is not None:
-        checkpoint = select_part(open_checkpoint(file.path), "transformer")
+        with naming_loaders():
+            checkpoint = select_part(open_checkpoint(file.path), "transformer")
         held, cast = choose_dtypes(quantize_block_matrices(checkpoint, file.quantize), file.dtype)
         config, itemsize = dit_config(checkpoint.tensors), (cast or held).itemsize
         weights = loaded_bytes(checkpoint, held.itemsize, file.quantize)

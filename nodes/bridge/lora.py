@@ -13,6 +13,7 @@ from comfy.weight_adapter import LoRAAdapter
 from ...mochi_core.checkpoints import dit_config, from_state_dict
 from ...mochi_core.lora import LoraDelta, LoraFile, ParameterDelta, dora_scale, finite_strength, read_lora
 from ...mochi_core.lora.targets import TargetRows, find_target, lora_targets
+from .other_files import naming_loaders
 
 
 class DoRAAdapter(LoRAAdapter):
@@ -43,7 +44,9 @@ def add_lora(model, path: str, strength: float):
     config = getattr(denoiser, "config", None) or dit_config(from_state_dict(denoiser.state_dict()))
     file = read_lora(path, config)
     adapters, read_by_host = _host_adapters(file, lora_targets(config))
-    if left_out := file.report(read_by_host):
+    with naming_loaders():
+        left_out = file.report(read_by_host)
+    if left_out:
         logging.warning(left_out)
     patched = model.clone()
     patched.add_patches(dict(_patch(delta) for delta in file.deltas) | adapters, strength)

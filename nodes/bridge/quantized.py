@@ -27,6 +27,7 @@ from ...mochi_core.checkpoints import (
 from ...mochi_core.checkpoints.names.quantized import BLOCK_FORMAT, ROWWISE_FORMAT, STORED_AS
 from ...mochi_core.quantization import fp8
 from ...mochi_core.quantization.weights import QuantizedWeight
+from .other_files import naming_loaders
 
 BLOCK_LAYOUT, ROWWISE_LAYOUT = "MochiBlockLayout", "MochiFP8RowwiseLayout"
 OWN_LAYOUTS = (BLOCK_LAYOUT, ROWWISE_LAYOUT)
@@ -103,7 +104,7 @@ register_layout_class(ROWWISE_LAYOUT, RowwiseLayout)
 
 
 def read_part(path: str, part: str) -> Checkpoint:
-    """One part of a file, as `select_part(open_checkpoint(path), part)` gives it.
+    """One part of a file, as `select_part(open_checkpoint(path), part)` gives it; errors say which loader takes another file.
 
     Safetensors files are mapped by the host instead: its dynamic memory management needs a map of its own.
 
@@ -117,7 +118,8 @@ def read_part(path: str, part: str) -> Checkpoint:
         mapped = from_state_dict(state_dict)
         guarded = {name: tensor.guarded(opened.check_while_loading) for name, tensor in mapped.items()}
         file = file.with_tensors(file.tensors | guarded)
-    found = select_part(file, part)
+    with naming_loaders():
+        found = select_part(file, part)
     # With the host's dynamic memory, weights are read when they are first used: nothing may touch all of them now.
     return found if comfy.memory_management.aimdo_enabled else checked_when_read(found)
 

@@ -73,9 +73,33 @@ OTHERS = {
     "a FLUX transformer": ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight"],
     "an SD3 transformer": ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"],
     "a Wan transformer": ["blocks.0.cross_attn.k.weight", "blocks.0.self_attn.k.weight", "patch_embedding.weight"],
+    "a HunyuanVideo transformer": [
+        "double_blocks.0.img_attn.qkv.weight",
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+    ],
     "an LTX transformer": ["transformer_blocks.0.scale_shift_table", "caption_projection.linear_1.weight"],
     "a Stable Diffusion UNet": ["model.diffusion_model.input_blocks.0.0.weight"],
+    "a whole checkpoint with a Stable Diffusion UNet": [
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
+        "first_stage_model.decoder.mid.block_1.conv1.weight",
+        "model.diffusion_model.input_blocks.0.0.weight",
+    ],
     "a CLIP text encoder": ["text_model.encoder.layers.0.self_attn.q_proj.weight"],
+    "a umT5 text encoder": [
+        f"encoder.block.{i}.layer.0.SelfAttention.{name}.weight"
+        for i in range(2)
+        for name in ("q", "relative_attention_bias")
+    ],
+    "a language model as text encoder": ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"],
     "an image autoencoder": ["encoder.mid.block_1.conv1.weight", "decoder.mid.block_1.conv1.weight"],
+    "a Wan or Qwen-Image autoencoder": ["decoder.middle.0.residual.0.gamma"],
+    "a small autoencoder for previews": ["1.weight", "3.conv.0.weight", "3.conv.2.weight"],
+    "a CLIP vision model": ["vision_model.encoder.layers.0.mlp.fc1.weight"],
+    "a ControlNet": ["control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"],
+    "an upscale model": ["model.1.sub.0.RDB1.conv1.0.weight"],
+    "a LoRA for Wan": ["diffusion_model.blocks.0.self_attn.q.lora_A.weight"],
+    "a LoRA for Stable Diffusion": ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"],
     "a LoRA": ["blocks.0.attn.qkv_x.lora_A"],
+    "latents": ["latent_format_version_0", "latent_tensor"],
+    "a textual inversion": ["emb_params"],
 }

@@ -7,28 +7,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...shown import shown, shown_names
+from ...shown import sentence, shown, shown_names
 from ..tensors import Checkpoint, LazyStateDict, LazyTensor
 from .diffusers import autoencoder_rules, to_canonical, transformer_rules
+from .others import other_file
 from .quantized import gather_quantized, unknown_formats
 from .sizes import check_depth, count_by_place, count_numbers
-from .t5 import COMPANIONS, canonical_t5
+from .t5 import COMPANIONS, UMT5, canonical_t5
 
 # What torch.compile, sharding and activation checkpointing put anywhere in a name; kohya's trainers make dots underscores.
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]")
-# How files of other models are known: a phrase, and tensor names (as patterns) that all occur.
-OTHER_MODELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("a LoRA", (r".*(lora_A|lora_B|lora_down|lora_up)(\.weight)?",)),
-    ("a HunyuanVideo transformer", (r".*double_blocks\.0\..*", r".*txt_in\.individual_token_refiner.*")),
-    ("a FLUX transformer", (r".*double_blocks\.0\.img_attn.*",)),
-    ("a Wan transformer", (r".*blocks\.0\.cross_attn\..*", r".*patch_embedding\..*")),
-    ("an LTX transformer", (r".*transformer_blocks\.0\.scale_shift_table", r".*caption_projection\..*")),
-    ("a CogVideoX transformer", (r".*transformer_blocks\.0\.norm1\.linear.*", r".*patch_embed\.text_proj.*")),
-    ("an SD3 transformer", (r".*joint_blocks\.0\..*",)),
-    ("a Stable Diffusion UNet", (r".*input_blocks\.0\.0\.weight",)),
-    ("a CLIP text encoder", (r".*text_model\.encoder\.layers\.0\..*",)),
-    ("an image autoencoder", (r".*decoder\.(mid|mid_block|up_blocks\.0\.resnets\.0\.norm1)\..*",)),
-)
 # Numbers that a training keeps among the weights: counters and rates of moving averages.
 TRAINING_STATE = re.compile(r"(.*\.)?(n_averaged|num_updates|decay|initted|step|global_step|num_batches_tracked)")
 QUOTED_NAMES = 3
@@ -58,6 +46,28 @@ class Part:
     """Names of tensors that whole files of the model bring, and that a video does not need."""
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a file holds."""
+
+    phrase: str
+    sorts: tuple[str, ...]
+    """Names in `PARTS`, or the sort of another file (see `others.py`); none of what is not known."""
+
+
+class OtherModelError(ValueError):
+    """A file holds something else than the model that was asked for; the message says "FILE holds CONTENT"."""
+
+    def __init__(self, message: str, file: str = "", content: Content = Content("", ())) -> None:
+        super().__init__(sentence(message))
+        self.file, self.content = file, content
+
+    def with_loaders(self, taken: str) -> OtherModelError:
+        """The same error with the place where such a file belongs, such as ", which Load VAE takes from models/vae"."""
+        holds = f" holds {self.content.phrase}"
+        return OtherModelError(str(self).replace(holds, holds + taken, 1), self.file, self.content)
+
+
 def select_part(checkpoint: Checkpoint, part: str) -> Checkpoint:
     """The tensors of "transformer", "vae", "t5" or "tiny_vae" under their canonical names, whatever the file calls them.
 
@@ -66,11 +76,13 @@ def select_part(checkpoint: Checkpoint, part: str) -> Checkpoint:
     `encoder.` or `decoder.`. A quantised weight is one tensor, with its stored form in `quantized`.
 
     Raises:
-        ValueError: the file holds no such model, or holds it in a form that cannot be loaded.
+        OtherModelError: the file holds no such model.
+        ValueError: it holds it in a form that cannot be loaded.
     """
     if (found := find_parts(checkpoint).get(part)) is None:
-        holds, wanted = describe(checkpoint), PARTS[part]
-        raise checkpoint.error(f"holds {holds}, not {wanted.phrase}; choose a file such as {wanted.example}.")
+        holds, wanted, name = content(checkpoint), PARTS[part], checkpoint.name
+        message = f"{name} holds {holds.phrase}, not {wanted.phrase}; choose a file such as {wanted.example}."
+        raise OtherModelError(message, name, holds)
     found = _without_companions(checkpoint, found, PARTS[part])
     if formats := unknown_formats(found):
         raise checkpoint.error(
@@ -117,13 +129,19 @@ def find_parts(checkpoint: Checkpoint) -> dict[str, LazyStateDict]:
 
 def describe(checkpoint: Checkpoint) -> str:
     """One phrase for what a file holds."""
+    return content(checkpoint).phrase
+
+
+def content(checkpoint: Checkpoint) -> Content:
+    """What a file holds: parts of Mochi, something else that is known, or a few of its names."""
     if parts := find_parts(checkpoint):
-        return " and ".join(_describe_part(part, found) for part, found in parts.items())
+        return Content(" and ".join(_describe_part(part, found) for part, found in parts.items()), tuple(parts))
     names = list(gather_quantized(checkpoint))
-    for phrase, patterns in OTHER_MODELS:
-        if all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns):
-            return phrase
-    return f"an unknown model of {len(names)} tensors (e.g. {shown_names(names, 3)})" if names else "no tensors"
+    if other := other_file(names):
+        return Content(other.phrase, (other.sort,))
+    return Content(
+        f"an unknown model of {len(names)} tensors (e.g. {shown_names(names, 3)})" if names else "no tensors", ()
+    )
 
 
 def _describe_part(part: str, tensors: LazyStateDict) -> str:
@@ -141,6 +159,11 @@ def _strip(tensors: LazyStateDict, part: str) -> LazyStateDict | None:
         found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         return found if LOOKS.get(part, bool)(found) else None
     return None
+
+
+def _is_t5(tensors: LazyStateDict) -> bool:
+    """A umT5 begins like a T5."""
+    return not any(map(UMT5.fullmatch, tensors))
 
 
 def _is_taem1(tensors: LazyStateDict) -> bool:
@@ -194,7 +217,7 @@ def _resnets(tensors: LazyStateDict, stages: str) -> tuple[int, ...]:
 
 TAEM1_SHAPES = {"decoder.1.weight": (256, 12, 3, 3), "decoder.19.conv.weight": (192, 64, 1, 1)}
 """What the first convolution and the last growth in time have in madebyollin/taem1."""
-LOOKS: dict[str, Callable[[LazyStateDict], bool]] = {"vae": _is_mochi_vae, "tiny_vae": _is_taem1}
+LOOKS: dict[str, Callable[[LazyStateDict], bool]] = {"vae": _is_mochi_vae, "t5": _is_t5, "tiny_vae": _is_taem1}
 """Where names do not tell a part: whether tensors with its signature are those of Mochi's."""
 PARTS = {
     "transformer": Part(

@@ -24,6 +24,11 @@ COMPANIONS = re.compile(
     r"|output\.weight|logit_scale|text_projection(\.weight)?|spiece_model"
 )
 
+# Only the first block of a T5 has position biases, every block of a umT5 (Wan's text encoder), with a vocabulary of its own.
+UMT5 = re.compile(
+    r"encoder\.block\.[1-9]\d*\.layer\.0\.SelfAttention\.relative_attention_bias\.weight|enc\.blk\.[1-9]\d*\.attn_rel_b\.weight"
+)
+
 
 def canonical_t5(tensors: LazyStateDict) -> LazyStateDict:
     """Files hold the token embedding under one of two names, or under both; GGUF files have names of their own."""
