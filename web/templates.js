@@ -1,20 +1,8 @@
-// The templates of this pack: the two for a beginner lead, and a link opens one by its title.
+// A link opens a template of this pack by its title.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 
 const PACK = decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2));
-const FIRST = ["Mochi 1 - Text to Video", "Mochi 1 - Tiny demo, no download"];
-
-// The server lists files in the order of the disk.
-const place = (title) => (FIRST.indexOf(title) + 1 || FIRST.length + 1);
-const inOrder = (titles) => titles.sort((a, b) => place(a) - place(b) || a.localeCompare(b));
-
-const getWorkflowTemplates = api.getWorkflowTemplates;
-api.getWorkflowTemplates = async function () {
-  const titles = await getWorkflowTemplates.call(this);
-  if (titles[PACK]) inOrder(titles[PACK]);
-  return titles;
-};
 
 // The host's own links, ?template=NAME&source=PACK, refuse names with spaces.
 async function openLinked() {

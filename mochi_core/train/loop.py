@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, autocast
 from tqdm import tqdm
 
 from .config import Config
@@ -139,7 +139,7 @@ def add_gradients(run: TrainingRun, index: int) -> Tensor:
     tensors = example(batch, config.caption_dropout, config.seed, index, config.frame_levels)
     latents, embeds, mask, sigma, noise = (tensor.to(run.accelerator.device) for tensor in tensors)
     blocks = dit.config.depth if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
-    with torch.autocast(latents.device.type, torch.bfloat16, enabled=run.model.autocast):
+    with autocast(latents.device.type, torch.bfloat16, enabled=run.model.autocast):
         loss = velocity_loss(dit, latents, embeds, mask, sigma, noise, blocks) / config.gradient_accumulation
     loss.backward()
     return loss.detach()

@@ -119,8 +119,8 @@ def test_lengths_are_shown_in_the_other_unit(editor):
 
 def test_what_another_input_replaces_is_greyed(editor):
     editor.load(editor_form("fastmochi"), "fast")
-    assert shown(editor, "Mochi1Sampler", "steps") == ["steps ← sigmas", True]
-    assert shown(editor, "Mochi1Sampler", "denoise") == ["denoise ← sigmas", True]
+    assert shown(editor, "Mochi1Sampler", "steps") == ["steps \u2190 sigmas", True]
+    assert shown(editor, "Mochi1Sampler", "denoise") == ["denoise \u2190 sigmas", True]
     assert shown(editor, "Mochi1Sampler", "cfg")[1] is False
     editor.page.evaluate(
         "() => { const node = app.graph._nodes.find(node => node.type === 'Mochi1Sampler');"
@@ -129,7 +129,7 @@ def test_what_another_input_replaces_is_greyed(editor):
     assert shown(editor, "Mochi1Sampler", "steps") == ["steps", False]
     editor.load(editor_form("video_to_video"), "video")
     for name in ("width", "height", "num_frames", "batch_size"):
-        assert shown(editor, "Mochi1Sampler", name) == [f"{name} ← latent", True]
+        assert shown(editor, "Mochi1Sampler", name) == [f"{name} \u2190 latent", True]
 
 
 def shown(editor, node_type, name):

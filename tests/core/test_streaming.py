@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn import Conv3d, GroupNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.random_weights import randomize
@@ -185,7 +186,7 @@ def test_statistics_of_strips_are_those_of_the_frame():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 64, 3, 9, 5, generator=generator, dtype=torch.float64)
     x = x + torch.linspace(-20, 20, 9, dtype=torch.float64)[:, None]
-    norm = nn.GroupNorm(32, 64, dtype=torch.float64)
+    norm = GroupNorm(32, 64, dtype=torch.float64)
     randomize(norm, seed=1)
     strips = [slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 9)]
     parts = strip_norm(norm, x, strips)
@@ -405,10 +406,10 @@ class Copies(TorchDispatchMode):
 
 def test_caches_are_complete_before_the_host_goes_on_where_no_memory_is_pinned():
     device = torch.device("meta")
-    conv, blocks = nn.Conv3d(4, 4, 3, device=device), nn.Conv3d(4, 4, (3, 2, 2), stride=(3, 2, 2), device=device)
+    conv, blocks = Conv3d(4, 4, 3, device=device), Conv3d(4, 4, (3, 2, 2), stride=(3, 2, 2), device=device)
     x, past, plan = torch.empty(1, 4, 4, 8, 8, device=device), torch.empty(1, 4, 2, 8, 8), Plan(device, CPU, 2**60)
     with Copies() as copies:
-        steps.norm_silu_conv(nn.GroupNorm(2, 4, device=device), conv, x, past, plan)
+        steps.norm_silu_conv(GroupNorm(2, 4, device=device), conv, x, past, plan)
         steps.downsample(blocks, x, (past,), plan)
         store(x, empty_cache(x, 4, CPU))
     assert len(copies.early) >= 5

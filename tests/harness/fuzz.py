@@ -117,7 +117,7 @@ def mutated_json(rng: Rng, value: Any) -> Any:
 
 def renamed(rng: Rng, name: str) -> str:
     """Another name: of a layer with a large or odd number, of another part, long, or not to be shown."""
-    numbers = [str(rng.choice(NUMBERS)), "00", "٣", "-1"]
+    numbers = [str(rng.choice(NUMBERS)), "00", "\u0663", "-1"]
     digits = [i for i, letter in enumerate(name) if letter.isdigit()]
     choice = rng.randrange(5)
     if choice == 0 and digits:

@@ -9,7 +9,7 @@ TEXTS = (
     "a red kite",
     "",
     "  many   spaces \n\t",
-    "Ünïcödé — “quotes” 漢字 🙂",
+    "Ünïcödé — “quotes” \u6f22\u5b57 \U0001f642",
     "(blue:1.5) kite",
     "<extra_id_3> x </s> y",
 )

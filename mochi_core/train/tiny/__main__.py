@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ...autoencoder.model import AsymmVAE
 from ...checkpoints import from_state_dict
@@ -70,7 +70,7 @@ def train_vae(folder: Path, device: torch.device) -> AsymmVAE:
 
     def loss_at(step: int) -> Tensor:
         video = tiny_vae.batch(VAE_LOOP.rng(step)).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device.type, torch.bfloat16):
             return tiny_vae.loss(vae, video, torch.Generator().manual_seed(step))
 
     return VAE_LOOP.run(vae, loss_at, folder)
@@ -85,7 +85,7 @@ def train_decoder(folder: Path, vae: AsymmVAE, device: torch.device) -> AsymmVAE
     def loss_at(step: int) -> Tensor:
         rng = DECODER_LOOP.rng(step)
         video = tiny_vae.captioned_batch(rng, count=2, width=int(rng.choice([64, 64, 96]))).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device.type, torch.bfloat16):
             return tiny_vae.decoder_loss(vae, video)
 
     return DECODER_LOOP.run(vae, loss_at, folder)
@@ -111,7 +111,7 @@ def train_dit(
 
     def loss_at(step: int) -> Tensor:
         rng = DIT_LOOP.rng(step)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device.type, torch.bfloat16):
             return tiny_dit.loss(tiny, tokenizer, tiny_dit.choose_set(rng, sets), rng)
 
     return DIT_LOOP.run(tiny, loss_at, folder)

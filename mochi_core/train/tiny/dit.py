@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ...autoencoder.latents import normalize_latents
 from ...autoencoder.model import AsymmVAE
@@ -109,7 +109,7 @@ def random_clips(
 @torch.no_grad()
 def _encoded(vae: AsymmVAE, pixels: list[Any]) -> Tensor:
     device = next(vae.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device.type, torch.bfloat16):
         return normalize_latents(tiny_vae.posterior_of(vae, tiny_vae.to_video(pixels).to(device)).mean)
 
 
