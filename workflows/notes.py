@@ -51,15 +51,20 @@ def files_note(template: Template) -> str:
     wanted = [name for name in dict.fromkeys(named) if name in PUBLIC_FILES]
     if not wanted:
         return ""
-    rows = [
-        f"| [{name}]({PUBLIC_FILES[name].url}) | {PUBLIC_FILES[name].size} | models/**{PUBLIC_FILES[name].folder}**/ |"
-        for name in wanted
-    ]
-    table = "\n".join(["| file | size | folder |", "|---|---|---|", *rows])
     half = f"[{FP8}]({PUBLIC_FILES[FP8].url}) is half the size ({PUBLIC_FILES[FP8].size}) and rounds more. "
     return f"""# Files: where from, where to
-{table}
+{folder_tree(wanted)}
 
 {half if BF16 in wanted else ""}Any other Mochi file works as well: Genmo's own, diffusers', fp8, int8, GGUF.
 After a download press **R**.
 {CARDS if BF16 in wanted else ""}"""
+
+
+def folder_tree(files: list[str]) -> str:
+    """The model folders and what goes into them, as a list of lists: each file a link with its size."""
+    lines = ["**ComfyUI/models/**", ""]
+    for folder in sorted({PUBLIC_FILES[name].folder for name in files}):
+        inside = (name for name in files if PUBLIC_FILES[name].folder == folder)
+        links = [f"  - [{name}]({PUBLIC_FILES[name].url}), {PUBLIC_FILES[name].size}" for name in inside]
+        lines += [f"- **{folder}/**", *links]
+    return "\n".join(lines)
