@@ -2,11 +2,13 @@
 // and while the node works, the time that is left.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
-import { after, linkedInput, nodeById, origin, valueOf } from "./graph.js";
+import { after, linkedInput, nodeById, origin, standIn, valueOf } from "./graph.js";
 
 const PAUSE = 300; // milliseconds after the last change
 const ROW = 15, MAX_ROWS = 4, LETTER = 6.5; // pixels of a row of text, and of a letter
 const BYPASSED = 4;
+const LONGEST_BADGE = 60; // letters
+const LINE_STYLE = { font: `12px/${ROW}px sans-serif`, color: "var(--descrip-text, #999)", overflow: "hidden", maxHeight: `${MAX_ROWS * ROW}px` };
 
 // What to ask the server about a node: [route, question], or nothing.
 const QUESTIONS = {
@@ -32,8 +34,8 @@ function modelOf(node) {
     if (source.comfyClass === "Mochi1LoadTransformer") {
       model.model_name = valueOf(source, "model_name");
       model.weight_dtype = valueOf(source, "weight_dtype");
-    } else if (source.comfyClass === "ContextWindowsManual" && source.mode !== BYPASSED) {
-      model.window = valueOf(source, "context_length");
+    } else if (source.mode !== BYPASSED) {
+      model.window ??= valueOf(source, "context_length"); // of Context Windows
     }
   }
   return model;
@@ -44,9 +46,7 @@ class Line {
     this.node = node;
     this.element = document.createElement("div");
     this.element.className = "mochinodes-line";
-    Object.assign(this.element.style, {
-      font: `12px/${ROW}px sans-serif`, color: "var(--descrip-text, #999)", overflow: "hidden", maxHeight: `${MAX_ROWS * ROW}px`, padding: "0 6px",
-    });
+    Object.assign(this.element.style, { ...LINE_STYLE, padding: "0 6px" });
     const widget = node.addDOMWidget("forecast", "mochinodes-line", this.element, { serialize: false, margin: 4 });
     widget.serialize = false; // neither saved nor sent
     widget.computeLayoutSize = undefined; // which would share the node's free space with the prompt
@@ -65,6 +65,22 @@ class Line {
     const [width, height] = this.node.size;
     this.node.setSize([width, Math.max(height, this.node.computeSize()[1])]);
     this.node.setDirtyCanvas?.(true, true);
+    this.showOutside();
+  }
+
+  // The node of a subgraph takes no widgets but those of its inputs: the old renderer shows a badge, the other a row below them.
+  showOutside() {
+    const outside = standIn(this.node);
+    if (!outside || !takesFromOutside(this.node)) return;
+    this.badge ??= () => new LGraphBadge({ text: shortened(this.element.textContent) });
+    if (!outside.badges.includes(this.badge)) outside.badges.push(this.badge);
+    outside.setDirtyCanvas?.(true, true);
+    const body = app.canvas.graph === outside.graph && document.querySelector(`[data-testid="node-body-${outside.id}"]`);
+    if (!body) return;
+    this.row ??= Object.assign(document.createElement("div"), { className: "mochinodes-outside" });
+    Object.assign(this.row.style, { ...LINE_STYLE, padding: "0 12px" });
+    this.row.textContent = this.element.textContent;
+    if (this.row.parentElement !== body) body.append(this.row);
   }
 
   async ask() {
@@ -85,6 +101,15 @@ class Line {
     const left = value > this.first ? `, ${clock((perStep * (max - value)) / 1000)} left` : "";
     this.show(value < max ? `${value} of ${max}${left}` : this.forecast);
   }
+}
+
+const takesFromOutside = (node) =>
+  node.inputs?.some(({ link }) => link != null && !node.graph.getNodeById(node.graph.links.get(link)?.origin_id));
+
+// Up to a semicolon, behind which are details.
+function shortened(text) {
+  const [first] = text.split(";");
+  return first.length > LONGEST_BADGE ? `${first.slice(0, LONGEST_BADGE)} ...` : first;
 }
 
 async function answer(route, question) {
@@ -113,7 +138,10 @@ let timer;
 function askSoon() {
   clearTimeout(timer);
   timer = setTimeout(() => {
-    for (const line of lines.values()) line.ask();
+    for (const line of lines.values()) {
+      line.ask();
+      line.showOutside(); // which may be drawn anew
+    }
   }, PAUSE);
 }
 
@@ -121,6 +149,7 @@ app.registerExtension({
   name: "mochinodes.Forecast",
   setup() {
     api.addEventListener("graphChanged", askSoon);
+    app.canvas.canvas.addEventListener("litegraph:set-graph", askSoon);
     api.addEventListener("progress", ({ detail }) => {
       lines.get(nodeById(detail.node))?.progress(detail.prompt_id, detail.value, detail.max);
     });

@@ -20,9 +20,12 @@ export function origin(node, name) {
   if (!link) return { owner: node, name };
   const source = node.graph.getNodeById(link.origin_id);
   if (source) return { source };
-  const outside = (app.rootGraph ?? app.graph).nodes.find((other) => other.subgraph === node.graph);
+  const outside = standIn(node);
   return outside ? origin(outside, outside.inputs[link.origin_slot].name) : {};
 }
+
+// The node that stands for the subgraph that a node is in.
+export const standIn = (node) => (app.rootGraph ?? app.graph).nodes.find((other) => other.subgraph && other.subgraph === node.graph);
 
 // The value of an input; undefined if another node computes it.
 export function valueOf(node, name) {

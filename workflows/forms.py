@@ -170,7 +170,7 @@ def _inner(graph: Graph, subgraph: Subgraph) -> Json:
         "revision": 0,
         "config": {},
         "name": subgraph.name,
-        "inputNode": {"id": INSIDE, "bounding": [-260, 0, 160, 40 + 20 * len(ports)]},
+        "inputNode": {"id": INSIDE, "bounding": [-200, 0, 160, 40 + 20 * len(ports)]},
         "outputNode": {"id": OUTSIDE, "bounding": [right + 80, 0, 120, 60]},
         "inputs": [
             {
@@ -179,7 +179,7 @@ def _inner(graph: Graph, subgraph: Subgraph) -> Json:
                 "type": _spec(graph, port.node, port.input)[0],
                 "linkIds": [record.id for record in records if record[1:3] == (INSIDE, slot)],
                 **({"label": port.label} if port.label else {}),
-                "pos": [-120, 20 + 20 * slot],
+                "pos": [-60, 20 + 20 * slot],
             }
             for slot, port in enumerate(subgraph.ports)
         ],

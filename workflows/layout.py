@@ -16,7 +16,9 @@ MOST_HIGH = 1150
 LOADERS = ("Mochi1LoadTransformer", "Mochi1LoadT5", "Mochi1LoadVAE")
 SAMPLERS = ("Mochi1Sampler", "Mochi1Edit", "KSampler", "SamplerCustomAdvanced")
 WIDTHS = {
-    **dict.fromkeys(LOADERS, 260),
+    **dict.fromkeys(LOADERS, 280),
+    "Mochi1Sampler": 300,
+    "Mochi1TiledVAEDecode": 250,
     **dict.fromkeys(("Mochi1T5Encode", "CLIPTextEncode", "PrimitiveStringMultiline"), 290),
     "LoadVideo": 300,
     "LoadImage": 300,

@@ -333,7 +333,7 @@ TEXT_TO_VIDEO = Subgraph(
         Port("sampler", "width", "width"),
         Port("sampler", "height", "height"),
         Port("sampler", "num_frames", "num_frames", "frames (30 a second)"),
-        Port("sampler", "steps", "steps", "steps (fewer are faster)"),
+        Port("sampler", "steps", "steps", "steps (few are fast)"),
         Port("sampler", "cfg", "cfg"),
         Port("sampler", "seed", "seed"),
         *FILE_PORTS,
@@ -348,7 +348,7 @@ SECOND_PASS = Subgraph(
         *TEXT_TO_VIDEO.ports[:-3],
         Port("larger", "width", "larger_width"),
         Port("larger", "height", "larger_height"),
-        Port("again", "denoise", "denoise", "denoise of the second pass"),
+        Port("again", "denoise", "denoise", "second denoise"),
         *FILE_PORTS,
     ),
     ("save",),
@@ -413,11 +413,11 @@ EXTEND_VIDEO = Subgraph(
 EDITING = (
     Port("frames", "video", "video"),
     Port("positive", "prompt", "prompt"),
-    Port("sampler", "denoise", "denoise", "denoise (how much changes)"),
+    Port("sampler", "denoise", "denoise", "denoise (change)"),
     Port("first", "length", "length", "most frames"),
     Port("scale", "width", "width"),
     Port("scale", "height", "height"),
-    Port("sampler", "steps", "steps", "steps (fewer are faster)"),
+    Port("sampler", "steps", "steps", "steps (few are fast)"),
     Port("sampler", "seed", "seed"),
 )
 VIDEO_TO_VIDEO = Subgraph(
@@ -469,8 +469,8 @@ MASKED = Subgraph(
     "Makes a rectangle of a video anew with Genmo's Mochi 1; the rest stays.",
     (
         *EDITING,
-        Port("mask", "x", "x", "left edge of the area"),
-        Port("mask", "y", "y", "top edge of the area"),
+        Port("mask", "x", "x", "area's left edge"),
+        Port("mask", "y", "y", "area's top edge"),
         Port("area", "width", "area_width"),
         Port("area", "height", "area_height"),
         *FILE_PORTS,
@@ -636,7 +636,7 @@ latents; 6 frames each), then width and height. The decode needs the same memory
         """# FastMochi: 8 steps
 
 Distilled weights: **dit.safetensors** from FastVideo's FastMochi; rename it to **fastmochi.safetensors**. It is 40 GB in fp32:
-`python -m mochi_core convert` makes 20 GB of it, or 10. Text encoder and VAE as always.
+**python -m mochi_core convert** makes 20 GB of it, or 10. Text encoder and VAE as always.
 
 Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cfg 1.5.** Ordinary Mochi weights need the
 64 steps and cfg 4.5 of the template *Text to Video*.

@@ -16,6 +16,7 @@ WATCH_PREVIEWS = """() => {
 }"""
 
 MEMORY = re.compile(r"^about \S+ .iB to sample, beside \S+ .iB of weights; cpu has \S+ GiB$")
+FEW_TOKENS = re.compile(r"^[3-6] of 256 tokens$")
 # Puts the sampler into a subgraph, whose node shows the width; answers with what is said inside for two widths.
 INTO_SUBGRAPH = """async width => {
     const sampler = app.graph._nodes.find(node => node.type === "Mochi1Sampler");
@@ -27,8 +28,10 @@ INTO_SUBGRAPH = """async width => {
     for (const value of [outer.widgets.find(widget => widget.name === "width").value, width]) {
         outer.widgets.find(widget => widget.name === "width").value = value;
         window.comfyAPI.api.api.dispatchCustomEvent("graphChanged", {});
-        await new Promise(resolve => setTimeout(resolve, 1500));
-        said.push(inner.widgets.find(widget => widget.name === "forecast").element.textContent);
+        const text = () => inner.widgets.find(widget => widget.name === "forecast").element.textContent;
+        for (let i = 0; i < 200 && (!text() || text() === said.at(-1)); i++)
+            await new Promise(resolve => setTimeout(resolve, 100));
+        said.push(text());
     }
     return said;
 }"""
@@ -164,6 +167,25 @@ def test_the_forecast_knows_what_is_outside_of_a_subgraph(editor):
     same, refused = editor.page.evaluate(INTO_SUBGRAPH, 100)
     assert same == known
     assert refused == "width is 100, but Mochi needs a multiple of 16; use 96 or 112."
+
+
+def test_the_forecast_of_a_subgraph_is_on_its_node(editor):
+    """Also after a look inside, from where the page draws the node anew."""
+    editor.load(editor_form("text_to_video"), "outside")
+    outside = editor.page.locator(".mochinodes-outside")
+    outside.get_by_text("26 of 256 tokens", exact=True).wait_for()
+    outside.get_by_text(MEMORY).wait_for()
+    editor.page.evaluate(
+        "() => { const node = app.graph._nodes.find(node => node.subgraph);"
+        " node.widgets.find(widget => widget.name === 'prompt').value = 'a red star';"
+        " window.comfyAPI.api.api.dispatchCustomEvent('graphChanged', {});"
+        " app.canvas.openSubgraph(node.subgraph, node); }"
+    )
+    editor.page.get_by_text(FEW_TOKENS).wait_for()
+    editor.page.evaluate("app.canvas.setGraph(app.rootGraph ?? app.graph)")
+    outside.get_by_text(FEW_TOKENS).wait_for()
+    assert outside.count() == 2  # nothing of the negative prompt, which the node does not show
+    assert editor.missing() == []
 
 
 @pytest.mark.parametrize("node_type", NODES)

@@ -3,6 +3,12 @@
 from tests.harness.browser import label, open_editor
 from tests.harness.templates import editor_form
 
+# Whether the node of a subgraph shows a prompt's tokens and the memory as badges.
+BADGES = """tokens => {
+    const said = app.graph._nodes.find(node => node.subgraph).badges.map(badge => (badge.text ?? badge().text));
+    return said.includes(tokens) && said.some(text => text.startsWith("about ") && !text.includes(";"));
+}"""
+
 
 def test_old_renderer_opens_and_names_everything_too(templates_server):
     with open_editor(templates_server.url, **{"Comfy.VueNodes.Enabled": False}) as editor:
@@ -12,4 +18,6 @@ def test_old_renderer_opens_and_names_everything_too(templates_server):
         editor.page.get_by_text("9 of 256 tokens", exact=True).wait_for()
         editor.page.get_by_test_id("queue-button").click()
         editor.page.wait_for_function("Object.keys(app.nodeOutputs).length > 0", timeout=120_000)
+        editor.load(editor_form("text_to_video"), "outside")
+        editor.page.wait_for_function(BADGES, arg="26 of 256 tokens", timeout=20_000)
         assert editor.errors == []

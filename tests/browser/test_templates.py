@@ -2,9 +2,24 @@
 
 import pytest
 
+from tests.harness.browser import PLAYING
 from tests.harness.demo import template_link
 from tests.harness.pictures import THUMBNAIL
 from tests.harness.templates import NAMES, TITLES, api_form, editor_form, essence
+from workflows.source import TEXT_TO_VIDEO
+
+SMALL = {
+    "prompt": "a red star moving to the right", "width": 64, "height": 64, "num_frames": 7, "steps": 1,
+    "model_name": "mochi_tiny.safetensors", "t5_name": "t5_tiny.safetensors", "vae_name": "mochi_tiny_vae.safetensors",
+}  # fmt: skip
+# Values of the widgets that the subgraph's node shows, and a node that saves its video.
+SET_AND_SAVE = """values => {
+    const [made] = app.graph._nodes, save = LiteGraph.createNode("SaveVideo");
+    for (const widget of made.widgets) if (widget.name in values) widget.value = values[widget.name];
+    app.graph.add(save);
+    save.pos = [made.pos[0] + 500, made.pos[1]];
+    made.connect(0, save, save.inputs.findIndex(input => input.type === "VIDEO"));
+}"""
 
 
 def test_browser_lists_every_template_with_its_thumbnail(editor):
@@ -34,17 +49,25 @@ def test_opens_without_complaint_and_means_the_same_as_its_api_form(editor, name
     assert essence(editor.prompt()) == essence(api_form(name))
 
 
-def test_blueprint_is_found_by_search(editor):
+def test_blueprint_is_found_by_search_and_makes_a_video(editor):
+    """With the tiny model's files, which are in the lists like any others."""
+    editor.errors.clear()
     editor.load({"nodes": [], "links": [], "version": 0.4}, "empty")
     editor.page.mouse.dblclick(800, 600)
     editor.page.get_by_role("combobox").last.wait_for()
     editor.page.keyboard.type("text to video mochi")
-    editor.page.get_by_text("Text to Video (Mochi 1)", exact=True).first.wait_for()
+    editor.page.get_by_text(TEXT_TO_VIDEO.name, exact=True).first.wait_for()
     editor.page.wait_for_timeout(1000)  # the list is searched once the typing has stopped
     editor.page.keyboard.press("Enter")
     editor.page.mouse.click(800, 600)
     editor.page.wait_for_function("app.graph._nodes.length === 1")
     assert {node["class_type"] for node in editor.prompt().values()} >= {"Mochi1LoadTransformer", "Mochi1Sampler"}
+    editor.page.evaluate(SET_AND_SAVE, SMALL)
+    editor.page.get_by_test_id("queue-button").click()
+    editor.page.wait_for_function(PLAYING, timeout=60_000)
+    size = editor.page.locator("video").first.evaluate("video => [video.videoWidth, video.videoHeight]")
+    assert size == [64, 64]
+    assert editor.errors == []
 
 
 def test_app_mode_runs_from_prompt_to_video(editor):
