@@ -15,7 +15,8 @@ FIRST = ("Mochi 1 - Text to Video", "Mochi 1 - Tiny demo, no download")
 
 
 def register() -> None:
-    PromptServer.instance.app.middlewares.append(ordering)
+    app = PromptServer.instance.app
+    app.middlewares.append(ordering)
 
 
 @web.middleware
