@@ -68,6 +68,9 @@ class MochiPipeline(NamedLoras):
             raise ValueError(f"offload is {offload!r}; use one of {', '.join(map(repr, OFFLOADS))}.")
         if offload and device is None:
             raise ValueError(f"offload={offload!r} needs device=..., the device on which the models take turns.")
+        if getattr(dit, "hf_device_map", None) and (offload or parallel):
+            other, reason = ("parallel", "runs in one process") if parallel else ("offload", "stays on its devices")
+            raise ValueError(f"device_map and {other} exclude each other: a split model {reason}.")
         super().__init__(dit)
         self.vae, self.text_encoder = vae, text_encoder
         # Where `device` is the CPU, whole models are there already: a copy of the denoiser's weights would only take memory.

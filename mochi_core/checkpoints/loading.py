@@ -17,6 +17,7 @@ from ..mapped_files import copy_mapped, is_mostly_mapped, remember
 from ..quantization.weights import QuantizedLinear, QuantizedWeight
 from ..shown import shown, shown_names
 from ..transformer.model import AsymmDiT
+from .device_map import Place, place_on_devices
 from .formats.reader import open_checkpoint
 from .names.detect import PARTS, has_frame_levels, select_part
 from .names.quantized import quantize_block_matrices
@@ -40,6 +41,8 @@ def load_transformer(
     *,
     mmap: bool = True,
     frame_levels: bool | None = None,
+    device_map: str | Mapping[str, Place] | None = None,
+    max_memory: Mapping[Place, int | str] | None = None,
 ) -> AsymmDiT:
     """Load a denoiser from a file or folder in any known layout, ready for inference.
 
@@ -55,15 +58,18 @@ def load_transformer(
     `frame_levels` says whether the weights were trained with a noise level of each latent frame, as Pusa's are; None leaves it to
     the file's metadata and name. It changes nothing but how videos are made from images.
 
+    `device_map` and `max_memory` put the blocks on several devices instead of `device`, see `device_map.place_on_devices`.
+
     Raises:
-        ValueError: the file is not a whole Mochi transformer, or it cannot be quantised so.
+        ValueError: the file is not a whole Mochi transformer, it cannot be quantised so, or it does not fit on the devices.
         FileNotFoundError: there is no such file.
     """
     checkpoint = quantize_block_matrices(open_part(path, "transformer"), quantize)
     dit = empty_transformer(checkpoint, dtype)
-    load_into(dit, checkpoint, device, mmap=mmap and quantize is None)
+    load_into(dit, checkpoint, device if device_map is None else "cpu", mmap=mmap and quantize is None)
     dit.has_frame_levels = has_frame_levels(checkpoint) if frame_levels is None else frame_levels
-    return dit.eval()
+    dit.eval()
+    return dit if device_map is None else place_on_devices(dit, device_map, max_memory)
 
 
 def load_vae(

@@ -190,6 +190,7 @@ class CachedBlocks:
 
     def _merge(self, x: Tensor) -> Tensor:
         """The whole batch (B, N, Dx): results `x` of the samples that blocks ran for, kept residuals for the others."""
+        x = x.to(self.entering.device)  # blocks may lie on several devices
         for result, i in zip(x, self.samples, strict=True):
             self.states[i].residual = result - self.entering[i]
         if len(self.samples) == len(self.states):

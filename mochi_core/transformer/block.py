@@ -62,6 +62,10 @@ class BlockContext:
     negative_lengths: tuple[int, ...] = ()
     """Valid tokens of each sample's negative prompt, where its text is there, too; see `TextConditioning`."""
 
+    def to(self, device: torch.device | str | int) -> BlockContext:
+        """The context for a block on another device, as accelerate asks for it."""
+        return replace(self, rope=self.rope.to(device))
+
     def select(self, samples: Sequence[int]) -> BlockContext:
         """The context for some samples of the batch."""
         lengths, negative = (

@@ -285,7 +285,8 @@ class AsymmDiT(nn.Module):
         for (x, _), (_, modulation) in zip(streams, conditions, strict=True):
             x = self.final_layer(x, modulation.final)  # (B, N, patch * patch * C)
             x = x if share is None else share.gather(x)
-            velocities.append(self._unpatchify(x, num_latents, rows)[..., :height, :width])
+            velocity = self._unpatchify(x, num_latents, rows)[..., :height, :width]
+            velocities.append(velocity.to(latents.device))  # the last layer may lie on another device
         return velocities
 
     def compile_blocks(self, **options: Any) -> None:

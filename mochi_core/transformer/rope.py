@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ class Rope:
     """Tokens of the first frame that are left out."""
     dropped: int = 0
     """Tokens of the last frame that are left out."""
+
+    def to(self, device: torch.device | str | int) -> Rope:
+        return replace(self, frames=self.frames.to(device), spatial=self.spatial.to(device))
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,48 @@
+"""A denoiser whose blocks lie on several devices, one after the other, for cards none of which holds all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..transformer.block import AsymmetricJointBlock
+from ..transformer.model import AsymmDiT
+
+Place = int | str
+"""A device as accelerate names them: the number of a card, "cpu" or "disk"."""
+
+
+def place_on_devices(
+    dit: AsymmDiT, device_map: str | Mapping[str, Place], max_memory: Mapping[Place, int | str] | None = None
+) -> AsymmDiT:
+    """Move the parts of `dit` to devices, between which accelerate moves what they are called with.
+
+    Args:
+        device_map: the device of each module by name; or "auto", for as much on each card as `max_memory` allows.
+        max_memory: bytes on each device for weights, or text such as "12GB"; None for what is free.
+
+    Raises:
+        ValueError: accelerate is not installed, or the devices have no room for all weights.
+    """
+    try:
+        from accelerate import dispatch_model, infer_auto_device_map  # optional
+    except ImportError:
+        raise ValueError("device_map needs a package: python -m pip install accelerate.") from None
+    places: Mapping[str, Any] = {}
+    if isinstance(device_map, str):
+        if device_map != "auto":
+            raise ValueError(f'device_map is {device_map!r}; use "auto", or the device of each module by its name.')
+        memory: Any = None if max_memory is None else dict(max_memory)
+        whole = [AsymmetricJointBlock.__name__]
+        places = infer_auto_device_map(dit, max_memory=memory, no_split_module_classes=whole)
+    else:
+        places = device_map
+    several = len({*places.values()}) > 1
+    left = [name for name, place in places.items() if str(place) == "disk" or (several and str(place) == "cpu")]
+    if left:
+        first = left[0] or "all"
+        raise ValueError(
+            f"The transformer does not fit on the devices ({first} {'is' if len(left) == 1 else 'and others are'} left over); "
+            'raise max_memory, quantise it, or keep it in main memory with MochiPipeline(..., offload="stream").'
+        )
+    return dispatch_model(dit, dict(places))  # pyright: ignore[reportReturnType] - it is `dit`
