@@ -368,7 +368,7 @@ FROM_IMAGES = (
     Port("given", "height", "height"),
     Port("given", "num_frames", "num_frames", "frames (30 a second)"),
     Port("given", "start_noise", "start_noise", "noise of the first frames"),
-    Port("sampler", "steps", "steps", "steps (fewer are faster)"),
+    Port("sampler", "steps", "steps", "steps (few are fast)"),
     Port("sampler", "cfg", "cfg"),
     Port("sampler", "seed", "seed"),
 )

@@ -102,6 +102,14 @@ def test_what_is_missing_is_named():
     assert failure(NO_SERVER, str(WORKFLOW)).startswith(f"No ComfyUI answers at {NO_SERVER}: ")
     editors = WORKFLOW.parents[1] / f"{TITLES[WORKFLOW.stem]}.json"
     assert failure(NO_SERVER, str(editors)).startswith(f"{editors} is no workflow in API form; ")
+    assert failure(NO_SERVER, "gone.json") == "There is no file gone.json; the workflows are in workflows/api."
+
+
+def test_a_missing_package_is_named():
+    code = f"import runpy, sys; sys.modules['websockets'] = None; runpy.run_path({str(CLIENT)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith("is not installed; run: python -m pip install websockets\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")

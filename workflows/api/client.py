@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 from urllib import error, parse, request
 
-from websockets.exceptions import ConnectionClosed, WebSocketException
-from websockets.sync.client import connect
+try:
+    from websockets.exceptions import ConnectionClosed, WebSocketException
+    from websockets.sync.client import connect
+except ModuleNotFoundError:
+    sys.exit("client.py needs a package that is not installed; run: python -m pip install websockets")
 
 
 def run(graph, server, folder="."):
@@ -90,6 +93,8 @@ def read(path):
     try:
         graph = json.loads(Path(path).read_text(encoding="utf-8"))
         assert all("class_type" in node for node in graph.values())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no file {path}; the workflows are in workflows/api.") from None
     except (ValueError, AttributeError, TypeError, AssertionError):
         raise ValueError(f"{path} is no workflow in API form; the editor's menu has File, Export (API).") from None
     return graph
