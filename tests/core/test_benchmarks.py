@@ -138,7 +138,6 @@ def test_products_on_a_simulated_gpu_are_those_that_torch_counts():
     assert sum(flops for flops, _ in counter.products) + attention == forward_flops(config, 60, 7)
 
 
-@pytest.mark.slow
 def test_a_decode_is_counted_with_the_look_at_its_numbers():
     counter = traffic.count(traffic.DECODES["ours, plain, 5 GiB"], 1)
     assert counter.starts > 300
