@@ -54,17 +54,21 @@ def apply_chunked(function: Callable[..., Tensor], *tensors: Tensor, tokens: int
     It may return a dtype with more digits.
 
     At most `tokens` tokens of the whole batch, by default `token_chunk` of each sample, are given to it at a time, so that
-    what it holds in between stays small.
+    what it holds in between stays small. A gradient would hold it all, and take a copy of all for each part: it gets one.
     """
     batch, length = tensors[0].shape[:2]
     chunk = token_chunk(tensors[0]) if tokens is None else max(1, tokens // batch)
-    if length <= chunk:
+    if length <= chunk or _have_gradient(*tensors):
         return function(*tensors).to(tensors[0].dtype)
     out = torch.empty_like(tensors[0])
     for start in range(0, length, chunk):
         some = slice(start, start + chunk)
         out[:, some] = function(*(tensor[:, some] for tensor in tensors))
     return out
+
+
+def _have_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def rms_norm(x: Tensor) -> Tensor:

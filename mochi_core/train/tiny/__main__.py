@@ -1,9 +1,11 @@
 """Make the tiny Mochi that comes with the project: an autoencoder, then a denoiser and a text encoder together.
 
+The denoiser learns to make videos from text, and then also from given frames, each with a noise level of its own.
+
     python -m mochi_core.train.tiny FOLDER --tokenizer ComfyUI/comfy/text_encoders/t5_tokenizer
 
-takes one and a half hours on two CPU cores; run it again to go on where it stopped. FOLDER gets the weights, laid out as
-ComfyUI's model folders, and a CSV file of the losses for each of the three trainings.
+takes two hours on two CPU cores; run it again to go on where it stopped. FOLDER gets the weights, laid out as ComfyUI's model
+folders, and a CSV file of the losses for each of the four trainings.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from .loop import TrainLoop
 VAE_LOOP = TrainLoop("vae", steps=4000, learning_rate=8e-4, average=0.995)
 DECODER_LOOP = TrainLoop("decoder", steps=2500, learning_rate=4e-4, average=0.995)
 DIT_LOOP = TrainLoop("dit", steps=5000, learning_rate=1e-3, average=0.999)
+FRAMES_LOOP = TrainLoop("frames", steps=2200, learning_rate=5e-4, average=0.998)
+FRAME_LEVELS = 0.5
+"""Share of the batches of that training whose latent frames have noise levels of their own; the others are as before."""
 CLIPS = (6000, 2000, 2000)
 """Number of clips of each size in `tiny_dit.SIZES`."""
 SKIPPED = ("encoder.embed_tokens.weight",)
@@ -58,7 +63,7 @@ def make(folder: Path, tokenizer_folder: Path, device: torch.device) -> None:
     vae = train_decoder(folder, train_vae(folder, device), device)
     write_model(folder / "vae" / "mochi_tiny_vae.safetensors", vae)
     sets = [clips_of(folder, size, count, vae, tokenizer) for size, count in zip(tiny_dit.SIZES, CLIPS, strict=True)]
-    tiny = train_dit(folder, sets, tokenizer, device)
+    tiny = train_frames(folder, train_dit(folder, sets, tokenizer, device), sets, tokenizer, device)
     write_model(folder / "diffusion_models" / "mochi_tiny.safetensors", tiny.dit)
     write_model(folder / "text_encoders" / "t5_tiny.safetensors", tiny.t5)
 
@@ -115,6 +120,19 @@ def train_dit(
             return tiny_dit.loss(tiny, tokenizer, tiny_dit.choose_set(rng, sets), rng)
 
     return DIT_LOOP.run(tiny, loss_at, folder)
+
+
+def train_frames(
+    folder: Path, tiny: tiny_dit.TinyMochi, sets: list[tiny_dit.Clips], tokenizer: tiny_dit.Tokenizer, device: torch.device
+) -> tiny_dit.TinyMochi:
+    """Train both on, with noise levels of single frames in some of the batches."""
+
+    def loss_at(step: int) -> Tensor:
+        rng = FRAMES_LOOP.rng(step)
+        with torch.autocast(device.type, torch.bfloat16):
+            return tiny_dit.loss(tiny, tokenizer, tiny_dit.choose_set(rng, sets), rng, FRAME_LEVELS)
+
+    return FRAMES_LOOP.run(tiny.requires_grad_(True).train(), loss_at, folder)
 
 
 def write_model(path: Path, model: nn.Module) -> None:

@@ -38,8 +38,6 @@ SHARES = (0.6, 0.2, 0.2)
 BATCH_TOKENS = 3200
 """Video tokens in a batch."""
 CAPTION_DROPOUT = 0.15
-FRAME_LEVELS = 0.5
-"""Share of the batches whose latent frames have noise levels of their own."""
 ANGLES = (0.15, 2.0)
 """Slowest and fastest rotation of a new model, in radians from one latent frame, or one patch, to the next."""
 PATCH_DISTANCE = 48
@@ -113,8 +111,13 @@ def _encoded(vae: AsymmVAE, pixels: list[Any]) -> Tensor:
         return normalize_latents(tiny_vae.posterior_of(vae, tiny_vae.to_video(pixels).to(device)).mean)
 
 
-def loss(tiny: TinyMochi, tokenizer: Tokenizer, clips: Clips, rng: np.random.Generator) -> Tensor:
-    """Velocity loss of one random batch; its captions are equally long, so that nothing is padded, or all are dropped."""
+def loss(
+    tiny: TinyMochi, tokenizer: Tokenizer, clips: Clips, rng: np.random.Generator, frame_levels: float = 0.0
+) -> Tensor:
+    """Velocity loss of one random batch; its captions are equally long, so that nothing is padded, or all are dropped.
+
+    `frame_levels` is the probability that its latent frames have noise levels of their own.
+    """
     device = tiny.dit.pos_frequencies.device
     count = BATCH_TOKENS * CONFIG.patch_size**2 // clips.latents[0, 0].numel()
     same_length = torch.nonzero(clips.lengths == clips.lengths[rng.integers(len(clips.lengths))]).flatten()
@@ -127,7 +130,7 @@ def loss(tiny: TinyMochi, tokenizer: Tokenizer, clips: Clips, rng: np.random.Gen
     # One noise level in each of as many equal parts of [0, 1]: less noisy than independent ones.
     sigma = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     noise = torch.randn(clips.latents[chosen].shape, generator=generator)
-    if rng.random() < FRAME_LEVELS:
+    if rng.random() < frame_levels:
         sigma = draw_levels(sigma, noise.shape[2], generator)
     return velocity_loss(tiny.dit, clips.latents[chosen].to(device), embeds, mask, sigma.to(device), noise.to(device))
 
