@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mochi_core.train.tiny.shapes import BACKGROUNDS, COLORS, MOTIONS, NEW_COLORS, OUTLINES
+from mochi_core.train.tiny.shapes import BACKGROUNDS, COLORS, MOTIONS, NEW_COLORS, OUTLINES, Scene, Sprite, draw
 
 PALETTE = {**COLORS, **NEW_COLORS}
 MIN_PIXELS = 12  # of a colour, in a frame of 64 x 64, to count as a shape
@@ -63,6 +63,27 @@ def direction(frames: np.ndarray, color: str, least: float = 0.08) -> str:
     if abs(down) > abs(right):
         return "down" if down > 0 else "up"
     return "right" if right > 0 else "left"
+
+
+def centers(frames: np.ndarray, color: str) -> np.ndarray:
+    """Centre (y, x) of a colour in each frame, in frame heights, (F, 2); NaN where it is not seen."""
+    found = [_center(mask) if mask.sum() >= MIN_PIXELS else (np.nan, np.nan) for mask in masks(frames)[color]]
+    return np.array(found) / frames.shape[1]
+
+
+def psnr(frame: np.ndarray, other: np.ndarray) -> float:
+    """In dB; both in [0, 1]."""
+    return float(-10 * np.log10(np.mean((frame - other) ** 2)))
+
+
+def drawn(case: tuple[str, str, str], across: float, num_frames: int) -> np.ndarray:
+    """What a case of `CASES` says, (F, 64, 64, 3) uint8; `across` its way, the shape is so far from the middle."""
+    color, way, prompt = case
+    shape = next(name for name in OUTLINES if name in prompt)
+    down, right = {"left": (0.0, 0.2), "right": (0.0, -0.2), "up": (0.2, 0.0), "down": (-0.2, 0.0)}[way]
+    ground = (0.32, 0.32, 0.32) if "gray" in prompt else (0.03, 0.03, 0.03)
+    sprite = Sprite(shape, COLORS[color], way, 0.16, (down or across, right or across), 0.4)
+    return draw(Scene((sprite,), (ground, ground)), num_frames, 64, 64)
 
 
 def main_shape(frames: np.ndarray, color: str) -> str | None:

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 
 from mochi_core import MochiPipeline, load_transformer
-from mochi_core.train.tiny.shapes import COLORS, OUTLINES, Scene, Sprite, draw
 from tests.harness import trained
-from tests.harness.semantics import CASES, MIN_PIXELS, direction, main_color, masks, videos
+from tests.harness.semantics import CASES, centers, direction, drawn, main_color, psnr, videos
 
 CHOSEN = CASES[1::3]
-START = {"left": (0.0, 0.2), "right": (0.0, -0.2), "up": (0.2, 0.0), "down": (-0.2, 0.0)}
 AWAY = 0.12
 """How far from the middle a shape is, across its way, in frame heights."""
 
@@ -26,29 +24,15 @@ def held(pipe):
 @pytest.fixture(scope="module")
 def clips():
     """What the prompts say, somewhere, (13, 64, 64, 3) uint8 each."""
-    return [clip(*case, AWAY if i % 2 else -AWAY) for i, case in enumerate(CHOSEN)]
-
-
-def clip(color, way, prompt, across):
-    shape = next(name for name in OUTLINES if name in prompt)
-    place = tuple(side or across for side in START[way])
-    ground = (0.32, 0.32, 0.32) if "gray" in prompt else (0.03, 0.03, 0.03)
-    scene = Scene((Sprite(shape, COLORS[color], way, 0.16, place, 0.35),), (ground, ground))
-    return draw(scene, 13, 64, 64)
-
-
-def center(frames, color):
-    """Centre (y, x) of a colour in each frame, in frame heights; NaN where it is not seen."""
-    places = [np.argwhere(mask).mean(0) if mask.sum() >= MIN_PIXELS else (np.nan,) * 2 for mask in masks(frames)[color]]
-    return np.array(places) / frames.shape[1]
+    return [drawn(case, AWAY if i % 2 else -AWAY, 13) for i, case in enumerate(CHOSEN)]
 
 
 def measured(made, clips, seam):
     """Means over videos: PSNR of the first frame, distance to the truth in the 6 frames from the seam on, right colours, ways."""
     rows = []
     for video, true, (color, way, _) in zip(made, clips, CHOSEN, strict=True):
-        astray = np.linalg.norm(center(video, color) - center(true / 255, color), axis=1)
-        quality = -10 * np.log10(np.mean((video[0] - true[0] / 255) ** 2))
+        astray = np.linalg.norm(centers(video, color) - centers(true / 255, color), axis=1)
+        quality = psnr(video[0], true[0] / 255)
         rows.append(
             (quality, np.nanmean(astray[seam : seam + 6]), main_color(video) == color, direction(video, color) == way)
         )

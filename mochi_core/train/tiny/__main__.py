@@ -29,7 +29,7 @@ VAE_LOOP = TrainLoop("vae", steps=4000, learning_rate=8e-4, average=0.995)
 DECODER_LOOP = TrainLoop("decoder", steps=2500, learning_rate=4e-4, average=0.995)
 DIT_LOOP = TrainLoop("dit", steps=5000, learning_rate=1e-3, average=0.999)
 FRAMES_LOOP = TrainLoop("frames", steps=2200, learning_rate=5e-4, average=0.998)
-FRAME_LEVELS = 0.5
+WITH_FRAME_LEVELS = 0.5
 """Share of the batches of that training whose latent frames have noise levels of their own; the others are as before."""
 CLIPS = (6000, 2000, 2000)
 """Number of clips of each size in `tiny_dit.SIZES`."""
@@ -123,14 +123,18 @@ def train_dit(
 
 
 def train_frames(
-    folder: Path, tiny: tiny_dit.TinyMochi, sets: list[tiny_dit.Clips], tokenizer: tiny_dit.Tokenizer, device: torch.device
+    folder: Path,
+    tiny: tiny_dit.TinyMochi,
+    sets: list[tiny_dit.Clips],
+    tokenizer: tiny_dit.Tokenizer,
+    device: torch.device,
 ) -> tiny_dit.TinyMochi:
     """Train both on, with noise levels of single frames in some of the batches."""
 
     def loss_at(step: int) -> Tensor:
         rng = FRAMES_LOOP.rng(step)
         with torch.autocast(device.type, torch.bfloat16):
-            return tiny_dit.loss(tiny, tokenizer, tiny_dit.choose_set(rng, sets), rng, FRAME_LEVELS)
+            return tiny_dit.loss(tiny, tokenizer, tiny_dit.choose_set(rng, sets), rng, WITH_FRAME_LEVELS)
 
     return FRAMES_LOOP.run(tiny.requires_grad_(True).train(), loss_at, folder)
 
