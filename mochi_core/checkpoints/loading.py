@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..autoencoder.model import AsymmVAE
 from ..autoencoder.tiny import TinyDecoder
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig, TinyVAEConfig
-from ..mapped_files import copy_mapped, is_mostly_mapped, remember
+from ..mapped_files import copy_mapped, is_much_mapped, remember
 from ..quantization.weights import QuantizedLinear, QuantizedWeight
 from ..shown import shown, shown_names
 from ..transformer.model import AsymmDiT
@@ -167,7 +167,7 @@ def load_into(module: nn.Module, checkpoint: Checkpoint, device: torch.device | 
 
     A linear layer with a quantised weight becomes a `QuantizedLinear`; any other quantised tensor is dequantised. Tensors
     are read, cast and moved one by one, so a second copy of the model never exists. With `mmap`, weights that need neither
-    stay in the mapped file, unless they are less than half of the model: then all are copies.
+    stay in the mapped file, unless they are less than a quarter of the model: then all are copies.
 
     Raises:
         ValueError: tensors are missing, unexpected or of the wrong shape, or have values that are no numbers.
@@ -187,7 +187,7 @@ def load_into(module: nn.Module, checkpoint: Checkpoint, device: torch.device | 
         if not mmap:
             copy_mapped(layer)
         check_finite(checkpoint, name, getattr(layer, leaf))
-    if is_mostly_mapped(module):
+    if is_much_mapped(module):
         remember(module, checkpoint.files)
         return
     for file in checkpoint.files:

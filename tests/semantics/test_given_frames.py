@@ -92,15 +92,15 @@ def row(pipe, task, cases, seeds=(0,)):
 
 def check(task, found):
     assert found.colors == found.ways == 1
+    assert found.shapes >= 0.9
     if task == "text":
-        assert found.shapes >= 0.9
         return
     assert found.first >= 30
     assert found.after <= 0.05
     assert found.jump <= 1.5
 
 
-@pytest.mark.parametrize("task", LEVELS)
+@pytest.mark.parametrize("task", [task for task in LEVELS if task != "text"])
 def test_given_frames_are_kept_and_their_shape_goes_on(pipe, task):
     check(task, row(pipe, task, CASES[::3]))
 

@@ -25,7 +25,9 @@ def test_video_to_video(comfy, way, start):
     sprite = Sprite("circle", COLORS["yellow"], way, 0.17, (0.0, start), 0.4)
     source = draw(Scene((sprite,), ((0.03, 0.03, 0.03),) * 2), 13, 64, 64)
     save_video(source[None] / np.float32(255), comfy.base / "input" / f"{way}.mp4")
-    graph = tiny_prompt("a blue circle", **{**SHORT, "steps": 12, "denoise": 0.27})  # from a noise level of 0.77
+    graph = tiny_prompt(
+        f"a blue circle moving {way}", **{**SHORT, "steps": 12, "denoise": 0.27}
+    )  # from a noise level of 0.77
     graph["file"] = node("LoadVideo", file=f"{way}.mp4")
     graph["frames"] = node("GetVideoComponents", video=["file", 0])
     graph["latent"] = node("Mochi1VAEEncode", pixels=["frames", 0], vae=[VAE, 0])

@@ -51,6 +51,7 @@ def right_shapes(made):
 def test_without_guidance_prompts_are_followed_less(pipe, guided):
     with_guidance, without = right_shapes(guided), right_shapes(both_seeds(pipe, guidance_scale=1.0))
     print(f"right shape in {with_guidance:.0%} with guidance, in {without:.0%} without")
+    assert with_guidance >= 0.8
     assert without < with_guidance - 0.1
 
 
