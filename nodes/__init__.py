@@ -11,7 +11,7 @@ from .image_to_video import ImageToVideo
 from .loaders import LoadT5, LoadTransformer, LoadVAE
 from .lora import LoadLoRA
 from .sampling import Length, Sampler, Sigmas
-from .speed import Cache, Guider
+from .speed import Cache, Guider, Parallel
 from .text import T5Encode
 from .vae import TiledVAEDecode, VAEEncode
 
@@ -30,6 +30,7 @@ NODES: list[type[io.ComfyNode]] = [
     RFEdit,
     Cache,
     Guider,
+    Parallel,
     TiledVAEDecode,
     VAEEncode,
 ]

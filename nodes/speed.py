@@ -1,4 +1,4 @@
-"""Mochi Cache and Mochi Guider: faster, with another result."""
+"""Mochi Cache and Mochi Guider: faster, with another result. Mochi Parallel: faster on several GPUs, with the same."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..mochi_core.sampling.block_cache import METHODS, BlockCache
 from .bridge.cache import add_cache
 from .bridge.guider import make_guider
+from .bridge.parallel import SPLITS, add_devices
 from .category import CATEGORY
 
 
@@ -109,3 +110,48 @@ class Guider(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, cfg, start=0.0, end=1.0, cfg_end=0.0, cfg_zero=False):
         return io.NodeOutput(make_guider(model, positive, negative, cfg, cfg_end, start, end, cfg_zero))
+
+
+class Parallel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Mochi1Parallel",
+            display_name="Mochi Parallel",
+            category=CATEGORY,
+            description="Several GPUs make one video, each a share of every step; the video is the same. With one GPU, the "
+            "MODEL passes through. It has not yet been run on two GPUs.",
+            search_aliases=[
+                "multigpu",
+                "multi gpu",
+                "several gpus",
+                "MultiGPU CFG Split",
+                "sequence parallel",
+                "xdit",
+            ],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="From Load Mochi Transformer; put this node behind LoRAs, Mochi Cache and other patches.",
+                ),
+                io.Int.Input(
+                    "gpus",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="How many GPUs work on it: 0 is all that there are. Each holds the transformer.",
+                ),
+                io.Combo.Input(
+                    "split",
+                    options=list(SPLITS),
+                    default="auto",
+                    tooltip="What is shared out: guidance, the prompt and the negative prompt to two GPUs, which then exchange "
+                    "next to nothing; sequence, the tokens of the video to any number; auto, first the one and then the other.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The MODEL on several GPUs; the one that came in stays as it was.")],
+        )
+
+    @classmethod
+    def execute(cls, model, gpus=0, split="auto"):
+        return io.NodeOutput(add_devices(model, gpus, split))

@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import TypeVar, cast
 
@@ -17,6 +18,8 @@ Shape = Sequence[int]
 Wait = Callable[[], list[Tensor]]
 """Waits until an exchange that was started is done, and gives what the other members sent."""
 Result = TypeVar("Result")
+Start = Callable[[int, Callable[[], None]], Callable[[], object]]
+"""(rank, work of that member) -> a function that waits until the work, which has begun elsewhere, is done."""
 MEETING_TIMEOUT = 600.0
 """Seconds that a thread waits for the others: as long as processes do, see `launch`."""
 
@@ -165,8 +168,10 @@ class Threads:
             for meeting in self._meetings.values():
                 meeting.barrier.abort()
 
-    def run(self, work: Callable[[Group], Result]) -> list[Result]:
+    def run(self, work: Callable[[Group], Result], start: Start | None = None) -> list[Result]:
         """What `work` returns for each member, in threads of their own, the first in this one; by rank.
+
+        `start` begins the work of another member, by default in a new thread.
 
         Raises:
             The first error of a member.
@@ -183,14 +188,13 @@ class Threads:
             except BaseException:
                 return  # it is kept in `error`
 
-        threads = [threading.Thread(target=run_quietly, args=(rank,), daemon=True) for rank in range(1, self.size)]
-        for thread in threads:
-            thread.start()
+        begin = start or _start_thread
+        waits = [begin(rank, partial(run_quietly, rank)) for rank in range(1, self.size)]
         try:
             run_quietly(0)
         finally:
-            for thread in threads:
-                thread.join()
+            for wait in waits:
+                wait()
         if self.error is not None:
             raise self.error
         return [results[rank] for rank in range(self.size)]
@@ -203,6 +207,12 @@ class Threads:
                 if self.error is not None:
                     self._meetings[ranks].barrier.abort()
             return self._meetings[ranks]
+
+
+def _start_thread(rank: int, work: Callable[[], None]) -> Callable[[], object]:
+    thread = threading.Thread(target=work, name=f"member {rank}", daemon=True)
+    thread.start()
+    return thread.join
 
 
 class _Meeting:

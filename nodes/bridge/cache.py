@@ -12,6 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...mochi_core import AsymmDiT, BlockCache
+from ...mochi_core.parallel.sequence import TokenSplit
 from ...mochi_core.sampling.block_cache import CachedBlocks, CacheState
 from ...mochi_core.transformer.block import RunBlock
 from .patches import mixes_samples
@@ -52,10 +53,12 @@ class RunCache:
             self.states = {key: self.states.get(key) or CacheState() for key in self.last_used}
             return [self.states[key] for key in keys]
 
-    def forward_cache(self) -> BlockCache:
-        """The settings for one forward, with counters of its own."""
-        self.counts.append(replace(self.settings))
-        return self.counts[-1]
+    def forward_cache(self, *, counted: bool = True) -> BlockCache:
+        """The settings for one forward, with counters of its own, which the report adds up if they are `counted`."""
+        cache = replace(self.settings)
+        if counted:
+            self.counts.append(cache)
+        return cache
 
     def report(self) -> str:
         total = replace(self.settings)
@@ -96,8 +99,13 @@ def _with_cache(settings: BlockCache, executor, noise, *arguments, **named):
         logging.info("Mochi cache: %s.", run.report())
 
 
-def cached_run_block(run_block: RunBlock, x: torch.Tensor, options: dict, depth: int) -> RunBlock:
-    """How to call blocks in a forward of latents `x` (B, 12, T, H, W): by the run's cache, or if it has none by `run_block`."""
+def cached_run_block(
+    run_block: RunBlock, x: torch.Tensor, options: dict, depth: int, group: TokenSplit | None = None
+) -> RunBlock:
+    """How to call blocks in a forward of latents `x` (B, 12, T, H, W): by the run's cache, or if it has none by `run_block`.
+
+    With a `group`, blocks see this member's share of the tokens, and its members decide together.
+    """
     run: RunCache | None = options.get(KEY)
     if run is None:
         return run_block
@@ -108,11 +116,13 @@ def cached_run_block(run_block: RunBlock, x: torch.Tensor, options: dict, depth:
     if mixes_samples(options):
         run.was_patched = True
         return run_block
-    # A forward may differ from that of the same prompt in the step before in its window, patches, size or device.
+    # A forward may differ from that of the same prompt in the step before in its window, patches, size, device or tokens.
     window = getattr(options.get("context_window"), "index_list", ())
     replaced = options.get("patches_replace", {}).get("dit", {})
-    kind = (tuple(window), frozenset(replaced), x.shape[1:], x.device)
+    share = group and (group.size, group.rank)
+    kind = (tuple(window), frozenset(replaced), x.shape[1:], x.device, share)
     step = step_at(sigmas, options["sigmas"])
     states = run.use_states([(prompt, video, *kind) for prompt in prompts for video in range(run.num_videos)], step)
-    cache = run.forward_cache()
-    return CachedBlocks(cache, states, cache.can_skip(step, len(sigmas) - 1), depth, run_block)
+    cache = run.forward_cache(counted=group is None or group.rank == 0)
+    can_skip = cache.can_skip(step, len(sigmas) - 1)
+    return CachedBlocks(cache, states, can_skip, depth, run_block, group and group.total)

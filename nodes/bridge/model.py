@@ -27,8 +27,10 @@ from ...mochi_core.checkpoints import (
 )
 from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.ops import Ops
+from ...mochi_core.parallel.sequence import TokenSplit
 from ...mochi_core.text_encoder import MAX_TOKENS, empty_prompts
 from ...mochi_core.transformer.layers import TIMESTEP_PERIOD
+from . import parallel
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
 from .choices import arithmetic_choice, kernels_choice, log_choice, stored_name, weights_choice
@@ -106,16 +108,25 @@ class HostAsymmDiT(AsymmDiT):
         return executor.execute(x, timestep, context, attention_mask, options)
 
     def _forward(self, x, conditioning: Conditioning, transformer_options):
+        devices = transformer_options.get(parallel.KEY)
+        if devices is None:
+            velocity = self.velocity(x, conditioning, transformer_options)
+        else:
+            velocity = devices.velocity(self, x, conditioning, transformer_options)
+        return -velocity  # the host's flow models return noise - data
+
+    def velocity(self, x, conditioning: Conditioning, transformer_options, group: TokenSplit | None = None):
+        """data - noise; with a `group`, its members compute it together, see `AsymmDiT.denoise_each`."""
         run = host_run_block(transformer_options, self.config.depth, x)
-        velocity = self.denoise(
+        return self.denoise(
             x,
             conditioning.text,
             conditioning.modulation,
             conditioning.rope,
             attend=host_attention(transformer_options),
-            run_block=cached_run_block(run, x, transformer_options, self.config.depth),
+            run_block=cached_run_block(run, x, transformer_options, self.config.depth, group),
+            group=group,
         )
-        return -velocity  # the host's flow models return noise - data
 
 
 class HostMochi(comfy.model_base.GenmoMochi):
@@ -123,6 +134,8 @@ class HostMochi(comfy.model_base.GenmoMochi):
 
     has_frame_levels = False
     """Whether the weights were trained with a noise level of each latent frame."""
+    shared_by = 1
+    """Devices that share the memory of a forward just now."""
 
     def __init__(self, model_config, device=None) -> None:
         network: Any = HostAsymmDiT  # the host's hint names the first of its many networks
@@ -130,6 +143,10 @@ class HostMochi(comfy.model_base.GenmoMochi):
             self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=network
         )
         self.model_sampling = FlowSampling(model_config)
+
+    def memory_required(self, *args, **named):
+        """Bytes that the host leaves free on a device for a forward, and by which it decides how many prompts share one."""
+        return super().memory_required(*args, **named) / self.shared_by
 
     def state_dict(self, *args, **named):
         """Only what is an attribute in the model: the host merges by it, and saves what is inside of the model."""
@@ -142,7 +159,8 @@ class HostMochi(comfy.model_base.GenmoMochi):
         levels = FrameLevels(conds["frame_levels"].flatten(1)) if "frame_levels" in conds else None
         conds["frame_levels"] = levels
         conds["conditioning"] = prepared(self, x, t, c_crossattn, conds.get("attention_mask"), options, levels)
-        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **conds)
+        with parallel.uncompiled(self, options):
+            return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def process_timestep(self, timestep, frame_levels: FrameLevels | None = None, **_):
         """Noise levels as the denoiser takes them: settings by other nodes count in thousandths (ModelSamplingSD3)."""

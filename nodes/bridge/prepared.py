@@ -8,7 +8,7 @@ schedule is computed for each call; so is everything where hooks change the weig
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,19 @@ class Conditioning:
     text: TextConditioning
     modulation: Modulation
     rope: Rope
+
+    def part(self, samples: slice, device: torch.device) -> Conditioning:
+        """The arguments for some samples of the batch, on `device`."""
+
+        def take(of_all: Tensor) -> Tensor:  # (B or 1, ...)
+            return (of_all if len(of_all) == 1 else of_all[samples]).to(device)
+
+        lengths = self.text.lengths[samples]
+        tokens = take(self.text.tokens)[:, : max(lengths, default=0)]
+        blocks = tuple((take(x), take(y)) for x, y in self.modulation.blocks)
+        rope = replace(self.rope, frames=self.rope.frames.to(device), spatial=self.rope.spatial.to(device))
+        text = TextConditioning(tokens, lengths, take(self.text.pooled))
+        return Conditioning(text, Modulation(blocks, take(self.modulation.final)), rope)
 
 
 def conditioning_of(
@@ -112,7 +125,10 @@ class DeviceConditioning:
 
 
 class SamplingRun:
-    """What is prepared for one run of a sampler along `schedule`, its noise levels, on all devices."""
+    """What is prepared for one run of a sampler along `schedule`, its noise levels, on all devices.
+
+    The host may call it from a thread for each device, which meet in `by_network` alone.
+    """
 
     def __init__(self, schedule: list[float]) -> None:
         self.schedule = schedule
