@@ -189,7 +189,7 @@ def fastmochi() -> Nodes:
 def faster() -> Nodes:
     """The sampler in parts, for the guider."""
     nodes = text_to_video(WAVES)
-    guided = {"model": Link("cache"), "positive": Link("positive"), "negative": Link("negative")}
+    guided = {"model": Link("parallel"), "positive": Link("positive"), "negative": Link("negative")}
     sampler = {
         "noise": Link("noise"), "guider": Link("guider"), "sampler": Link("euler"), "sigmas": Link("sigmas"),
         "latent_image": Link("empty"),
@@ -202,6 +202,7 @@ def faster() -> Nodes:
         "noise": Node("RandomNoise", {"noise_seed": 0}),
         "euler": Node("KSamplerSelect", {"sampler_name": "euler"}),
         "empty": Node("EmptyMochiLatentVideo", {"width": 848, "height": 480, "length": 163}, "Size and length"),
+        "parallel": Node("Mochi1Parallel", {"model": Link("cache")}),
     }
 
 
@@ -649,7 +650,8 @@ Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cf
         """# Faster, with another result
 
 **Mochi Cache** leaves out the blocks of the transformer where little changes; **Mochi Guider** guides from the tenth part of
-the steps on, and a step without guidance takes half the time. The console says how much was left out.
+the steps on, and a step without guidance takes half the time. The console says how much was left out. **Mochi Parallel** has all
+GPUs of the computer make the video together; with one, it does nothing.
 
 The video is **not** the one that *Text to Video* makes from the same seed, only one like it. For that one, set **threshold**
 to 0 and **start** to 0.
