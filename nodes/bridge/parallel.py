@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.multigpu
@@ -28,9 +28,6 @@ from ...mochi_core.parallel.plan import HEADS, Members, Plan, choose
 from .choices import log_choice
 from .patches import mixes_samples
 from .prepared import Conditioning
-
-if TYPE_CHECKING:
-    from .model import HostAsymmDiT
 
 KEY = "mochi_parallel"
 SPLITS = ("auto", "guidance", "sequence")
@@ -174,8 +171,8 @@ class Devices:
     def names(self) -> tuple[torch.device, ...]:
         return tuple(patcher.load_device for patcher in self.patchers)
 
-    def velocity(self, network: HostAsymmDiT, x: Tensor, conditioning: Conditioning, options: dict) -> Tensor:
-        """What `network`, that of the first device, gives for these arguments of its own `velocity`.
+    def velocity(self, network: Any, x: Tensor, conditioning: Conditioning, options: dict) -> Tensor:
+        """What `network`, the `HostAsymmDiT` of the first device, gives for these arguments of its own `velocity`.
 
         Raises:
             The first error of a device; all have ended then.
