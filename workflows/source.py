@@ -181,15 +181,19 @@ def lora() -> Nodes:
 
 def fastmochi() -> Nodes:
     nodes = text_to_video(
-        WAVES, transformer={"model_name": "fastmochi.safetensors"}, steps=8, cfg=1.5, sigmas=Link("sigmas")
-    )
-    return nodes | {"sigmas": Node("Mochi1Sigmas", {"steps": 8, "threshold_noise": 0.1, "linear_steps": 6})}
+        WAVES, transformer={"model_name": "fastmochi.safetensors"}, model=Link("parallel"), steps=8, cfg=1.5,
+        sigmas=Link("sigmas"),
+    )  # fmt: skip
+    return nodes | {
+        "sigmas": Node("Mochi1Sigmas", {"steps": 8, "threshold_noise": 0.1, "linear_steps": 6}),
+        "parallel": Node("Mochi1Parallel", {"model": Link("transformer")}),
+    }
 
 
 def faster() -> Nodes:
     """The sampler in parts, for the guider."""
     nodes = text_to_video(WAVES)
-    guided = {"model": Link("parallel"), "positive": Link("positive"), "negative": Link("negative")}
+    guided = {"model": Link("cache"), "positive": Link("positive"), "negative": Link("negative")}
     sampler = {
         "noise": Link("noise"), "guider": Link("guider"), "sampler": Link("euler"), "sigmas": Link("sigmas"),
         "latent_image": Link("empty"),
@@ -202,7 +206,6 @@ def faster() -> Nodes:
         "noise": Node("RandomNoise", {"noise_seed": 0}),
         "euler": Node("KSamplerSelect", {"sampler_name": "euler"}),
         "empty": Node("EmptyMochiLatentVideo", {"width": 848, "height": 480, "length": 163}, "Size and length"),
-        "parallel": Node("Mochi1Parallel", {"model": Link("cache")}),
     }
 
 
@@ -641,6 +644,8 @@ Distilled weights: **dit.safetensors** from FastVideo's FastMochi; rename it to 
 
 Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cfg 1.5.** Ordinary Mochi weights need the
 64 steps and cfg 4.5 of the template *Text to Video*.
+
+**Mochi Parallel** has all GPUs of the computer make the video together; with one, it does nothing.
 """,
         fastmochi(),
     ),
@@ -650,8 +655,7 @@ Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cf
         """# Faster, with another result
 
 **Mochi Cache** leaves out the blocks of the transformer where little changes; **Mochi Guider** guides from the tenth part of
-the steps on, and a step without guidance takes half the time. The console says how much was left out. **Mochi Parallel** has all
-GPUs of the computer make the video together; with one, it does nothing.
+the steps on, and a step without guidance takes half the time. The console says how much was left out.
 
 The video is **not** the one that *Text to Video* makes from the same seed, only one like it. For that one, set **threshold**
 to 0 and **start** to 0.
