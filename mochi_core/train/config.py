@@ -22,7 +22,11 @@ MAX_DIGITS = 12
 
 def read_size(text: Any) -> tuple[int, int]:
     """(width, height) of "848x480"; ValueError for anything else."""
-    width, _, height = str(text).partition("x")
+    if not isinstance(
+        text, str
+    ):  # no text is made of lists: by aliases, they can hold more than any machine could write
+        raise ValueError("it is no text.")
+    width, _, height = text.partition("x")
     if len(width) + len(height) > MAX_DIGITS:
         raise ValueError("no video is so large.")
     return int(width), int(height)

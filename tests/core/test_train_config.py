@@ -26,9 +26,16 @@ def written(tmp_path):
     return write
 
 
-def test_the_traceback_of_a_refusal_is_as_short(written):
-    with pytest.raises(ValueError, match=r"t5 is .* must be a file or folder") as refusal:
-        read_config(written(NEEDED + SAMPLE.replace("t5.safetensors", DOUBLED)))
+SECTIONS = {"": (Config, NEEDED), "lora": (LoraKeys, NEEDED + "lora:\n"), "sample": (SampleKeys, NEEDED + SAMPLE)}
+PLACES = [(section, key) for section, (keys, _) in SECTIONS.items() for key in keys.model_fields]
+
+
+@pytest.mark.parametrize(("section", "key"), PLACES)
+def test_aliases_of_aliases_are_refused_at_once_at_every_key(written, section, key):
+    """The traceback, too, writes nothing of them out. Of a key that is there twice, the last one counts."""
+    indent = "  " if section else ""
+    with pytest.raises(ValueError, match=rf"{key} is .*, but must be") as refusal:
+        read_config(written(f"{SECTIONS[section][1]}{indent}{key}: {DOUBLED}\n"))
     lines = [line for line in traceback.format_exception(refusal.value) if not line.startswith("  File")]
     assert len("".join(lines)) < 2000
 
