@@ -1,4 +1,4 @@
-"""`python -m mochi_core generate | decode | inspect | convert | doctor`, or `mochi ...` once installed: for a shell."""
+"""`python -m mochi_core generate | farm | decode | inspect | convert | doctor`, or `mochi ...` once installed: for a shell."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .checkpoints.names.detect import PARTS
 from .doctor import examine
 from .doctor import render as render_report
 from .dtypes import DTYPES
+from .farm.run import add_farm
 from .generate import (
     add_decoder,
     add_models,
@@ -41,17 +42,19 @@ from .shown import sentence
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0, or 2 with one sentence on stderr about what has to change, or 130 for Ctrl-C."""
+    """Run a command; the exit status is 0, or 2 with one sentence on stderr about what has to change, or 130 for Ctrl-C.
+
+    `farm` has 1, too: some of its videos failed.
+    """
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {sentence(message)}", file=sys.stderr)
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError, SafetensorError, OutOfMemory, MemberError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -141,8 +144,9 @@ def command_name() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=command_name(), description="Mochi 1 text to video.")
-    commands = parser.add_subparsers(required=True, metavar="generate | decode | inspect | convert | doctor")
+    commands = parser.add_subparsers(required=True, metavar="generate | farm | decode | inspect | convert | doctor")
     _add_generate(commands.add_parser("generate", help="make a video from a prompt"))
+    add_farm(commands.add_parser("farm", help="make the videos of a file of prompts on several GPUs or machines"))
     _add_decode(commands.add_parser("decode", help="make a video from latents"))
     command = commands.add_parser("inspect", help="say what a model file is")
     command.add_argument("file", type=Path, help="weights file or folder")

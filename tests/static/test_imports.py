@@ -22,6 +22,7 @@ FLOORS = (
     ("pipeline",),
     ("rounds",),
     ("generate",),
+    ("farm",),
     ("__init__", "__main__"),
     ("train",),
 )

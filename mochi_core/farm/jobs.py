@@ -1,0 +1,129 @@
+"""A file of prompts as jobs: a JSON object on each line, whose keys are the options of `generate` that a video may have."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from ..generate import add_settings, check_rounds, pipeline_arguments
+from ..shown import shown, shown_names, without_advice
+
+EXAMPLE = '{"prompt": "a red kite", "seed": 7}'
+WORDS_LENGTH = 40
+"""Characters of a prompt in the name of its file, at most; with four bytes each and what follows, a name may have 255."""
+NOT_THE_VIDEO = {"run", "prompts", "output", "address", "workers", "gpus_per_worker", "device", "offload"}
+"""Options that say where and how a video is made, and not which one."""
+
+
+@dataclass
+class Job:
+    """A video that is asked for, and what has become of it."""
+
+    line: int
+    options: argparse.Namespace
+    file: str
+    steps: int
+    status: Literal["waiting", "kept", "made", "failed"] = "waiting"
+    attempts: int = 0
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"line {self.line} ({shown(self.options.prompt, WORDS_LENGTH)})"
+
+    def report(self) -> dict[str, Any]:
+        keys = ("line", "file", "status", "attempts", "error")
+        return {"prompt": self.options.prompt, **{key: getattr(self, key) for key in keys}}
+
+
+def read_jobs(path: Path, common: argparse.Namespace) -> list[Job]:
+    """The jobs of a file, whose lines go before the options that are `common` to all; empty lines are left out.
+
+    Raises:
+        ValueError: a line that cannot be made, or that asks for the video of another line; or nothing is asked for.
+        OSError: the file cannot be read.
+    """
+    jobs: dict[str, Job] = {}
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            options = line_options(line, common)
+            arguments = pipeline_arguments(options)
+            file = video_name(options)
+            steps = options.steps * check_rounds(arguments, Path(file))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path.name}, line {number}: {error}") from error
+        job = Job(number, options, file, steps)
+        if same := jobs.get(job.file):
+            raise ValueError(
+                f"{path.name}, line {number} asks for the video of line {same.line}; give it another seed."
+            )
+        jobs[job.file] = job
+    if not jobs:
+        raise ValueError(f"{path.name} has no lines; write a prompt on each, such as {EXAMPLE}.")
+    return list(jobs.values())
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # JSON may hold the other ends of lines that Python knows
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is no text in UTF-8 (byte {error.start}); save it as such.") from error
+
+
+def line_options(line: str, common: argparse.Namespace) -> argparse.Namespace:
+    """What `generate` would be asked with: the options of a line, and those of `common` that it does not name."""
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON ({without_advice(error)}); write an object such as {EXAMPLE}.") from error
+    if not isinstance(said, dict) or "prompt" not in said:
+        raise ValueError(f"no JSON object with a prompt; write one such as {EXAMPLE}.")
+    parser = LineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--prompt")
+    add_settings(parser)
+    names = vars(parser.parse_args([]))
+    if unknown := [name for name in said if name not in names]:
+        raise ValueError(f"{shown_names(unknown)} is nothing that a video has; use {', '.join(names)}.")
+    if "frames" in said:
+        common = argparse.Namespace(**{**vars(common), "seconds": None})
+    inherited = {name: value for name, value in vars(common).items() if name not in said}
+    arguments = [argument for name, value in said.items() for argument in as_arguments(name, value, names[name])]
+    return parser.parse_args(arguments, argparse.Namespace(**inherited))
+
+
+def as_arguments(name: str, value: Any, default: Any) -> list[str]:
+    """A JSON value as the arguments of a shell; `default` tells what may be repeated."""
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [option] * value
+    if isinstance(value, list) and isinstance(default, list):
+        return [argument for each in value for argument in as_arguments(name, each, None)]
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{name} is {shown(json.dumps(value))}; write a text or a number, or leave it out.")
+    return [f"{option}={value}"]
+
+
+class LineParser(argparse.ArgumentParser):
+    """Raises what a parser of a shell would print."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(shown(message.removeprefix("argument --")))
+
+
+def video_name(options: argparse.Namespace) -> str:
+    """A file name that is safe everywhere: words of the prompt, and a checksum of all that the video depends on."""
+    text = unicodedata.normalize("NFC", options.prompt[: 10 * WORDS_LENGTH]).lower()
+    words = re.sub(r"[\W_]+", "-", text)[:WORDS_LENGTH].strip("-")
+    asked = {name: value for name, value in sorted(vars(options).items()) if name not in NOT_THE_VIDEO}
+    checksum = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:12]
+    return f"{words}-{checksum}.mp4".removeprefix("-")
