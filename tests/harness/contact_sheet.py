@@ -1,7 +1,7 @@
 """Draw docs/images/image_to_video.png with the tiny model: `python -m tests.harness.contact_sheet`.
 
-A row for each way to make a video from images; given frames have a border. Everything is held in time, as with weights that know
-one noise level for all frames.
+A row for each way to make a video from images; given frames have a border. Where frames are held in time, it is as with weights
+that know one noise level for all frames.
 """
 
 from __future__ import annotations
@@ -31,20 +31,25 @@ def main() -> None:
     clip = draw(Scene((sprite,), ((0.03, 0.03, 0.03),) * 2), 25, 64, 64)
     whole = trained.pipeline()
     dit = load_transformer(trained.TRANSFORMER, torch.float32, frame_levels=False)
-    pipe = MochiPipeline(dit, whole.vae, whole.text_encoder)
+    pipe = MochiPipeline(dit, whole.vae, whole.text_encoder)  # holds them in time
     first, last = clip[0], clip[-1]
     rows = [
         ("the clip that the images are from", clip, range(25)),
         ("the prompt alone", pipe(PROMPT, num_frames=25, **SIZE)[0], ()),
-        ("from the first image", pipe(PROMPT, num_frames=25, image=first, **SIZE)[0], (0,)),
+        ("from the first image, held in time", pipe(PROMPT, num_frames=25, image=first, **SIZE)[0], (0,)),
         (
-            "between the first image and the last one",
-            pipe(PROMPT, num_frames=25, image=first, last_image=last, **SIZE)[0],
+            "from the first image, with noise levels by frame",
+            whole(PROMPT, num_frames=25, image=first, **SIZE)[0],
+            (0,),
+        ),
+        (
+            "between the first image and the last one, with noise levels by frame",
+            whole(PROMPT, num_frames=25, image=first, last_image=last, **SIZE)[0],
             (0, *range(19, 25)),
         ),
         (
-            "two rounds: from the first image, then from the last 7 frames",
-            in_rounds(pipe, 37, 25, prompt=PROMPT, keep=7, image=first, **SIZE),
+            "two rounds, with noise levels by frame: from the first image, then from the last 7 frames",
+            in_rounds(whole, 37, 25, prompt=PROMPT, keep=7, image=first, **SIZE),
             (0,),
         ),
     ]
