@@ -143,7 +143,7 @@ class Borders:
             past = self.before[len(self.kept)] if self.round else None
             self.kept.append(self._exchange(tail if past is None else torch.cat((past, tail), dim=2)))
         if past is not None and past.shape[2] == 1:
-            return past.expand(-1, -1, CONV_SIZE - 1, -1, -1)  # the first frame of the clip counts twice
+            past = torch.cat((past, past), dim=2)  # the first frame of the clip counts twice
         return past
 
     def pass_by(self, like: Tensor) -> None:

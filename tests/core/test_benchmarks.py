@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import traffic
+from benchmarks import parallel, traffic
 from benchmarks.dit import forward_flops
 from benchmarks.measure import Measurement, attempt, table
 from benchmarks.simulated_gpu import GpuCounter, no_attention, simulated_gpu, text_of_lengths
@@ -136,6 +136,14 @@ def test_products_on_a_simulated_gpu_are_those_that_torch_counts():
             dit.denoise(latents, text, modulation, rope, attend=no_attention)
     attention = 2 * 2 * 2 * (60 + 7) ** 2 * TINY["hidden_size_x"]
     assert sum(flops for flops, _ in counter.products) + attention == forward_flops(config, 60, 7)
+
+
+def test_a_members_share_sends_what_the_formula_says(monkeypatch):
+    monkeypatch.setattr(parallel, "CONFIG", AsymmDiTConfig(depth=1))
+    _, sent, _ = parallel.counts(frames=25, members=4)
+    tokens, text, values = 5 * 1590, 256, 48 * 3 * -(-5 * 1590 // 4)  # what the last layer makes goes to three
+    expected = 2 * (3072 * 3 * (4 * tokens / 4 + text) / 4 + values)
+    assert float(sent) == pytest.approx(expected / 1e9, abs=0.01)
 
 
 def test_a_decode_is_counted_with_the_look_at_its_numbers():

@@ -12,6 +12,7 @@ from mochi_core.parallel.group import Alone, Stopped, Threads
 from mochi_core.parallel.plan import Members, Plan, choose
 from mochi_core.parallel.sequence import shares, unit_of
 from mochi_core.quantization.weights import QUANTIZERS
+from mochi_core.sampling.block_cache import relative_change
 from mochi_core.sampling.given import Given
 from mochi_core.sampling.guidance import Guidance
 from tests.harness import parallel_runs
@@ -164,6 +165,16 @@ def test_members_decide_about_the_cache_together(run, plan, cache):
     for video, counted, _ in run(Plan.parse(plan).size, "run", plan, **options):
         assert (video - expected).norm() / expected.norm() < 1e-6
         assert counted == (forwards, hits)
+
+
+def test_the_change_is_that_of_all_tokens():
+    signal, reference = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0))
+    signal[:6] *= 3  # the members' own changes differ
+    both = Threads(2).run(
+        lambda group: relative_change(*(t[group.rank * 6 :][:6] for t in (signal, reference)), group.total)
+    )
+    assert both[0] == both[1] == pytest.approx(relative_change(signal, reference), rel=1e-6)
+    assert relative_change(signal[:6], reference[:6]) > 1.2 * both[0]
 
 
 def test_decisions_that_differ_are_an_error(pool):
