@@ -143,7 +143,7 @@ class Threads:
     def __init__(self, size: int) -> None:
         self.size = size
         self.error: BaseException | None = None
-        """What the first member that failed has raised."""
+        """What the first member that failed has raised; `Stopped` if it waited in vain."""
         self._lock = threading.Lock()
         self._meetings: dict[tuple[int, ...], _Meeting] = {}
 
@@ -163,7 +163,7 @@ class Threads:
     def stop(self, error: BaseException) -> None:
         """End all members because of `error`, which one of them has raised."""
         with self._lock:
-            if self.error is None and not isinstance(error, Stopped):
+            if self.error is None:
                 self.error = error
             for meeting in self._meetings.values():
                 meeting.barrier.abort()
@@ -244,6 +244,7 @@ class _Thread(Group):
         self._wait()
         # Others have read what this member sent when their devices come that far; until then it may not be overwritten.
         _await_events(meeting.copied, device)
+        meeting.parts[self.rank] = ()  # nobody reads them again, and they would keep memory until the next exchange
         return lambda: received
 
     def _wait(self) -> None:

@@ -3,10 +3,12 @@
 import re
 import sys
 import time
+import weakref
 
 import pytest
 import torch
 
+from mochi_core.parallel import group as group_module
 from mochi_core.parallel.decode import rounds_of
 from mochi_core.parallel.group import Alone, Stopped, Threads
 from mochi_core.parallel.plan import Members, Plan, choose
@@ -262,6 +264,28 @@ def test_what_ends_one_thread_ends_all(count, error):
     assert raised.value is error
     assert time.monotonic() - start < 2
     assert sorted(ended) == [(rank, type(error) if rank == 1 else Stopped) for rank in range(count)]
+
+
+def test_a_member_that_does_not_come_is_an_error(monkeypatch):
+    monkeypatch.setattr(group_module, "MEETING_TIMEOUT", 0.1)
+
+    def work(group):
+        time.sleep(0.5 * group.rank)
+        group.total(torch.ones(2))
+
+    with pytest.raises(Stopped, match=r"^Another member did not come\.$"):
+        Threads(2).run(work)
+
+
+def test_threads_keep_nothing_of_what_they_sent():
+    def work(group):
+        parts = [torch.ones(3) for _ in range(2)]
+        sent = [weakref.ref(part) for part in parts]
+        group.exchange(parts, [(3,)] * 2)
+        del parts
+        return [part() for part in sent]
+
+    assert Threads(2).run(work) == [[None, None]] * 2
 
 
 def test_groups_in_a_grid():
