@@ -66,10 +66,13 @@ def schedule_below(start: float, num_steps: int) -> Tensor:
     """
     if not 0 < start <= 1:
         raise ValueError(f"The noise to start from is {start}; use a level above 0 and up to 1, such as 0.9.")
-    total = num_steps
-    while len(below := _levels_below(start, total)) < num_steps:
-        total += 1
-    return torch.cat((torch.tensor([start]), below[-num_steps:]))
+    too_few, enough = num_steps - 1, num_steps
+    while len(_levels_below(start, enough)) < num_steps:
+        too_few, enough = enough, 2 * enough
+    while enough - too_few > 1:
+        total = (too_few + enough) // 2
+        too_few, enough = (too_few, total) if len(_levels_below(start, total)) >= num_steps else (total, enough)
+    return torch.cat((torch.tensor([start]), _levels_below(start, enough)[-num_steps:]))
 
 
 def _levels_below(start: float, num_steps: int) -> Tensor:
