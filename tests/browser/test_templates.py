@@ -23,8 +23,7 @@ SET_AND_SAVE = """values => {
 
 
 def test_browser_lists_every_template_with_its_thumbnail(editor):
-    editor.command("Comfy.BrowseTemplates")
-    editor.page.get_by_role("dialog").get_by_text("Mochi Nodes", exact=True).first.click()
+    editor.open_templates()
     cards = editor.page.locator("[data-testid^='template-workflow-Mochi']")
     cards.first.wait_for()
     shown = cards.evaluate_all("cards => cards.map(card => card.dataset.testid.replace('template-workflow-', ''))")

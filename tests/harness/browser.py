@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, TimeoutError, sync_playwright
 
 from dev import BROWSERS
 from tests.harness.client import ComfyClient
@@ -78,6 +78,17 @@ class Editor:
 
     def command(self, name: str) -> None:
         self.page.evaluate("name => app.extensionManager.command.execute(name)", name)
+
+    def open_templates(self) -> None:
+        """The pack's page of the template browser. On a busy machine the dialog may be lost: it is asked for twice."""
+        for patience in (15_000, 60_000):
+            self.command("Comfy.BrowseTemplates")
+            entry = self.page.get_by_role("dialog").get_by_text("Mochi Nodes", exact=True).first
+            try:
+                return entry.click(timeout=patience)
+            except TimeoutError:
+                self.close_dialogs()
+        raise AssertionError("The template browser does not list the pack.")
 
     def close_dialogs(self) -> None:
         for _ in range(3):

@@ -65,10 +65,12 @@ SHOWN = (
 )
 LOGO = (34, 66)
 MOVING = 256
-# The nodes of a picture that can be read, and a script that puts them beside the side bar and says how large they are.
+# The nodes of a picture that can be read, and a script that puts them beside the side bar, without notes that would be cut, and
+# says how large they are with the titles of their groups.
 NEAR_TYPES = ["Mochi1T5Encode", "Mochi1Sampler", "Mochi1TiledVAEDecode", "CreateVideo", "SaveVideo"]
 NEAR = """types => {
-    const nodes = app.graph._nodes.filter(node => types.includes(node.type)), title = 50, scale = 0.8, [x, y] = [80, 120];
+    const nodes = app.graph._nodes.filter(node => types.includes(node.type)), title = 80, scale = 0.8, [x, y] = [80, 120];
+    app.graph._nodes.filter(node => node.type === "MarkdownNote").forEach(note => app.graph.remove(note));
     const left = Math.min(...nodes.map(node => node.pos[0])), top = Math.min(...nodes.map(node => node.pos[1])) - title;
     const right = Math.max(...nodes.map(node => node.pos[0] + node.size[0]));
     const bottom = Math.max(...nodes.map(node => node.pos[1] + node.size[1]));
@@ -148,8 +150,7 @@ def write_moving(videos: list[list[Image.Image]], path: Path) -> None:
 def take_screenshots(url: str) -> None:
     HELP.mkdir(parents=True, exist_ok=True)
     with open_editor(url, 1600, 1000, **{"Comfy.Minimap.Visible": False}) as editor:
-        editor.command("Comfy.BrowseTemplates")
-        editor.page.get_by_role("dialog").get_by_text("Mochi Nodes", exact=True).first.click()
+        editor.open_templates()
         editor.page.wait_for_timeout(2000)
         shoot(editor, DOCS / "templates.png")
         editor.close_dialogs()
