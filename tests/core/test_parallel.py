@@ -147,6 +147,12 @@ def test_given_frames(run, plan, held):
         assert (video - expected).norm() / expected.norm() < 1e-6
 
 
+def test_given_frames_are_those_that_the_first_member_has_encoded(pool):
+    expected = parallel_runs.continue_a_clip(None, None)
+    for video in pool.run(2, "continue_a_clip", "guidance=2"):
+        assert torch.equal(video, expected)
+
+
 @pytest.mark.parametrize("plan", ["guidance=2,ulysses=2", "ulysses=2"])
 def test_one_member_stops_all_after_the_same_step(run, plan):
     expected, _, _ = parallel_runs.run(None, plan, stop=2)

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from safetensors.torch import save_file
 
-from mochi_core import AsymmDiTConfig, BlockCache, load_lora, load_transformer, sample
+from mochi_core import AsymmDiTConfig, BlockCache, MochiPipeline, load_lora, load_transformer, sample
 from mochi_core.parallel.decode import decode_together
 from mochi_core.parallel.plan import Members, Plan
 from mochi_core.quantization.weights import QUANTIZERS
@@ -76,6 +76,18 @@ def run(group, plan, *, scales=4.5, cache=None, stop=None, dit=None, **options):
         **options,
     )
     return video, cache and (cache.forwards, cache.hits), steps
+
+
+def continue_a_clip(group, plan):
+    """Latents of a video that begins with a clip, of which every member but the first encodes a little else."""
+    clip = (
+        torch.rand(7, 32, 48, 3, generator=torch.Generator().manual_seed(9)) / 2 + (group.rank if group else 0) / 1000
+    )
+    embeds, mask = prompt(6)
+    return MochiPipeline(model(), random_vae(), None, parallel=group and plan)(
+        prompt_embeds=embeds, prompt_attention_mask=mask, video=clip, height=32, width=48, num_frames=13,
+        num_inference_steps=3, output_type="latent",
+    )  # fmt: skip
 
 
 def run_with_a_bent_decision(group, plan):
