@@ -168,7 +168,7 @@ class MochiPipeline(NamedLoras):
                 _repeated(self._encoded(text, members), num_videos_per_prompt) for text in (wanted, negative)
             )
         given = self._given_frames(size, video if image is None else image, last_image, keep, start_noise, end_noise)
-        if given is not None and members is not None:  # each encodes in strips by its free memory, which round differently
+        if given is not None and members is not None:  # strips that fit free memory round differently
             given = replace(given, latents=members.world.broadcast(given.latents.cpu()))
         with self._working(self.dit):
             denoised = sample(
