@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..generate import add_decoder, add_models, add_settings, pipeline_arguments
 from ..output_files import check_writable, folder, replacing
+from ..shown import sentence
 from .cluster import Worker, WorkerDied, cluster, finished, room
 from .jobs import Job, read_jobs
 
@@ -81,10 +82,16 @@ class Farm:
 
     def _hand_out(self) -> None:
         for worker in self.workers:
-            if self.waiting and worker.pending is None:
-                job = self.at_work[worker] = self.waiting.popleft()
+            while self.waiting and worker.pending is None:
+                job = self.waiting.popleft()
                 job.attempts += 1
-                worker.make(pipeline_arguments(job.options))
+                try:
+                    arguments = pipeline_arguments(job.options)
+                except (ValueError, OSError) as error:  # a picture that is not there any more
+                    self._fail(job, sentence(error))
+                    continue
+                self.at_work[worker] = job
+                worker.make(arguments)
 
     def _receive(self, worker: Worker) -> None:
         job = self.at_work.pop(worker, None)
@@ -150,8 +157,8 @@ def report(jobs: list[Job], path: Path) -> None:
     tqdm.write(f"{counted}: {path}", file=sys.stdout)
 
 
-def say(sentence: str) -> None:
-    tqdm.write(sentence, file=sys.stderr)
+def say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
 
 
 def add_farm(command: argparse.ArgumentParser) -> None:

@@ -16,12 +16,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from mochi_core.__main__ import main
-from mochi_core.farm.cluster import cluster
+from mochi_core.farm.cluster import Worker, cluster
 from mochi_core.farm.jobs import read_jobs, video_name
 from mochi_core.farm.member import Member, outcome_of
-from mochi_core.farm.run import REPORT, add_farm
+from mochi_core.farm.run import REPORT, Farm, add_farm
 from mochi_core.generate import load_pipeline, make_file, pipeline_arguments
 from tests.harness import trained
 from tests.harness.frames import read_frames
@@ -209,6 +210,18 @@ def test_models_that_cannot_be_loaded_are_told(tmp_path):
     outcome = Member().load(parsed(tmp_path, *NO_MODELS, *SMALL))
     assert "none" in outcome.error
     assert not outcome.broken
+
+
+def test_a_picture_that_has_gone_fails_its_video_alone(tmp_path, capsys):
+    picture = tmp_path / "first.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    path = write_prompts(tmp_path, [{"prompt": "a kite", "image": str(picture)}])
+    jobs = jobs_of(path, *NO_MODELS, *SMALL)
+    picture.unlink()
+    farm = Farm(jobs, [Worker(parsed(path, *NO_MODELS, *SMALL), cores=1)], tmp_path)
+    farm._hand_out()
+    assert (jobs[0].status, farm.at_work, [*farm.waiting]) == ("failed", {}, [])
+    assert "failed: line 1 (a kite): first.png cannot be used: it cannot be read" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
