@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..autoencoder.latents import latents_problem
 from ..transformer.attention import choose_attention
 from ..transformer.model import AsymmDiT
 from .guidance import Velocity, guided
@@ -174,8 +175,15 @@ def edit(
 
     Returns:
         DiT-space latents, float32, on the device of `clean`.
+
+    Raises:
+        ValueError: latents that are none of Mochi's, prompts that do not fit them, no step, or numbers that are not finite.
     """
     check_schedule(sigmas)
+    check_guidance("source_scale", source_scale)
+    check_guidance("scale", scale)
+    if problem := latents_problem(clean, dit.config.in_channels):
+        raise ValueError(problem)
     state = clean.to(dit.pos_frequencies.device, torch.float32)
     attend = choose_attention(attention, state.device, dit.dtype, dit.config.head_dim).run
     steps = len(sigmas) - 1

@@ -146,3 +146,16 @@ def test_a_schedule_from_any_level(start, steps):
 def test_what_makes_no_sense_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("clean", "scale", "message"),
+    [
+        (torch.zeros(1, 11, 2, 4, 4), 5.5, r"latents have shape \(1, 11, 2, 4, 4\)"),
+        (CLEAN * math.nan, 5.5, "latents"),
+        (CLEAN, math.nan, "^scale is nan"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused(dit, clean, scale, message):
+    with pytest.raises(ValueError, match=message):
+        edit(dit, clean, FALLING, prompt(3), prompt(4), prompt(0), scale=scale)
