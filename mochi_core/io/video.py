@@ -102,7 +102,10 @@ def as_frames(frames: Any) -> Tensor:
     Raises:
         ValueError: another shape, or other values.
     """
-    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    try:
+        array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    except ValueError as error:
+        raise ValueError("Images of a clip have different sizes; give them one.") from error
     if array.ndim not in (3, 4) or array.shape[-1] not in (3, 4) or 0 in array.shape:
         raise ValueError(f"An image has shape {array.shape}; give (height, width, 3), or (frames, height, width, 3).")
     scaled = torch.from_numpy(array[..., :3].astype(np.float32) / (255 if array.dtype == np.uint8 else 1))

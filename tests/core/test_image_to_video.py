@@ -172,6 +172,7 @@ def test_a_pipeline_takes_images_in_any_form(pipe):
         ({"image": FRAMES[0] * 255}, "values from .* use 0 to 1, or uint8"),
         ({"image": FRAMES[0] * float("nan")}, "values from nan"),
         ({"image": FRAMES[0, 0]}, r"shape \(48, 3\)"),
+        ({"image": [FRAMES[0].numpy(), FRAMES[0, 1:].numpy()]}, "have different sizes; give them one"),
         ({"video": FRAMES, "keep": 25}, "so nothing is left"),
     ],
 )
