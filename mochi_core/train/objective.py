@@ -40,7 +40,7 @@ def velocity_loss(
     velocity = dit.denoise(noisy.to(dit.dtype), text, modulation, rope, run_block=run)
     error = (velocity.float() - (latents - noise).float()).square()
     moves = (level > 0).expand_as(error)
-    return (error * moves).sum() / moves.sum()
+    return (error * moves).sum() / moves.sum().clamp(min=1)
 
 
 def run_checkpointed(count: int, call: BlockCall) -> tuple[Tensor, Tensor]:

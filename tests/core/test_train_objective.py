@@ -32,6 +32,15 @@ def test_frames_have_levels_of_their_own_and_those_without_noise_do_not_count():
     torch.testing.assert_close(velocity_loss(dit, latents, embeds, mask, levels, noise), expected)
 
 
+def test_a_batch_without_noise_changes_nothing():
+    dit = random_dit().requires_grad_(True)
+    latents, embeds, mask, sigma, noise = batch()
+    loss = velocity_loss(dit, latents, embeds, mask, torch.zeros_like(sigma), noise)
+    loss.backward()
+    assert loss == 0
+    assert not any(p.grad.any() for p in dit.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_checkpointing_changes_no_gradient(count):
     gradients = []
