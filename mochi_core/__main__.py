@@ -27,6 +27,7 @@ from .generate import (
     add_decoder,
     add_models,
     add_settings,
+    check_device,
     check_rounds,
     default_device,
     load_pipeline,
@@ -90,6 +91,7 @@ def make_video(options: argparse.Namespace, *, first: bool) -> None:
 
 
 def decode(options: argparse.Namespace) -> None:
+    check_device(options.device)
     latents = load_latents(options.latents)
     vae = load_vae(options.vae, DTYPES[options.vae_dtype], options.device)
     for i, one in enumerate(latents.split(1)):
@@ -204,7 +206,7 @@ def _add_output(command: argparse.ArgumentParser, what: str) -> None:
 
 def gibibytes(text: str) -> int | None:
     """A number of GiB to bytes; 0 to None, which means all that is free."""
-    if not 0 <= float(text) < float("inf"):
+    if not 0 <= float(text) * GIB < float("inf"):
         raise argparse.ArgumentTypeError(
             f"{text} is no amount of memory; use 0 for what is free, or a number such as 8."
         )

@@ -25,9 +25,11 @@ from .sampling.block_cache import METHODS, BlockCache
 from .sampling.guidance import Guidance
 from .sampling.image_to_video import KEEP_FRAMES
 from .sampling.schedule import check_guidance, linear_quadratic_schedule
+from .shown import shown
 from .text_encoder import load_text_encoder
 from .transformer.attention import ATTENTIONS, choose_attention
 
+MOST_FPS = 1000
 LATENT_SUFFIXES = (".latent", ".safetensors")
 
 
@@ -85,6 +87,7 @@ def load_pipeline(
     Raises:
         ValueError, OSError: a file that cannot be used, or an attention that the device does not have.
     """
+    check_device(options.device)
     dtype, home = DTYPES[options.dtype], "cpu" if options.offload else options.device
     choose_attention(options.attention, options.device, dtype)  # before anything is loaded
     text_encoder = None
@@ -203,7 +206,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
         metavar="METHOD:THRESHOLD",
         help=f"leave out blocks where little changes, which changes the result; {' or '.join(METHODS)}, e.g. teacache:0.06",
     )
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed_option, default=0)
 
 
 def add_decoder(command: argparse.ArgumentParser) -> None:
@@ -212,11 +215,38 @@ def add_decoder(command: argparse.ArgumentParser) -> None:
     add("--vae", required=True, type=Path, nargs="+", help="e.g. mochi_vae.safetensors, or decoder.safetensors")
     add("--vae-dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
     add("--device", default=default_device(), help="(default: %(default)s)")
-    add("--fps", type=int, default=FPS, help="(default: %(default)s)")
+    add("--fps", type=rate_option, default=FPS, help="(default: %(default)s)")
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: str) -> None:
+    """Raise a ValueError if this machine has no such device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {shown(name)}, which is none; use cpu, cuda, cuda:1 or mps.") from None
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    counts["xpu"] = torch.xpu.device_count()
+    if (device.index or 0) >= counts.get(device.type, 0):
+        there = ", ".join(kind for kind, count in counts.items() if count)
+        raise ValueError(f"device is {name}, which is not on this machine or cannot be computed on; it has {there}.")
+
+
+def seed_option(text: str) -> int:
+    """What PyTorch's generators take."""
+    if not -(2**63) <= (seed := int(text)) < 2**64:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is too large; use a seed of 64 bits.")
+    return seed
+
+
+def rate_option(text: str) -> int:
+    """Frames per second."""
+    if not 1 <= (rate := int(text)) <= MOST_FPS:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no rate of a video; use 1 to {MOST_FPS} frames per second.")
+    return rate
 
 
 def cache_option(text: str) -> BlockCache:

@@ -262,7 +262,40 @@ def test_settings_are_looked_at_before_anything_is_loaded(tmp_path, capsys, opti
     assert f"error: {message}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("gibibytes", ["nan", "inf", "-1"])
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("junk", "device is junk, which is none; use cpu"),
+        ("", "device is , which is none"),
+        ("cud\x1b", "device is cud\\x1b, which is none"),
+        ("meta", "device is meta, which is not on this machine"),
+        ("cpu:1", "device is cpu:1, which is not on this machine or cannot be computed on; it has cpu"),
+        (f"cuda:{torch.cuda.device_count()}", "which is not on this machine"),
+    ],
+)
+def test_a_device_is_one_of_the_machine(tmp_path, capsys, device, message):
+    save_file({"latents": torch.zeros(1, 12, 1, 2, 2)}, tmp_path / "x.safetensors")
+    generate = ["generate", "--transformer", "none", "--t5", "none", "--prompt", "a kite"]
+    for command in (generate, ["decode", str(tmp_path / "x.safetensors")]):
+        output = ["--vae", "none", "-o", str(tmp_path / "x.mp4"), "--device", device]
+        assert main([*command, *output]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seed", str(2**70), "is too large; use a seed of 64 bits."),
+        ("--fps", "0", "0 is no rate of a video; use 1 to 1000 frames per second."),
+    ],
+)
+def test_numbers_that_nothing_can_take(capsys, option, value, message):
+    with pytest.raises(SystemExit):
+        main(["generate", "--transformer", "none", "--t5", "none", "--vae", "none", "--prompt", "a", option, value])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gibibytes", ["nan", "inf", "-1", "1e300"])
 def test_an_amount_of_memory_is_a_number(capsys, gibibytes):
     with pytest.raises(SystemExit):
         main(["decode", "x.latent", "--vae", "none", f"--memory-limit={gibibytes}"])
