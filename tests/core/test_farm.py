@@ -38,7 +38,7 @@ PROMPTS = [
     {"prompt": "a green circle", "height": 32, "width": 96, "steps": 3},
     {"prompt": "ein gelber Kreis fällt", "seconds": 0.2, "cfg_zero": True, "skip_block": [1]},
 ]
-CODEC = 1
+CODEC = 2.5
 """Mean difference of pixels, of 255, below which two files are of the same frames."""
 THERE = {"prompt": "made before"}
 IMPOSSIBLE = {"prompt": "a hole", "skip_block": [99]}
@@ -306,7 +306,7 @@ def test_a_worker_dies_and_every_video_is_made(tmp_path, capsys):
         assert made.shape == frames.shape
         assert np.abs(made - frames).mean() < CODEC
     one, other, *_ = local.values()
-    assert np.abs(one - other).mean() > 10 * CODEC  # only their seeds differ
+    assert np.abs(one - other).mean() > 4 * CODEC  # only their seeds differ
 
     dates = {file: file.stat().st_mtime_ns for file in output.glob("*.mp4")}
     assert main(["farm", str(write_prompts(tmp_path, [THERE, *PROMPTS])), *common, "--workers", "2"]) == 0
