@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from safetensors import SafetensorError
 
 from ..autoencoder.streaming import OutOfMemory
 from ..generate import load_pipeline, make_file
+from ..parallel.launch import MemberError, join, own_device, together
 from ..pipeline import MochiPipeline
 from ..shown import sentence
 
@@ -41,27 +44,36 @@ class Member:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.session = ExitStack()
+        """What it does together with other members, from the time that they have met."""
 
-    def load(self, options: argparse.Namespace) -> Outcome:
-        """Load the models."""
+    def load(self, options: argparse.Namespace, launch: Mapping[str, str] | None = None) -> Outcome:
+        """Load the models; with the environment of a launcher, `launch`, for videos that several members make together."""
 
         def work() -> bytes:
-            self.pipe = load_pipeline(options)
+            parallel, first = None, True
+            if launch is not None:
+                os.environ.update(launch)
+                device = own_device(options.device)
+                options.device, world = str(device), join(device)
+                self.session.enter_context(together(world, device))
+                parallel, first = "auto", world.rank == 0
+            self.pipe = load_pipeline(options, parallel, first=first)
             return b""
 
-        return outcome_of(work)
+        return outcome_of(work, self.session)
 
     def make(self, arguments: dict[str, Any], fps: int) -> Outcome:
-        """Make a video from what `pipeline_arguments` gives."""
+        """Make a video from what `pipeline_arguments` gives; of several members, the first one has it."""
         self.steps = 0
 
         def work() -> bytes:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "video.mp4"
                 make_file(self.pipe, arguments, path, fps, self._count)
-                return path.read_bytes()
+                return path.read_bytes() if self.pipe.is_first else b""
 
-        return outcome_of(work)
+        return outcome_of(work, self.session)
 
     def _count(self) -> None:
         self.steps += 1
@@ -71,12 +83,17 @@ class Member:
         return self.steps
 
 
-def outcome_of(work: Callable[[], bytes]) -> Outcome:
-    """Do something, and have whatever it raises as a sentence."""
+def outcome_of(work: Callable[[], bytes], session: ExitStack) -> Outcome:
+    """Do something, and have whatever it raises as a sentence; it ends the session with other members.
+
+    Raises:
+        SystemExit: another member has failed before.
+    """
     with warnings.catch_warnings(record=True) as caught:
         try:
             video, error, broken = work(), "", False
         except Exception as failure:
+            failure = ended_by(failure, session)
             video, error, broken = b"", sentence_of(failure), not isinstance(failure, EXPECTED)
     gc.collect()  # of a failure, tensors that its frames held
     if torch.cuda.is_available():
@@ -84,7 +101,16 @@ def outcome_of(work: Callable[[], bytes]) -> Outcome:
     return Outcome(video, error, broken, tuple(sentence(warning.message) for warning in caught))
 
 
+def ended_by(failure: Exception, session: ExitStack) -> Exception:
+    """What is to be said of a failure that ends the session."""
+    try:
+        session.__exit__(type(failure), failure, failure.__traceback__)
+    except MemberError as error:
+        return error
+    return failure
+
+
 def sentence_of(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):  # PyTorch goes on with its settings
         return f"{str(error).split(' GPU ')[0]} Use fewer frames, a smaller size, --quantize or --offload."
-    return sentence(error if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}")
+    return sentence(error if isinstance(error, (*EXPECTED, MemberError)) else f"{type(error).__name__}: {error}")

@@ -31,8 +31,9 @@ def farm(options: argparse.Namespace) -> int:
         ValueError: an option or a line of the file cannot be used, there is no Ray, or no worker could start.
         OSError: the file cannot be read, or a video cannot be written.
     """
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(f"workers is {options.workers}; use 1 or more.")
+    for name in ("workers", "gpus_per_worker"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"{name} is {value}; use 1 or more.")
     if options.device.startswith("cuda:"):
         raise ValueError(f"device is {options.device}, but Ray gives each worker a GPU; use --device cuda.")
     jobs = read_jobs(options.prompts, options)
@@ -44,7 +45,7 @@ def farm(options: argparse.Namespace) -> int:
     try:
         if any(job.status == "waiting" for job in jobs):
             with cluster(options.address):
-                count, cores = room(options.device.startswith("cuda"), options.workers)
+                count, cores = room(options.gpus_per_worker if options.device == "cuda" else 0, options.workers)
                 waiting = sum(job.status == "waiting" for job in jobs)
                 workers = [Worker(options, cores) for _ in range(min(count, waiting))]
                 Farm(jobs, workers, options.output).run()
@@ -82,7 +83,7 @@ class Farm:
 
     def _hand_out(self) -> None:
         for worker in self.workers:
-            while self.waiting and worker.pending is None:
+            while self.waiting and not worker.pending:
                 job = self.waiting.popleft()
                 job.attempts += 1
                 try:
@@ -99,6 +100,8 @@ class Farm:
             outcome = worker.outcome()
         except WorkerDied:
             self._lost(worker, job)
+            return
+        if outcome is None:
             return
         for warning in outcome.warnings:
             say(f"warning: {job.name + ': ' if job else ''}{warning}")
@@ -168,6 +171,7 @@ def add_farm(command: argparse.ArgumentParser) -> None:
     add("prompts", type=Path, help="a JSON object on each line: prompt, and what differs from the options below")
     add("--address", help="of a Ray cluster, or auto (default: processes on this machine)")
     add("--workers", type=int, help="(default: one for each GPU, or without GPUs for each machine)")
+    add("--gpus-per-worker", type=int, default=1, help="GPUs that make each video together (default: %(default)s)")
     add_models(command)
     add_settings(command)
     add_decoder(command)
