@@ -235,16 +235,23 @@ def check_device(name: str) -> None:
         raise ValueError(f"device is {name}, which is not on this machine or cannot be computed on; it has {there}.")
 
 
+def whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+
+
 def seed_option(text: str) -> int:
     """What PyTorch's generators take."""
-    if not -(2**63) <= (seed := int(text)) < 2**64:
+    if not -(2**63) <= (seed := whole_number(text)) < 2**64:
         raise argparse.ArgumentTypeError(f"{shown(text)} is too large; use a seed of 64 bits.")
     return seed
 
 
 def rate_option(text: str) -> int:
     """Frames per second."""
-    if not 1 <= (rate := int(text)) <= MOST_FPS:
+    if not 1 <= (rate := whole_number(text)) <= MOST_FPS:
         raise argparse.ArgumentTypeError(f"{shown(text)} is no rate of a video; use 1 to {MOST_FPS} frames per second.")
     return rate
 
