@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from playwright.sync_api import expect
 
 from mochi_core import seconds_to_frames
 from tests.harness.browser import PLAYING, TIME_LEFT, label, line
@@ -98,13 +99,31 @@ def test_width_out_of_range_is_told_once_at_its_input(editor):
     assert error["extra_info"]["input_name"] == "width"
 
 
-def test_invalid_width_is_explained_in_the_error_panel(editor):
+SENTENCE = "width is 100, but Mochi needs a multiple of 16; use 96 or 112."
+
+
+def test_a_rule_of_ours_is_told_at_its_input_without_a_click(editor):
     queue_with_width(editor, 100)
-    editor.page.get_by_text("Mochi Sampler failed").first.wait_for()
+    message = editor.page.get_by_role("alert").filter(has_text=SENTENCE)
+    message.wait_for()
+    assert "Mochi Sampler: width" in message.inner_text()
+    assert label(editor, "Mochi1Sampler", "width") == "\u26a0 width"
     editor.page.get_by_role("button", name="View details").first.click()
-    panel = editor.page.get_by_text("width is 100, but Mochi needs a multiple of 16; use 96 or 112.").first
-    panel.wait_for()
-    assert panel.is_visible()
+    editor.page.get_by_test_id("runtime-error-panel").get_by_text(SENTENCE).wait_for()
+    set_widget(editor, "Mochi1Sampler", "width", 96)
+    editor.page.evaluate("window.comfyAPI.api.api.dispatchCustomEvent('graphChanged', {})")
+    assert label(editor, "Mochi1Sampler", "width") == "width"
+
+
+def test_in_a_subgraph_it_is_told_at_the_input_outside(editor):
+    editor.load(editor_form("text_to_video"), "inside")
+    outer = "app.graph._nodes.find(node => node.subgraph).widgets.find(widget => widget.name === 'width')"
+    for width in (100, 120):
+        editor.page.evaluate(f"{outer}.value = {width}; app.queuePrompt(0, 1)")
+        editor.page.get_by_role("alert").filter(has_text=f"width is {width}, but").last.wait_for()
+        assert editor.page.evaluate(f"{outer}.label") == "\u26a0 width"
+        assert shown(editor, "Mochi1Sampler", "width")[0] == "\u26a0 width"
+    expect(editor.page.get_by_role("alert").filter(has_text="width is")).to_have_count(1)  # the first has gone
 
 
 def test_lengths_are_shown_in_the_other_unit(editor):

@@ -18,6 +18,11 @@ def test_old_renderer_opens_and_names_everything_too(templates_server):
         editor.page.get_by_text("9 of 256 tokens", exact=True).wait_for()
         editor.page.get_by_test_id("queue-button").click()
         editor.page.wait_for_function("Object.keys(app.nodeOutputs).length > 0", timeout=120_000)
+        editor.page.evaluate(
+            "app.graph._nodes.find(node => node.type === 'Mochi1Sampler').widgets[0].value = 100; app.queuePrompt(0, 1)"
+        )
+        editor.page.get_by_role("alert").filter(has_text="use 96 or 112").wait_for()
+        assert label(editor, "Mochi1Sampler", "width") == "\u26a0 width"
         editor.load(editor_form("text_to_video"), "outside")
         editor.page.wait_for_function(BADGES, arg="26 of 256 tokens", timeout=20_000)
         assert editor.errors == []
