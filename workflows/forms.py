@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from migrate.downloads import downloads
 
 from .layout import RESULT, VIEWER, Box, columns, place
 from .notes import files_note, task_note
-from .source import Link, Node, Nodes, Subgraph, Template
+from .source import YOUR_FILES, Link, Node, Nodes, Subgraph, Template
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 PACK, VERSION = "mochi-nodes", "0.1.0"
@@ -158,6 +157,7 @@ def _inner(graph: Graph, subgraph: Subgraph) -> Json:
         (origin,) = (node for node in nodes if node["id"] == record.origin_id)
         origin["outputs"][record.origin_slot]["links"].append(record.id)
     right = max(node["pos"][0] + node["size"][0] for node in nodes)
+    inlet = 50 + 7 * max(len(port.label or port.name) for port in subgraph.ports)
     return {
         "id": str(uuid.uuid5(NAMESPACE, subgraph.name)),
         "version": 1,
@@ -170,7 +170,7 @@ def _inner(graph: Graph, subgraph: Subgraph) -> Json:
         "revision": 0,
         "config": {},
         "name": subgraph.name,
-        "inputNode": {"id": INSIDE, "bounding": [-200, 0, 160, 40 + 20 * len(ports)]},
+        "inputNode": {"id": INSIDE, "bounding": [-24 - inlet, 0, inlet, 40 + 20 * len(ports)]},
         "outputNode": {"id": OUTSIDE, "bounding": [right + 80, 0, 120, 60]},
         "inputs": [
             {
@@ -179,7 +179,7 @@ def _inner(graph: Graph, subgraph: Subgraph) -> Json:
                 "type": _spec(graph, port.node, port.input)[0],
                 "linkIds": [record.id for record in records if record[1:3] == (INSIDE, slot)],
                 **({"label": port.label} if port.label else {}),
-                "pos": [-60, 20 + 20 * slot],
+                "pos": [-40, 20 + 20 * slot],
             }
             for slot, port in enumerate(subgraph.ports)
         ],
@@ -224,7 +224,7 @@ def _shown(graph: Graph) -> tuple[list[Record], list[Json], list[Json]]:
     """Links, nodes (the notes behind them) and groups of a graph."""
     records = list(_records(graph))
     heights = {name: _height(node, graph.definitions[node.type]) for name, node in graph.nodes.items()}
-    boxes, note_boxes, groups = place(graph.nodes, heights, [(_note_height(text), text) for text in graph.notes])
+    boxes, note_boxes, groups = place(graph.nodes, heights, graph.notes)
     nodes = [
         _editor_node(graph, name, order, boxes[name], records) for order, name in enumerate(_in_order(graph.nodes))
     ]
@@ -405,8 +405,8 @@ def _widget_values(node: Node, definition: Json, after_run: str) -> Iterator[Any
     """By position. A linked widget keeps its default, and a seed is followed by what becomes of it after a run."""
     for key, spec in _specs(node, definition).items():
         if _is_widget(spec):
-            given = key in node.inputs and not isinstance(node.inputs[key], Link)
-            yield node.inputs[key] if given else _default(spec)
+            value = node.inputs.get(key, _default(spec))
+            yield _default(spec) if isinstance(value, Link) else "" if value in YOUR_FILES else value
             if len(spec) > 1 and spec[1].get("control_after_generate"):
                 yield after_run
 
@@ -422,12 +422,6 @@ def _height(node: Node, definition: Json) -> int:
     )
     viewer = {RESULT: VIEWER, "LoadVideo": 230, "LoadImage": 230}.get(node.type, 0)
     return 50 + 26 * rows + text + viewer
-
-
-def _note_height(text: str) -> int:
-    """At the width of a note on the left, without what does not show."""
-    lines = re.sub(r"\]\(.+?\)|\*", "", text).splitlines()[1:]
-    return 50 + sum(27 if line.startswith("|") else 9 if not line else 17 * (1 + len(line) // 78) for line in lines)
 
 
 def _note(text: str, number: int, order: int, box: Box) -> Json:

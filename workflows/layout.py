@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .source import Link, Node, Nodes
@@ -10,8 +13,8 @@ Json = dict[str, Any]
 GAP = 28
 TITLE = 30
 """Height of a node's title, which lies above its position."""
-MOST_WIDE = 2060
-"""Width of a whole graph at most: wider ones open as empty boxes on a screen of 1600 x 950."""
+MOST_WIDE = 2070
+"""Width of a whole graph at most: wider ones open as empty boxes on a screen of 1600 x 950, where they fill three quarters."""
 MOST_HIGH = 1150
 LOADERS = ("Mochi1LoadTransformer", "Mochi1LoadT5", "Mochi1LoadVAE")
 SAMPLERS = ("Mochi1Sampler", "Mochi1Edit", "KSampler", "SamplerCustomAdvanced")
@@ -27,9 +30,13 @@ WIDTH = 230
 """No node is narrower in the default renderer."""
 SUBGRAPH = 440
 RESULT = "SaveVideo"
-RESULT_WIDTHS = (380, 640)
+RESULT_WIDTHS = (380, 460)
 VIEWER = 340
 NOTE = 440
+LETTER = 5
+"""Width of a letter in a note, on average."""
+NOTE_LINES = {"|": 27, "-": 24, "": 7}
+"""Heights of a row of a table, of an item of a list and of nothing; text has 16."""
 # Groups: a title for each step, and its colour.
 STEPS = (("Files", "#3f789e"), ("Prompt and settings", "#8a6d3b"), ("Video", "#5b7f4f"), ("Result", "#7a4f8f"))
 
@@ -42,13 +49,16 @@ class Box(NamedTuple):
 
 
 def columns(nodes: Nodes) -> list[list[str]]:
-    """Names by column: the loaders first, everything else right of all that it is linked to, settings right before their user."""
+    """Names by column: the loaders and what takes only from outside of a subgraph first, everything else right of all that it is
+    linked to, settings right before their user.
+    """
     depth: dict[str, int] = {}
 
     def column(name: str) -> int:
         if name not in depth:
             links = [column(link.node) for link in links_of(nodes[name]) if link.node in nodes]
-            depth[name] = 0 if nodes[name].type in LOADERS else 1 + max(links, default=0)
+            outside = nodes[name].type in LOADERS or (links_of(nodes[name]) and not links)
+            depth[name] = 0 if outside else 1 + max(links, default=0)
         return depth[name]
 
     for name in nodes:
@@ -65,16 +75,14 @@ def links_of(node: Node) -> list[Link]:
     return [value for value in node.inputs.values() if isinstance(value, Link)]
 
 
-def place(
-    nodes: Nodes, heights: dict[str, int], notes: list[tuple[float, str]]
-) -> tuple[dict[str, Box], list[Box], list[Json]]:
-    """Boxes of the nodes, of the notes, and the groups. A note is its height at NOTE's width, and its text.
+def place(nodes: Nodes, heights: dict[str, int], notes: Sequence[str]) -> tuple[dict[str, Box], list[Box], list[Json]]:
+    """Boxes of the nodes, of the notes, and the groups.
 
     The first note stands above all that comes before the sampler, the second below the sampler; both are there if the graph
     would be too high, and on the left of a subgraph's node.
     """
     names = columns(nodes)
-    widths = [max(_width(name, nodes[name]) for name in column) for column in names]
+    widths = _fitting([max(_width(name, nodes[name]) for name in column) for column in names])
     around = "subgraph" in nodes
     left = NOTE + 2 * GAP if around and notes else 0
     if any(nodes[name].type == RESULT for name in names[-1]):
@@ -83,19 +91,27 @@ def place(
     if around:
         return (
             _stacked(names, widths, heights, left, [0] * len(names)),
-            _below([height for height, _ in notes], 0, 0, NOTE),
+            _below(notes, 0, 0, NOTE),
             [],
         )
     first = _sampler(nodes, names)
     room = MOST_HIGH - max(sum(heights[name] + GAP + TITLE for name in column) for column in names[:first])
-    on_top = bool(notes) and notes[0][0] + 3 * GAP + TITLE <= room
-    top = notes[0][0] + 3 * GAP + TITLE if on_top else 0
+    title = note_height(notes[0], sum(widths[:first]) + GAP * (first - 1)) if notes else 0
+    on_top = bool(notes) and title + 3 * GAP + TITLE <= room
+    top = title + 3 * GAP + TITLE if on_top else 0
     boxes = _stacked(names, widths, heights, 0, [top] * first + [0] * (len(names) - first))
     steps = [names[:1], names[1:first], names[first:-1], names[-1:]]
     before, video = ([boxes[name] for column in step for name in column] for step in (steps[0] + steps[1], steps[2]))
     middle = (video[0].x, max(box.y + box.height for box in video) + 2 * GAP + TITLE, _right(video) - video[0].x)
-    above = [Box(0, 0, _right(before), notes[0][0])] if on_top else []
-    return boxes, above + _below([height for height, _ in notes[len(above) :]], *middle), _groups(steps, boxes)
+    above = [Box(0, 0, _right(before), title)] if on_top else []
+    return boxes, above + _below(notes[len(above) :], *middle), _groups(steps, boxes)
+
+
+def _fitting(widths: list[int]) -> list[int]:
+    """The widths of columns, nearer to the least if all of them together would be too wide."""
+    excess = sum(widths) + GAP * (len(widths) - 1) - MOST_WIDE
+    share = max(0.0, excess / max(1, sum(width - WIDTH for width in widths)))
+    return [math.floor(width - share * (width - WIDTH)) for width in widths]
 
 
 def _stacked(
@@ -110,12 +126,20 @@ def _stacked(
     return boxes
 
 
-def _below(heights: list[float], left: float, top: float, width: float) -> list[Box]:
+def _below(notes: Sequence[str], left: float, top: float, width: float) -> list[Box]:
     boxes: list[Box] = []
-    for height in heights:
-        boxes.append(Box(left, top, width, height))
-        top += height + GAP + TITLE
+    for text in notes:
+        boxes.append(Box(left, top, width, note_height(text, width)))
+        top += boxes[-1].height + GAP + TITLE
     return boxes
+
+
+def note_height(text: str, width: float) -> float:
+    """What a note's text takes, without its title."""
+    shown = re.sub(r"\]\(.+?\)|\*", "", text.partition("\n")[2])
+    lines = re.sub(r"(?<=\w|[^\w\s|])\n(?=[^\n\s|-])", " ", shown).splitlines()
+    in_line = (width - 30) / LETTER
+    return 18 + sum(NOTE_LINES.get(line.lstrip()[:1]) or 16 * math.ceil(len(line) / in_line) for line in lines)
 
 
 def _width(name: str, node: Node) -> int:

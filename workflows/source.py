@@ -23,6 +23,8 @@ SHAPE = "a red star moving to the right"
 BF16, FP8 = "mochi_preview_bf16.safetensors", "mochi_preview_fp8_scaled.safetensors"
 T5, T5_FP8 = "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors"
 VAE = "mochi_vae.safetensors"
+YOUR_FILES = YOUR_VIDEO, YOUR_IMAGE, YOUR_LAST_IMAGE = "your_video.mp4", "your_image.png", "your_last_image.png"
+"""What the person brings: in API form names to replace; in the editor nothing is chosen yet."""
 
 
 class Link(NamedTuple):
@@ -113,7 +115,7 @@ def video_to_video() -> Nodes:
     nodes = text_to_video(PAPER, latent=Link("encode"), denoise=0.3)
     size = {"upscale_method": "lanczos", "width": 848, "height": 480, "crop": "center"}
     return nodes | {
-        "load": Node("LoadVideo", {"file": ""}, "Your video"),
+        "load": Node("LoadVideo", {"file": YOUR_VIDEO}, "Your video"),
         "frames": Node("GetVideoComponents", {"video": Link("load")}),
         "first": Node(
             "ImageFromBatch", {"image": Link("frames"), "batch_index": 0, "length": 163}, "At most 163 frames"
@@ -144,7 +146,7 @@ def image_to_video(prompt: str = WAKES, **images: Any) -> Nodes:
     nodes = text_to_video(prompt, model=Link("given"), latent=Link("given", 1))
     given = {"model": Link("transformer"), "vae": Link("vae"), "start_image": Link("load")} | images
     return nodes | {
-        "load": Node("LoadImage", {"image": ""}, "Your image"),
+        "load": Node("LoadImage", {"image": YOUR_IMAGE}, "Your image"),
         "given": Node("Mochi1ImageToVideo", given),
     }
 
@@ -152,8 +154,8 @@ def image_to_video(prompt: str = WAKES, **images: Any) -> Nodes:
 def first_last_frame() -> Nodes:
     nodes = image_to_video(end_image=Link("last"))
     return nodes | {
-        "load": Node("LoadImage", {"image": ""}, "First image"),
-        "last": Node("LoadImage", {"image": ""}, "Last image"),
+        "load": Node("LoadImage", {"image": YOUR_IMAGE}, "First image"),
+        "last": Node("LoadImage", {"image": YOUR_LAST_IMAGE}, "Last image"),
     }
 
 
@@ -163,7 +165,7 @@ def extend_video() -> Nodes:
     size = {"upscale_method": "lanczos", "width": Link("size"), "height": Link("size", 1), "crop": "center"}
     new = {"image": Link("decode"), "batch_index": Link("given", 2), "length": 4096}
     return nodes | {
-        "load": Node("LoadVideo", {"file": ""}, "Your video"),
+        "load": Node("LoadVideo", {"file": YOUR_VIDEO}, "Your video"),
         "frames": Node("GetVideoComponents", {"video": Link("load")}),
         "size": Node("GetImageSize", {"image": Link("decode")}),
         "scale": Node("ImageScale", {"image": Link("frames"), **size}, "To the same size"),
@@ -371,7 +373,7 @@ FROM_IMAGES = (
     Port("given", "width", "width"),
     Port("given", "height", "height"),
     Port("given", "num_frames", "num_frames", "frames (30 a second)"),
-    Port("given", "start_noise", "start_noise", "noise of the first frames"),
+    Port("given", "start_noise", "start_noise", "first frames' noise"),
     Port("sampler", "steps", "steps", "steps (few are fast)"),
     Port("sampler", "cfg", "cfg"),
     Port("sampler", "seed", "seed"),
@@ -393,7 +395,7 @@ FIRST_LAST_FRAME = Subgraph(
         Port("given", "start_image", "first_image", "first image"),
         Port("given", "end_image", "last_image", "last image"),
         *FROM_IMAGES[:5],
-        Port("given", "end_noise", "end_noise", "noise of the last frames"),
+        Port("given", "end_noise", "end_noise", "last frames' noise"),
         *FROM_IMAGES[5:],
         *FILE_PORTS,
     ),
@@ -408,7 +410,7 @@ EXTEND_VIDEO = Subgraph(
         Port("frames", "video", "video"),
         *FROM_IMAGES[:1],
         *FROM_IMAGES[1:4],
-        Port("given", "keep", "keep", "frames to continue from"),
+        Port("given", "keep", "keep", "frames to keep"),
         *FROM_IMAGES[4:],
         *FILE_PORTS,
     ),
@@ -442,7 +444,7 @@ EDIT_VIDEO = Subgraph(
     (
         EDITING[0],
         *EDIT_PROMPTS,
-        Port("sampler", "start_noise", "start_noise", "start_noise (how much may change)"),
+        Port("sampler", "start_noise", "start_noise", "start_noise (change)"),
         Port("sampler", "cfg", "cfg", "cfg (how strongly)"),
         *EDITING[3:],
         *FILE_PORTS,
@@ -456,8 +458,8 @@ EDIT_INVERTED = Subgraph(
     (
         EDITING[0],
         *EDIT_PROMPTS,
-        Port("pull", "eta", "eta", "eta (the pull towards your video)"),
-        Port("pull", "end", "end", "end (noise down to which it pulls)"),
+        Port("pull", "eta", "eta", "eta (pull)"),
+        Port("pull", "end", "end", "end (of the pull)"),
         Port("sampler", "cfg", "cfg", "cfg (how strongly)"),
         *EDITING[3:-2],
         Port("sigmas", "steps", "steps", "steps, each way"),
@@ -543,7 +545,7 @@ are released late. In the tiny model that comes with this pack it keeps place, c
 
 **Weights that were trained for it:** [Pusa V0.5](https://huggingface.co/RaphaelLiu/Pusa-V0.5), Mochi with a noise level of each
 frame; see there for its licence. Choose the file as **transformer**; *pusa* in its name tells the node. **Untested** here as
-well; colours of new frames may differ from the image's. Its authors give **noise of the first frames** as 0 to 0.4, 30 steps.
+well; colours of new frames may differ from the image's. Its authors give **first frames' noise** as 0 to 0.4, 30 steps.
 """,
         image_to_video(),
         subgraph=IMAGE_TO_VIDEO,
@@ -572,7 +574,7 @@ other.
 Choose a video of 30 frames per second in **Your video**: its last 19 frames (4 latents) begin a new one, whose other frames are
 put behind it. Both get **width** and **height**.
 
-**Worth changing:** **frames to continue from** (6k + 1): more carry more of the motion, and leave fewer new ones. For a longer
+**Worth changing:** **frames to keep** (6k + 1): more carry more of the motion, and leave fewer new ones. For a longer
 video, extend the result once more.
 
 **Untested** with released weights. Genmo's were not trained for this: inpainting in time, see *Image to Video*. Each round

@@ -22,6 +22,7 @@ from tests.harness.purple import train_purple
 from tests.harness.server import ROOT, ComfyServer
 from tests.harness.template_files import shrunk, write_files
 from tests.harness.templates import TITLES, api_form, editor_form
+from workflows.source import YOUR_VIDEO
 
 WORKFLOWS = ROOT / "workflows"
 HELP = ROOT / "web" / "docs" / "images"
@@ -95,7 +96,7 @@ def main() -> None:
             for name, prompt in PROMPTS.items():
                 frames = template_frames(client, name, prompt)
                 if name in ("video_to_video", "edit_video", "edit_inverted", "masked"):
-                    frames = side_by_side(pictures_of((base / "input" / "mochi_input.mp4").read_bytes()), frames)
+                    frames = side_by_side(pictures_of((base / "input" / YOUR_VIDEO).read_bytes()), frames)
                 write_thumbnail(frames, WORKFLOWS / f"{TITLES[name]}.jpg")
             write_moving([template_frames(client, "tiny_mochi", prompt) for prompt in demo.PROMPTS], DOCS / "tiny.webp")
             take_screenshots(server.url)

@@ -1,9 +1,14 @@
-"""The files that the templates name, as tiny as the trained model, and graphs of a size that it was trained for."""
+"""The files that the templates name, as tiny as the trained model, and graphs of a size that it was trained for.
+
+`python -m tests.harness.template_files` starts a server that has them all.
+"""
 
 from __future__ import annotations
 
 import copy
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from mochi_core.train.tiny.shapes import COLORS, Scene, Sprite, draw
 from tests.harness import trained
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.quantized_files import scaled_fp8
+from tests.harness.server import ComfyServer
 from workflows import source
 
 COPIES = {
@@ -45,8 +51,6 @@ TINY: dict[str, dict[str, Any]] = {
     "LatentUpscale": SIZE,
     "SolidMask": SIZE,
     "MaskComposite": {"x": 32},
-    "LoadVideo": {"file": "mochi_input.mp4"},
-    "LoadImage": {"image": "mochi_input.png"},
     "Mochi1ImageToVideo": {**SIZE, "num_frames": 25},
 }
 
@@ -59,8 +63,9 @@ def write_files(base: Path) -> None:
         tensors = {key: tensor.float() for key, tensor in load_file(origin).items()}
         place(base / "models" / name, lambda path, tensors=tensors: scaled_fp8(tensors, path))
     place(base / "models" / "loras" / "mochi_lora.safetensors", write_lora)
-    place(base / "input" / "mochi_input.mp4", write_video)
-    place(base / "input" / "mochi_input.png", write_image)
+    place(base / "input" / source.YOUR_VIDEO, write_video)
+    place(base / "input" / source.YOUR_IMAGE, write_image)
+    place(base / "input" / source.YOUR_LAST_IMAGE, write_image)
 
 
 def place(path: Path, write: Any) -> None:
@@ -98,3 +103,15 @@ def shrunk(prompt: dict[str, Any], text: str) -> dict[str, Any]:
         elif node["_meta"]["title"] == "Source prompt":
             inputs["prompt"] = GIVEN
     return prompt
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder))
+        with ComfyServer(Path(os.environ["COMFYUI_PATH"]), Path(folder)) as server:
+            print(server.url, flush=True)
+            server.process.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from typing import Any
 from tests.harness.client import ComfyClient
 from tests.harness.server import ROOT, ComfyServer
 from workflows.forms import to_api, to_blueprint, to_editor
-from workflows.source import TEMPLATES
+from workflows.source import TEMPLATES, YOUR_FILES
 
 FOLDER = ROOT / "workflows"
 BLUEPRINTS = ROOT / "subgraphs"
@@ -49,11 +49,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def essence(prompt):
-    """Without the titles, the place where the editor shows a chosen video, and the subgraph's id in front of the node's."""
+    """Without the titles, the person's own files, the place where the editor shows a chosen video, and the subgraph's id in
+    front of the node's.
+    """
     return {
         _inner(key): (
             node["class_type"],
-            {k: _inner_link(v) for k, v in node["inputs"].items() if k != "video-preview"},
+            {k: _essential(v) for k, v in node["inputs"].items() if k != "video-preview"},
         )
         for key, node in prompt.items()
     }
@@ -63,8 +65,10 @@ def _inner(node: str) -> str:
     return node.rpartition(":")[2]
 
 
-def _inner_link(value):
-    return [_inner(value[0]), value[1]] if isinstance(value, list) else value
+def _essential(value):
+    if isinstance(value, list):
+        return [_inner(value[0]), value[1]]
+    return "" if value in YOUR_FILES else value
 
 
 def main() -> None:

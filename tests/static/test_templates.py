@@ -10,7 +10,9 @@ from tests.harness.templates import BLUEPRINTS, NAMES, TITLES, editor_form
 from workflows.source import TEMPLATES
 
 TITLE = 30  # a node's title lies above its position
-MOST_WIDE = 2100  # at 1600x950 the default renderer shows a wider graph as empty boxes
+MOST_WIDE = 2080  # at 1600x950 the default renderer shows a wider graph as empty boxes
+MOST_HIGH = 1220
+LONGEST_LABEL = 20  # what has room beside the nodes of an opened subgraph
 COMES_ALONG = "tiny"
 FIXED = ("genmo_exact",)
 
@@ -39,10 +41,11 @@ def ends(graph):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_graph_is_readable_at_first_sight(name):
-    opened = [box(node) for node in editor_form(name)["nodes"]]
-    assert max(b[2] for b in opened) - min(b[0] for b in opened) <= MOST_WIDE
     for graph in graphs(editor_form(name)):
         boxes = [box(node) for node in graph["nodes"]]
+        assert max(b[2] for b in boxes) - min(b[0] for b in boxes) <= MOST_WIDE
+        assert max(b[3] for b in boxes) - min(b[1] for b in boxes) <= MOST_HIGH
+        assert all(len(port.get("label", port["name"])) <= LONGEST_LABEL for port in graph.get("inputs", []))
         assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if overlap(a, b)]
         assert all(box(origin)[2] < target["pos"][0] for origin, target in ends(graph))
         for group in graph["groups"]:
