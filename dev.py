@@ -213,7 +213,7 @@ def install(requirements: list[str], what: str) -> None:
 
 
 def fingerprint(requirements: list[str]) -> str:
-    digest = hashlib.sha256(str(VENV).encode())
+    digest = hashlib.sha256(str(VENV.resolve()).encode())  # .dev may be a link to that of another worktree
     for requirement in requirements:
         path = Path(requirement)
         digest.update(path.read_bytes() if path.is_file() else requirement.encode())
