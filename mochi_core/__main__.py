@@ -1,4 +1,4 @@
-"""`python -m mochi_core generate | farm | decode | inspect | convert | doctor`, or `mochi ...` once installed: for a shell."""
+"""`python -m mochi_core generate | edit | farm | decode | inspect | convert | doctor`, or `mochi ...` once installed."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .checkpoints.names.detect import PARTS
 from .doctor import examine
 from .doctor import render as render_report
 from .dtypes import DTYPES
+from .edit_video import add_edit, edit_file
 from .farm.run import add_farm
 from .generate import (
     add_decoder,
@@ -90,6 +91,11 @@ def make_video(options: argparse.Namespace, *, first: bool) -> None:
     print(options.output)
 
 
+def edit(options: argparse.Namespace) -> None:
+    edit_file(options)
+    print(options.output)
+
+
 def decode(options: argparse.Namespace) -> None:
     check_device(options.device)
     latents = load_latents(options.latents)
@@ -146,8 +152,11 @@ def command_name() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=command_name(), description="Mochi 1 text to video.")
-    commands = parser.add_subparsers(required=True, metavar="generate | farm | decode | inspect | convert | doctor")
+    commands = parser.add_subparsers(
+        required=True, metavar="generate | edit | farm | decode | inspect | convert | doctor"
+    )
     _add_generate(commands.add_parser("generate", help="make a video from a prompt"))
+    _add_edit(commands.add_parser("edit", help="change a video by a prompt"))
     add_farm(commands.add_parser("farm", help="make the videos of a file of prompts on several GPUs or machines"))
     _add_decode(commands.add_parser("decode", help="make a video from latents"))
     command = commands.add_parser("inspect", help="say what a model file is")
@@ -188,6 +197,12 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--parallel", type=parallel_option, metavar="PLAN", help=parallel)
     add_decoder(command)
     _add_output(command, "mp4 file, or .latent or .safetensors file for latents to decode later")
+
+
+def _add_edit(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=edit)
+    add_edit(command)
+    _add_output(command, "mp4 file")
 
 
 def _add_decode(command: argparse.ArgumentParser) -> None:

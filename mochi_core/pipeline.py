@@ -163,14 +163,14 @@ class MochiPipeline(NamedLoras):
 
         unwanted = "" if negative_prompt is None else negative_prompt
         negative = _given("negative_prompt", unwanted, negative_prompt_embeds, negative_prompt_attention_mask)
-        with self._working(self.text_encoder):
+        with self.working(self.text_encoder):
             cond, uncond = (
                 _repeated(self._encoded(text, members), num_videos_per_prompt) for text in (wanted, negative)
             )
         given = self._given_frames(size, video if image is None else image, last_image, keep, start_noise, end_noise)
         if given is not None and members is not None:  # strips that fit free memory round differently
             given = replace(given, latents=members.world.broadcast(given.latents.cpu()))
-        with self._working(self.dit):
+        with self.working(self.dit):
             denoised = sample(
                 self.dit,
                 noise,
@@ -225,15 +225,15 @@ class MochiPipeline(NamedLoras):
             return None
         first, last = (None if frames is None else as_frames(frames) for frames in (start, end))
         levels = {"keep": keep, "start_noise": start_noise, "end_noise": end_noise}
-        with self._working(self.vae):
-            return given_frames(self._encode, size, first, last, **levels, held=not self.dit.has_frame_levels)
+        with self.working(self.vae):
+            return given_frames(self.encode_frames, size, first, last, **levels, held=not self.dit.has_frame_levels)
 
-    def _encode(self, frames: Tensor) -> Tensor:
+    def encode_frames(self, frames: Tensor) -> Tensor:
         """Frames (6k + 1, H, W, 3) in [0, 1] to DiT-space latents (1, 12, k + 1, H / 8, W / 8)."""
         return normalize_latents(self.vae.encode(frames.movedim(-1, 0)[None] * 2 - 1).mode().float())
 
     def _decode(self, latents: Tensor, output_type: str, members: Members | None) -> Any:
-        with self._working(self.vae):
+        with self.working(self.vae):
             video = self.vae.decode(latents) if members is None else decode_together(self.vae, latents, members.world)
         video = to_unit_range(video)
         if output_type == "pt":
@@ -242,7 +242,7 @@ class MochiPipeline(NamedLoras):
         return [as_images(video) for video in frames] if output_type == "pil" else frames
 
     @contextmanager
-    def _working(self, model: AsymmDiT | AsymmVAE | TextEncoder | None) -> Iterator[None]:
+    def working(self, model: AsymmDiT | AsymmVAE | TextEncoder | None) -> Iterator[None]:
         """Have `model` on the working device for the duration, if the pipeline offloads."""
         if self.work_device is None or model is None:
             yield

@@ -3,13 +3,17 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
-from mochi_core import linear_quadratic_schedule
-from mochi_core.sampling.edit import TRENDS, edit, flow_edit, fresh_noise, invert, pulls, rf_edit
+from mochi_core import linear_quadratic_schedule, save_video
+from mochi_core.__main__ import main
+from mochi_core.io.read_frames import read_frames
+from mochi_core.sampling.edit import TRENDS, edit, edit_by_inversion, flow_edit, fresh_noise, invert, pulls, rf_edit
 from mochi_core.sampling.sample import prepared_velocities
 from mochi_core.sampling.schedule import schedule_below
+from tests.harness import trained
 from tests.harness.random_inputs import NOISE, prompt
 from tests.harness.tiny_models import random_dit
 
@@ -159,3 +163,75 @@ def test_what_makes_no_sense_is_refused(call, message):
 def test_what_cannot_be_edited_is_refused(dit, clean, scale, message):
     with pytest.raises(ValueError, match=message):
         edit(dit, clean, FALLING, prompt(3), prompt(4), prompt(0), scale=scale)
+
+
+def test_inversion_and_the_way_back_cost_three_forwards_a_step(dit):
+    calls, seen = [], []
+    hook = dit.blocks[0].register_forward_hook(lambda *_: calls.append("block"))
+    sigmas, prompts = linear_quadratic_schedule(5), (prompt(6), prompt(7), prompt(0))
+    found = edit_by_inversion(dit, CLEAN, sigmas, *prompts, eta=0.0, on_step=lambda step, _: seen.append(step))
+    assert (len(calls), seen) == (3 * 5, list(range(10)))
+    hook.remove()
+    pulled = edit_by_inversion(dit, CLEAN, sigmas, *prompts, eta=1.0, end=0.0)
+    torch.testing.assert_close(pulled, CLEAN, rtol=1e-5, atol=1e-5)
+    assert (found - CLEAN).norm() > 0.1 * CLEAN.norm()
+
+
+FILES = ["--transformer", str(trained.TRANSFORMER), "--t5", str(trained.T5), "--vae", str(trained.VAE)]
+ASKED = ["--source-prompt", "a red square moving to the right", "--prompt", "a blue square moving to the right"]
+TINY = ["--height", "64", "--width", "64", "--steps", "4", "--dtype", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A red square that moves to the right over 15 frames, as a file."""
+    frames = np.zeros((15, 64, 64, 3), np.uint8)
+    for i, frame in enumerate(frames):
+        frame[20:44, 4 + 2 * i : 28 + 2 * i] = 230, 25, 25
+    save_video(frames, tmp_path / "source.mp4")
+    return tmp_path / "source.mp4"
+
+
+def edited(source, *options):
+    made = source.with_name("edited.mp4")
+    assert main(["edit", *FILES, *ASKED, *TINY, "--video", str(source), *options, "-o", str(made)]) == 0
+    return read_frames(made, 64, 64).astype(int)
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        ["--prompt", ASKED[1], "--guidance", "2", "--source-guidance", "2", "--offload"],
+        ["--inversion", "--eta", "1", "--pull-until", "0"],
+    ],
+)
+def test_command_line_gives_the_video_back_where_nothing_is_changed(source, nothing):
+    before, after = read_frames(source, 64, 64, 13).astype(int), edited(source, *nothing)
+    assert after.shape == before.shape
+    assert np.abs(after - before).mean() < 8, "the autoencoder and two files are between them"
+
+
+def test_command_line_edits_the_first_frames(source):
+    before, after = read_frames(source, 64, 64, 7).astype(int), edited(source, "--frames", "7")
+    assert after.shape == before.shape
+    inside = before[..., 0] > 150
+    red, blue = (after[inside][:, channel].mean() for channel in (0, 2))
+    assert blue > red, "the square is blue"
+    other = edited(source, "--frames", "7", "--inversion", "--pull-until", "0.98")
+    assert np.abs(other - after).mean() > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--video", "none.mp4"], "none.mp4 cannot be used: it cannot be read"),
+        (["--frames", "8"], "num_frames is 8, but Mochi needs 6k + 1 frames"),
+        (["--start-noise", "0"], "The noise to start from is 0.0; use a level"),
+        (["--guidance", "nan"], "guidance is nan, but guidance is a number"),
+        (["--inversion", "--eta", "inf"], "eta is inf"),
+    ],
+)
+def test_command_line_refuses_before_models_are_loaded(source, capsys, options, message):
+    models = ["--transformer", "none", "--t5", "none", "--vae", "none", "-o", str(source.with_name("x.mp4"))]
+    assert main(["edit", *models, *ASKED, "--video", str(source), *options]) == 2
+    assert message in capsys.readouterr().err

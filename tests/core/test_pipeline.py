@@ -199,11 +199,11 @@ def test_command_line_generate(models, tokenizer, tmp_path, capsys, monkeypatch,
 def test_a_small_device_leaves_the_text_encoder_on_the_cpu(t5):
     pipe = MochiPipeline(random_dit(), random_vae(), t5, offload="stream", device="meta")
     places = []
-    with pipe._working(t5):
+    with pipe.working(t5):
         places.append(t5.model.device.type)
     with (
         pytest.raises(NotImplementedError, match="meta tensor"),
-        pipe._working(pipe.vae),
+        pipe.working(pipe.vae),
     ):  # nothing comes back from there
         places.append(next(pipe.vae.parameters()).device.type)
     assert places == ["cpu", "meta"]

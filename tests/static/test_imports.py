@@ -22,7 +22,7 @@ FLOORS = (
     ("pipeline",),
     ("rounds",),
     ("generate",),
-    ("farm",),
+    ("farm", "edit_video"),
     ("__init__", "__main__"),
     ("train",),
 )
