@@ -44,24 +44,26 @@ def in_rounds(
     image: Any = None,
     video: Any = None,
     last_image: Any = None,
+    start_noise: float = 0.0,
     **arguments: Any,
 ) -> Frames:
     """One video (F, H, W, 3) in [0, 1] of `num_frames`, in rounds of at most `at_once` frames.
 
     The first round begins with `image` or `video`, the last one ends with `last_image`, and each other one continues the last
     `keep` frames of the one before, with the next seed. All other arguments are those of a `MochiPipeline`, for one video.
+    `start_noise` is of the frames that the first round begins with; what later ones keep is in the video as it was made, so they
+    get none, or the new frames would continue others.
 
     Raises:
         ValueError: see `round_sizes` and `MochiPipeline`.
     """
     sizes, parts = round_sizes(num_frames, at_once, keep), list[Frames]()
+    begin: dict[str, Any] = {"image": image, "video": video, "start_noise": start_noise}
     for number, size in enumerate(sizes):
         end = last_image if number == len(sizes) - 1 else None
-        made = pipe(
-            num_frames=size, seed=seed + number, keep=keep, image=image, video=video, last_image=end, **arguments
-        )[0]
-        parts.append(made if number == 0 else made[kept_frames(len(video), keep) :])
-        image, video = None, made[-kept_frames(len(made), keep) :]
+        made = pipe(num_frames=size, seed=seed + number, keep=keep, last_image=end, **begin, **arguments)[0]
+        parts.append(made if number == 0 else made[kept_frames(len(begin["video"]), keep) :])
+        begin = {"video": made[-kept_frames(len(made), keep) :]}
     return np.concatenate(parts)
 
 
