@@ -20,6 +20,9 @@ INSIDE, OUTSIDE = -10, -20
 """Ids of the nodes where a subgraph's inputs come in and its outputs go out."""
 AUTOGROW = "COMFY_AUTOGROW_V3"
 SEEDS = ("seed", "noise_seed")
+# Widgets whose own name says little where it stands alone, in App mode: they have the title of their node, or another name.
+TITLED = {"LoadVideo": "file", "LoadImage": "image", "PrimitiveStringMultiline": "value", "CLIPTextEncode": "text"}
+NAMED = {"EmptyMochiLatentVideo": {"length": "frames (30 a second)"}, "RandomNoise": {"noise_seed": "seed"}}
 
 Json = dict[str, Any]
 
@@ -302,8 +305,13 @@ def _port_spec(graph: Graph, name: str, key: str) -> list:
     return [kind, *({k: v for k, v in option.items() if k != "control_after_generate"} for option in options)]
 
 
+def _kind(spec: list) -> str:
+    """The type of an input; older nodes have their choices in its place."""
+    return "COMBO" if isinstance(spec[0], list) else spec[0]
+
+
 def _is_widget(spec: list) -> bool:
-    return isinstance(spec[0], list) or spec[0] in WIDGETS
+    return _kind(spec) in WIDGETS
 
 
 def _default(spec: list) -> Any:
@@ -346,29 +354,35 @@ def _records(graph: Graph) -> Iterator[Record]:
 
 
 def _sockets(graph: Graph, name: str) -> list[str]:
-    """The inputs that are saved as sockets: those that are no widgets, widgets that are linked, all of a subgraph's node."""
+    """The inputs that are saved as sockets: no widgets, widgets that are linked or named anew, all of a subgraph's node."""
     node = graph.nodes[name]
     return [
         key
         for key, spec in _specs(node, graph.definitions[node.type]).items()
         if name == "subgraph"
         or (name, key) in graph.ports
+        or key in _labels(node)
         or not _is_widget(spec)
         or isinstance(node.inputs.get(key), Link)
     ]
 
 
+def _labels(node: Node) -> dict[str, str]:
+    titled = {TITLED[node.type]: node.title} if node.title and node.type in TITLED else {}
+    return titled | NAMED.get(node.type, {})
+
+
 def _editor_node(graph: Graph, name: str, order: int, box: Box, records: list[Record]) -> Json:
     node, number = graph.nodes[name], graph.ids[name]
     definition = graph.definitions[node.type]
-    labels = definition.get("labels", {})
+    labels = definition.get("labels", {}) | _labels(node)
     into = {record.target_slot: record.id for record in records if record.target_id == number}
     sockets = []
     for slot, key in enumerate(_sockets(graph, name)):
         spec = _specs(node, definition)[key]
         widget = {"widget": {"name": key}} if _is_widget(spec) else {}
         label = {"label": labels[key]} if key in labels else {}
-        sockets.append({**label, "name": key, "type": spec[0], "link": into.get(slot), **widget})
+        sockets.append({**label, "name": key, "type": _kind(spec), "link": into.get(slot), **widget})
     outputs = [
         {"name": title, "type": kind, "links": [record.id for record in records if record[1:3] == (number, slot)]}
         for slot, (title, kind) in enumerate(zip(definition["output_name"], definition["output"], strict=True))

@@ -49,8 +49,10 @@ PROMPTS = {
     "masked": "a red square moving left",
     "sharper": "a blue circle rising",
 }
+CHANGED = ("video_to_video", "edit_video", "edit_inverted", "masked")
+"""Shown beside what they were made of."""
 LONG = 3.2
-# Shown in help pages; the last one is also run.
+# Shown in help pages.
 SHOWN = (
     "text_to_video",
     "fast_preview",
@@ -61,11 +63,9 @@ SHOWN = (
     "lora",
     "fastmochi",
     "faster",
-    "stock_nodes",
-    "tiny_mochi",
 )
 LOGO = (34, 66)
-MOVING = 256
+MOVING, STRIP = 256, 240
 # The nodes of a picture that can be read, and a script that puts them beside the side bar, without notes that would be cut, and
 # says how large they are with the titles of their groups.
 NEAR_TYPES = ["Mochi1T5Encode", "Mochi1Sampler", "Mochi1TiledVAEDecode", "CreateVideo", "SaveVideo"]
@@ -80,7 +80,16 @@ NEAR = """types => {
     return [x - 15, y - 5, Math.min(scale * (right - left) + 30, 1500), Math.min(scale * (bottom - top) + 20, 800)];
 }"""
 MENU = {"x": 0, "y": 40, "width": 700, "height": 520}
-CANVAS = {"x": 190, "y": 120, "width": 1240, "height": 740}
+# Where the nodes and groups of the graph are on the page, with a margin.
+AROUND = """() => {
+    const { graph, ds: { scale, offset } } = app.canvas, margin = 20;
+    const boxes = [...graph._nodes, ...graph._groups].map(item => item.boundingRect);
+    const edges = [0, 1].map(axis => [
+        Math.min(...boxes.map(box => box[axis])), Math.max(...boxes.map(box => box[axis] + box[axis + 2])),
+    ].map(edge => scale * (edge + offset[axis])));
+    const [[left, right], [top, bottom]] = edges;
+    return [left - margin, top - margin, right - left + 2 * margin, bottom - top + 2 * margin];
+}"""
 
 
 def main() -> None:
@@ -93,11 +102,12 @@ def main() -> None:
         (base / "models" / "loras" / "mochi_lora.safetensors").write_bytes(lora.read_bytes())
         with ComfyServer(comfyui, base) as server:
             client = ComfyClient(server.url)
-            for name, prompt in PROMPTS.items():
-                frames = template_frames(client, name, prompt)
-                if name in ("video_to_video", "edit_video", "edit_inverted", "masked"):
-                    frames = side_by_side(pictures_of((base / "input" / YOUR_VIDEO).read_bytes()), frames)
+            shown = {name: template_frames(client, name, prompt) for name, prompt in PROMPTS.items()}
+            given = pictures_of((base / "input" / YOUR_VIDEO).read_bytes())
+            shown |= {name: side_by_side(given, shown[name]) for name in CHANGED}
+            for name, frames in shown.items():
                 write_thumbnail(frames, WORKFLOWS / f"{TITLES[name]}.jpg")
+            write_strips([shown["edit_video"], shown["edit_inverted"]], DOCS / "edits.png")
             write_moving([template_frames(client, "tiny_mochi", prompt) for prompt in demo.PROMPTS], DOCS / "tiny.webp")
             take_screenshots(server.url)
 
@@ -136,6 +146,16 @@ def write_thumbnail(frames: list[Image.Image], path: Path) -> None:
     print(path.relative_to(ROOT), path.stat().st_size)
 
 
+def write_strips(videos: list[list[Image.Image]], path: Path) -> None:
+    """A row for each video: a frame at a quarter, one in the middle and the last."""
+    sheet = Image.new("RGB", (3 * STRIP, STRIP * len(videos)))
+    for row, frames in enumerate(videos):
+        for column, frame in enumerate((frames[len(frames) // 4], frames[len(frames) // 2], frames[-1])):
+            sheet.paste(frame.resize((STRIP, STRIP), Image.Resampling.BICUBIC), (column * STRIP, row * STRIP))
+    sheet.quantize(128).save(path, optimize=True)
+    print(path.relative_to(ROOT), path.stat().st_size)
+
+
 def write_moving(videos: list[list[Image.Image]], path: Path) -> None:
     """Videos of one length beside each other, as a moving WebP."""
     frames = []
@@ -150,18 +170,20 @@ def write_moving(videos: list[list[Image.Image]], path: Path) -> None:
 
 def take_screenshots(url: str) -> None:
     HELP.mkdir(parents=True, exist_ok=True)
-    with open_editor(url, 1600, 1000, **{"Comfy.Minimap.Visible": False}) as editor:
+    # Without previews: the tiny model is done after the first one, of noise, which would stay.
+    settings = {"Comfy.Minimap.Visible": False, "Comfy.Execution.PreviewMethod": "none"}
+    with open_editor(url, 1600, 1000, **settings) as editor:
         editor.open_templates()
         editor.page.wait_for_timeout(2000)
         shoot(editor, DOCS / "templates.png")
         editor.close_dialogs()
         for name in SHOWN:
             open_template(editor, name)
-            shoot(editor, HELP / f"{name}.png", clip=CANVAS)
+            shoot(editor, HELP / f"{name}.png", clip=clip(editor.page.evaluate(AROUND)))
+        open_template(editor, "tiny_mochi")
         editor.page.get_by_test_id("queue-button").click()
         editor.page.wait_for_function(PLAYING, timeout=120_000)
         editor.page.wait_for_timeout(700)
-        shoot(editor, DOCS / "editor.png")
         shoot(editor, DOCS / "graph.png", clip=bring_near(editor))
         show_help(editor, "Mochi1Sampler")
         shoot(editor, DOCS / "help.png")
@@ -183,6 +205,10 @@ def bring_near(editor: Editor) -> dict[str, float]:
     """From the prompts to the video, as large as fits; returns where they are on the page."""
     box = editor.page.evaluate(NEAR, NEAR_TYPES)
     editor.page.wait_for_timeout(1500)
+    return clip(box)
+
+
+def clip(box: list[float]) -> dict[str, float]:
     return dict(zip(("x", "y", "width", "height"), box, strict=True))
 
 

@@ -58,6 +58,13 @@ def test_every_template_is_described():
         assert [name for name in names if name.lower() not in text.lower()] == []
 
 
+def test_every_picture_is_shown():
+    pictures = [path for folder in ("docs", "web/docs") for path in (ROOT / folder / "images").glob("*.[pw][ne]*")]
+    text = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "pyproject.toml"])
+    assert pictures
+    assert [path.name for path in pictures if f"images/{path.name}" not in text] == []
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 

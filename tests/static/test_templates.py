@@ -90,12 +90,21 @@ def test_blueprints_say_what_they_are():
         assert subgraph["description"].endswith(".")
 
 
+def label(node, widget):
+    """What stands beside a widget."""
+    labels = {port["widget"]["name"]: port.get("label") for port in node["inputs"] if "widget" in port}
+    return labels.get(widget) or widget
+
+
 def test_app_mode_shows_prompt_length_seed_and_video():
     for name in TITLES:
         workflow = editor_form(name)
         nodes = {node["id"]: node for node in workflow["nodes"]}
         app = workflow["extra"]["linearData"]
         assert [nodes[key]["type"] for key in app["outputs"]] == ["SaveVideo"], name
+        labels = [label(nodes[number], key) for number, key in app["inputs"]]
+        assert len(set(labels)) == len(labels), name
+        assert not {"value", "file", "image", "text", "length", "noise_seed"} & set(labels), name
         shown = {key for _, key in app["inputs"]}
         assert shown & {"prompt", "text", "value"}, name
         assert shown & {"seconds", "num_frames", "length"}, name
