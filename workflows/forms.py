@@ -23,6 +23,11 @@ SEEDS = ("seed", "noise_seed")
 # Widgets whose own name says little where it stands alone, in App mode: they have the title of their node, or another name.
 TITLED = {"LoadVideo": "file", "LoadImage": "image", "PrimitiveStringMultiline": "value", "CLIPTextEncode": "text"}
 NAMED = {"EmptyMochiLatentVideo": {"length": "frames (30 a second)"}, "RandomNoise": {"noise_seed": "seed"}}
+# Height of what a node shows below its widgets: a file, a forecast in three lines (two fit anyway); or of higher widgets.
+BELOW = {
+    **{RESULT: VIEWER, "LoadVideo": 230, "LoadImage": 230},
+    **dict.fromkeys(("Mochi1Sampler", "Mochi1Edit", "ContextWindowsManual"), 24),
+}
 
 Json = dict[str, Any]
 
@@ -160,7 +165,7 @@ def _inner(graph: Graph, subgraph: Subgraph) -> Json:
         (origin,) = (node for node in nodes if node["id"] == record.origin_id)
         origin["outputs"][record.origin_slot]["links"].append(record.id)
     right = max(node["pos"][0] + node["size"][0] for node in nodes)
-    inlet = 50 + 7 * max(len(port.label or port.name) for port in subgraph.ports)
+    inlet = 28 + 6 * max(len(port.label or port.name) for port in subgraph.ports)
     return {
         "id": str(uuid.uuid5(NAMESPACE, subgraph.name)),
         "version": 1,
@@ -173,7 +178,7 @@ def _inner(graph: Graph, subgraph: Subgraph) -> Json:
         "revision": 0,
         "config": {},
         "name": subgraph.name,
-        "inputNode": {"id": INSIDE, "bounding": [-24 - inlet, 0, inlet, 40 + 20 * len(ports)]},
+        "inputNode": {"id": INSIDE, "bounding": [-30 - inlet, 0, inlet, 40 + 20 * len(ports)]},
         "outputNode": {"id": OUTSIDE, "bounding": [right + 80, 0, 120, 60]},
         "inputs": [
             {
@@ -182,7 +187,7 @@ def _inner(graph: Graph, subgraph: Subgraph) -> Json:
                 "type": _spec(graph, port.node, port.input)[0],
                 "linkIds": [record.id for record in records if record[1:3] == (INSIDE, slot)],
                 **({"label": port.label} if port.label else {}),
-                "pos": [-40, 20 + 20 * slot],
+                "pos": [-30, 20 + 20 * slot],
             }
             for slot, port in enumerate(subgraph.ports)
         ],
@@ -434,8 +439,7 @@ def _height(node: Node, definition: Json) -> int:
         for spec in specs.values()
         if len(spec) > 1 and spec[1].get("multiline")
     )
-    viewer = {RESULT: VIEWER, "LoadVideo": 230, "LoadImage": 230}.get(node.type, 0)
-    return 50 + 26 * rows + text + viewer
+    return 50 + 26 * rows + text + BELOW.get(node.type, 0)
 
 
 def _note(text: str, number: int, order: int, box: Box) -> Json:

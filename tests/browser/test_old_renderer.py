@@ -1,7 +1,7 @@
 """The same nodes, drawn on the canvas as ComfyUI did before its "Nodes 2.0"."""
 
 from tests.harness.browser import label, open_editor
-from tests.harness.templates import editor_form
+from tests.harness.templates import NAMES, editor_form
 
 # Whether the node of a subgraph shows a prompt's tokens and the memory as badges.
 BADGES = """tokens => {
@@ -23,6 +23,9 @@ def test_old_renderer_opens_and_names_everything_too(templates_server):
         )
         editor.page.get_by_role("alert").filter(has_text="use 96 or 112").wait_for()
         assert label(editor, "Mochi1Sampler", "width") == "\u26a0 width"
+        for name in NAMES:
+            editor.load(editor_form(name), name)
+            assert editor.crowded() == [], name
         editor.load(editor_form("text_to_video"), "outside")
         editor.page.wait_for_function(BADGES, arg="26 of 256 tokens", timeout=20_000)
         assert editor.errors == []

@@ -46,6 +46,7 @@ def test_opens_without_complaint_and_means_the_same_as_its_api_form(editor, name
     assert editor.missing() == []
     assert editor.errors == []
     assert essence(editor.prompt()) == essence(api_form(name))
+    assert editor.crowded() == []
 
 
 def test_blueprint_is_found_by_search_and_makes_a_video(editor):

@@ -27,6 +27,18 @@ SETTINGS = {
 READY = "Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.Mochi1Sampler)"
 PLAYING = """() => [...document.querySelectorAll("video")].some(video => {
     video.muted = true; video.play(); return video.readyState >= 3 && video.currentTime > 0.2; })"""
+# Titles of nodes of the open graph that lie on another one as they are drawn, or partly outside of a group.
+CROWDED = """() => {
+    const { _nodes: nodes, _groups: groups } = app.canvas.graph;
+    nodes.forEach(node => node.updateArea());
+    const edges = ({ boundingRect: [x, y, width, height] }) => [x, y, x + width, y + height];
+    const meet = ([a, b, c, d], [e, f, g, h]) => a < g && e < c && b < h && f < d;
+    const holds = ([a, b, c, d], [e, f, g, h]) => a <= e && b <= f && g <= c && h <= d;
+    return nodes.filter((node, i) =>
+        nodes.some((other, j) => i !== j && meet(edges(node), edges(other)))
+        || groups.some(group => meet(edges(group), edges(node)) && !holds(edges(group), edges(node)))
+    ).map(node => node.title);
+}"""
 # What the front end itself logs on a server that is fresh or has no network, and when it looks for help in a language first.
 FOREIGN = re.compile(
     r"/(?:api/)?(?:userdata|users?\.css|user\.css|settings|view\?)|/docs/\w+/\w+\.md|^https?://(?!127\.0\.0\.1)"
@@ -74,6 +86,22 @@ class Editor:
         return self.page.evaluate(
             "app.graph._nodes.filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types))"
             ".map(node => node.type)"
+        )
+
+    def crowded(self) -> list[str]:
+        """Titles of nodes that lie on others or on the edge of a group, in the graph and in its subgraph."""
+        found = self.page.evaluate(CROWDED)
+        if self.open_subgraph():
+            self.page.wait_for_timeout(700)
+            found += self.page.evaluate(CROWDED)
+            self.page.evaluate("app.canvas.setGraph(app.rootGraph ?? app.graph)")
+        return found
+
+    def open_subgraph(self) -> bool:
+        """Show what is inside of the first subgraph; whether there is one."""
+        return self.page.evaluate(
+            "() => { const node = app.graph._nodes.find(node => node.subgraph);"
+            " if (node) app.canvas.openSubgraph(node.subgraph, node); return Boolean(node); }"
         )
 
     def command(self, name: str) -> None:

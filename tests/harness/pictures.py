@@ -193,10 +193,7 @@ def take_screenshots(url: str) -> None:
 
 def open_template(editor: Editor, name: str) -> None:
     editor.load(editor_form(name), TITLES[name])
-    editor.page.evaluate(
-        "() => { const node = app.graph._nodes.find(node => node.subgraph);"
-        " if (node) app.canvas.openSubgraph(node.subgraph, node); }"
-    )
+    editor.open_subgraph()
     editor.command("Comfy.Canvas.FitView")
     editor.page.wait_for_timeout(1500)
 
