@@ -32,3 +32,12 @@ def test_no_test_module_is_imported():
 def test_benchmarks_import_no_tests():
     for path in (ROOT / "benchmarks").rglob("*.py"):
         assert all(name.startswith("benchmarks.") for name in imported(path)), path
+
+
+def test_sources_are_as_comfy_test_asks():
+    """In characters of Windows' code page (others are written as escapes); autocast is imported by its name."""
+    for path in ROOT.rglob("*.py"):
+        if ".dev" not in path.parts:
+            text = path.read_text(encoding="utf-8")
+            text.encode("cp1252")
+            assert not re.search(r"torch\.(cuda\.|amp\.)*autocast\(", text), path

@@ -133,7 +133,7 @@ def train_frames(
 
     def loss_at(step: int) -> Tensor:
         rng = FRAMES_LOOP.rng(step)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device.type, torch.bfloat16):
             return tiny_dit.loss(tiny, tokenizer, tiny_dit.choose_set(rng, sets), rng, WITH_FRAME_LEVELS)
 
     return FRAMES_LOOP.run(tiny.requires_grad_(True).train(), loss_at, folder)
