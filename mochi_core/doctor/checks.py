@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels as fused_kernels
+from ..autoencoder.layers import unfolds_conv3d
 from ..autoencoder.model import AsymmVAE
 from ..config import AsymmDiTConfig, AsymmVAEConfig
 from ..quantization.fp8 import unsupported_reason as fp8_unsupported_reason
@@ -47,6 +48,16 @@ M = TypeVar("M", bound=nn.Module)
 def kernels(device: torch.device) -> dict[str, Any]:
     """Which kernels `device` gets between matrix products: {"chosen", "reason"}, reason None if they are fused ones."""
     return {"chosen": fused_kernels.chosen(device), "reason": fused_kernels.reason(device)}
+
+
+def convolutions(device: torch.device) -> dict[str, Any]:
+    """How the core's autoencoder convolves in 16 bits on `device`: {"chosen", "reason"}, reason None if nothing is in the way."""
+    if not unfolds_conv3d(torch.empty(1, device=device, dtype=DTYPE)):
+        return {"chosen": "in three dimensions", "reason": None}
+    reason = (
+        f"PyTorch {torch.__version__} copies every value of those in three dimensions 27 times instead of using cuDNN"
+    )
+    return {"chosen": "frame by frame", "reason": f"{reason} {torch.backends.cudnn.version()}"}
 
 
 def networks(device: torch.device) -> dict[str, Any]:

@@ -23,6 +23,7 @@ MACHINE = {
 CHECKS = {
     "devices": machine.devices,
     "kernels": checks.kernels,
+    "convolutions": checks.convolutions,
     "networks": checks.networks,
     "attention": checks.attention,
     "products": checks.products,

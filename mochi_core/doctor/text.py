@@ -65,8 +65,8 @@ def _device(one: dict[str, Any]) -> str:
     return f"{one['name']}, {one['total_bytes'] / GIB:.1f} GiB{free}"
 
 
-def _kernels(found: dict[str, Any]) -> list[str]:
-    return [f"kernels: {found['chosen']}" + (f", because {found['reason']}" if found["reason"] else "")]
+def _chosen(name: str) -> Callable[[dict[str, Any]], list[str]]:
+    return lambda found: [f"{name}: {found['chosen']}" + (f", because {found['reason']}" if found["reason"] else "")]
 
 
 def _checked(title: str) -> Callable[[dict[str, Any]], list[str]]:
@@ -149,7 +149,8 @@ SECTIONS = {
     "system": _one("system"),
     "driver": _one("driver"),
     "devices": _devices,
-    "kernels": _kernels,
+    "kernels": _chosen("kernels"),
+    "convolutions": _chosen("convolutions"),
     "networks": _checked("networks in bf16, beside plain float32 on the CPU"),
     "attention": _checked("attention in bf16, beside float64"),
     "products": _checked("layers with quantised weights, beside float64"),

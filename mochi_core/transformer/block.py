@@ -168,6 +168,9 @@ class AsymmetricJointBlock(nn.Module):
         That of x may be by frame, (B or 1, T, 4 * Dx).
         """
         mod_x, mod_y = modulation
+        if not kernels.fused(x, mod_x):
+            # One kernel each, where every scale and gate would start its own.
+            mod_x, mod_y = mod_x.float(), mod_y.float()
         scale_attn_x, gate_attn_x, scale_mlp_x, gate_mlp_x = mod_x.chunk(4, dim=-1)  # (B, Dx) or (B, T, Dx)
         if self.mlp_y is None:
             attn_x, _ = self.attn(x, y, scale_attn_x, mod_y, context)  # (B, N, Dx)

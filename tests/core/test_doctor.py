@@ -35,6 +35,7 @@ MODELS = [
     )
 ]
 CPU = torch.device("cpu")
+PLAIN = {"chosen": "plain", "reason": None}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,15 @@ def test_what_works_on_a_cpu_and_why_the_rest_does_not(found):
     assert all(one["ok"] and 1e-4 < one["error"] < 0.05 for one in ran)
     assert found["kernels"]["chosen"] == "plain"
     assert found["kernels"]["reason"]
+
+
+def test_convolutions_that_pytorch_takes_from_cudnn_are_named(monkeypatch, found):
+    assert lines_about(render(found), "convolutions: in three dimensions")
+    monkeypatch.setattr(checks, "unfolds_conv3d", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    text = " ".join(render({**found, "convolutions": checks.convolutions(CPU)}).split())
+    said = f"PyTorch {torch.__version__} copies every value of those in three dimensions 27 times instead of using cuDNN 91002"
+    assert f"convolutions: frame by frame, because {said}" in text
 
 
 def test_the_command_prints_the_report_and_json_of_it(capsys, found, monkeypatch):
@@ -203,7 +213,8 @@ def broken(*_):
 @pytest.mark.parametrize("name", [*report.MACHINE, *report.CHECKS])
 def test_a_broken_probe_becomes_a_line_and_the_rest_stays(monkeypatch, name):
     quiet = {probe: lambda *_: {} for probe in (*report.MACHINE, *report.CHECKS)}
-    quiet |= {"devices": lambda *_: [], "kernels": lambda *_: {"chosen": "plain", "reason": None}, name: broken}
+    chosen = dict.fromkeys(("kernels", "convolutions"), lambda *_: PLAIN)
+    quiet |= {"devices": lambda *_: [], **chosen, name: broken}
     for table in ("MACHINE", "CHECKS"):
         monkeypatch.setattr(report, table, {probe: quiet[probe] for probe in getattr(report, table)})
     report_of_it = examine("cpu", [ROOT / "none.safetensors"])
@@ -268,7 +279,7 @@ def test_bad_and_foreign_files_get_their_sentence(tmp_path):
 
 EMPTY = {
     "device": "cpu", "versions": {}, "system": "", "driver": "", "devices": [], "networks": {}, "attention": {},
-    "products": {}, "kernels": {"chosen": "plain", "reason": None}, "files": [],
+    "products": {}, "kernels": PLAIN, "convolutions": PLAIN, "files": [],
 }  # fmt: skip
 
 
