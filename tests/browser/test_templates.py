@@ -1,12 +1,14 @@
 """The templates in a real editor."""
 
+import json
+
 import pytest
 
 from tests.harness.browser import PLAYING
 from tests.harness.demo import template_link
 from tests.harness.pictures import THUMBNAIL
 from tests.harness.templates import NAMES, TITLES, api_form, editor_form, essence
-from workflows.source import TEXT_TO_VIDEO
+from workflows.source import BF16, TEXT_TO_VIDEO, VAE
 
 SMALL = {
     "prompt": "a red star moving to the right", "width": 64, "height": 64, "num_frames": 7, "steps": 1,
@@ -47,6 +49,16 @@ def test_opens_without_complaint_and_means_the_same_as_its_api_form(editor, name
     assert editor.errors == []
     assert essence(editor.prompt()) == essence(api_form(name))
     assert editor.crowded() == []
+
+
+def test_missing_files_are_offered_for_download(editor):
+    text = json.dumps(editor_form("text_to_video"))
+    for name in (BF16, VAE):
+        text = text.replace(name, f"absent_{name}")
+    editor.load(json.loads(text), "missing")
+    editor.page.get_by_role("button", name="View details").first.click()
+    editor.page.get_by_text("Missing Models").first.wait_for()
+    editor.page.get_by_role("button", name="Download all").first.wait_for()
 
 
 def test_blueprint_is_found_by_search_and_makes_a_video(editor):
