@@ -22,7 +22,7 @@ AUTOGROW = "COMFY_AUTOGROW_V3"
 SEEDS = ("seed", "noise_seed")
 # Widgets whose own name says little where it stands alone, in App mode: they have the title of their node, or another name.
 TITLED = {"LoadVideo": "file", "LoadImage": "image", "PrimitiveStringMultiline": "value", "CLIPTextEncode": "text"}
-NAMED = {"EmptyMochiLatentVideo": {"length": "frames (30 a second)"}, "RandomNoise": {"noise_seed": "seed"}}
+NAMED = {"EmptyMochiLatentVideo": {"length": "frames"}, "RandomNoise": {"noise_seed": "seed"}}
 # Height of what a node shows below its widgets: a file, a forecast in three lines (two fit anyway); or of higher widgets.
 BELOW = {
     **{RESULT: VIEWER, "LoadVideo": 230, "LoadImage": 230},
