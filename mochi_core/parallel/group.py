@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from typing import TypeVar, cast
@@ -137,41 +136,22 @@ class Stopped(RuntimeError):  # noqa: N818 - nothing is wrong with this member
 class Threads:
     """Threads of one process as members, with a device each.
 
-    When one of them fails or is cancelled, all others that wait for it, or will, raise `Stopped`.
+    When one of them fails, is cancelled or ends early, all others that wait for it, or will, raise `Stopped`.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.error: BaseException | None = None
         """What the first member that failed has raised; `Stopped` if it waited in vain."""
-        self._lock = threading.Lock()
+        self._ended: set[int] = set()
+        self._changed = threading.Condition()
+        """Held to read or write what members wait for, and notified when it has changed."""
         self._meetings: dict[tuple[int, ...], _Meeting] = {}
-
-    def member(self, rank: int) -> Group:
-        """The group as the thread that works as member `rank` sees it."""
-        return _Thread(self, tuple(range(self.size)), rank)
-
-    @contextmanager
-    def working(self, rank: int) -> Iterator[Group]:
-        """`member(rank)`, for the duration of its work: what ends it early ends the other members, too."""
-        try:
-            yield self.member(rank)
-        except BaseException as error:
-            self.stop(error)
-            raise
-
-    def stop(self, error: BaseException) -> None:
-        """End all members because of `error`, which one of them has raised."""
-        with self._lock:
-            if self.error is None:
-                self.error = error
-            for meeting in self._meetings.values():
-                meeting.barrier.abort()
 
     def run(self, work: Callable[[Group], Result], start: Start | None = None) -> list[Result]:
         """What `work` returns for each member, in threads of their own, the first in this one; by rank.
 
-        `start` begins the work of another member, by default in a new thread.
+        `start` begins the work of another member, by default in a new thread, or raises why it cannot.
 
         Raises:
             The first error of a member.
@@ -179,19 +159,21 @@ class Threads:
         results: dict[int, Result] = {}
 
         def run_member(rank: int) -> None:
-            with self.working(rank) as group:
-                results[rank] = work(group)
-
-        def run_quietly(rank: int) -> None:
             try:
-                run_member(rank)
-            except BaseException:
-                return  # it is kept in `error`
+                results[rank] = work(_Thread(self, tuple(range(self.size)), rank))
+            except BaseException as error:
+                self.stop(error)
+            with self._changed:
+                self._ended.add(rank)
+                self._changed.notify_all()
 
-        begin = start or _start_thread
-        waits = [begin(rank, partial(run_quietly, rank)) for rank in range(1, self.size)]
+        begin, waits = start or _start_thread, []
         try:
-            run_quietly(0)
+            for rank in range(1, self.size):
+                waits.append(begin(rank, partial(run_member, rank)))
+            run_member(0)
+        except BaseException as error:  # a member has no thread to work in
+            self.stop(error)
         finally:
             for wait in waits:
                 wait()
@@ -199,14 +181,38 @@ class Threads:
             raise self.error
         return [results[rank] for rank in range(self.size)]
 
+    def stop(self, error: BaseException) -> None:
+        """End all members because of `error`, which one of them has raised."""
+        with self._changed:
+            if self.error is None:
+                self.error = error
+            self._changed.notify_all()
+
     def meeting(self, ranks: tuple[int, ...]) -> _Meeting:
         """Where these members exchange tensors."""
-        with self._lock:
-            if ranks not in self._meetings:
-                self._meetings[ranks] = _Meeting(len(ranks))
-                if self.error is not None:
-                    self._meetings[ranks].barrier.abort()
-            return self._meetings[ranks]
+        with self._changed:
+            return self._meetings.setdefault(ranks, _Meeting(len(ranks)))
+
+    def meet(self, ranks: tuple[int, ...]) -> None:
+        """Wait until all these members are at this point of their meeting.
+
+        Raises:
+            Stopped: they will not be, or one has failed that may not be among them.
+        """
+        meeting = self.meeting(ranks)
+        with self._changed:
+            meeting.came += 1
+            all_came = -(-meeting.came // len(ranks)) * len(ranks)
+
+            def over() -> bool:
+                return self.error is not None or meeting.came >= all_came or not self._ended.isdisjoint(ranks)
+
+            self._changed.notify_all()
+            self._changed.wait_for(over, MEETING_TIMEOUT)
+            if self.error is not None:
+                raise Stopped(f"Another member failed: {self.error}") from self.error
+            if meeting.came < all_came:
+                raise Stopped(f"Another member {'has ended already' if over() else 'did not come'}.")
 
 
 def _start_thread(rank: int, work: Callable[[], None]) -> Callable[[], object]:
@@ -219,7 +225,8 @@ class _Meeting:
     """Where threads lay out what they send, between two waits for each other."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size)
+        self.came = 0
+        """How often a member has come, all of them together."""
         self.parts: list[Sequence[Tensor]] = [()] * size
         self.made: list[torch.cuda.Event | None] = [None] * size
         self.copied: list[torch.cuda.Event | None] = [None] * size
@@ -235,24 +242,17 @@ class _Thread(Group):
     def _start(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> Wait:
         meeting, device = self.meeting, parts[0].device
         meeting.parts[self.rank], meeting.made[self.rank] = parts, _reached(device)
-        self._wait()
+        self.threads.meet(self.ranks)
         _await_events(meeting.made, device)
         received = [
             meeting.parts[p][self.rank].to(device, copy=True).reshape(tuple(shape)) for p, shape in enumerate(shapes)
         ]
         meeting.copied[self.rank] = _reached(device)
-        self._wait()
+        self.threads.meet(self.ranks)
         # Others have read what this member sent when their devices come that far; until then it may not be overwritten.
         _await_events(meeting.copied, device)
         meeting.parts[self.rank] = ()  # nobody reads them again, and they would keep memory until the next exchange
         return lambda: received
-
-    def _wait(self) -> None:
-        try:
-            self.meeting.barrier.wait(MEETING_TIMEOUT)
-        except threading.BrokenBarrierError:
-            error = self.threads.error
-            raise Stopped(f"Another member failed: {error}" if error else "Another member did not come.") from error
 
     def grid(self, *sizes: int) -> tuple[Group, ...]:
         axes = []

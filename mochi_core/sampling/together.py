@@ -13,6 +13,7 @@ from ..parallel.group import Group
 from ..parallel.plan import Members
 from ..transformer.model import AsymmDiT
 from .block_cache import BlockCache
+from .given import Given
 from .guidance import Velocities
 
 OnStep = Callable[[int, Tensor], bool | None]
@@ -56,6 +57,7 @@ def facts(
     conditions: Sequence[tuple[Tensor, Tensor]],
     guidance: object,
     cache: BlockCache | None,
+    given: Given | None,
 ) -> dict[str, str]:
     """What all members of a run must have in common, as short texts."""
     weights = {name: (tensor.shape, tensor.dtype) for name, tensor in dit.state_dict().items()}
@@ -64,9 +66,15 @@ def facts(
         "the noise has the checksum": _checksum(state),
         "schedule and guidance have the checksum": _checksum(sigmas, str(guidance)),
         "the prompts have the checksum": _checksum(*(tensor for condition in conditions for tensor in condition)),
+        "the given frames have the checksum": "none" if given is None else _checksum(*_parts(given)),
         "the transformer has the checksum": _checksum(dit.pos_frequencies, dit.x_embedder.proj.weight, str(weights)),
         "the block cache is": "none" if cache is None else str((cache.method, cache.threshold, cache.start, cache.end)),
     }
+
+
+def _parts(given: Given) -> tuple[Tensor | str, ...]:
+    """What a run uses of given frames: not the latents where a level is 1."""
+    return given.latents[:, :, given.levels.cpu() < 1].float(), given.levels, str(given.held)
 
 
 def _checksum(*values: Tensor | str) -> str:

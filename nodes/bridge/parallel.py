@@ -51,7 +51,8 @@ def add_devices(model, gpus: int, split: str):
     available = len(mm.get_all_torch_devices())
     mm.cleanup_models_gc()  # the host looks for clones among models that are loaded, and stumbles over those that are gone
     mm.cleanup_models()
-    shared = comfy.multigpu.create_multigpu_deepclones(model, gpus or available, reuse_loaded=True)
+    all_there = all(loaded is not None for loaded in mm.loaded_models())  # a network stays that something else holds
+    shared = comfy.multigpu.create_multigpu_deepclones(model, gpus or available, reuse_loaded=all_there)
     wrappers = {
         comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING: _with_shared_memory,
         comfy.patcher_extension.WrappersMP.CALC_COND_BATCH: _with_devices,
@@ -194,8 +195,16 @@ class Devices:
         return torch.cat([velocity.to(x.device) for velocity in velocities])
 
     def _start(self, rank: int, work: Callable[[], None]) -> Callable[[], object]:
-        """Begin the work of a member in its device's thread; what is returned waits for its end."""
+        """Begin the work of a member in its device's thread; what is returned waits for its end.
+
+        Raises:
+            The error with which the host's thread could not set its device: it runs nothing, and gives that for everything.
+        """
         device = self.patchers[rank].load_device
+        self.pool.submit(device, int)
+        with _named_errors(device):
+            if (error := self.pool.get_result(device)[1]) is not None:
+                raise error
         self.pool.submit(device, work)
         return partial(self.pool.get_result, device)
 

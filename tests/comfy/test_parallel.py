@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mochi_core.parallel.group import MEETING_TIMEOUT
 from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.parallel_runs import HEADS_24
 from tests.harness.tiny_models import random_dit
 
 SCRIPT = """
-import json, logging, threading, time
+import gc, json, logging, threading, time
 import comfy.hooks, comfy.model_management as mm, comfy.sample, comfy.samplers
 import nodes as stock
 from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -101,6 +102,14 @@ model = load_model(path, torch.float32)
 network = model.model.diffusion_model
 compare("CFG split", model, add=cfg_split)
 compare("guided", model)
+lost = load_model(path, torch.float32)
+network_of_lost, lost.itself = lost.model, lost
+mm.load_models_gpu([lost])
+del lost
+gc.collect()
+assert None in mm.loaded_models()
+compare("beside a network whose MODEL is gone", model)
+del network_of_lost
 compare("guided by tokens", model, split="sequence")
 compare("unguided", model, cfg=1.0)
 compare("unguided, whole prompts", model, cfg=1.0, split="guidance")
@@ -163,6 +172,21 @@ for error in (ValueError("wrong"), mm.InterruptProcessingException(), mm.OOM_EXC
             "shown": raised is error, "seconds": seconds, "threads": threading.active_count() - threads,
             "said": says("failed, and all devices stop"),
         }
+def no_device(device):
+    if device == SECOND:
+        raise ValueError("no such device")
+    original(device)
+
+original, mm.set_torch_device = mm.set_torch_device, no_device
+said.clear()
+began = time.monotonic()
+try:
+    sample(broken)
+    raised = None
+except ValueError as caught:
+    raised = str(caught)
+found["no device"] = {"raised": raised, "seconds": time.monotonic() - began, "said": says("failed, and all devices stop")}
+mm.set_torch_device = original
 compare("after errors", model, split="sequence", add=lambda *_: broken)
 
 found["plans"] = {}
@@ -180,7 +204,7 @@ found["left"] = [model.model.shared_by, *(key for key in ("multigpu_clones", "mo
 mm.get_all_torch_devices = lambda exclude_current=False: [FIRST]
 said.clear()
 alone = on_both(broken)
-found["one GPU"] = {"said": says("Mochi"), "clones": alone.get_additional_models()}
+found["one GPU"] = {"said": says("Mochi parallel"), "clones": alone.get_additional_models()}
 found["one GPU"]["wrappers"] = [place for place, by_key in alone.wrappers.items() if "mochi_parallel" in by_key]
 save_file(latents, result)
 print(json.dumps(found))
@@ -194,6 +218,7 @@ TWO_BY_TOKENS = [[0, True, 2, 23], [1, False, 2, 22]]
 RAN = {
     "CFG split": [[0, False, 1, 45], [1, False, 1, 45]],
     "guided": PAIR,
+    "beside a network whose MODEL is gone": PAIR,
     "guided by tokens": TWO_BY_TOKENS,
     "unguided": ONE_BY_TOKENS,
     "unguided, whole prompts": [[0, True, 1, 45]],
@@ -275,11 +300,18 @@ def test_what_the_console_says(found):
 def test_an_error_of_one_device_ends_both_and_is_shown(found, error, which):
     ended = found[f"{error} on the {which}"]
     assert ended["shown"]
-    assert ended["seconds"] < 5
+    assert ended["seconds"] < MEETING_TIMEOUT / 2
     assert ended["threads"] == 0
     device, message = {"first": "cpu", "second": "cpu:0"}[which], {"ValueError": "wrong", "OutOfMemoryError": "full"}
     expected = [f"Mochi parallel: {device} failed, and all devices stop: {message[error]}"] if error in message else []
     assert ended["said"] == expected, "a cancel is no failure"
+
+
+def test_a_thread_that_cannot_have_its_device_is_an_error(found):
+    ended = found["no device"]
+    assert ended["raised"] == "no such device"
+    assert ended["seconds"] < MEETING_TIMEOUT / 2
+    assert ended["said"] == ["Mochi parallel: cpu:0 failed, and all devices stop: no such device"]
 
 
 def test_plans_for_guided_and_unguided_steps(found):

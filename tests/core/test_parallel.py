@@ -188,7 +188,7 @@ def test_the_change_is_that_of_all_tokens():
 def test_decisions_that_differ_are_an_error(pool):
     start = time.monotonic()
     said = pool.run(2, "run_with_a_bent_decision", "ulysses=2")
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < group_module.MEETING_TIMEOUT / 2
     sentence = "Members decided differently about the block cache; give all of them the same cache and video."
     assert said == [f"RuntimeError: {sentence}"] * 2
 
@@ -197,6 +197,14 @@ def test_members_with_other_arguments_are_refused(pool):
     sentence = r"ValueError: Members differ: schedule and guidance have the checksum \w+ on member 0, \w+ on member 1\."
     for said in pool.run(2, "run_with_own_scales", "guidance=2"):
         assert re.fullmatch(sentence, said)
+
+
+def test_members_with_other_given_frames_are_refused(pool):
+    sentence = r"ValueError: Members differ: the given frames have the checksum \w+ on member 0, \w+ on member 1\."
+    for said in pool.run(2, "run_with_own_given_frames", "guidance=2", 0.5):
+        assert re.fullmatch(sentence, said)
+    (first, _, _), (second, _, _) = pool.run(2, "run_with_own_given_frames", "guidance=2", 1.0)
+    assert torch.equal(first, second)
 
 
 PLANNED = {
@@ -268,7 +276,7 @@ def test_what_ends_one_thread_ends_all(count, error):
     with pytest.raises(type(error)) as raised:
         Threads(count).run(work)
     assert raised.value is error
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < group_module.MEETING_TIMEOUT / 2
     assert sorted(ended) == [(rank, type(error) if rank == 1 else Stopped) for rank in range(count)]
 
 
@@ -281,6 +289,41 @@ def test_a_member_that_does_not_come_is_an_error(monkeypatch):
 
     with pytest.raises(Stopped, match=r"^Another member did not come\.$"):
         Threads(2).run(work)
+
+
+@pytest.mark.parametrize("early", [0, 2])
+def test_a_member_that_ends_early_ends_all(early):
+    """At once, after an exchange that the others may still be reading."""
+
+    def work(group):
+        for turn in range(3):
+            if turn == 1 and group.rank == early:
+                return
+            assert group.total(torch.ones(2)).tolist() == [3, 3]
+
+    start = time.monotonic()
+    with pytest.raises(Stopped, match=r"^Another member has ended already\.$"):
+        Threads(3).run(work)
+    assert time.monotonic() - start < group_module.MEETING_TIMEOUT / 2
+
+
+def test_a_member_without_a_thread_ends_all():
+    def start(rank, work):
+        if rank == 2:
+            raise OSError("no thread")
+        return group_module._start_thread(rank, work)
+
+    ended = []
+
+    def work(group):
+        try:
+            group.total(torch.ones(2))
+        finally:
+            ended.append((group.rank, sys.exc_info()[0]))
+
+    with pytest.raises(OSError, match=r"^no thread$"):
+        Threads(3).run(work, start)
+    assert ended == [(1, Stopped)]
 
 
 def test_threads_keep_nothing_of_what_they_sent():

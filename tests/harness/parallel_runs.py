@@ -13,6 +13,7 @@ from mochi_core.parallel.decode import decode_together
 from mochi_core.parallel.plan import Members, Plan
 from mochi_core.quantization.weights import QUANTIZERS
 from mochi_core.sampling.block_cache import CachedBlocks
+from mochi_core.sampling.given import Given
 from mochi_core.transformer.offload import stream_blocks
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.random_inputs import SIGMAS, inputs, prompt
@@ -103,6 +104,13 @@ def run_with_a_bent_decision(group, plan):
 
 def run_with_own_scales(group, plan):
     return run(group, plan, scales=4.5 + group.rank)
+
+
+def run_with_own_given_frames(group, plan, level):
+    """Frame 0 is the same for all members; frame 1, with this level, and frame 2, which is not used, are not."""
+    latents = torch.full((1, 12, 3, 6, 10), 1.0 + group.rank)
+    latents[:, :, 0] = 1
+    return run(group, plan, given=Given(latents, torch.tensor([0.0, level, 1.0]), held=True))
 
 
 def decode(group, latents, memory_limit=None):
