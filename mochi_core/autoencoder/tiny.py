@@ -7,7 +7,7 @@ given for the frame before. Latents come in DiT space, pixels go out in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -85,6 +85,8 @@ class TinyDecoder(nn.Module):
             layers.append(ops.Conv2d(width, following, 3, padding=1, bias=False, **factory))
         layers += [nn.ReLU(), ops.Conv2d(widths[-1], 3, 3, padding=1, **factory)]
         self.decoder = nn.Sequential(*layers)
+        self.last_memory = max(i for i, layer in enumerate(layers) if isinstance(layer, MemoryBlock))
+        """Index of the last layer that knows of other frames than its own."""
 
     def decoded_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """(B, 12, T, H, W) to (B, 3, 6 * (T - 1) + 1, 8 * H, 8 * W)."""
@@ -114,8 +116,21 @@ class TinyDecoder(nn.Module):
                 on_progress(b * len(clip) + t + 1, len(frames) * len(clip))
         return video
 
-    def _decode_frames(self, x: Tensor, pasts: dict[int, Tensor]) -> Tensor:
-        """Latent frames (t, 12, H, W) to (6 * t, 3, 8 * H, 8 * W); `pasts` holds the last frame that each block was given."""
+    @torch.no_grad()
+    def last_frames(self, latents: Tensor) -> Iterator[Tensor]:
+        """For each frame of DiT-space latents (12, T, H, W), the last of those made of it, (3, 8 * H, 8 * W) in about [0, 1].
+
+        The others of its six are left out where layers no longer look at them, which is where frames are largest.
+        """
+        pasts: dict[int, Tensor] = {}
+        for frame in latents.to(next(self.parameters()).dtype).unbind(1):
+            yield self._decode_frames(frame[None], pasts, last_only=True)[0]
+
+    def _decode_frames(self, x: Tensor, pasts: dict[int, Tensor], last_only: bool = False) -> Tensor:
+        """Latent frames (t, 12, H, W) to (6 * t, 3, 8 * H, 8 * W), or the last of them; updates `pasts`.
+
+        These are the last frame that each block was given, by its index.
+        """
         for i, layer in enumerate(self.decoder):
             if isinstance(layer, MemoryBlock):
                 before = pasts.get(i, torch.zeros_like(x[:1]))
@@ -123,4 +138,6 @@ class TinyDecoder(nn.Module):
                 x = layer(x, torch.cat((before, x[:-1])))
             else:
                 x = layer(x)
+            if last_only and i >= self.last_memory:
+                x = x[-1:]
         return x

@@ -13,7 +13,6 @@ import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from PIL import Image
 
-from ...mochi_core.autoencoder.latents import denormalize_latents
 from ...mochi_core.autoencoder.tiny import TinyDecoder
 from ...mochi_core.checkpoints import load_tiny_vae
 from ...mochi_core.geometry import FPS, TEMPORAL_COMPRESSION
@@ -69,11 +68,8 @@ def latents_to_rgb(latents: torch.Tensor, latent_format: MochiLatents) -> torch.
 
 def decoded_frames(latents: torch.Tensor, decoder: TinyDecoder) -> torch.Tensor:
     """The first video of latents (B, 12, T, H, W) in DiT space as frames (T, 4 * H, 4 * W, 3), uint8 on the CPU."""
-    video = decoder.decode(denormalize_latents(latents[:1].float()))[
-        0, :, ::TEMPORAL_COMPRESSION
-    ]  # (3, T, 8 * H, 8 * W)
-    halved = torch.nn.functional.avg_pool2d(video.transpose(0, 1), 2)  # (T, 3, 4 * H, 4 * W)
-    return (halved.permute(0, 2, 3, 1) * 255).round_().clamp_(0, 255).to("cpu", torch.uint8)
+    halved = (torch.nn.functional.avg_pool2d(frame.float(), 2) for frame in decoder.last_frames(latents[0]))
+    return torch.stack([(f.permute(1, 2, 0) * 255).round_().clamp_(0, 255).to("cpu", torch.uint8) for f in halved])
 
 
 def tiny_decoder(device: torch.device) -> TinyDecoder | None:
@@ -86,7 +82,7 @@ def tiny_decoder(device: torch.device) -> TinyDecoder | None:
         return None
     try:
         return load_tiny_vae(path, torch.float32 if device.type == "cpu" else torch.float16, device)
-    except ValueError as error:
+    except Exception as error:  # also for lack of memory: see `Previewer.show`
         logging.warning("Mochi preview: %s The linear fit is shown.", sentence(error))
         return None
 
@@ -98,11 +94,25 @@ class Previewer:
         """With a `decoder`, frames are decoded, otherwise they are a linear fit to the latents."""
         self.latent_format, self.decoder = latent_format, decoder
         self.started, self.spent = time.perf_counter(), 0.0
+        self.failed = False
 
     def show(self, step: int, denoised: torch.Tensor, total: int) -> None:
-        """Send a preview of `denoised` (B, 12, T, H, W), latents in DiT space, after `step` of `total` steps."""
-        if self.spent > MAX_TIME_FRACTION * (time.perf_counter() - self.started):
+        """Send a preview of `denoised` (B, 12, T, H, W), latents in DiT space, after `step` of `total` steps.
+
+        Where one cannot be made, such as for lack of memory, the next are made more simply or not at all: nothing is raised.
+        """
+        if self.failed or self.spent > MAX_TIME_FRACTION * (time.perf_counter() - self.started):
             return
+        try:
+            preview = self._make(denoised)
+        except Exception as error:  # whatever it is, the video is worth more than its preview
+            follows = "The linear fit is shown." if self.decoder is not None else "There are no more in this run."
+            logging.warning("Mochi preview: %s %s", sentence(error), follows)
+            self.failed, self.decoder = self.decoder is None, None
+            return
+        comfy.utils.ProgressBar(total).update_absolute(step + 1, total, ("WEBP", preview, None))
+
+    def _make(self, denoised: torch.Tensor) -> AnimatedPreview:
         frames = latents_to_rgb(denoised, self.latent_format)
         # The copy before this waits for the device's step, which is no cost of the preview.
         start = time.perf_counter()
@@ -110,7 +120,7 @@ class Previewer:
             frames = decoded_frames(denoised, self.decoder)
         preview = AnimatedPreview(frames)
         self.spent += time.perf_counter() - start
-        comfy.utils.ProgressBar(total).update_absolute(step + 1, total, ("WEBP", preview, None))
+        return preview
 
 
 def with_previews(executor, *arguments, **named):

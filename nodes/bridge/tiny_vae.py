@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import comfy.model_management as mm
@@ -49,13 +50,10 @@ class HostTinyVAE(HostVAE):
     """The host's VAE around it."""
 
     def memory_used_decode(self, shape, _dtype) -> int:
-        """Bytes for latents (B, 12, T, H, W): some copies of six frames in the last width, and the video in float32."""
-        config, (_, _, frames, height, width) = (
-            self.first_stage_model.config,
-            self.first_stage_model.decoded_shape(shape),
-        )
-        itemsize = next(self.first_stage_model.parameters()).element_size()
-        return height * width * (COPIES * 6 * config.decoder_channels[-1] * itemsize + frames * 3 * 4)
+        """Bytes for latents (B, 12, T, H, W): some copies of six frames in the last width, and the videos in float32."""
+        module, latent_pixels = self.first_stage_model, prod(shape[-2:])
+        widest = COPIES * 6 * module.config.decoder_channels[-1] * next(module.parameters()).element_size()
+        return 8 * 8 * latent_pixels * widest + 4 * prod(module.decoded_shape(shape))
 
     def memory_used_encode(self, *_) -> int:
         return 1

@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 import folder_paths
 from comfy.cli_args import LatentPreviewMethod
+from pack.nodes.bridge import preview
 from pack.nodes.bridge.preview import MochiLatents, Previewer, tiny_decoder
 from pack.nodes.loaders import LoadVAE
 
@@ -30,13 +31,27 @@ except ValueError as error:
 assert tiny_decoder(torch.device("cpu")) is None
 args.preview_method = LatentPreviewMethod.TAESD
 shown = []
-comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: shown.append(preview))
+comfy.utils.set_progress_bar_global_hook(lambda value, total, image, **_: shown.append(image))
 previewer = Previewer(MochiLatents(), tiny_decoder(torch.device("cpu")))
 previewer.show(0, MochiLatents().process_in(latents), 4)
 from io import BytesIO
 from PIL import Image
 image = Image.open(BytesIO(shown[-1][1].content))
 print("PREVIEW", image.n_frames, *image.size)
+def full(*_):
+    raise torch.OutOfMemoryError("Out of memory.")
+
+one, two = (vae.memory_used_decode((batch, 12, 3, 4, 6), None) for batch in (1, 2))
+print("ESTIMATE", two - one)
+previewer.decoder.last_frames = full
+for step in (1, 2):
+    previewer.started = 0
+    previewer.show(step, MochiLatents().process_in(latents), 4)
+    print("SHOWN", len(shown), *Image.open(BytesIO(shown[-1][1].content)).size)
+preview.AnimatedPreview = full
+for step in (2, 3):
+    previewer.started = 0
+    previewer.show(step, MochiLatents().process_in(latents), 4)
 Path(folder, "taem1.safetensors").write_bytes(b"no file")
 assert tiny_decoder(torch.device("cpu")) is None
 save_file({name: tensor.contiguous() for name, tensor in out.items()}, result)
@@ -76,3 +91,13 @@ def test_it_does_not_encode(done):
 def test_previews_are_decoded_and_a_broken_file_is_no_end(done):
     assert "PREVIEW 3 24 16" in done[0].stdout
     assert "The linear fit is shown." in done[0].stderr
+
+
+def test_without_memory_previews_are_simpler_and_then_none(done):
+    assert "SHOWN 1 24 16\nSHOWN 2 6 4\n" in done[0].stdout
+    said = [line.partition("Mochi preview: ")[2] for line in done[0].stderr.splitlines() if "Out of memory" in line]
+    assert said == ["Out of memory. The linear fit is shown.", "Out of memory. There are no more in this run."]
+
+
+def test_the_estimate_counts_all_videos_of_a_batch(done):
+    assert f"ESTIMATE {4 * 3 * 13 * 32 * 48}\n" in done[0].stdout

@@ -100,6 +100,20 @@ def test_decodes_as_published(weights, pth, num_latents):
     assert seen == [(i + 1, 2 * num_latents) for i in range(2 * num_latents)]
 
 
+def test_last_frames_are_those_of_the_decode_made_one_by_one(pth):
+    latents, decoder, seen = (
+        torch.randn(1, 12, 3, 3, 5, generator=torch.Generator().manual_seed(3)),
+        load_tiny_vae(pth),
+        [],
+    )
+    video = decoder.decode(denormalize_latents(latents))
+    decoder.decoder[-1].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    for count, frame in enumerate(decoder.last_frames(latents[0]), 1):
+        torch.testing.assert_close(frame, video[0, :, 6 * (count - 1)], rtol=1e-4, atol=1e-5)
+        assert seen == [1] * count
+    assert count == 3
+
+
 def test_counts_are_the_published_ones(weights):
     count = sum(weight.numel() for name, weight in weights.items() if name.startswith("decoder."))
     assert count == sum(parameter.numel() for parameter in TinyDecoder().parameters())
