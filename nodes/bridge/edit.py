@@ -6,6 +6,7 @@ core's velocities are the host's predictions of the clean video, (denoised - x) 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from itertools import pairwise
@@ -30,18 +31,31 @@ SMALLEST_LEVEL = 1e-4
 """Noise level at which velocities are asked for where a schedule says 0, at which the host's prediction holds none."""
 
 
-class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-    """The host's noise levels of flow models, also where inversion ends at level 1, which has no part of the video to scale by.
+class EndsInNoise:
+    """Mixed into the host's noise levels of a flow model: inversion may end at level 1, with no part of the video to scale by.
 
     The host divides what a run gives by 1 - sigma, and multiplies it by that where the next run starts without noise.
     """
 
     def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
         inverted = sigma >= 1 and not noise.any()
-        return latent_image if inverted else super().noise_scaling(sigma, noise, latent_image, max_denoise)
+        return latent_image if inverted else super().noise_scaling(sigma, noise, latent_image, max_denoise)  # pyright: ignore
 
     def inverse_noise_scaling(self, sigma, latent):
-        return latent if sigma >= 1 else super().inverse_noise_scaling(sigma, latent)
+        return latent if sigma >= 1 else super().inverse_noise_scaling(sigma, latent)  # pyright: ignore
+
+
+class FlowSampling(EndsInNoise, comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """The host's noise levels of flow models, with `EndsInNoise`."""
+
+
+def ending_in_noise(sampling: Any) -> Any:
+    """The noise levels that another node has set (ModelSamplingSD3), with `EndsInNoise` where they are a flow model's."""
+    if isinstance(sampling, EndsInNoise) or not isinstance(sampling, comfy.model_sampling.CONST):
+        return sampling
+    changed = copy.copy(sampling)
+    changed.__class__ = type("FlowSampling", (EndsInNoise, type(sampling)), {})
+    return changed
 
 
 class EditGuider(comfy.samplers.CFGGuider):

@@ -34,7 +34,7 @@ from . import parallel
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
 from .choices import arithmetic_choice, kernels_choice, log_choice, stored_name, weights_choice
-from .edit import FlowSampling
+from .edit import FlowSampling, ending_in_noise
 from .frame_levels import FrameLevels, shares_of, with_frame_levels
 from .patches import host_run_block
 from .prepared import Conditioning, conditioning_of, full_mask, prepared, with_run
@@ -143,6 +143,10 @@ class HostMochi(comfy.model_base.GenmoMochi):
             self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=network
         )
         self.model_sampling = FlowSampling(model_config)
+
+    def __setattr__(self, name: str, value) -> None:
+        """Other nodes' settings of noise levels are put in place of ours while their MODEL is used."""
+        super().__setattr__(name, ending_in_noise(value) if name == "model_sampling" else value)
 
     def memory_required(self, *args, **named):
         """Bytes that the host leaves free on a device for a forward, and by which it decides how many prompts share one."""

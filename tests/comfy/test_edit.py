@@ -19,6 +19,7 @@ SCRIPT = f"""
 import json, logging
 import comfy.sample, comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from pack.mochi_core import BlockCache, linear_quadratic_schedule
 from pack.nodes.bridge.cache import add_cache
 from pack.nodes.bridge.edit import edit_video, inversion_sampler, rf_edit_sampler
@@ -62,6 +63,11 @@ for name, sampler in {{
     noisy[name] = custom.SamplerCustom.execute(model, False, 0, 1.0, source, negative, sampler, rising, video)[0]
     out[f"inverted, {{name}}"] = noisy[name]["samples"]
 out["inverted, Mochi Sampler"] = sample(model, source, negative, video, rising, 1.0, 5, inversion_sampler(0.0, 0))["samples"]
+shifted = ModelSamplingSD3().patch(model, 3.0)[0]
+for name, given_model, latent, sigmas in (("inverted", shifted, video, rising), ("back", shifted, noisy["ours"], falling)):
+    out[f"{{name}}, other settings"] = custom.SamplerCustom.execute(
+        given_model, False, 0, 1.0, source, negative, comfy.samplers.sampler_object("euler"), sigmas, latent
+    )[0]["samples"]
 stock = custom.SamplerCustom.execute(
     model, False, 0, 1.0, source, negative, comfy.samplers.sampler_object("euler"), falling, noisy["ours"]
 )[0]
@@ -197,6 +203,12 @@ def test_controlled_inversion_is_the_cores(out, dit, rising):
 def test_the_hosts_sampler_goes_on_from_inverted_noise(out, dit, inverted):
     expected = sample(dit, inverted, linear_quadratic_schedule(ROUND_TRIP), PROMPTS["source"], None, 1.0)
     assert relative_error(normalize_latents(out["back, stock"]), expected) < 1e-3
+
+
+@pytest.mark.parametrize("way", ["inverted", "back"])
+def test_beside_other_settings_of_noise_levels(out, way):
+    """ModelSamplingSD3 sets levels of the host's, which would divide by zero; the schedule that is given counts."""
+    assert relative_error(out[f"{way}, other settings"], out[f"{way}, stock"]) < 1e-4
 
 
 def test_rf_edit_is_the_cores(out, dit, inverted):

@@ -15,8 +15,10 @@ import comfy_extras.nodes_model_advanced as settings
 import comfy_extras.nodes_model_merging as merging
 import comfy_extras.nodes_nag as nag
 import comfy_extras.nodes_tomesd as tome
+from comfy_extras.nodes_cfg import CFGZeroStar
 from pack.mochi_core import BlockCache
 from pack.nodes.bridge.cache import add_cache
+from pack.nodes.bridge.guider import scaled_to_projection
 from pack.nodes.bridge.model import load_model
 
 (path,) = arguments
@@ -102,6 +104,11 @@ found["attention guidance with a cache"] = difference(sample(cached), expected),
 merged_tokens = tome.TomePatchModel.execute(model, 0.3)[0]
 found["token merging"] = difference(sample(merged_tokens), plain)
 
+projected = model.clone()
+projected.set_model_sampler_post_cfg_function(scaled_to_projection)
+zero_star, projected = sample(CFGZeroStar.execute(model)[0]), sample(projected)
+found["CFG-Zero*"] = difference(zero_star, projected), difference(projected, plain)
+
 # No negative prompt, which is an empty one.
 guider = guiders.DualModelGuider.execute(model, POSITIVE, 4.5, model)[0]
 without = guide(guider)
@@ -168,6 +175,11 @@ def test_patches_that_have_no_place_are_named_and_change_nothing(found, done):
     assert found["token merging"] == 0
     assert done.stderr.count("attn1_output_patch, attn1_patch left out") == 1
     assert "off where another node's patches work" in done.stderr
+
+
+def test_the_hosts_cfg_zero_is_not_the_published_one(found):
+    """docs/guidance.md says so: it scales the predicted video, not the velocity."""
+    assert min(found["CFG-Zero*"]) > 0.01
 
 
 def test_no_negative_is_an_empty_one(found):
