@@ -73,9 +73,8 @@ def read_jobs(path: Path, common: argparse.Namespace) -> list[Job]:
 
 def read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # JSON may hold the other ends of lines that Python knows
+        # Not splitlines: JSON may hold the other ends of lines that Python knows.
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is no text in UTF-8 (byte {error.start}); save it as such.") from error
 

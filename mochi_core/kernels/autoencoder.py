@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .launch import launch, warps
+from .launch import dense, launch, warps
 
 BLOCK = 2048
 """Pixels of one channel of one frame that a program works on."""
@@ -22,7 +22,7 @@ def frame_sums(x: Tensor) -> Tensor:
     """Mean and sum of squared deviations of each channel of each frame of `x`, in pieces: (B, T, C, pieces, 2) float32."""
     from . import triton_autoencoder as kernels
 
-    x, out = _dense(x), _sums(x)
+    x, out = dense(x), _sums(x)
     batch, channels, frames, height, width = x.shape
     grid = (batch * frames * channels, out.shape[3])
     sizes = channels, frames, height * width, *x.stride()[:4], width
@@ -63,7 +63,7 @@ def norm_silu_pad(
     """
     from . import triton_autoencoder as kernels
 
-    x, out = _dense(x), _padded(x, above, below)
+    x, out = dense(x), _padded(x, above, below)
     batch, channels, frames, height, width = x.shape
     own = height - (not above) - (not below)
     for given, rows in ((past, height), (kept, own)):
@@ -71,7 +71,7 @@ def norm_silu_pad(
             raise ValueError(
                 f"Two frames of {(*given.shape,)} on {given.device} do not fit {(*x.shape,)} on {x.device}."
             )
-    before = None if past is None else _dense(past)
+    before = None if past is None else dense(past)
     pixels = out.shape[3] * out.shape[4]
     launch(
         kernels.norm_silu_pad, (batch * channels * out.shape[2], -(-pixels // BLOCK)),
@@ -106,8 +106,3 @@ norm_silu_pad.register_fake(lambda x, *rest: _padded(x, *rest[-3:-1]))
 def _steps(x: Tensor | None) -> tuple[int, ...]:
     """What separates two samples, channels, frames and rows in memory."""
     return (0,) * 4 if x is None else x.stride()[:4]
-
-
-def _dense(x: Tensor) -> Tensor:
-    """`x` with its last axis without gaps, as the kernels read it."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .launch import launch, power_of_two, warps
+from .launch import dense, launch, power_of_two, warps
 
 SWIGLU_BLOCK = 1024
 """Values that one program of `swiglu` makes."""
@@ -28,7 +28,7 @@ def modulated_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     from . import triton_denoiser as kernels  # Triton is large, and may be missing
 
     _check(x, scale)
-    x, scale, out = _dense(x), _dense(scale), _like_x(x)
+    x, scale, out = dense(x), dense(scale), _like_x(x)
     launch(kernels.modulated_norm, _per_token(x), x, scale, out, *_steps(x), _step(scale), EPS=eps, **_width(x))
     return out
 
@@ -55,7 +55,7 @@ def _gated_residual(
     from . import triton_denoiser as kernels
 
     _check(x, gate, *(() if scale is None else (scale,)), branch=branch)
-    x, branch, gate, scale = _dense(x), _dense(branch), _dense(gate), None if scale is None else _dense(scale)
+    x, branch, gate, scale = dense(x), dense(branch), dense(gate), None if scale is None else dense(scale)
     launch(
         kernels.gated_residual, _per_token(x), x, branch, gate, scale, *outs,
         *_steps(x), *branch.stride()[:2], _step(gate), 0 if scale is None else _step(scale),
@@ -68,7 +68,7 @@ def swiglu(packed: Tensor) -> Tensor:
     """silu(gate) * value of `packed` (B, N, 2 * H), gate first, to (B, N, H)."""
     from . import triton_denoiser as kernels
 
-    packed, out = _dense(packed), _halved(packed)
+    packed, out = dense(packed), _halved(packed)
     hidden = out.shape[-1]
     grid = (*_per_token(packed), -(-hidden // SWIGLU_BLOCK))
     constants = {"WIDTH": hidden, "BLOCK": SWIGLU_BLOCK, "num_warps": 4}
@@ -82,7 +82,7 @@ def final_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     from . import triton_denoiser as kernels
 
     _check(x, shift, scale)
-    x, shift, scale, out = _dense(x), _dense(shift), _dense(scale), _like_x(x)
+    x, shift, scale, out = dense(x), dense(shift), dense(scale), _like_x(x)
     steps = *_steps(x), _step(shift), _step(scale)
     launch(kernels.final_norm, _per_token(x), x, shift, scale, out, *steps, EPS=eps, **_width(x))
     return out
@@ -93,7 +93,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`x` (N, K) to float8_e4m3fn values (N, K) and float32 scales (N, 1), which map each row's largest magnitude to 448."""
     from . import triton_denoiser as kernels
 
-    x, (values, scale) = _dense(x), _quantized(x)
+    x, (values, scale) = dense(x), _quantized(x)
     block = power_of_two(x.shape[1])
     constants = {"WIDTH": x.shape[1], "BLOCK": block, "LARGEST": torch.finfo(FP8).max, "num_warps": warps(block)}
     launch(kernels.quantize_rows, (len(x),), x, values.view(torch.uint8), scale, x.stride(0), **constants)
@@ -124,7 +124,7 @@ def joint_heads(
     """
     from . import triton_denoiser as kernels
 
-    visual, text, out = _dense(visual), _dense(text), _joint(visual, text, frames)
+    visual, text, out = dense(visual), dense(text), _joint(visual, text, frames)
     _, batch, tokens, heads, head_dim = out.shape
     packed, norms = 3 * heads * head_dim, (q_norm_x, k_norm_x, q_norm_y, k_norm_y)
     past_last = len(frames) * len(spatial) - skipped - visual.shape[1]  # tokens of the last frame that are not there
@@ -187,11 +187,6 @@ def _check_devices(first: Tensor, *others: Tensor) -> None:
         raise ValueError(
             f"Tensors are on {sorted({str(t.device) for t in (first, *others)})}; all must be on one device."
         )
-
-
-def _dense(x: Tensor) -> Tensor:
-    """`x` with its last axis without gaps, as the kernels read it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _per_token(x: Tensor) -> tuple[int]:

@@ -29,3 +29,8 @@ def power_of_two(count: int) -> int:
 def warps(values: int) -> int:
     """Warps of a program that works on so many values at once."""
     return min(max(values // VALUES_PER_WARP, 1), 16)
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x` with its last axis without gaps, as the kernels read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()

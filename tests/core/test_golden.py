@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mochi_core import MochiPipeline, load_text_encoder, load_vae
 from tests.harness import trained
+from tests.harness.numbers import relative_error
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden_tiny_latents.safetensors"
 TOLERANCE = 1e-4
@@ -43,10 +44,6 @@ def latents():
 @pytest.fixture(scope="module")
 def golden():
     return load_file(GOLDEN)["latents"]
-
-
-def relative_error(result, expected):
-    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def test_the_tiny_model_makes_the_latents_that_it_made(golden):

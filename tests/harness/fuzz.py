@@ -41,7 +41,7 @@ from mochi_core.io.latent_files import load_latents
 from mochi_core.lora import read_lora
 from mochi_core.shown import SENTENCE_LENGTH
 from mochi_core.train.config import read_config
-from tests.harness.bad_files import DIT, SMALL
+from tests.harness.bad_files import DIT, SMALL, with_header
 from tests.harness.tiny_models import random_t5, random_vae
 
 WORKFLOWS = sorted((Path(__file__).parents[1] / "data" / "old_workflows").glob("*.json"))
@@ -148,11 +148,6 @@ def mutated_bytes(rng: Rng, content: bytes) -> bytes:
         else:
             data[start:end] = struct.pack("<Q", rng.choice((0, 1, 2**31, 2**63, len(data), rng.getrandbits(64))))
     return bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.1 else data)
-
-
-def with_header(header: Any, data: bytes) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
 
 
 def split_header(content: bytes) -> tuple[dict[str, Any], bytes]:

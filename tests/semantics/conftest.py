@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mochi_core import MochiPipeline, load_transformer
 from tests.harness import trained
 from tests.harness.client import ComfyClient
 from tests.harness.frames import read_frames
@@ -17,6 +18,13 @@ from tests.harness.server import PROBE, QUICK_START, ComfyServer
 @pytest.fixture(scope="session")
 def pipe():
     return trained.pipeline()
+
+
+@pytest.fixture(scope="session")
+def held(pipe):
+    """The same, but taken for a model that knows one noise level for all frames, so that given frames are held."""
+    dit = load_transformer(trained.TRANSFORMER, frame_levels=False)
+    return MochiPipeline(dit.float(), pipe.vae, pipe.text_encoder)
 
 
 @pytest.fixture(scope="session")

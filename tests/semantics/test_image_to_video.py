@@ -6,19 +6,11 @@ Where a shape is, is in the given frames alone, never in the prompt.
 import numpy as np
 import pytest
 
-from mochi_core import MochiPipeline, load_transformer
-from tests.harness import trained
 from tests.harness.semantics import CASES, centers, direction, drawn, main_color, psnr, videos
 
 CHOSEN = CASES[1::3]
 AWAY = 0.12
 """How far from the middle a shape is, across its way, in frame heights."""
-
-
-@pytest.fixture(scope="module")
-def held(pipe):
-    dit = load_transformer(trained.TRANSFORMER, frame_levels=False)
-    return MochiPipeline(dit.float(), pipe.vae, pipe.text_encoder)
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,7 @@ With `--all -s`, the table of docs/long_video.md.
 import numpy as np
 import pytest
 
-from mochi_core import MochiPipeline, load_transformer
 from mochi_core.rounds import in_rounds
-from tests.harness import trained
 from tests.harness.semantics import MIN_PIXELS, STEPS, main_color, main_shape, masks
 
 SCENES = [
@@ -22,12 +20,6 @@ SCENES = [
 SIZE = {"height": 64, "width": 64, "num_inference_steps": STEPS}
 FRAMES, EACH = 121, 12
 """Length of the videos of the table, and after how many frames the shape is looked at."""
-
-
-@pytest.fixture(scope="module")
-def held(pipe):
-    dit = load_transformer(trained.TRANSFORMER, frame_levels=False)
-    return MochiPipeline(dit.float(), pipe.vae, pipe.text_encoder)
 
 
 def steps(frames, color):
