@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mochi_core import AsymmDiT
-from mochi_core.transformer.model import TextConditioning
+from mochi_core.transformer.conditioning import TextConditioning
 
 PRODUCTS = ("mm", "convolution", "linear")
 """Parts of the names of operations that multiply matrices."""

@@ -19,8 +19,9 @@ from benchmarks.measure import MIB, Measurement, compare, environment, write_rep
 from benchmarks.peers import DEVICE, comfy_vae, diffusers_vae
 from benchmarks.random_weights import randomize
 from mochi_core import AsymmVAE
+from mochi_core.autoencoder.plan import CPU, Plan
 from mochi_core.autoencoder.steps import decoder_steps
-from mochi_core.autoencoder.streaming import CPU, OomRetry, Plan, stream
+from mochi_core.autoencoder.streaming import OomRetry, stream
 
 # In latents, for both peers: what fits twice into the smaller frame.
 TILE, OVERLAP = 24, 8

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .autoencoder.model import AsymmVAE
-from .autoencoder.streaming import GIB, OutOfMemory
+from .autoencoder.plan import GIB
+from .autoencoder.streaming import OutOfMemory
 from .checkpoints import load_vae
 from .checkpoints.convert import KEEP, LAYOUTS, TARGET_DTYPES, plan_conversion, write_conversion
 from .checkpoints.inspect import inspect as inspect_file

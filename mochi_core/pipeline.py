@@ -152,10 +152,7 @@ class MochiPipeline(NamedLoras):
             raise ValueError("image and video are both given; a video begins with one of them.")
         wanted = _given("prompt", prompt, prompt_embeds, prompt_attention_mask)
         size = VideoSize(height, width, num_frames)
-        shape = size.latent_shape(_count(wanted) * num_videos_per_prompt)
-        noise = initial_noise(shape, seed) if latents is None else latents
-        if noise.shape != shape:
-            raise ValueError(f"latents have shape {tuple(noise.shape)}; this size and number of videos need {shape}.")
+        noise = _starting_noise(size.latent_shape(_count(wanted) * num_videos_per_prompt), seed, latents)
         if sigmas is None:
             sigmas = linear_quadratic_schedule(num_inference_steps)
         sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
@@ -167,23 +164,12 @@ class MochiPipeline(NamedLoras):
             cond, uncond = (
                 _repeated(self._encoded(text, members), num_videos_per_prompt) for text in (wanted, negative)
             )
-        given = self._given_frames(size, video if image is None else image, last_image, keep, start_noise, end_noise)
-        if given is not None and members is not None:  # strips that fit free memory round differently
-            given = replace(given, latents=members.world.broadcast(given.latents.cpu()))
+        start, levels = video if image is None else image, (start_noise, end_noise)
+        given = self._given_frames(size, start, last_image, keep, levels, members)
+        options = {"attention": self.attention, "cache": cache, "guidance": guidance}
         with self.working(self.dit):
             denoised = sample(
-                self.dit,
-                noise,
-                sigmas,
-                cond,
-                uncond,
-                guidance_scale,
-                on_step,
-                attention=self.attention,
-                cache=cache,
-                given=given,
-                guidance=guidance,
-                members=members,
+                self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step, given=given, members=members, **options
             )
         denoised = denormalize_latents(denoised)
         return denoised if output_type == "latent" else self._decode(denoised, output_type, members)
@@ -219,14 +205,19 @@ class MochiPipeline(NamedLoras):
         return empty_prompts(len(given), self.dit.config.text_width)
 
     def _given_frames(
-        self, size: VideoSize, start: Any, end: Any, keep: int, start_noise: float, end_noise: float
+        self, size: VideoSize, start: Any, end: Any, keep: int, noise: tuple[float, float], members: Members | None
     ) -> Given | None:
+        """What the video is made from, if anything: `start` and `end` are as `as_frames` takes them, `noise` of each."""
         if start is None and end is None:
             return None
         first, last = (None if frames is None else as_frames(frames) for frames in (start, end))
-        levels = {"keep": keep, "start_noise": start_noise, "end_noise": end_noise}
+        options = {"keep": keep, "start_noise": noise[0], "end_noise": noise[1], "held": not self.dit.has_frame_levels}
         with self.working(self.vae):
-            return given_frames(self.encode_frames, size, first, last, **levels, held=not self.dit.has_frame_levels)
+            given = given_frames(self.encode_frames, size, first, last, **options)
+        if members is None:
+            return given
+        # Each member may have encoded them a little differently: strips that fit free memory round differently.
+        return replace(given, latents=members.world.broadcast(given.latents.cpu()))
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Frames (6k + 1, H, W, 3) in [0, 1] to DiT-space latents (1, 12, k + 1, H / 8, W / 8)."""
@@ -293,6 +284,15 @@ def _repeated(encoded: EncodedPrompts, count: int) -> EncodedPrompts:
     """`count` of each of several prompts, one after the other; a single one goes to all videos."""
     embeds, mask = encoded
     return encoded if len(embeds) == 1 else (embeds.repeat_interleave(count, 0), mask.repeat_interleave(count, 0))
+
+
+def _starting_noise(shape: tuple[int, ...], seed: int, latents: Tensor | None) -> Tensor:
+    """The given `latents`, if they have the shape of the videos, or the noise of `seed`."""
+    if latents is None:
+        return initial_noise(shape, seed)
+    if latents.shape != shape:
+        raise ValueError(f"latents have shape {tuple(latents.shape)}; this size and number of videos need {shape}.")
+    return latents
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:

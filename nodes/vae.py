@@ -6,7 +6,7 @@ import math
 
 from comfy_api.latest import io
 
-from ..mochi_core.autoencoder.streaming import GIB
+from ..mochi_core.autoencoder.plan import GIB
 from .bridge.image_to_video import latent_mask
 from .bridge.vae import decode_video, encode_frames
 from .category import CATEGORY

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..config import AsymmVAEConfig
 from .layers import CONV_SIZE
-from .streaming import MemoryEstimate
+from .plan import MemoryEstimate
 
 CACHED_PER_BLOCK = 2 * (CONV_SIZE - 1)  # frames: each of two convolutions remembers as many
 FRAMES_AT_WORK = 3  # of a residual block: input, hidden, output

@@ -23,19 +23,9 @@ from .encoder import Encoder
 from .latents import latents_problem, shape_problem
 from .layers import RGB
 from .memory import decoder_memory_estimate, encoder_memory_estimate, encoder_progress_units
+from .plan import CPU, GIB, MemoryEstimate, Plan, free_memory
 from .steps import decoder_steps, encoder_steps
-from .streaming import (
-    CPU,
-    GIB,
-    MemoryEstimate,
-    OomRetry,
-    OutOfMemory,
-    Plan,
-    Step,
-    free_memory,
-    release_pinned_memory,
-    stream,
-)  # fmt: skip
+from .streaming import OomRetry, OutOfMemory, Step, release_pinned_memory, stream
 
 # Source: diffusers, models/autoencoders/vae.py (DiagonalGaussianDistribution).
 LOGVAR_RANGE = (-30.0, 20.0)

@@ -19,19 +19,8 @@ from .. import kernels
 from .decoder import Decoder, DecoderStage
 from .encoder import Encoder, EncoderStage, fourier_features
 from .layers import CONV_SIZE, RGB, ResBlock, TemporalAttentionBlock, convolve, frame_norm, pointwise
-from .streaming import (
-    Cache,
-    ClipStep,
-    Neighbour,
-    OomRetry,
-    Plan,
-    Step,
-    StreamStep,
-    by_strips,
-    empty_cache,
-    store,
-    strip_step,
-)
+from .plan import Plan
+from .streaming import Cache, ClipStep, Neighbour, OomRetry, Step, StreamStep, by_strips, empty_cache, store, strip_step
 
 # Values that temporal attention holds per value that it takes: itself, normed and attended; then q, k, v and copies of them.
 STRIP_EXPANSION, ATTENTION_EXPANSION = 3, 8

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..autoencoder.streaming import free_memory
+from ..autoencoder.plan import free_memory
 from ..transformer.attention import BACKENDS
 from .attempt import attempt
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..autoencoder.memory import decoder_memory_estimate
-from ..autoencoder.streaming import CPU, Plan, free_memory
+from ..autoencoder.plan import CPU, Plan, free_memory
 from ..checkpoints import (
     Checkpoint,
     LazyStateDict,

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..autoencoder.layers import CONV_SIZE, RGB, frame_norm
 from ..autoencoder.memory import decoder_memory_estimate
 from ..autoencoder.model import AsymmVAE
+from ..autoencoder.plan import MAX_WORKING_SET, WORKING_SETS, Plan, free_memory
 from ..autoencoder.steps import decoder_steps
-from ..autoencoder.streaming import MAX_WORKING_SET, WORKING_SETS, Plan, StreamStep, free_memory
+from ..autoencoder.streaming import StreamStep
 from .group import Group
 from .sequence import shares
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..transformer.block import BlockCall, BlockContext, RunBlock, joint_attention, run_block
+from ..transformer.conditioning import Modulation, ScheduleModulation, TextConditioning
 from ..transformer.layers import apply_chunked
-from ..transformer.model import Modulation, ScheduleModulation, TextConditioning
 from .schedule import in_step_range
 
 Velocity = Callable[[Tensor, int], Tensor]

@@ -19,7 +19,8 @@ from ..parallel.group import Alone
 from ..parallel.plan import Members, agree
 from ..transformer.attention import Attention, choose_attention, sdpa
 from ..transformer.block import RunBlock, run_block
-from ..transformer.model import AsymmDiT, ScheduleModulation, TextConditioning
+from ..transformer.conditioning import ScheduleModulation, TextConditioning
+from ..transformer.model import AsymmDiT
 from .block_cache import BlockCache
 from .given import Given, frame_levels
 from .guidance import (
@@ -204,15 +205,10 @@ def sample(
         given.check(state)
     if given is not None and not given.held:
         state, schedule = given.start(state), frame_levels(sigmas, given.levels)
-    conditions = [cond]
-    if guidance.uses_nag or any(scale != 1 for scale in scales):
-        if uncond is None:
-            asking = "nag_scale" if guidance.uses_nag else "guidance_scale"
-            raise ValueError(f"{asking} is not 1, so `uncond` is needed; pass the encoded negative prompt.")
-        conditions.append(uncond)
+    conditions = _conditions_used(cond, uncond, scales, guidance)
     if members is not None:
         members.plan.check(members.world.size, dit.config.num_heads, guided=any(scale != 1 for scale in scales))
-        agree(members.world, facts(dit, state, schedule, conditions, (scales, guidance, given and given.held), cache))
+        agree(members.world, facts(dit, state, schedule, conditions, (scales, guidance), cache, given))
         on_step = stopping_all(on_step, members)
     attend = choose_attention(attention, state.device, dit.dtype, dit.config.head_dim).run
     velocities = prepared_velocities(dit, state, schedule, conditions, attend, cache, guidance, members)
@@ -221,3 +217,15 @@ def sample(
         velocity = holding(velocity, given, state, sigmas)
     with counted_together(cache, members):
         return euler(velocity, state, schedule, on_step).to(noise.device)
+
+
+def _conditions_used(
+    cond: EncodedPrompts, uncond: EncodedPrompts | None, scales: Sequence[float], guidance: Guidance
+) -> list[EncodedPrompts]:
+    """The prompt, and the negative one if a step has guidance; an error if that is None then."""
+    if not guidance.uses_nag and all(scale == 1 for scale in scales):
+        return [cond]
+    if uncond is None:
+        asking = "nag_scale" if guidance.uses_nag else "guidance_scale"
+        raise ValueError(f"{asking} is not 1, so `uncond` is needed; pass the encoded negative prompt.")
+    return [cond, uncond]

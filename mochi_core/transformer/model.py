@@ -11,7 +11,6 @@ and used by `denoise`; `forward` calls all four.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -25,47 +24,9 @@ from ..ops import Ops
 from ..quantization.weights import QuantizedLinear
 from .attention import Attention, sdpa
 from .block import AsymmetricJointBlock, BlockCall, BlockContext, RunBlock, run_block
+from .conditioning import Modulation, ScheduleModulation, TextConditioning, crop_to_valid, distinct
 from .layers import AttentionPool, FinalLayer, PatchEmbed, TimestepEmbedder
 from .rope import Rope, rope_table
-
-
-@dataclass(frozen=True)
-class TextConditioning:
-    """Prompts, cropped to their valid tokens and projected."""
-
-    tokens: Tensor
-    """(B, L, Dy), L the longest prompt of the batch; tokens past a prompt's own length are never attended to."""
-    lengths: tuple[int, ...]
-    """Valid tokens of each prompt."""
-    pooled: Tensor
-    """(B or 1, Dx), one vector per prompt; one for all where they are the same."""
-    negative_lengths: tuple[int, ...] = ()
-    """Valid tokens of each negative prompt, whose tokens then are the second half of `tokens` (normalised attention guidance)."""
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """Scales and gates of every block, shift and scale of the final layer, for one forward.
-
-    Text has one for each sample, (B or 1, ...). Visual tokens have the same, or with a noise level for each latent frame
-    (B or 1, T, ...).
-    """
-
-    blocks: tuple[tuple[Tensor, Tensor], ...]
-    """Outputs of each block's mod_x, (..., 4 * Dx), and mod_y, (..., 4 * Dy) or in the last block (..., Dy)."""
-    final: Tensor
-    """(..., 2 * Dx), shift and scale of the final layer."""
-
-    @property
-    def by_frame(self) -> bool:
-        return self.final.ndim == 3
-
-    def of_frames(self, frames: list[int] | None) -> Modulation:
-        """Visual tokens modulated by these frames, one after the other; None leaves all as it is."""
-        if frames is None:
-            return self
-        blocks = tuple((x[:, frames], y) for x, y in self.blocks)
-        return Modulation(blocks, self.final[:, frames])
 
 
 class Share(Protocol):
@@ -96,24 +57,6 @@ class TokenGroup(Protocol):
     def share(self, frames: int, per_frame: int, *, by_frame: bool = False) -> Share:
         """This member's share of so many tokens; `by_frame` if modulations differ by frame."""
         ...
-
-
-@dataclass(frozen=True)
-class ScheduleModulation:
-    """Modulations of all steps of a schedule, each distinct noise level computed once."""
-
-    levels: Modulation
-    """The axes in front: visual tokens (levels, B or 1, ...), one for each distinct noise level; text (steps, B or 1, ...)."""
-    rows: Tensor | None
-    """(steps, T) int64, which of the levels each frame has in each step; None if all frames have that of the step."""
-
-    def at(self, step: int) -> Modulation:
-        """Modulation of one step."""
-        blocks = tuple((self._visual(x, step), y[step]) for x, y in self.levels.blocks)
-        return Modulation(blocks, self._visual(self.levels.final, step))
-
-    def _visual(self, levels: Tensor, step: int) -> Tensor:
-        return levels[step] if self.rows is None else levels[self.rows[step]].transpose(0, 1)  # (B or 1, T, ...)
 
 
 class AsymmDiT(nn.Module):
@@ -313,24 +256,6 @@ class AsymmDiT(nn.Module):
         patch = self.config.patch_size
         pattern = "b (t h w) (p q c) -> b c t (h p) (w q)"
         return rearrange(tokens, pattern, t=num_latents, h=rows, p=patch, q=patch)
-
-
-def crop_to_valid(text_embeds: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move each prompt's valid tokens to the front, cut to the longest prompt and zero what is left of padding.
-
-    `text_embeds` (B, L, W) and `text_mask` (B, L) bool to (B, longest, W) and (B, longest) bool; longest may be 0.
-    """
-    valid = [embeds[mask] for embeds, mask in zip(text_embeds, text_mask.bool(), strict=True)]
-    lengths = torch.tensor([len(tokens) for tokens in valid])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    return nn.utils.rnn.pad_sequence(valid, batch_first=True), mask.to(text_embeds.device)
-
-
-def distinct(sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """The noise levels that `sigmas` (steps, T) holds, each once, and the index of each of its own among them, (steps, T)."""
-    by_step = sigmas.tolist()
-    index = {sigma: i for i, sigma in enumerate(dict.fromkeys(sigma for step in by_step for sigma in step))}
-    return torch.tensor([*index]), torch.tensor([[index[sigma] for sigma in step] for step in by_step])
 
 
 def pad_to_patches(latents: Tensor, patch_size: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...mochi_core import AsymmDiT
 from ...mochi_core.sampling.given import frame_levels
-from ...mochi_core.transformer.model import Modulation, ScheduleModulation, TextConditioning
+from ...mochi_core.transformer.conditioning import Modulation, ScheduleModulation, TextConditioning
 from ...mochi_core.transformer.rope import Rope
 from .frame_levels import FrameLevels
 from .patches import warn_of_patches_left_out

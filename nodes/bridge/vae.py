@@ -17,7 +17,8 @@ import torch
 from ...mochi_core import AsymmVAE
 from ...mochi_core.autoencoder.latents import latents_problem
 from ...mochi_core.autoencoder.memory import decoder_memory_estimate, encoder_memory_estimate
-from ...mochi_core.autoencoder.streaming import GIB, MemoryEstimate, strip_step
+from ...mochi_core.autoencoder.plan import GIB, MemoryEstimate
+from ...mochi_core.autoencoder.streaming import strip_step
 from ...mochi_core.checkpoints import check_fit, empty_vae, merge
 from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.geometry import (

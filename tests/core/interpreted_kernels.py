@@ -19,8 +19,8 @@ from torch.nn import GroupNorm
 
 from mochi_core import AsymmDiTConfig, kernels, load_lora
 from mochi_core.autoencoder.layers import ResBlock
+from mochi_core.autoencoder.plan import Plan
 from mochi_core.autoencoder.steps import _padded_rows, res_block
-from mochi_core.autoencoder.streaming import Plan
 from mochi_core.kernels import autoencoder, denoiser
 from mochi_core.kernels.probe import probe
 from mochi_core.quantization.fp8 import FP8, quantize_rows

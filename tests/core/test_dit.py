@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from mochi_core import AsymmDiT, load_lora, load_transformer, sdpa
+from mochi_core.transformer.conditioning import crop_to_valid
 from mochi_core.transformer.layers import apply_chunked
-from mochi_core.transformer.model import crop_to_valid
 from mochi_core.transformer.rope import Rope
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.random_inputs import inputs

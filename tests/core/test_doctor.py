@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mochi_core import AsymmDiT, AsymmDiTConfig, AsymmVAE
 from mochi_core.__main__ import main
-from mochi_core.autoencoder.streaming import GIB
+from mochi_core.autoencoder.plan import GIB
 from mochi_core.checkpoints import Checkpoint, from_state_dict, load_transformer, open_part
 from mochi_core.checkpoints.convert import plan_conversion, write_conversion
 from mochi_core.doctor import checks, examine, machine, needs, render, report

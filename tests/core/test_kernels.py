@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mochi_core import AsymmDiT, AsymmDiTConfig, kernels
 from mochi_core.kernels import choice
+from mochi_core.transformer.conditioning import TextConditioning
 from mochi_core.transformer.layers import modulated_norm
-from mochi_core.transformer.model import TextConditioning
 from tests.harness import triton_builds
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

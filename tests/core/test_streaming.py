@@ -17,14 +17,12 @@ from mochi_core.autoencoder import steps
 from mochi_core.autoencoder.decoder import Decoder
 from mochi_core.autoencoder.layers import frame_norm
 from mochi_core.autoencoder.memory import decoder_memory_estimate
+from mochi_core.autoencoder.plan import CPU, MIB, Plan
 from mochi_core.autoencoder.steps import decoder_steps, encoder_steps, frame_statistics, pad_causal, strip_norm
 from mochi_core.autoencoder.streaming import (
-    CPU,
-    MIB,
     ClipStep,
     OomRetry,
     OutOfMemory,
-    Plan,
     StreamStep,
     empty_cache,
     is_out_of_memory,

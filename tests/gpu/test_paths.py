@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mochi_core import MochiPipeline, load_lora, load_text_encoder, load_transformer, load_vae, sample
+from mochi_core.autoencoder.plan import CPU, GIB, MIB, Plan
 from mochi_core.autoencoder.steps import decoder_steps
-from mochi_core.autoencoder.streaming import CPU, GIB, MIB, OomRetry, OutOfMemory, Plan, stream
+from mochi_core.autoencoder.streaming import OomRetry, OutOfMemory, stream
 from mochi_core.doctor import checks
 from mochi_core.quantization.fp8 import linear_rowwise, quantize_rows, unsupported_reason
 from mochi_core.quantization.weights import QUANTIZERS
