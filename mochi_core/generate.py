@@ -56,11 +56,11 @@ def pipeline_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "sigmas": linear_quadratic_schedule(options.steps, options.threshold_noise, options.linear_steps),
         "cache": options.cache,
         "guidance": Guidance(tuple(options.skip_block), options.skip_scale, options.cfg_zero, options.nag),
-        **given_frames(options, size),
+        **read_given(options, size),
     }
 
 
-def given_frames(options: argparse.Namespace, size: VideoSize) -> dict[str, Any]:
+def read_given(options: argparse.Namespace, size: VideoSize) -> dict[str, Any]:
     """The files that a video is made from, as arguments of `MochiPipeline`; ValueError if one cannot be read."""
     if options.image and options.video:
         raise ValueError("--image and --video are both given; a video begins with one of them.")

@@ -66,9 +66,8 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 def folder(path: Path) -> Iterator[None]:
     """Have a folder; what had to be made of it and of the folders around it is gone if anything fails."""
     made = [path, *path.parents]
-    made = made[
-        : next((i for i, place in enumerate(made) if place.exists()), len(made))
-    ]  # Windows: even a drive may be missing
+    there = (i for i, place in enumerate(made) if place.exists())
+    made = made[: next(there, len(made))]  # on Windows even a drive may be missing
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield

@@ -69,7 +69,7 @@ def unlisted_files(kind: str) -> list[str]:
 
 
 def full_path(name: str, *kinds: str) -> str:
-    """The file of that name in the host's model folders, or in the pack's own, and nowhere else."""
+    """The file of that name in the host's model folders, or in the pack's own; ValueError if it is in neither."""
     for kind in kinds:
         if path := folder_paths.get_full_path(kind, name):
             return path

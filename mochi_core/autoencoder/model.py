@@ -128,7 +128,7 @@ class AsymmVAE(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield the decoded video in pieces (B, 3, f, 8H, 8W) as they are finished, on the device where it works.
 
-        The arguments are those of `decode`.
+        The arguments are those of `decode`, and so are the errors.
         """
         decoder = self.check_decoder(latents.shape)
         if problem := latents_problem(latents, self.config.latent_channels):

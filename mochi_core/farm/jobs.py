@@ -80,7 +80,11 @@ def read_lines(path: Path) -> list[str]:
 
 
 def line_options(line: str, common: argparse.Namespace) -> argparse.Namespace:
-    """What `generate` would be asked with: the options of a line, and those of `common` that it does not name."""
+    """What `generate` would be asked with: the options of a line, and those of `common` that it does not name.
+
+    Raises:
+        ValueError: the line is no JSON object of such options.
+    """
     try:
         said = json.loads(line)
     except (ValueError, RecursionError) as error:

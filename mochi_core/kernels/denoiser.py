@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .launch import dense, launch, power_of_two, warps
+from .launch import dense, launch, next_power_of_two, warps
 
 SWIGLU_BLOCK = 1024
 """Values that one program of `swiglu` makes."""
@@ -94,7 +94,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     from . import triton_denoiser as kernels
 
     x, (values, scale) = dense(x), _quantized(x)
-    block = power_of_two(x.shape[1])
+    block = next_power_of_two(x.shape[1])
     constants = {"WIDTH": x.shape[1], "BLOCK": block, "LARGEST": torch.finfo(FP8).max, "num_warps": warps(block)}
     launch(kernels.quantize_rows, (len(x),), x, values.view(torch.uint8), scale, x.stride(0), **constants)
     return values, scale
@@ -136,8 +136,8 @@ def joint_heads(
     if len(text) != batch or any(norm.shape != (head_dim,) or not norm.is_contiguous() for norm in norms):
         raise ValueError(f"Norm weights must be ({head_dim},), and both streams have as many samples.")
     _check_devices(visual, text, *norms, frames, spatial)
-    block = min(HEADS_BLOCK, power_of_two(heads))
-    features = power_of_two(head_dim)
+    block = min(HEADS_BLOCK, next_power_of_two(heads))
+    features = next_power_of_two(head_dim)
     launch(
         kernels.joint_heads, (batch * tokens, -(-heads // block)),
         visual, text, q_norm_x, k_norm_x, q_norm_y, k_norm_y, frames.contiguous(), spatial.contiguous(), out,
@@ -204,5 +204,5 @@ def _step(modulation: Tensor) -> int:
 
 
 def _width(x: Tensor) -> dict[str, Any]:
-    block = power_of_two(x.shape[-1])
+    block = next_power_of_two(x.shape[-1])
     return {"WIDTH": x.shape[-1], "BLOCK": block, "num_warps": warps(block)}

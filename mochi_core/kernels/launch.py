@@ -21,7 +21,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | float | None
         kernel[grid](*arguments, **constants)
 
 
-def power_of_two(count: int) -> int:
+def next_power_of_two(count: int) -> int:
     """The least power of two that is not below `count`; blocks of values have such sizes."""
     return 1 << (count - 1).bit_length()
 

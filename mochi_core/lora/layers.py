@@ -23,7 +23,11 @@ from .files import LoraDelta, ParameterDelta, read_lora
 
 
 class Lora:
-    """A LoRA applied to a denoiser. `strength` may be set at any time; `remove` takes the LoRA out."""
+    """A LoRA applied to a denoiser. `strength` may be set at any time; `remove` takes the LoRA out.
+
+    Raises:
+        ValueError: a strength that is no finite number.
+    """
 
     def __init__(self, dit: AsymmDiT, deltas: Iterable[LoraDelta | ParameterDelta], strength: float) -> None:
         self._strength = finite_strength(strength)

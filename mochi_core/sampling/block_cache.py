@@ -36,7 +36,11 @@ BlocksAt = Callable[[int], RunBlock]
 
 @dataclass
 class BlockCache:
-    """When blocks are skipped, and how often they were in the runs that it was given to."""
+    """When blocks are skipped, and how often they were in the runs that it was given to.
+
+    Raises:
+        ValueError: another method, or numbers outside their ranges.
+    """
 
     method: str
     """One of `METHODS`."""

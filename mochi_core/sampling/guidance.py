@@ -38,7 +38,11 @@ SMALLEST_NORM = 1e-6
 
 @dataclass(frozen=True)
 class Guidance:
-    """What is done beside classifier-free guidance; by default nothing."""
+    """What is done beside classifier-free guidance; by default nothing.
+
+    Raises:
+        ValueError: a number that is not finite or is outside its range.
+    """
 
     skip_blocks: tuple[int, ...] = ()
     """Blocks left out for skip-layer guidance, counted from 0; published for Mochi: (34,)."""

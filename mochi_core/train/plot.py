@@ -31,7 +31,7 @@ def plot(logs: Sequence[Path], image: Path) -> None:
 
 
 def read_losses(log: Path) -> tuple[list[int], list[float]]:
-    """Steps and losses of a log.csv."""
+    """Steps and losses of a log.csv; ValueError if it is none."""
     with log.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:

@@ -178,6 +178,9 @@ def rf_edit_sampler(latent: dict, eta: float, start: float, end: float, trend: s
     """A SAMPLER that goes from inverted noise to a video pulled towards `latent`, see `rf_edit`.
 
     `steps`, unless it ends at 0, says in steps of the run what `start` and `end` say in noise levels.
+
+    Raises:
+        ValueError: see `pulls`; when it samples, sigmas that do not fall, or a video of another size.
     """
     pulls(torch.tensor([1.0, 0.0]), eta, start, end, trend)
 

@@ -23,6 +23,9 @@ def make_sigmas(steps: int, denoise: float, threshold_noise: float = 0.025, line
     """Linear-quadratic noise levels (steps + 1,); with `denoise` < 1, the last `steps` steps of a proportionally longer schedule.
 
     `linear_steps` 0 means half of the steps.
+
+    Raises:
+        ValueError: a share outside its range, or numbers that make no schedule.
     """
     if not 0 < denoise <= 1:
         raise ValueError(f"denoise is {denoise}, but it is a share of the schedule; use a value above 0 and up to 1.")

@@ -208,6 +208,9 @@ def decode_video(vae: comfy.sd.VAE, latents: torch.Tensor, memory_limit: int | N
     """Latents to IMAGE frames: streamed through our autoencoder, or in the host's tiles through the host's.
 
     `memory_limit` is in bytes, besides the weights; None for what is free.
+
+    Raises:
+        ValueError: the VAE is not Mochi's, or the latents are not.
     """
     require_mochi_vae(vae)
     if isinstance(vae, HostVAE):

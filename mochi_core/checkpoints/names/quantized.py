@@ -95,6 +95,9 @@ def quantize_block_matrices(checkpoint: Checkpoint, kind: str | None) -> Checkpo
 
     What the file has quantised stays in the file's form. With fp8_rowwise, `mod_x` and `mod_y` are left as they are: they
     have a row for each prompt only, so that there is nothing to gain from a faster product.
+
+    Raises:
+        ValueError: another kind.
     """
     if kind is None:
         return checkpoint
