@@ -135,9 +135,9 @@ def _below(notes: Sequence[str], left: float, top: float, width: float) -> list[
 
 
 def note_height(text: str, width: float) -> float:
-    """What a note's text takes, without its title."""
+    """What a note's text takes, without its title: addresses of links do not show, and the lines of a paragraph run on."""
     shown = re.sub(r"\]\(.+?\)|\*", "", text.partition("\n")[2])
-    lines = re.sub(r"(?<=\w|[^\w\s|])\n(?=[^\n\s|-])", " ", shown).splitlines()
+    lines = re.sub(r"(?<=[^\s|])\n(?=[^\s|-])", " ", shown).splitlines()
     in_line = (width - 30) / LETTER
     return 18 + sum(NOTE_LINES.get(line.lstrip()[:1]) or 16 * math.ceil(len(line) / in_line) for line in lines)
 
