@@ -18,6 +18,8 @@ PACK, VERSION = "mochi-nodes", "0.1.0"
 NAMESPACE = uuid.UUID("6b1d3a52-6c0b-4d4b-9f0e-5e1f5a0d7c11")
 INSIDE, OUTSIDE = -10, -20
 """Ids of the nodes where a subgraph's inputs come in and its outputs go out."""
+FIRST_NOTE = 101
+"""Id of the first note. The default renderer gives a text the width of one with its id in a subgraph that was opened before."""
 AUTOGROW = "COMFY_AUTOGROW_V3"
 SEEDS = ("seed", "noise_seed")
 # Widgets whose own name says little where it stands alone, in App mode: they have the title of their node, or another name.
@@ -236,9 +238,8 @@ def _shown(graph: Graph) -> tuple[list[Record], list[Json], list[Json]]:
     nodes = [
         _editor_node(graph, name, order, boxes[name], records) for order, name in enumerate(_in_order(graph.nodes))
     ]
-    first = max(graph.ids.values()) + 1
     notes = [
-        _note(text, first + number, len(nodes) + number, box)
+        _note(text, FIRST_NOTE + number, len(nodes) + number, box)
         for number, (text, box) in enumerate(zip(graph.notes, note_boxes, strict=True))
     ]
     return records, [*nodes, *notes], groups
