@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from . import interrupts
 from .autoencoder.model import AsymmVAE
 from .autoencoder.plan import GIB
 from .autoencoder.streaming import OutOfMemory
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     `farm` has 1, too: some of its videos failed.
     """
+    interrupts.raised()
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {sentence(message)}", file=sys.stderr)
     options = _parser().parse_args(arguments)
     try:

@@ -75,7 +75,9 @@ def read_given(options: argparse.Namespace, size: VideoSize) -> dict[str, Any]:
             try:
                 given[name] = reader(path)
             except ValueError as error:
-                raise ValueError(f"{path.name} cannot be used: {error}") from error
+                raise ValueError(f"{path.name or path} cannot be used: {error}") from error
+            if not len(given[name]):
+                raise ValueError(f"{path.name} cannot be used: there are no frames in it; choose another video.")
     return given
 
 
@@ -260,9 +262,15 @@ def cache_option(text: str) -> BlockCache:
     """METHOD:THRESHOLD to a cache."""
     method, _, threshold = text.partition(":")
     try:
-        return BlockCache(method, float(threshold))
+        number = float(threshold)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not METHOD:THRESHOLD; write such as teacache:0.06 or first_block:0.1."
+        ) from None
+    try:
+        return BlockCache(method, number)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {error}") from None
 
 
 def lora_option(text: str) -> tuple[str, float]:

@@ -10,6 +10,8 @@ SPATIAL_COMPRESSION = 8
 TEMPORAL_COMPRESSION = 6
 FPS = 30  # Mochi's frame rate
 SIZE_STEP = 16  # one latent patch: 8 pixels per latent cell, 2 cells per patch
+MAX_TOKENS = 2**24
+"""Tokens of all videos that are made at once, at most: 35 minutes of 848 x 480, and 377 times what Mochi was trained for."""
 
 
 def frames_to_latents(num_frames: int) -> int:
@@ -39,7 +41,7 @@ class VideoSize:
 
     Raises:
         ValueError: height or width is no positive multiple of 16, or num_frames is not 6k + 1; names the nearest
-            valid values.
+            valid values. Or there are more than `MAX_TOKENS`.
     """
 
     height: int = 480
@@ -50,6 +52,7 @@ class VideoSize:
         sizes = [size_problem(name, getattr(self, name)) for name in ("height", "width")]
         if problems := [problem for problem in (*sizes, frames_problem(self.num_frames)) if problem]:
             raise ValueError(" ".join(problems))
+        self.latent_shape()
 
     @property
     def num_latents(self) -> int:
@@ -60,7 +63,13 @@ class VideoSize:
         return self.num_latents * (self.height // SIZE_STEP) * (self.width // SIZE_STEP)
 
     def latent_shape(self, batch: int = 1) -> tuple[int, int, int, int, int]:
-        """(B, 12, T, H, W) of the latents."""
+        """(B, 12, T, H, W) of the latents; ValueError for more than `MAX_TOKENS`."""
+        if batch * self.num_tokens > MAX_TOKENS:
+            videos = f"{batch} videos" if batch > 1 else "A video"
+            raise ValueError(
+                f"{videos} of {self.num_frames} frames of {self.width} x {self.height} pixels would be more than the "
+                f"{MAX_TOKENS:,} tokens that are made at once; make it smaller or shorter."
+            )
         height, width = self.height // SPATIAL_COMPRESSION, self.width // SPATIAL_COMPRESSION
         return batch, LATENT_CHANNELS, self.num_latents, height, width
 

@@ -31,14 +31,17 @@ def read_image(path: Path) -> np.ndarray[Any, Any]:
     Raises:
         ValueError: it is no image.
     """
-    from PIL import Image, ImageOps  # optional outside ComfyUI
+    from PIL import Image, ImageOps, UnidentifiedImageError  # optional outside ComfyUI
 
+    _check_file(path)
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image) or image
             return np.asarray(upright.convert("RGB"))[None]
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no image, or of a kind that is not known; save it as PNG or JPEG.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"it cannot be read ({error}).") from error
+        raise ValueError(f"it cannot be read ({error}); save the image again, as PNG or JPEG.") from error
 
 
 def read_frames(path: Path, height: int, width: int, most: int | None = None) -> np.ndarray[Any, Any]:
@@ -52,15 +55,28 @@ def read_frames(path: Path, height: int, width: int, most: int | None = None) ->
     import av  # optional outside ComfyUI, and slow to import
     from av.error import FFmpegError
 
+    _check_file(path)
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise ValueError("there is no picture in it.")
+                raise ValueError("there is no picture in it; choose a video.")
             frames = islice(_resampled(container.decode(video=0), height, width), most)
             images = [frame.to_ndarray(format="rgb24") for frame in frames]
     except (FFmpegError, OSError) as error:
-        raise ValueError(f"it cannot be read ({error.strerror or error}).") from error
+        raise ValueError(
+            f"it cannot be read ({error.strerror or error}); choose a video, or make an mp4 of it."
+        ) from error
     return np.stack(images) if images else np.empty((0, height, width, 3), np.uint8)
+
+
+def _check_file(path: Path) -> None:
+    """Raise a ValueError unless `path` leads to a file: a pipe may never say anything, and a device never end."""
+    if path.is_dir():
+        raise ValueError("it is a folder; name a file.")
+    if not path.exists():
+        raise ValueError("there is no such file; check the name.")
+    if not path.is_file():
+        raise ValueError("it is a pipe or a device; save what comes from it as a file, and name that.")
 
 
 def _resampled(frames: Iterator[VideoFrame], height: int, width: int) -> Iterator[VideoFrame]:

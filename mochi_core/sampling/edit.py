@@ -17,7 +17,7 @@ from ..transformer.attention import choose_attention
 from ..transformer.model import AsymmDiT
 from .guidance import Velocity, guided
 from .sample import EncodedPrompts, OnStep, prepared_velocities
-from .schedule import check_guidance, check_schedule
+from .schedule import check_falling, check_guidance, check_schedule
 
 TRENDS = ("constant", "linear_decrease", "linear_increase")
 """How the pull of `rf_edit` changes over its window; names of MochiEdit (logtd/ComfyUI-MochiEdit)."""
@@ -90,8 +90,10 @@ def invert(
 
 
 def check_rising(sigmas: Tensor) -> None:
-    """Raise a ValueError unless noise levels rise from step to step."""
+    """Raise a ValueError unless noise levels rise from step to step, to 1 at most."""
     check_schedule(sigmas)
+    if sigmas.max() > 1:
+        raise ValueError(f"sigmas go up to {sigmas.max():g}, but noise alone is level 1; end there.")
     if not (sigmas[1:] > sigmas[:-1]).all():
         raise ValueError(
             "Inversion goes from a video to noise, so its noise levels have to rise; turn the schedule round (FlipSigmas)."
@@ -118,11 +120,15 @@ def rf_edit(
 
     Returns:
         float32 (B, C, T, H, W) at noise level sigmas[-1].
+
+    Raises:
+        ValueError: levels that rise.
     """
+    check_falling(sigmas)
     latents, clean = latents.float(), clean.to(latents.device, torch.float32)
     for step, (now, following) in enumerate(pairwise(sigmas.tolist())):
         downwards = velocity(latents, step).float()
-        if etas[step]:
+        if etas[step] and now > following:
             downwards = torch.lerp(downwards, (clean - latents) / now, etas[step])
         latents = latents + (now - following) * downwards
         if on_step is not None and on_step(step, latents):
@@ -177,9 +183,10 @@ def edit(
         DiT-space latents, float32, on the device of `clean`.
 
     Raises:
-        ValueError: latents that are none of Mochi's, prompts that do not fit them, no step, or numbers that are not finite.
+        ValueError: latents that are none of Mochi's, prompts that do not fit them, no step, levels that rise, or numbers that
+            are not finite.
     """
-    check_schedule(sigmas)
+    check_falling(sigmas)
     check_guidance("source_scale", source_scale)
     check_guidance("scale", scale)
     if problem := latents_problem(clean, dit.config.in_channels):

@@ -33,7 +33,7 @@ from .guidance import (
     with_nag,
     without_blocks,
 )
-from .schedule import check_guidance, check_schedule
+from .schedule import check_falling, check_guidance
 from .together import OnStep, counted_together, exchanged, facts, stopping_all
 
 EncodedPrompts = tuple[Tensor, Tensor]
@@ -190,10 +190,10 @@ def sample(
         DiT-space latents, float32, on the device of `noise`.
 
     Raises:
-        ValueError: guidance without `uncond`, lengths or shapes that do not fit, no step, numbers that are not finite, or an
-            attention that cannot be used here.
+        ValueError: guidance without `uncond`, lengths or shapes that do not fit, no step, levels that rise, numbers that are
+            not finite, or an attention that cannot be used here.
     """
-    check_schedule(sigmas)
+    check_falling(sigmas)
     if problem := latents_problem(noise, dit.config.in_channels):
         raise ValueError(problem)
     guidance.check_depth(dit.config.depth)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+HIGHEST_LEVEL = 2.0
+"""Noise alone is level 1, which some multiply a little; levels of models of another kind go to 14 or 80."""
+MAX_STEPS = 1_000_000
+"""Steps of a schedule, at most; Genmo takes 64."""
 
 
 def linear_quadratic_schedule(
@@ -20,11 +26,13 @@ def linear_quadratic_schedule(
         float32 (num_steps + 1,), from 1.0 down to 0.0.
 
     Raises:
-        ValueError: num_steps < 1, threshold_noise outside (0, 1), linear_steps outside 1 ... num_steps, or a
-            combination for which sigma would not fall all the way.
+        ValueError: num_steps outside 1 ... `MAX_STEPS`, threshold_noise outside (0, 1), linear_steps outside 1 ... num_steps,
+            or a combination for which sigma would not fall all the way.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}, but sampling needs at least 1 step.")
+    if num_steps > MAX_STEPS:
+        raise ValueError(f"num_steps is {num_steps}, but {MAX_STEPS:,} are taken at most; Genmo takes 64.")
     if not 0.0 < threshold_noise < 1.0:
         raise ValueError(
             f"threshold_noise is {threshold_noise}, but it is a share of the noise; use a value in (0, 1)."
@@ -62,13 +70,17 @@ def schedule_below(start: float, num_steps: int) -> Tensor:
         float32 (num_steps + 1,), from `start` down to 0.0.
 
     Raises:
-        ValueError: num_steps < 1, or `start` outside (0, 1].
+        ValueError: num_steps < 1, `start` outside (0, 1], or so low that the schedule would have more than `MAX_STEPS`.
     """
     if not 0 < start <= 1:
         raise ValueError(f"The noise to start from is {start}; use a level above 0 and up to 1, such as 0.9.")
     too_few, enough = num_steps - 1, num_steps
     while len(_levels_below(start, enough)) < num_steps:
         too_few, enough = enough, 2 * enough
+        if enough > MAX_STEPS:
+            raise ValueError(
+                f"{num_steps} steps from noise {start} are too many; start from more, or take fewer steps."
+            )
     while enough - too_few > 1:
         total = (too_few + enough) // 2
         too_few, enough = (too_few, total) if len(_levels_below(start, total)) >= num_steps else (total, enough)
@@ -81,13 +93,27 @@ def _levels_below(start: float, num_steps: int) -> Tensor:
 
 
 def check_schedule(sigmas: Tensor) -> None:
-    """Raise a ValueError unless `sigmas` are the noise levels of a run: finite numbers in a row, with at least one step."""
+    """Raise a ValueError unless `sigmas` are noise levels of a run in a row: at least one step, from 0 to `HIGHEST_LEVEL`."""
     if sigmas.ndim != 1 or len(sigmas) < 2:
         shape = tuple(sigmas.shape)
         raise ValueError(f"sigmas have shape {shape}, but one step needs two noise levels in a row; give steps + 1.")
     for index, sigma in enumerate(sigmas.tolist()):
-        if not math.isfinite(sigma):
-            raise ValueError(f"sigmas[{index}] is {sigma}, but noise levels are numbers from 1 down to 0.")
+        if not 0 <= sigma <= HIGHEST_LEVEL:
+            raise ValueError(
+                f"sigmas[{index}] is {sigma:g}, but noise levels are numbers from 1 down to 0; those of other kinds of models do "
+                "not fit."
+            )
+
+
+def check_falling(sigmas: Tensor) -> None:
+    """Raise a ValueError unless `sigmas` are the noise levels of a run that goes from noise to a video."""
+    check_schedule(sigmas)
+    for index, (now, following) in enumerate(pairwise(sigmas.tolist()), 1):
+        if following > now:
+            raise ValueError(
+                f"sigmas[{index}] is {following:.4g} after {now:.4g}, but from noise to a video levels have to fall; turn the "
+                "schedule round."
+            )
 
 
 def check_guidance(name: str, scale: float) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from .. import interrupts
 from ..autoencoder.streaming import OutOfMemory
 from ..checkpoints import load_vae
 from ..dtypes import DTYPES
@@ -30,6 +31,7 @@ DTYPE_CHOICES = ("bf16", "fp32")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 if it worked, 2 with one sentence on stderr if the person has to change something."""
+    interrupts.raised()
     warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {sentence(message)}", file=sys.stderr)
     options = _parser().parse_args(arguments)
     try:

@@ -174,6 +174,10 @@ def test_shell(tmp_path, capsys):
     ]  # fmt: skip
     assert main([*map(str, arguments), "--cache", "teacache:0.09"]) == 0
     assert "teacache with threshold 0.09 left out blocks in " in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*map(str, arguments), "--cache", "teacache"])
-    assert "argument --cache: teacache" in capsys.readouterr().err
+    for given, message in {
+        "teacache": "argument --cache: teacache is not METHOD:THRESHOLD; write such as teacache:0.06 or first_block:0.1.",
+        "fora:0.1": "argument --cache: fora:0.1: The cache method is 'fora'; use one of teacache, first_block.",
+    }.items():
+        with pytest.raises(SystemExit):
+            main([*map(str, arguments), "--cache", given])
+        assert message in capsys.readouterr().err

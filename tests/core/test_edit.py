@@ -141,6 +141,8 @@ def test_a_schedule_from_any_level(start, steps):
         (lambda: schedule_below(0.0, 4), "noise to start from is 0.0; use a level"),
         (lambda: schedule_below(math.nan, 4), "noise to start from is nan"),
         (lambda: schedule_below(0.9, 0), "needs at least 1 step"),
+        (lambda: schedule_below(1e-9, 4), "4 steps from noise 1e-09 are too many; start from more"),
+        (lambda: rf_edit(curved(0), CLEAN, CLEAN, RISING, [0.0] * 9), "levels have to fall; turn the schedule round"),
         (lambda: invert(curved(0), CLEAN, FALLING), "have to rise; turn the schedule round"),
         (lambda: invert(curved(0), CLEAN, RISING[:1]), "one step needs two noise levels"),
         (lambda: pulls(FALLING, math.inf, 1, 0), "eta is inf"),
@@ -153,16 +155,17 @@ def test_what_makes_no_sense_is_refused(call, message):
 
 
 @pytest.mark.parametrize(
-    ("clean", "scale", "message"),
+    ("clean", "sigmas", "scale", "message"),
     [
-        (torch.zeros(1, 11, 2, 4, 4), 5.5, r"latents have shape \(1, 11, 2, 4, 4\)"),
-        (CLEAN * math.nan, 5.5, "latents"),
-        (CLEAN, math.nan, "^scale is nan"),
+        (torch.zeros(1, 11, 2, 4, 4), FALLING, 5.5, r"latents have shape \(1, 11, 2, 4, 4\)"),
+        (CLEAN * math.nan, FALLING, 5.5, "latents"),
+        (CLEAN, FALLING, math.nan, "^scale is nan"),
+        (CLEAN, RISING, 5.5, r"sigmas\[1\] is .* after .*, but from noise to a video levels have to fall"),
     ],
 )
-def test_what_cannot_be_edited_is_refused(dit, clean, scale, message):
+def test_what_cannot_be_edited_is_refused(dit, clean, sigmas, scale, message):
     with pytest.raises(ValueError, match=message):
-        edit(dit, clean, FALLING, prompt(3), prompt(4), prompt(0), scale=scale)
+        edit(dit, clean, sigmas, prompt(3), prompt(4), prompt(0), scale=scale)
 
 
 def test_inversion_and_the_way_back_cost_three_forwards_a_step(dit):

@@ -27,11 +27,23 @@ def test_frames_round_trip(num_latents):
         ((-3, 848, 25), "height is -3.* use 16"),
         ((480, 848, 24), "num_frames is 24.* 19 or 25"),
         ((480, 848, 0), "num_frames is 0.* use 1"),
+        (
+            (1_600_000_000, 848, 163),
+            "more than the 16,777,216 tokens that are made at once; make it smaller or shorter",
+        ),
+        ((480, 848, seconds_to_frames(1e12)), "A video of 30000000000001 frames of 848 x 480 pixels would be more"),
     ],
 )
 def test_invalid_sizes_name_the_nearest_valid_ones(size, message):
     with pytest.raises(ValueError, match=message):
         VideoSize(*size)
+
+
+def test_half_an_hour_is_made_at_once_and_a_thousand_videos_are_not():
+    size = VideoSize(480, 848, seconds_to_frames(2000))
+    assert size.latent_shape() == (1, 12, 10_001, 60, 106)
+    with pytest.raises(ValueError, match="1000 videos of 163 frames of 848 x 480 pixels would be more"):
+        VideoSize().latent_shape(1000)
 
 
 def test_latent_spaces_round_trip():

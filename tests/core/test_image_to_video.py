@@ -1,6 +1,7 @@
 """Videos from images and clips: which latents are given, how they are kept, pipeline and command line."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -279,17 +280,32 @@ def test_command_line_makes_rounds(run, tmp_path, capsys):
     assert "Rounds make frames and no latents" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes there")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--image", "{}/none.png"], "none.png cannot be used: it cannot be read"),
-        (["--image", "{}/text.txt"], "text.txt cannot be used: it cannot be read"),
-        (["--video", "{}/text.txt"], "text.txt cannot be used: it cannot be read"),
+        (["--image", "{}/none.png"], "none.png cannot be used: there is no such file; check the name."),
+        (
+            ["--image", "{}/text.txt"],
+            "text.txt cannot be used: it is no image, or of a kind that is not known; save it as",
+        ),
+        (["--image", "{}/half.png"], "; save the image again, as PNG or JPEG."),
+        (
+            ["--video", "{}/text.txt"],
+            "(Invalid data found when processing input); choose a video, or make an mp4 of it.",
+        ),
+        (["--video", "{}"], "cannot be used: it is a folder; name a file."),
+        (["--image", "/dev/zero"], "zero cannot be used: it is a pipe or a device; save what comes from it as a file"),
+        (["--last-image", "{}/pipe"], "pipe cannot be used: it is a pipe or a device"),
+        (["--video", "{}/pipe"], "pipe cannot be used: it is a pipe or a device"),
         (["--image", "{}/text.txt", "--video", "{}/text.txt"], "--image and --video are both given"),
     ],
 )
 def test_files_are_read_before_models(tmp_path, capsys, options, message):
     (tmp_path / "text.txt").write_text("no picture")
+    os.mkfifo(tmp_path / "pipe")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     arguments = [option.format(tmp_path) for option in options]
     models = ["--transformer", "none", "--t5", "none", "--vae", "none", "--prompt", "x", "-o", str(tmp_path / "x.mp4")]
     assert main(["generate", *models, *arguments]) == 2

@@ -109,6 +109,8 @@ def test_scale_count_must_fit(dit):
         ({"sigmas": SIGMAS[:0]}, r"sigmas have shape \(0,\), but one step needs two"),
         ({"sigmas": SIGMAS[:1]}, r"sigmas have shape \(1,\), but one step needs two"),
         ({"sigmas": torch.tensor([1.0, math.nan, 0.0])}, r"sigmas\[1\] is nan"),
+        ({"sigmas": torch.tensor([1.0, 0.0, 0.5])}, r"sigmas\[2\] is 0.5 after 0, but .* levels have to fall"),
+        ({"sigmas": torch.tensor([14.6, 3.0, 0.0])}, r"sigmas\[0\] is 14.6, but noise levels are numbers from 1"),
         ({"guidance_scale": math.nan}, "guidance_scale is nan"),
         ({"guidance_scale": [4.5, 4.5, 4.5, 4.5, math.inf]}, "guidance_scale is inf"),
         ({"noise": NOISE[:0]}, r"latents have shape \(0, 12, "),

@@ -41,6 +41,7 @@ def test_all_steps_linear():
         ((0,), "num_steps is 0"),
         ((8, 0.0), "threshold_noise is 0.0"),
         ((8, 1.0), "threshold_noise is 1.0"),
+        ((10**12,), "num_steps is 1000000000000, but 1,000,000 are taken at most"),
         ((8, 0.025, 0), "linear_steps is 0"),
         ((8, 0.025, 9), "linear_steps is 9"),
         ((8, 0.9, 2), "rise again"),

@@ -142,7 +142,8 @@ def test_what_cannot_be_used_is_left_out_with_a_sentence(videos, models, capsys)
     assert prepare(videos, models) == 0
     warnings = sorted(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
     assert warnings == [
-        "warning: broken.mp4 is left out: it cannot be read (Invalid data found when processing input).",
+        "warning: broken.mp4 is left out: it cannot be read (Invalid data found when processing input); choose a video, or "
+        "make an mp4 of it.",
         "warning: short.mp4 is left out: it has 5 frames at 30 per second, and 7 are wanted.",
         "warning: silent.mp4 is left out: silent.txt beside it must hold its caption.",
     ]

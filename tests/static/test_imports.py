@@ -1,6 +1,7 @@
 """Who may import whom, and that importing does nothing else."""
 
 import graphlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / "mochi_core"
 # From the bottom up: each room may use those in the lines above it.
 FLOORS = (
-    ("config", "dtypes", "geometry", "kernels", "mapped_files", "ops", "output_files", "shown"),
+    ("config", "dtypes", "geometry", "interrupts", "kernels", "mapped_files", "ops", "output_files", "shown"),
     ("quantization",),
     ("transformer", "autoencoder"),
     ("parallel",),
@@ -46,6 +47,20 @@ def test_importing_the_core_needs_no_host_and_has_no_side_effect():
     code = PURE_IMPORT.format(root=str(ROOT), blocked=sorted(HOST | {"diffusers"}))
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["mochi_core", "mochi_core.train"])
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal to a single process there")
+def test_an_interrupted_import_of_a_command_shows_no_code(module):
+    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while "torch" not in running.stderr.readline():  # modules as they are imported
+            assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        output, errors = running.communicate(timeout=60)
+    assert running.returncode == -signal.SIGINT
+    assert output == ""
+    assert all(line.startswith("import time:") for line in errors.splitlines())
 
 
 def test_core_never_names_host_or_peers():
