@@ -6,13 +6,11 @@ core's velocities are the host's predictions of the clean video, (denoised - x) 
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import comfy.model_sampling
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
@@ -23,39 +21,50 @@ from torch import Tensor
 
 from ...mochi_core.sampling.edit import check_rising, flow_edit, fresh_noise, invert, pulls, rf_edit
 from ...mochi_core.sampling.guidance import Velocity
-from ...mochi_core.sampling.schedule import check_guidance, schedule_below
-from .sampling import mochi_latents, without_sizes
+from ...mochi_core.sampling.schedule import check_falling, check_guidance, schedule_below
+from .sampling import mochi_latents, noise_mask, without_sizes
 
 SOURCE, TARGET = "source", "target"
 SMALLEST_LEVEL = 1e-4
 """Noise level at which velocities are asked for where a schedule says 0, at which the host's prediction holds none."""
 
 
-class EndsInNoise:
-    """Mixed into the host's noise levels of a flow model: inversion may end at level 1, with no part of the video to scale by.
+@contextmanager
+def unscaled_noise(sampling) -> Iterator[None]:
+    """Have a run of the host's leave latents at noise level 1 as they are: they have no part of a video to scale by.
 
     The host divides what a run gives by 1 - sigma, and multiplies it by that where the next run starts without noise.
+    `sampling` is the model's, or what another node has put in its place.
     """
+    begin, end = sampling.noise_scaling, sampling.inverse_noise_scaling
 
-    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
-        inverted = sigma >= 1 and not noise.any()
-        return latent_image if inverted else super().noise_scaling(sigma, noise, latent_image, max_denoise)  # pyright: ignore
+    def noise_scaling(sigma, noise, latent_image, max_denoise=False):
+        inverted = (sigma >= 1).all() and not noise.any()
+        return latent_image if inverted else begin(sigma, noise, latent_image, max_denoise)
 
-    def inverse_noise_scaling(self, sigma, latent):
-        return latent if sigma >= 1 else super().inverse_noise_scaling(sigma, latent)  # pyright: ignore
+    own, before = vars(sampling), dict(vars(sampling))
+    sampling.noise_scaling = noise_scaling
+    sampling.inverse_noise_scaling = lambda sigma, latent: latent if sigma >= 1 else end(sigma, latent)
+    try:
+        yield
+    finally:
+        for name in ("noise_scaling", "inverse_noise_scaling"):  # of the class, unless this is a run inside of a run
+            own.pop(name)
+            own.update({name: before[name]} if name in before else {})
 
 
-class FlowSampling(EndsInNoise, comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-    """The host's noise levels of flow models, with `EndsInNoise`."""
+def with_unscaled_noise(executor, guider, *arguments, **named):
+    """Wraps a run of the host's sampler."""
+    with unscaled_noise(guider.inner_model.model_sampling):
+        return executor(guider, *arguments, **named)
 
 
-def ending_in_noise(sampling: Any) -> Any:
-    """The noise levels that another node has set (ModelSamplingSD3), with `EndsInNoise` where they are a flow model's."""
-    if isinstance(sampling, EndsInNoise) or not isinstance(sampling, comfy.model_sampling.CONST):
-        return sampling
-    changed = copy.copy(sampling)
-    changed.__class__ = type("FlowSampling", (EndsInNoise, type(sampling)), {})
-    return changed
+class InversionSampler(comfy.samplers.KSAMPLER):
+    """A sampler that ends at noise, with a MODEL of any loader."""
+
+    def sample(self, model_wrap, *arguments, **named):
+        with unscaled_noise(model_wrap.inner_model.model_sampling):
+            return super().sample(model_wrap, *arguments, **named)
 
 
 class EditGuider(comfy.samplers.CFGGuider):
@@ -100,7 +109,7 @@ def edit_video(
         raise ValueError("The LATENT is empty, and there is nothing to edit; connect VAE Encode (Mochi) with a video.")
     guider = EditGuider(model)
     guider.set_prompts(source, target, negative, *scales)
-    mask = latent.get("noise_mask")
+    mask = noise_mask(latent)
     mask = None if mask is None else comfy.sampler_helpers.prepare_mask(mask, samples.shape, model.load_device)
     sampler = comfy.samplers.KSAMPLER(_flow_edit_sampler(guider, fresh_noise(samples, seed), mask))
     edited = guider.sample(
@@ -167,11 +176,15 @@ def inversion_sampler(gamma: float, seed: int) -> comfy.samplers.KSAMPLER:
 
     def mochi_invert(model, x, sigmas, extra_args=None, callback=None, disable=None, **_):  # noqa: ARG001 - the host's signature
         check_rising(sigmas)
+        if not model.latent_image.any():
+            raise ValueError(
+                "The LATENT is empty, and there is nothing to invert; connect VAE Encode (Mochi) with a video."
+            )
         velocity = velocity_of(model, sigmas, extra_args)
         noise = fresh_noise(x, seed)() if gamma else None
         return invert(velocity, model.latent_image, sigmas, gamma, noise, reporting(callback, sigmas))
 
-    return comfy.samplers.KSAMPLER(mochi_invert)
+    return InversionSampler(mochi_invert)
 
 
 def rf_edit_sampler(latent: dict, eta: float, start: float, end: float, trend: str, steps: tuple[int, int]):
@@ -183,6 +196,10 @@ def rf_edit_sampler(latent: dict, eta: float, start: float, end: float, trend: s
         ValueError: see `pulls`; when it samples, sigmas that do not fall, or a video of another size.
     """
     pulls(torch.tensor([1.0, 0.0]), eta, start, end, trend)
+    if start < end and not steps[1]:
+        raise ValueError(
+            f"start is {start:g}, below the end {end:g}, but noise falls from start to end; exchange the two."
+        )
 
     def mochi_rf_edit(model, x, sigmas, extra_args=None, callback=None, disable=None, **_):  # noqa: ARG001 - the host's signature
         check_falling(sigmas)
@@ -199,14 +216,6 @@ def rf_edit_sampler(latent: dict, eta: float, start: float, end: float, trend: s
         return rf_edit(velocity, begin, clean, sigmas, etas, reporting(callback, sigmas))
 
     return comfy.samplers.KSAMPLER(mochi_rf_edit)
-
-
-def check_falling(sigmas: Tensor) -> None:
-    """Raise a ValueError unless noise levels fall from step to step."""
-    if any(now <= following for now, following in pairwise(sigmas.tolist())):
-        raise ValueError(
-            "Mochi RF Edit goes from noise to a video, so its sigmas have to fall; connect Mochi Sigmas itself."
-        )
 
 
 def levels_of_steps(sigmas: Tensor, steps: tuple[int, int]) -> tuple[float, float]:

@@ -60,7 +60,8 @@ def with_frame_levels(
                 "use euler, heun or another sampler that adds none.",
                 sampler,
             )
-        # The host mixes it with latent_image by the first sigma.
-        noise = at_levels(latent_image, noise, shares)
+        # The host mixes it with latent_image by the first sigma. A run without noise goes on from one that has begun: its
+        # frames are at their levels.
+        noise = at_levels(latent_image, noise, shares if noise.any() else (shares > 0).to(shares))
         denoise_mask = (denoise_mask > 0).to(denoise_mask)
     return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *arguments, **named)

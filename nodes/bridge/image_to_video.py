@@ -16,7 +16,8 @@ from torch import Tensor
 from ...mochi_core import VideoSize
 from ...mochi_core.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, frames_to_latents
 from ...mochi_core.sampling.image_to_video import given_frames, kept_frames
-from .vae import crop_frames, encode_frames, require_mochi_vae
+from .sampling import checked_mask
+from .vae import checked_frames, crop_frames, encode_frames, require_mochi_vae
 
 
 def image_to_video(
@@ -27,9 +28,12 @@ def image_to_video(
     `start` and `end` are IMAGEs, `keep` and `noise` as for `given_frames`.
 
     Raises:
-        ValueError: see `given_frames`; or the VAE is not Mochi's.
+        ValueError: see `given_frames` and `checked_frames`; or the VAE is not Mochi's.
     """
     require_mochi_vae(vae)
+    for frames in (start, end):
+        if frames is not None:
+            checked_frames(frames)
     held = not getattr(model.model, "has_frame_levels", False)
     given = given_frames(lambda frames: encode_frames(vae, frames), size, start, end, keep=keep, held=held, **noise)
     if held:
@@ -48,16 +52,42 @@ def released(sigma: Tensor, denoise_mask: Tensor, extra_options: dict[str, Any])
     return (denoise_mask >= sigma[0]).to(denoise_mask)
 
 
+def with_kept_parts(
+    executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *arguments, **named
+):
+    """Wraps a run of the host's sampler that stops above noise level 0, or goes on from there without noise of its own.
+
+    What its mask keeps comes out of the first as the given picture, as which the second would take it anyway, and gets noise
+    there. The host itself hands on the noisy state, and in the end that is what the second keeps.
+    """
+    if denoise_mask is None or latent_image is None:
+        return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *arguments, **named)
+    release = extra_args["model_options"].get("denoise_mask_function")
+
+    def kept(sigma: Tensor) -> Tensor:
+        never = denoise_mask <= 0
+        if release is None:
+            return never
+        return never | (release(sigma.view(1), denoise_mask, {"model": guider, "sigmas": sigmas}) <= 0)
+
+    if sigmas[0] > 0 and not noise.any():
+        generator = torch.Generator().manual_seed(extra_args.get("seed") or 0)
+        noise = torch.randn(noise.shape, generator=generator).to(noise) * kept(sigmas[0])
+    made = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *arguments, **named)
+    return torch.where(kept(sigmas[-1]), latent_image.to(made), made) if sigmas[-1] > 0 else made
+
+
 def latent_mask(mask: Tensor, pixels: Tensor) -> Tensor:
     """A MASK (F or 1, H, W) for IMAGE frames (F, H, W, C) as the mask (1, 1, T, H / 8, W / 8) of their latents.
 
     A latent is denoised if any of the pixels and frames in it is: pooled by maximum over 8 x 8 pixels and 1, 6, 6 ... frames.
 
     Raises:
-        ValueError: the mask has another number of frames.
+        ValueError: the mask has another number of frames, or none, or values that are no numbers.
     """
-    frames, height, width = pixels.shape[-4:-1]
-    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()  # (F, 1, H, W)
+    frames, height, width = checked_frames(pixels).shape[-4:-1]
+    mask = checked_mask(mask)
+    mask = mask.reshape(-1, 1, *mask.shape[-2:])  # (F, 1, H, W)
     if len(mask) not in (1, frames):
         raise ValueError(
             f"The mask has {len(mask)} frames and the video {frames}; give one mask for all frames, or one for each."

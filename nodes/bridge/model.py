@@ -34,8 +34,9 @@ from . import parallel
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
 from .choices import arithmetic_choice, kernels_choice, log_choice, stored_name, weights_choice
-from .edit import FlowSampling, ending_in_noise
+from .edit import with_unscaled_noise
 from .frame_levels import FrameLevels, shares_of, with_frame_levels
+from .image_to_video import with_kept_parts
 from .patches import host_run_block
 from .prepared import Conditioning, conditioning_of, full_mask, prepared, with_run
 from .preview import MochiLatents, with_previews
@@ -142,11 +143,6 @@ class HostMochi(comfy.model_base.GenmoMochi):
         comfy.model_base.BaseModel.__init__(
             self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=network
         )
-        self.model_sampling = FlowSampling(model_config)
-
-    def __setattr__(self, name: str, value) -> None:
-        """Other nodes' settings of noise levels are put in place of ours while their MODEL is used."""
-        super().__setattr__(name, ending_in_noise(value) if name == "model_sampling" else value)
 
     def memory_required(self, *args, **named):
         """Bytes that the host leaves free on a device for a forward, and by which it decides how many prompts share one."""
@@ -229,7 +225,9 @@ def load_model(
             comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "mochi_frame_levels", with_frame_levels
         )
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "mochi_preview", with_previews)
-    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "mochi_run", with_run)
+    wrappers = {"mochi_kept": with_kept_parts, "mochi_run": with_run, "mochi_inversion": with_unscaled_noise}
+    for key, wrapper in wrappers.items():
+        patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, key, wrapper)
     _log_choices(patcher, stored_name(stored), quantize, dtype, attending)
     return patcher
 

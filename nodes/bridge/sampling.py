@@ -60,11 +60,11 @@ def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: f
     """Steps along `sigmas`, Euler's or those of a SAMPLER; returns a LATENT like `latent`.
 
     Raises:
-        ValueError: the LATENT is none of Mochi's, there is no step, or numbers are not finite.
+        ValueError: the LATENT is none of Mochi's, its mask is none, there is no step, or numbers are not finite.
     """
     check_schedule(sigmas)
     check_guidance("cfg", cfg)
-    image = mochi_latents(model, latent)
+    image, mask = mochi_latents(model, latent), noise_mask(latent)
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
     samples = comfy.sample.sample_custom(
         model,
@@ -75,12 +75,32 @@ def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: f
         positive,
         negative,
         image,
-        noise_mask=latent.get("noise_mask"),
+        noise_mask=mask,
         callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
     return {**without_sizes(latent), "samples": samples}
+
+
+def noise_mask(latent: dict) -> torch.Tensor | None:
+    """What of a LATENT is made anew, if it says so; see `checked_mask`."""
+    return checked_mask(latent["noise_mask"]) if latent.get("noise_mask") is not None else None
+
+
+def checked_mask(mask: torch.Tensor) -> torch.Tensor:
+    """A mask (..., H, W) in float32, from 0 (kept) to 1 (made anew).
+
+    Raises:
+        ValueError: it is empty, or has values that are not finite.
+    """
+    if mask.ndim < 2 or not mask.numel():
+        raise ValueError(
+            f"The mask has shape {(*mask.shape,)}; it has to be (frames, height, width), at least one of each."
+        )
+    if not mask.isfinite().all():
+        raise ValueError("The mask has values that are infinite or not a number; use 0 (kept) to 1 (made anew).")
+    return mask.float().clamp(0, 1)
 
 
 def without_sizes(latent: dict) -> dict:

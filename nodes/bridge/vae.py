@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from typing import Any
 
@@ -138,7 +139,7 @@ class HostVAE(comfy.sd.VAE):
 
     def vae_encode_crop_pixels(self, pixels):
         """What the host encodes of IMAGE frames ([B,] F, H, W, C): it crops sizes, and of lengths knows nothing."""
-        return crop_frames(pixels)[..., : self.output_channels]
+        return crop_frames(checked_frames(pixels))[..., : self.output_channels]
 
     def decode(self, samples_in, vae_options={}):  # noqa: B006 - the host's signature
         self.first_stage_model.check_decoder(samples_in.shape)  # before the host asks for the memory that it needs
@@ -228,7 +229,18 @@ def decode_video(vae: comfy.sd.VAE, latents: torch.Tensor, memory_limit: int | N
 def encode_frames(vae: comfy.sd.VAE, pixels: torch.Tensor) -> torch.Tensor:
     """IMAGE frames (F, H, W, C) of any length and size to latents (1, 12, T, H / 8, W / 8), by our autoencoder or the host's."""
     require_mochi_vae(vae)
-    return vae.encode(crop_frames(pixels))
+    return vae.encode(pixels if isinstance(vae, HostVAE) else crop_frames(checked_frames(pixels)))
+
+
+def checked_frames(pixels: torch.Tensor) -> torch.Tensor:
+    """`pixels`; ValueError unless they are frames ([B,] F, H, W, C) of numbers, none of which would spoil the others."""
+    if pixels.ndim not in (4, 5):
+        raise ValueError(f"The frames have shape {(*pixels.shape,)}; they have to be (frames, height, width, 3).")
+    if pixels.numel() and not all(map(math.isfinite, pixels.aminmax())):
+        raise ValueError(
+            "The frames hold values that are infinite or not a number, which would spoil the whole video; make them again."
+        )
+    return pixels
 
 
 def crop_frames(pixels: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,10 @@ refused("cfg", lambda: edit_video(model, source, target, negative, video, 4, 0.9
 refused("falling", lambda: sample(model, source, negative, video, falling, 1.0, 0, inversion_sampler(0.0, 0)))
 refused("rising", lambda: sample(model, source, negative, video, rising, 1.0, 0, rf_edit_sampler(video, *options)))
 refused("size", lambda: sample(model, source, negative, video, falling, 1.0, 0, rf_edit_sampler(other, *options)))
+refused("nothing to invert", lambda: sample(model, source, negative, empty, rising, 1.0, 0, inversion_sampler(0.0, 0)))
+above = torch.tensor([0.0, 0.5, 1.5])
+refused("above noise", lambda: sample(model, source, negative, video, above, 1.0, 0, inversion_sampler(0.0, 0)))
+refused("window", lambda: rf_edit_sampler(video, 0.5, 0.2, 0.9, "constant", (0, 0)))
 refused("gamma", lambda: inversion_sampler(float("inf"), 0))
 refused("eta", lambda: rf_edit_sampler(video, float("nan"), 1, 0, "constant", (0, 0)))
 save_file({{name: tensor.contiguous() for name, tensor in out.items()}}, result)
@@ -233,14 +237,17 @@ def test_stopped_half_way_and_back(out, dit, rising):
 
 
 MESSAGES = {
+    "above noise": "sigmas go up to 1.5, but noise alone is level 1",
     "cfg": "cfg is nan",
     "empty": "The LATENT is empty, and there is nothing to edit",
     "eta": "eta is nan",
     "falling": "noise levels have to rise; turn the schedule round (FlipSigmas)",
     "gamma": "gamma is inf",
-    "rising": "its sigmas have to fall",
+    "nothing to invert": "The LATENT is empty, and there is nothing to invert",
+    "rising": "from noise to a video levels have to fall",
     "size": "connect the video that was inverted",
     "start": "The noise to start from is 0.0",
+    "window": "start is 0.2, below the end 0.9",
 }
 
 

@@ -13,7 +13,7 @@ from tests.harness.comfy_process import run_in_comfyui
 SCRIPT = """
 import json
 import nodes as host
-from comfy_extras.nodes_custom_sampler import CFGGuider, KSamplerSelect, RandomNoise, SamplerCustomAdvanced
+from comfy_extras.nodes_custom_sampler import CFGGuider, KSamplerSelect, RandomNoise, SamplerCustom, SamplerCustomAdvanced
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from pack.nodes.bridge.model import load_model
 from pack.nodes.bridge.text import load_clip
@@ -46,6 +46,12 @@ def custom(model, latent):
     (guider,) = CFGGuider.execute(model, positive, negative, CFG).args
     return SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args[0]
 
+def in_two_runs(model, latent):
+    (sigmas,), (sampler,) = Sigmas.execute(STEPS).args, KSamplerSelect.execute("euler").args
+    for noise, part in ((True, sigmas[:4]), (False, sigmas[3:])):
+        latent = SamplerCustom.execute(model, noise, SEED, CFG, positive, negative, sampler, part, latent).args[0]
+    return latent
+
 for levels in (False, True):
     model = load_model(transformer, torch.float32, frame_levels=levels)
     options = {"start_noise": 0.1} if levels else {}
@@ -53,8 +59,10 @@ for levels in (False, True):
         model, vae, **size, start_image=given["start"], end_image=given["end"], end_noise=0.2, **options
     ).args
     told[str(levels)] = [latent["noise_mask"].flatten().tolist(), list(latent["samples"].shape), kept]
-    for name, sample in (("ours", ours), ("ksampler", ksampler), ("custom", custom)):
+    for name, sample in (("ours", ours), ("ksampler", ksampler), ("custom", custom), ("two runs", in_two_runs)):
         made[f"{name} {levels}"] = sample(both, latent)["samples"]
+    made[f"given {levels}"] = latent["samples"]
+    made[f"two {levels}"] = ours(both, {**latent, "samples": latent["samples"].repeat(2, 1, 1, 1, 1)})["samples"]
     if not levels:
         made["differential"] = ksampler(DifferentialDiffusion.execute(model).args[0], latent)["samples"]
         assert "denoise_mask_function" not in model.model_options, "the MODEL that came in has changed"
@@ -69,7 +77,15 @@ for name in ("mask", "one mask", "larger mask"):
 made["encoded"] = VAEEncode.execute(given["clip"], vae).args[0]["samples"]
 stretched = host.SetLatentNoiseMask().set_mask({"samples": made["encoded"]}, given["mask"])[0]["noise_mask"]
 made["stretched"] = comfy.utils.reshape_mask(stretched, made["encoded"].shape)
+half = torch.full((26, 64, 64), 0.5)
+made["values of a mask"] = VAEEncode.execute(given["clip"], vae, 4 * half - 1).args[0]["noise_mask"]
+encoded, nothing = {"samples": made["encoded"]}, float("nan") * half
 for name, run in {
+    "no number in a mask": lambda: VAEEncode.execute(given["clip"], vae, nothing),
+    "no pixel in a mask": lambda: VAEEncode.execute(given["clip"], vae, half[:, :0]),
+    "no number in a noise mask": lambda: ours(model, {**encoded, "noise_mask": nothing}),
+    "no number in an image": lambda: ImageToVideo.execute(model, vae, **size, start_image=given["start"] / 0),
+    "no frames": lambda: host.VAEEncode().encode(vae, given["clip"] * float("nan")),
     "no image": lambda: ImageToVideo.execute(model, vae, **size),
     "frames of a mask": lambda: VAEEncode.execute(given["clip"], vae, given["mask"][:3]),
     "size": lambda: ImageToVideo.execute(model, vae, 60, 64, 25, start_image=given["start"]),
@@ -129,6 +145,23 @@ def test_every_sampler_and_the_pipeline_make_the_same_video(made, given, levels)
         assert (tensors[f"{name} {levels}"] - video).norm() / video.norm() < 2e-3, name
 
 
+@pytest.mark.parametrize("levels", [False, True])
+def test_two_runs_one_after_the_other_make_the_video_of_one(made, levels):
+    """The host hands on the noisy state of what a mask keeps, as if it were the given picture."""
+    tensors, _ = made
+    torch.testing.assert_close(tensors[f"two runs {levels}"], tensors[f"custom {levels}"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_two_videos_begin_with_one_image(made, levels):
+    tensors, _ = made
+    two = tensors[f"two {levels}"]
+    torch.testing.assert_close(two[:1], tensors[f"ours {levels}"], rtol=0, atol=1e-4)
+    if not levels:  # where the first frame has no noise
+        torch.testing.assert_close(two[1:, :, 0], tensors[f"given {levels}"][:, :, 0], rtol=0, atol=1e-5)
+    assert (two[0, :, 2] - two[1, :, 2]).abs().mean() > 0.01
+
+
 def test_frames_are_released_as_by_differential_diffusion(made):
     tensors, _ = made
     torch.testing.assert_close(tensors["differential"], tensors["ksampler False"], rtol=1e-4, atol=1e-4)
@@ -167,7 +200,13 @@ def test_masks_of_one_frame_and_of_other_sizes(made):
 
 
 def test_what_is_wrong_is_one_sentence(made):
-    _, told = made
+    tensors, told = made
     assert told["no image"] == "There is no image to make a video from; give a first one, a last one or both."
     assert told["frames of a mask"].startswith("The mask has 3 frames and the video 26; give one mask")
+    assert tensors["values of a mask"].eq(1).all(), "a mask is from 0 to 1"
+    for name in ("no number in a mask", "no number in a noise mask"):
+        assert told[name] == "The mask has values that are infinite or not a number; use 0 (kept) to 1 (made anew)."
+    assert told["no pixel in a mask"].startswith("The mask has shape (26, 0, 64); it has to be")
+    for name in ("no number in an image", "no frames"):
+        assert told[name].startswith("The frames hold values that are infinite or not a number")
     assert told["size"] == "width is 60, but Mochi needs a multiple of 16; use 48 or 64."
