@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import parallel, traffic
 from benchmarks.dit import forward_flops
-from benchmarks.measure import Measurement, attempt, table
+from benchmarks.measure import Measurement, Timed, attempt, measure, table
 from benchmarks.simulated_gpu import GpuCounter, no_attention, simulated_gpu, text_of_lengths
 from mochi_core import AsymmDiT, AsymmDiTConfig
 from mochi_core.transformer.attention import BACKENDS
@@ -45,6 +45,14 @@ def test_a_contender_that_fails_is_a_row_that_says_so():
     assert failed.median == failed.largest("peak_mib") == math.inf
     lines = table(lambda case: case["name"], [{"name": "x"}], [{"ours": worked, "peer": failed}], [column, column])
     assert lines[2:] == ["| x | ours | 0.0 | 0.0 |", "| x | peer | ValueError: it takes / nothing here |  |"]
+
+
+@pytest.mark.parametrize(("calls", "made"), [(2, ["short", "whole", "whole", "whole"]), (0, ["short", "whole"])])
+def test_what_is_built_once_is_built_before_anything_is_timed(calls, made):
+    done = []
+    timed = Timed(torch.nn.Linear(1, 1), lambda: done.append("whole"), lambda: done.append("short"))
+    assert len(measure(lambda _: timed, {}, calls)["seconds"]) == max(calls, 1)
+    assert done == made
 
 
 WAITS = {

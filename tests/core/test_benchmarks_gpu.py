@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_parts
-from benchmarks.gpu import MINUTES, run_part, run_parts
+from benchmarks.gpu import MINUTES, run_parts
 from benchmarks.gpu_results import STOPPED, Part, Results, write_page
 from benchmarks.measure import MEDIAN, OUT_OF_MEMORY
 
@@ -96,11 +96,13 @@ def test_a_failed_part_ends_nothing_and_is_all_that_is_repeated(tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_a_part_that_hangs_is_stopped_with_all_that_it_has_started_and_left(tmp_path):
-    mark, began = tmp_path / "where", time.monotonic()
+def test_a_part_that_hangs_is_stopped_with_all_that_it_has_started_and_what_it_has_measured_stays(tmp_path, capsys):
+    mark, page, one, began = tmp_path / "where", tmp_path / "gpu.md", part(seconds=3), time.monotonic()
     code = f"import tempfile; open({str(mark)!r}, 'w').write(tempfile.mkdtemp()); {SLEEPER}"
-    assert run_part(python(code), limit=3) == "stopped after 3 s"
+    run_parts({"a": one}, {"a": python(adds(tmp_path / "gpu.jsonl", one.units()[0]) + code)}, page, HERE)
     assert time.monotonic() - began < 100
+    assert "a: stopped after 3 s, 1 of 2 measured" in capsys.readouterr().out
+    assert "| small | ours | 1.500 | abc1234 |" in page.read_text()
     assert not Path(mark.read_text()).exists()
 
 
@@ -120,6 +122,11 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path):
 @pytest.mark.parametrize("tiny", [False, True])
 def test_all_limits_fit_into_one_call(tiny):
     assert sum(part.seconds for part in gpu_parts.parts(tiny).values()) <= 60 * MINUTES - 30
+
+
+def test_no_part_times_the_call_in_which_kernels_are_built():
+    once = [name for name, one in gpu_parts.parts(tiny=False).items() if one.columns and not one.calls]
+    assert once == ["whole-run"]  # which has a shorter one before: test_benchmarks.py
 
 
 def test_parts_share_what_they_both_need():
