@@ -125,18 +125,31 @@ class AsymmetricAttention(nn.Module):
             q, k, v = kernels.joint_heads(visual, text, *weights, *tables, QK_NORM_EPS, rope.skipped)
             return q, k, v
         visual, text = (packed.unflatten(-1, (3, self.num_heads, -1)) for packed in (visual, text))
-        batch, num_tokens = visual.shape[:2]
-        joint = visual.new_empty(3, batch, num_tokens + text.shape[1], *visual.shape[3:])  # (3, B, N + L, K, D)
-        norms = (self.q_norm_x, self.q_norm_y), (self.k_norm_x, self.k_norm_y)
+        num_tokens = visual.shape[1]
+        q, k, v = _empty_heads(visual[:, :, 0], num_tokens + text.shape[1])  # (B, N + L, K, D) each
+        norms = (q, self.q_norm_x, self.q_norm_y), (k, self.k_norm_x, self.k_norm_y)
         for tokens, part in rope.chunks(token_chunk(visual, ROTATION_TOKEN_CHUNK)):
-            for i, (norm_x, _) in enumerate(norms):
+            for i, (joint, norm_x, _) in enumerate(norms):
                 # The table is made after the norm, and twice, so that less is held at a time.
-                joint[i, :, tokens] = rotate(norm_x(visual[:, tokens, i].float()), part.table())
-        for i, (_, norm_y) in enumerate(norms):
-            joint[i, :, num_tokens:] = norm_y(text[:, :, i].float())
-        joint[2, :, :num_tokens], joint[2, :, num_tokens:] = visual[:, :, 2], text[:, :, 2]
-        q, k, v = joint
+                joint[:, tokens] = rotate(norm_x(visual[:, tokens, i].float()), part.table())
+        for i, (joint, _, norm_y) in enumerate(norms):
+            joint[:, num_tokens:] = norm_y(text[:, :, i].float())
+        v[:, :num_tokens], v[:, num_tokens:] = visual[:, :, 2], text[:, :, 2]
         return q, k, v
+
+
+def _empty_heads(like: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v for `length` tokens, (B, length, K, D) each with the K and D of `like` (B, N, K, D).
+
+    A CPU's attention reads the keys and values of a head again and again: there, each head of theirs is in one piece. Its result
+    has the layout of q.
+    """
+    batch, _, heads, head_dim = like.shape
+    q = like.new_empty(batch, length, heads, head_dim)
+    if like.device.type != "cpu":
+        return q, torch.empty_like(q), torch.empty_like(q)
+    k, v = (like.new_empty(batch, heads, length, head_dim).transpose(1, 2) for _ in range(2))
+    return q, k, v
 
 
 def norm_weight(norm: nn.RMSNorm, device: torch.device) -> Tensor:
