@@ -99,6 +99,15 @@ def test_attention_is_passed_down_the_call(dit):
     assert shapes == [((1, 3, 24 + 4, 32), (1, 3, 24 + 4, 32))] * DIT.depth
 
 
+def test_a_cpu_gets_the_keys_and_values_of_a_head_in_one_piece_for_the_same_bits(dit):
+    def token_by_token(q, k, v):
+        assert k.is_contiguous() and v.is_contiguous()
+        return sdpa(q, *(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v)))
+
+    arguments = inputs([4, 4])
+    assert torch.equal(dit(*arguments, attention=token_by_token), dit(*arguments))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_tokens_in_chunks_change_nothing(batch, dtype):
