@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import signal
 import socket
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,6 +107,7 @@ def together(world: Group, device: torch.device) -> Iterator[None]:
     """
     place = f"Member {world.rank} ({device}, host {socket.gethostname()})"
     watch = Watch(world.rank, world.size, place)
+    before = _say_when_ended(watch, place)
     try:
         yield
         world.total(torch.zeros(1))  # all have come here
@@ -116,7 +119,27 @@ def together(world: Group, device: torch.device) -> Iterator[None]:
         raise MemberError(f"{said}; all {world.size} have stopped.") from error
     finally:
         watch.stop()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
+
+
+def _say_when_ended(watch: Watch, place: str) -> Any:
+    """Have the first member that the launcher ends say why; its own report names only the process that ended by itself.
+
+    Returns:
+        What was done about the signal before; None in a thread, which may not change that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def ended(*_: object) -> None:
+        said = f"{place} is ended by the launcher, because another member's process has ended"
+        if watch.is_first(said, wait=False):
+            print(f"error: {said}; all stop.", file=sys.stderr, flush=True)  # noqa: T201 - nobody else can
+        os._exit(2)
+
+    return signal.signal(signal.SIGTERM, ended)
 
 
 def _lost_connection(error: Exception) -> bool:

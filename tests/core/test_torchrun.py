@@ -115,6 +115,9 @@ def test_a_member_that_is_killed_ends_the_others(tmp_path):
     seconds, errors = seconds_until_the_end(running)
     assert seconds < 10
     assert "Signal 9 (SIGKILL)" in errors
+    assert (
+        len(re.findall(r"error: Member 0 \(cpu, host \S+\) .* another member.*; all (?:2 have )?stop", errors)) == 1
+    ), errors
     assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
 
 
