@@ -632,7 +632,9 @@ was trained for.
 ComfyUI streams the weights that do not fit. If memory runs out all the same: make **context_length** smaller (22 or 16
 latents; 6 frames each), then width and height. The decode needs the same memory however long the video is.
 
-**What to expect:** the windows share their overlaps, not a plot; describe one continuing motion.
+**What to expect:** the windows share their overlaps, not a plot; describe one continuing motion. The other way is *Extend a
+video*, round after round: with the tiny model it kept one shape in 6 of 12 videos, the windows in 4 or 5; both kept colour and
+motion.
 """,
         long_video(),
     ),

@@ -1,4 +1,4 @@
-"""Long videos of the trained tiny model: in one piece, and in rounds of the length that it was trained for.
+"""Long videos of the trained tiny model: in one piece, in rounds of the length that it was trained for, in ComfyUI's windows.
 
 With `--all -s`, the table of docs/long_video.md.
 """
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from mochi_core.rounds import in_rounds
-from tests.harness.semantics import MIN_PIXELS, STEPS, main_color, main_shape, masks
+from tests.harness.demo import tiny_prompt
+from tests.harness.graphs import MODEL, SAMPLER, with_defaults
+from tests.harness.semantics import MIN_PIXELS, STEPS, centers, main_color, main_shape, masks
 
 SCENES = [
     ("red", "circle", "moving in a circle"),
@@ -16,6 +18,12 @@ SCENES = [
     ("yellow", "triangle", "moving in a circle"),
     ("white", "circle", "standing still"),
     ("red", "square", "moving in a circle"),
+    ("green", "circle", "going round in a circle"),
+    ("blue", "triangle", "moving in a circle"),
+    ("white", "star", "going round in a circle"),
+    ("yellow", "square", "that does not move"),
+    ("green", "triangle", "standing still"),
+    ("blue", "circle", "moving in a circle"),
 ]
 SIZE = {"height": 64, "width": 64, "num_inference_steps": STEPS}
 FRAMES, EACH = 121, 12
@@ -24,22 +32,32 @@ FRAMES, EACH = 121, 12
 
 def steps(frames, color):
     """How far the centre of a colour moves from frame to frame, in frame heights; NaN where it is not seen."""
-    places = [np.argwhere(mask).mean(0) if mask.sum() >= MIN_PIXELS else (np.nan,) * 2 for mask in masks(frames)[color]]
-    return np.linalg.norm(np.diff(np.array(places) / frames.shape[1], axis=0), axis=1)
+    return np.linalg.norm(np.diff(centers(frames, color), axis=0), axis=1)
 
 
-def measured(name, make, scenes):
-    """Means over videos: right colour, shape in view, right shape, one shape; longest and median step."""
+def right_motion(frames, color, motion):
+    """Share of the pieces of a video in which a colour moves as it should: it stays, or turns as the clips of the training do."""
+    pieces = [centers(frames[i : i + EACH], color) for i in range(0, len(frames) - EACH + 1, EACH)]
+    if "circle" not in motion:
+        return np.mean([np.linalg.norm(piece[-1] - piece[0]) < 0.08 for piece in pieces])
+    ways = [np.diff(piece[::3], axis=0) for piece in pieces]  # (steps, 2), down and to the right
+    return np.mean([np.sum(way[:-1, 1] * way[1:, 0] - way[:-1, 0] * way[1:, 1]) > 0 for way in ways])
+
+
+def measured(name, make):
+    """Means over videos: right colour, shape in view, right shape, one shape, right motion; longest and median step."""
     rows = []
-    for number, (color, shape, motion) in enumerate(scenes):
+    for number, (color, shape, motion) in enumerate(SCENES):
         frames = make(f"a {color} {shape} {motion}", number)
         shapes = [main_shape(frames[[i]], color) for i in range(0, len(frames), EACH)]
         seen = np.mean(masks(frames)[color].sum((1, 2)) >= MIN_PIXELS)
         far = steps(frames, color)
         right = np.mean([found == shape for found in shapes])
         one = len(set(shapes)) == 1
-        rows.append((main_color(frames) == color, seen, right, one, np.nanmax(far), np.nanmedian(far)))
-    found = np.mean(rows, axis=0)
+        moves = right_motion(frames, color, motion)
+        lengths = (np.nanmax(far), np.nanmedian(far)) if np.isfinite(far).any() else (np.nan, np.nan)
+        rows.append((main_color(frames) == color, seen, right, one, moves, *lengths))
+    found = np.nanmean(rows, axis=0)
     print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in found) + " |")
     return found
 
@@ -57,13 +75,30 @@ def test_a_second_round_goes_on_without_a_jump(held):
 
 @pytest.mark.usefixtures("with_all")
 def test_rounds_keep_a_shape_in_view_and_one_piece_loses_it(pipe, held):
-    piece = measured("one piece", lambda prompt, i: pipe(prompt, num_frames=FRAMES, seed=i, **SIZE)[0], SCENES)
+    piece = measured("one piece", lambda prompt, i: pipe(prompt, num_frames=FRAMES, seed=i, **SIZE)[0])
     for name, one in {"held in time": held, "noise levels by frame": pipe}.items():
         for keep in (7, 13):
 
             def make(prompt, i, one=one, keep=keep):
                 return in_rounds(one, FRAMES, 25, prompt=prompt, seed=100 * i, keep=keep, **SIZE)
 
-            colors, seen, *_ = measured(f"rounds of 25 that keep {keep}, {name}", make, SCENES)
+            colors, seen, *_ = measured(f"rounds of 25 that keep {keep}, {name}", make)
             assert colors == 1
             assert seen > max(0.95, piece[1])
+
+
+@pytest.mark.usefixtures("with_all")
+@pytest.mark.parametrize("overlap", [2, 1])
+def test_windows_of_the_host(comfy, overlap):
+    """Context windows in a server, of 25 frames each, as the template of long videos has them."""
+
+    def make(prompt, i):
+        graph = tiny_prompt(prompt, num_frames=FRAMES, steps=STEPS, seed=i)
+        windows = {"context_length": 5, "context_overlap": overlap, "dim": 2, "freenoise": True}
+        graph["windows"] = with_defaults(comfy.client, "ContextWindowsManual", model=[MODEL, 0], **windows)
+        graph[SAMPLER]["inputs"]["model"] = ["windows", 0]
+        return comfy.frames(graph)
+
+    colors, seen, *_ = measured(f"windows of 25 that share {overlap} latents", make)
+    assert colors == 1
+    assert seen > 0.95
