@@ -227,7 +227,7 @@ def test_command_line_edits_the_first_frames(source):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--video", "none.mp4"], "none.mp4 cannot be used: it cannot be read"),
+        (["--video", "none.mp4"], "none.mp4 cannot be used: there is no such file"),
         (["--frames", "8"], "num_frames is 8, but Mochi needs 6k + 1 frames"),
         (["--start-noise", "0"], "The noise to start from is 0.0; use a level"),
         (["--guidance", "nan"], "guidance is nan, but guidance is a number"),
