@@ -229,7 +229,7 @@ def test_a_picture_that_has_gone_fails_its_video_alone(tmp_path, capsys):
     farm = Farm(jobs, [Worker(parsed(path, *NO_MODELS, *SMALL), cores=1)], tmp_path)
     farm._hand_out()
     assert (jobs[0].status, farm.at_work, [*farm.waiting]) == ("failed", {}, [])
-    assert "failed: line 1 (a kite): first.png cannot be used: it cannot be read" in capsys.readouterr().err
+    assert "failed: line 1 (a kite): first.png cannot be used: there is no such file" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
