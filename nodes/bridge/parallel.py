@@ -54,13 +54,14 @@ def add_devices(model, gpus: int, split: str):
     all_there = all(loaded is not None for loaded in mm.loaded_models())  # a network stays that something else holds
     shared = comfy.multigpu.create_multigpu_deepclones(model, gpus or available, reuse_loaded=all_there)
     wrappers = {
-        comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING: _with_shared_memory,
-        comfy.patcher_extension.WrappersMP.CALC_COND_BATCH: _with_devices,
+        comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING: partial(_with_shared_memory, split),
+        comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE: _with_threads,
+        comfy.patcher_extension.WrappersMP.CALC_COND_BATCH: partial(_with_devices, split),
     }
     for place, wrapper in wrappers.items():
         shared.remove_wrappers_with_key(place, KEY)
         if len(_patchers(shared)) > 1:
-            shared.add_wrapper_with_key(place, KEY, partial(wrapper, split))
+            shared.add_wrapper_with_key(place, KEY, wrapper)
     if len(_patchers(shared)) == 1:
         log_choice("parallel", f"one GPU of {available}, so the MODEL works as without the node")
     return shared
@@ -78,6 +79,21 @@ def _with_shared_memory(split: str, executor, model, *arguments, **named):
     log_choice("parallel", ", ".join(map(str, devices)), f"{with_guidance} where there is guidance", f"else {without}")
     with _shared_memory(model.model, split, devices):
         return executor(model, *arguments, **named)
+
+
+def _with_threads(executor, guider, sigmas, extra_args, *arguments, **named):
+    """Wraps a run of the host's sampler, for which it has started its threads.
+
+    Raises:
+        The error with which one could not set its device: it runs nothing, and gives that for everything.
+    """
+    pool: Any = extra_args["model_options"].get(POOL)
+    for device in () if pool is None else pool.devices:
+        pool.submit(device, int)
+        with _named_errors(device):
+            if (error := pool.get_result(device)[1]) is not None:
+                raise error
+    return executor(guider, sigmas, extra_args, *arguments, **named)
 
 
 def _with_devices(split: str, executor, model, conds, x, timestep, model_options):
@@ -195,16 +211,8 @@ class Devices:
         return torch.cat([velocity.to(x.device) for velocity in velocities])
 
     def _start(self, rank: int, work: Callable[[], None]) -> Callable[[], object]:
-        """Begin the work of a member in its device's thread; what is returned waits for its end.
-
-        Raises:
-            The error with which the host's thread could not set its device: it runs nothing, and gives that for everything.
-        """
+        """Begin the work of a member in its device's thread; what is returned waits for its end."""
         device = self.patchers[rank].load_device
-        self.pool.submit(device, int)
-        with _named_errors(device):
-            if (error := self.pool.get_result(device)[1]) is not None:
-                raise error
         self.pool.submit(device, work)
         return partial(self.pool.get_result, device)
 
