@@ -58,7 +58,8 @@ def with_kept_parts(
     """Wraps a run of the host's sampler that stops above noise level 0, or goes on from there without noise of its own.
 
     What its mask keeps comes out of the first as the given picture, as which the second would take it anyway, and gets noise
-    there. The host itself hands on the noisy state, and in the end that is what the second keeps.
+    there, of the second's seed: with the one of the first, both make the video of a single run. The host itself hands on the
+    noisy state, and in the end that is what the second keeps.
     """
     if denoise_mask is None or latent_image is None:
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *arguments, **named)

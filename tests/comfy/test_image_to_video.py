@@ -13,7 +13,9 @@ from tests.harness.comfy_process import run_in_comfyui
 SCRIPT = """
 import json
 import nodes as host
-from comfy_extras.nodes_custom_sampler import CFGGuider, KSamplerSelect, RandomNoise, SamplerCustom, SamplerCustomAdvanced
+from comfy_extras.nodes_custom_sampler import (
+    CFGGuider, DisableNoise, KSamplerSelect, RandomNoise, SamplerCustom, SamplerCustomAdvanced
+)
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from pack.nodes.bridge.model import load_model
 from pack.nodes.bridge.text import load_clip
@@ -39,12 +41,13 @@ def ours(model, latent, **more):
 def ksampler(model, latent):
     return host.KSampler().sample(model, SEED, STEPS, CFG, "euler", "linear_quadratic", positive, negative, latent, 1.0)[0]
 
-def custom(model, latent):
-    (noise,), (sigmas,), (sampler,) = (
-        node.args for node in (RandomNoise.execute(SEED), Sigmas.execute(STEPS), KSamplerSelect.execute("euler"))
-    )
+def custom(model, latent, noise=RandomNoise.execute(SEED), steps=slice(None)):
+    (sigmas,), (sampler,) = Sigmas.execute(STEPS).args, KSamplerSelect.execute("euler").args
     (guider,) = CFGGuider.execute(model, positive, negative, CFG).args
-    return SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args[0]
+    return SamplerCustomAdvanced.execute(noise.args[0], guider, sampler, sigmas[steps], latent).args[0]
+
+def with_another_seed(model, latent):
+    return custom(model, custom(model, latent, steps=slice(4)), DisableNoise.execute(), slice(3, None))
 
 def in_two_runs(model, latent):
     (sigmas,), (sampler,) = Sigmas.execute(STEPS).args, KSamplerSelect.execute("euler").args
@@ -59,7 +62,8 @@ for levels in (False, True):
         model, vae, **size, start_image=given["start"], end_image=given["end"], end_noise=0.2, **options
     ).args
     told[str(levels)] = [latent["noise_mask"].flatten().tolist(), list(latent["samples"].shape), kept]
-    for name, sample in (("ours", ours), ("ksampler", ksampler), ("custom", custom), ("two runs", in_two_runs)):
+    for name, sample in (("ours", ours), ("ksampler", ksampler), ("custom", custom), ("two runs", in_two_runs),
+                         ("another seed", with_another_seed)):
         made[f"{name} {levels}"] = sample(both, latent)["samples"]
     made[f"given {levels}"] = latent["samples"]
     made[f"two {levels}"] = ours(both, {**latent, "samples": latent["samples"].repeat(2, 1, 1, 1, 1)})["samples"]
@@ -150,6 +154,15 @@ def test_two_runs_one_after_the_other_make_the_video_of_one(made, levels):
     """The host hands on the noisy state of what a mask keeps, as if it were the given picture."""
     tensors, _ = made
     torch.testing.assert_close(tensors[f"two runs {levels}"], tensors[f"custom {levels}"], rtol=0, atol=1e-4)
+
+
+def test_two_runs_with_other_seeds_keep_what_the_mask_keeps(made):
+    """DisableNoise has the seed 0. Frames with levels of their own have no noise that the first run does not hand on."""
+    tensors, _ = made
+    torch.testing.assert_close(tensors["another seed True"], tensors["custom True"], rtol=0, atol=1e-4)
+    found, single = tensors["another seed False"], tensors["custom False"]
+    torch.testing.assert_close(found[:, :, 0], tensors["given False"][:, :, 0], rtol=0, atol=1e-5)
+    assert (found - single).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("levels", [False, True])
