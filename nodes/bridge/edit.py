@@ -30,17 +30,20 @@ SMALLEST_LEVEL = 1e-4
 
 
 @contextmanager
-def unscaled_noise(sampling) -> Iterator[None]:
+def unscaled_noise(sampling, brought: Tensor) -> Iterator[None]:
     """Have a run of the host's leave latents at noise level 1 as they are: they have no part of a video to scale by.
 
     The host divides what a run gives by 1 - sigma, and multiplies it by that where the next run starts without noise.
-    `sampling` is the model's, or what another node has put in its place.
+    `sampling` is the model's, or what another node has put in its place; `brought` is the noise of the run, to which other
+    wrappers may add that of what a mask keeps.
     """
     begin, end = sampling.noise_scaling, sampling.inverse_noise_scaling
+    goes_on = not brought.any()
 
     def noise_scaling(sigma, noise, latent_image, max_denoise=False):
-        inverted = (sigma >= 1).all() and not noise.any()
-        return latent_image if inverted else begin(sigma, noise, latent_image, max_denoise)
+        scaled = begin(sigma, noise, latent_image, max_denoise)
+        # By element, as nothing here may wait for the device: with a mask this is called at every step.
+        return torch.where((sigma >= 1) & (noise == 0), latent_image, scaled) if goes_on else scaled
 
     own, before = vars(sampling), dict(vars(sampling))
     sampling.noise_scaling = noise_scaling
@@ -53,18 +56,18 @@ def unscaled_noise(sampling) -> Iterator[None]:
             own.update({name: before[name]} if name in before else {})
 
 
-def with_unscaled_noise(executor, guider, *arguments, **named):
-    """Wraps a run of the host's sampler."""
-    with unscaled_noise(guider.inner_model.model_sampling):
-        return executor(guider, *arguments, **named)
+def with_unscaled_noise(executor, guider, sigmas, extra_args, callback, noise, *arguments, **named):
+    """Wraps a run of the host's sampler, outside of wrappers that change its noise."""
+    with unscaled_noise(guider.inner_model.model_sampling, noise):
+        return executor(guider, sigmas, extra_args, callback, noise, *arguments, **named)
 
 
 class InversionSampler(comfy.samplers.KSAMPLER):
     """A sampler that ends at noise, with a MODEL of any loader."""
 
-    def sample(self, model_wrap, *arguments, **named):
-        with unscaled_noise(model_wrap.inner_model.model_sampling):
-            return super().sample(model_wrap, *arguments, **named)
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, *arguments, **named):
+        with unscaled_noise(model_wrap.inner_model.model_sampling, noise):
+            return super().sample(model_wrap, sigmas, extra_args, callback, noise, *arguments, **named)
 
 
 class EditGuider(comfy.samplers.CFGGuider):

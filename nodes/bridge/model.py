@@ -219,17 +219,21 @@ def load_model(
     network: Any = patcher.model.diffusion_model
     _load_weights(network, checkpoint.tensors, module, assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (path, dtype, quantize, attention, frame_levels))
-    if has_frame_levels(stored) if frame_levels is None else frame_levels:
-        patcher.model.has_frame_levels = True
-        patcher.add_wrapper_with_key(
-            comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "mochi_frame_levels", with_frame_levels
-        )
-    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "mochi_preview", with_previews)
-    wrappers = {"mochi_kept": with_kept_parts, "mochi_run": with_run, "mochi_inversion": with_unscaled_noise}
-    for key, wrapper in wrappers.items():
-        patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, key, wrapper)
+    patcher.model.has_frame_levels = has_frame_levels(stored) if frame_levels is None else frame_levels
+    _add_wrappers(patcher)
     _log_choices(patcher, stored_name(stored), quantize, dtype, attending)
     return patcher
+
+
+def _add_wrappers(patcher) -> None:
+    """Wrap what the host does in a run; the first of several is the outermost."""
+    wrappers: dict[str, Any] = {"mochi_inversion": with_unscaled_noise}
+    if patcher.model.has_frame_levels:
+        wrappers["mochi_frame_levels"] = with_frame_levels
+    wrappers |= {"mochi_kept": with_kept_parts, "mochi_run": with_run}
+    for key, wrapper in wrappers.items():
+        patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, key, wrapper)
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "mochi_preview", with_previews)
 
 
 def _log_choices(patcher, stored: str, quantize: str | None, dtype: torch.dtype | None, attending: str) -> None:

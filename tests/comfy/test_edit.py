@@ -22,7 +22,7 @@ import comfy_extras.nodes_custom_sampler as custom
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from pack.mochi_core import BlockCache, linear_quadratic_schedule
 from pack.nodes.bridge.cache import add_cache
-from pack.nodes.bridge.edit import edit_video, inversion_sampler, rf_edit_sampler
+from pack.nodes.bridge.edit import edit_video, inversion_sampler, rf_edit_sampler, unscaled_noise
 from pack.nodes.bridge.model import load_model
 from pack.nodes.bridge.sampling import make_sigmas, sample
 
@@ -79,6 +79,25 @@ for name, options in {{
 }}.items():
     sampler = rf_edit_sampler(video, *options)
     out[f"back, {{name}}"] = sample(model, target, nothing, noisy["ours"], falling, 3.0, 5, sampler)["samples"]
+
+# A noise mask: with weights of a level for each frame the host's inpainting is told of whole frames, and otherwise of any part.
+euler, unpulled = comfy.samplers.sampler_object("euler"), rf_edit_sampler(video, 0.0, 1.0, 0.0, "constant", (0, 0))
+first_frame = torch.ones(1, 1, 2, 1, 1)
+first_frame[:, :, 0] = 0
+masks = {{"part": (model, mask), "frame": (load_model(path, torch.float32, frame_levels=True), first_frame)}}
+for name, (given_model, noise_mask) in masks.items():
+    masked = custom.SamplerCustom.execute(
+        given_model, False, 0, 1.0, source, negative, euler, rising, {{**video, "noise_mask": noise_mask}}
+    )[0]
+    for way, sampler in (("stock", euler), ("ours", unpulled)):
+        out[f"{{name}}, {{way}}"] = custom.SamplerCustom.execute(
+            given_model, False, 0, 1.0, target, negative, sampler, falling, masked
+        )[0]["samples"]
+
+# A meta tensor has no values to wait for.
+sampling, nowhere = model.model.model_sampling, torch.zeros(1, 12, 2, 8, 8, device="meta")
+with unscaled_noise(sampling, torch.zeros(1)):
+    sampling.noise_scaling(nowhere[:, :1, :1, :1, :1], nowhere, nowhere)
 
 # Stopped half way, the two go on where they were.
 half = rising[: {ROUND_TRIP} // 2 + 1]
@@ -213,6 +232,15 @@ def test_the_hosts_sampler_goes_on_from_inverted_noise(out, dit, inverted):
 def test_beside_other_settings_of_noise_levels(out, way):
     """ModelSamplingSD3 sets levels of the host's, which would divide by zero; the schedule that is given counts."""
     assert relative_error(out[f"{way}, other settings"], out[f"{way}, stock"]) < 1e-4
+
+@pytest.mark.parametrize(("masked", "kept"), [("part", (..., slice(4))), ("frame", (slice(None), slice(None), 0))])
+def test_the_hosts_sampler_goes_on_from_inverted_noise_with_a_mask(out, masked, kept):
+    """Mochi RF Edit without a pull begins with the LATENT itself, whatever the host makes of it."""
+    found = out[f"{masked}, stock"]
+    torch.testing.assert_close(found[kept], VIDEO[kept], rtol=1e-4, atol=1e-4)
+    assert relative_error(found, out[f"{masked}, ours"]) < 1e-4
+    assert relative_error(found, VIDEO) > 0.05, "the prompt is another"
+
 
 
 def test_rf_edit_is_the_cores(out, dit, inverted):
