@@ -21,6 +21,8 @@ from .schedule import check_falling, check_guidance, check_schedule
 
 TRENDS = ("constant", "linear_decrease", "linear_increase")
 """How the pull of `rf_edit` changes over its window; names of MochiEdit (logtd/ComfyUI-MochiEdit)."""
+ROUNDING = 1e-5
+"""How far above 1 the last level of a schedule may be: a shift in float32 gives 1 + 1e-7 to 1 + 1e-6."""
 
 
 def flow_edit(
@@ -90,14 +92,15 @@ def invert(
 
 
 def check_rising(sigmas: Tensor) -> None:
-    """Raise a ValueError unless noise levels rise from step to step, to 1 at most."""
+    """Raise a ValueError unless noise levels rise from step to step, and only the last is 1, but for `ROUNDING`."""
     check_schedule(sigmas)
-    if sigmas.max() > 1:
-        raise ValueError(f"sigmas go up to {sigmas.max():g}, but noise alone is level 1; end there.")
     if not (sigmas[1:] > sigmas[:-1]).all():
         raise ValueError(
             "Inversion goes from a video to noise, so its noise levels have to rise; turn the schedule round (FlipSigmas)."
         )
+    before, last = sigmas[-2:].tolist()
+    if last > 1 + ROUNDING or before >= 1:
+        raise ValueError(f"sigmas go on from {before:.7g} to {last:.7g}, but noise alone is level 1; end there.")
 
 
 def rf_edit(
@@ -139,15 +142,23 @@ def rf_edit(
 def pulls(sigmas: Tensor, eta: float, start: float, end: float, trend: str = "constant") -> list[float]:
     """The pull of `rf_edit` in each step of `sigmas` (steps + 1,): `eta` at noise levels from `start` down to `end`, else 0.
 
-    By its trend it falls to 0 over those steps, or rises from 0.
+    By its trend it falls to 0 over those steps, or rises from 0. A level above 1 counts as 1.
 
     Raises:
-        ValueError: another trend, or a number that is not finite.
+        ValueError: another trend, a number outside [0, 1], or a start below the end.
     """
     if trend not in TRENDS:
         raise ValueError(f"The trend is {trend!r}; use one of {', '.join(TRENDS)}.")
-    check_guidance("eta", eta)
-    within = [step for step, sigma in enumerate(sigmas[:-1].tolist()) if end <= sigma <= start]
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta:g}, but the pull goes from 0 (none) to 1 (straight to the given video).")
+    for name, level in (("from", start), ("down to", end)):
+        if not 0 <= level <= 1:
+            raise ValueError(f"The pull is {name} noise level {level:g}; use a level from 0 to 1.")
+    if start < end:
+        raise ValueError(
+            f"start is {start:g}, below the end {end:g}, but noise falls from start to end; exchange the two."
+        )
+    within = [step for step, sigma in enumerate(sigmas[:-1].tolist()) if end <= min(sigma, 1.0) <= start]
     values = [0.0] * (len(sigmas) - 1)
     for i, step in enumerate(within):
         passed = i / max(1, len(within) - 1)
@@ -224,13 +235,13 @@ def edit_by_inversion(
         scale: guidance on the way back.
         eta, start, end: see `pulls`.
         attention: one of `attention.ATTENTIONS`.
-        on_step: called as on_step(step, latents) after each of the 2 * steps steps; returning True ends the way up, or back.
+        on_step: called as on_step(step, latents) after each of the 2 * steps steps; returning True stops the run.
 
     Returns:
-        DiT-space latents, float32, on the device of `clean`.
+        DiT-space latents, float32, on the device of `clean`; those of the last step where a run is stopped.
 
     Raises:
-        ValueError: see `edit`; a pull that is not finite.
+        ValueError: see `edit` and `pulls`.
     """
     check_guidance("scale", scale)
     etas = pulls(sigmas, eta, start, end)
@@ -243,11 +254,20 @@ def edit_by_inversion(
     up = guided(prepared_velocities(dit, state, rising, [source], attend), [1.0] * steps)
     down = guided(prepared_velocities(dit, state, sigmas, [target, negative], attend), [scale] * steps)
 
-    def counted_from(first: int) -> OnStep:
-        return lambda step, latents: None if on_step is None else on_step(first + step, latents)
+    stopped = False
 
-    noise = invert(up, state, rising, on_step=counted_from(0))
-    return rf_edit(down, noise, state, sigmas, etas, counted_from(steps)).to(clean.device)
+    def counted_from(first: int) -> OnStep:
+        def counted(step: int, latents: Tensor) -> bool:
+            nonlocal stopped
+            stopped = on_step is not None and bool(on_step(first + step, latents))
+            return stopped
+
+        return counted
+
+    found = invert(up, state, rising, on_step=counted_from(0))
+    if not stopped:
+        found = rf_edit(down, found, state, sigmas, etas, counted_from(steps))
+    return found.to(clean.device)
 
 
 def fresh_noise(latents: Tensor, seed: int) -> Callable[[], Tensor]:

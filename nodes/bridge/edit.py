@@ -193,16 +193,14 @@ def inversion_sampler(gamma: float, seed: int) -> comfy.samplers.KSAMPLER:
 def rf_edit_sampler(latent: dict, eta: float, start: float, end: float, trend: str, steps: tuple[int, int]):
     """A SAMPLER that goes from inverted noise to a video pulled towards `latent`, see `rf_edit`.
 
-    `steps`, unless it ends at 0, says in steps of the run what `start` and `end` say in noise levels.
+    `steps`, unless it ends at 0, says in steps of the run what `start` and `end` say in noise levels, which do not count then.
 
     Raises:
         ValueError: see `pulls`; when it samples, sigmas that do not fall, or a video of another size.
     """
+    if steps[1]:
+        start, end = 1.0, 0.0
     pulls(torch.tensor([1.0, 0.0]), eta, start, end, trend)
-    if start < end and not steps[1]:
-        raise ValueError(
-            f"start is {start:g}, below the end {end:g}, but noise falls from start to end; exchange the two."
-        )
 
     def mochi_rf_edit(model, x, sigmas, extra_args=None, callback=None, disable=None, **_):  # noqa: ARG001 - the host's signature
         check_falling(sigmas)
@@ -223,7 +221,7 @@ def rf_edit_sampler(latent: dict, eta: float, start: float, end: float, trend: s
 
 def levels_of_steps(sigmas: Tensor, steps: tuple[int, int]) -> tuple[float, float]:
     """The noise levels of the first and the last of the steps from steps[0] up to, not including, steps[1]."""
-    levels = sigmas[:-1][slice(*steps)].tolist() or [0.0]
+    levels = sigmas[:-1][slice(*steps)].clamp(max=1).tolist() or [0.0]
     start, end = levels[0], levels[-1]
     logging.info("Mochi RF Edit: steps %d to %d are start %.4f and end %.4f.", *steps, start, end)
     return start, end

@@ -102,7 +102,6 @@ with unscaled_noise(sampling, torch.zeros(1)):
 # Stopped half way, the two go on where they were.
 half = rising[: {ROUND_TRIP} // 2 + 1]
 stopped = sample(model, source, negative, video, half, 1.0, 0, inversion_sampler(0.0, 0))
-unpulled = rf_edit_sampler(video, 0.0, 1.0, 0.0, "constant", (0, 0))
 out["half way"] = sample(model, source, negative, stopped, half.flip(0), 1.0, 0, unpulled)["samples"]
 
 def refused(name, function):
@@ -233,6 +232,7 @@ def test_beside_other_settings_of_noise_levels(out, way):
     """ModelSamplingSD3 sets levels of the host's, which would divide by zero; the schedule that is given counts."""
     assert relative_error(out[f"{way}, other settings"], out[f"{way}, stock"]) < 1e-4
 
+
 @pytest.mark.parametrize(("masked", "kept"), [("part", (..., slice(4))), ("frame", (slice(None), slice(None), 0))])
 def test_the_hosts_sampler_goes_on_from_inverted_noise_with_a_mask(out, masked, kept):
     """Mochi RF Edit without a pull begins with the LATENT itself, whatever the host makes of it."""
@@ -240,7 +240,6 @@ def test_the_hosts_sampler_goes_on_from_inverted_noise_with_a_mask(out, masked, 
     torch.testing.assert_close(found[kept], VIDEO[kept], rtol=1e-4, atol=1e-4)
     assert relative_error(found, out[f"{masked}, ours"]) < 1e-4
     assert relative_error(found, VIDEO) > 0.05, "the prompt is another"
-
 
 
 def test_rf_edit_is_the_cores(out, dit, inverted):
@@ -265,14 +264,14 @@ def test_stopped_half_way_and_back(out, dit, rising):
 
 
 MESSAGES = {
-    "above noise": "sigmas go up to 1.5, but noise alone is level 1",
+    "above noise": "sigmas go on from 0.5 to 1.5, but noise alone is level 1",
     "cfg": "cfg is nan",
     "empty": "The LATENT is empty, and there is nothing to edit",
     "eta": "eta is nan",
     "falling": "noise levels have to rise; turn the schedule round (FlipSigmas)",
     "gamma": "gamma is inf",
     "nothing to invert": "The LATENT is empty, and there is nothing to invert",
-    "rising": "from noise to a video levels have to fall",
+    "rising": "sigmas[1] is 0.2944 after 0.0001, but from noise to a video levels have to fall",
     "size": "connect the video that was inverted",
     "start": "The noise to start from is 0.0",
     "window": "start is 0.2, below the end 0.9",

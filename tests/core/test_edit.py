@@ -145,13 +145,42 @@ def test_a_schedule_from_any_level(start, steps):
         (lambda: rf_edit(curved(0), CLEAN, CLEAN, RISING, [0.0] * 9), "levels have to fall; turn the schedule round"),
         (lambda: invert(curved(0), CLEAN, FALLING), "have to rise; turn the schedule round"),
         (lambda: invert(curved(0), CLEAN, RISING[:1]), "one step needs two noise levels"),
+        (lambda: invert(curved(0), CLEAN, torch.tensor([0.5, 1.001])), "from 0.5 to 1.001, but noise alone is level 1"),
+        (lambda: invert(curved(0), CLEAN, torch.tensor([0.5, 1, 1.000001])), "from 1 to 1.000001, but noise alone"),
         (lambda: pulls(FALLING, math.inf, 1, 0), "eta is inf"),
+        (lambda: pulls(FALLING, 1.1, 1, 0), "eta is 1.1, but the pull goes from 0"),
+        (lambda: pulls(FALLING, 0.5, 1, 1.5), "down to noise level 1.5; use a level from 0 to 1"),
+        (lambda: pulls(FALLING, 0.5, math.nan, 0), "from noise level nan"),
+        (lambda: pulls(FALLING, 0.5, 0.2, 0.9), "start is 0.2, below the end 0.9"),
         (lambda: pulls(FALLING, 0.5, 1, 0, "cosine"), "trend is 'cosine'; use one of constant"),
     ],
 )
 def test_what_makes_no_sense_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_shifted_schedule_that_rounds_to_more_than_1_is_noise_alone():
+    """ModelSamplingSD3's formula in float32, with shift 1.57."""
+    levels = torch.arange(4, -1, -1) / 4
+    sigmas = 1.57 * levels / (1 + (1.57 - 1) * levels)
+    assert sigmas[0] > 1
+    straight = lambda *_: CLEAN - NOISE  # noqa: E731
+    noise = invert(straight, CLEAN, sigmas.flip(0), 0.5, NOISE)
+    torch.testing.assert_close(noise, NOISE, rtol=1e-5, atol=1e-5)
+    assert pulls(sigmas, 0.7, 1.0, 0.8) == [0.7, 0.7, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("last", [1, 3, 6])
+def test_an_edit_by_inversion_can_be_stopped_on_both_ways(dit, last):
+    """At step 3 of 4 all of the way up is done, and the way back does not begin."""
+    seen = []
+    found = edit_by_inversion(
+        dit, CLEAN, linear_quadratic_schedule(4), prompt(6), prompt(7), prompt(0),
+        on_step=lambda step, latents: (seen.append(latents), step == last)[1],
+    )  # fmt: skip
+    assert len(seen) == last + 1
+    assert torch.equal(found, seen[-1])
 
 
 @pytest.mark.parametrize(
@@ -231,7 +260,8 @@ def test_command_line_edits_the_first_frames(source):
         (["--frames", "8"], "num_frames is 8, but Mochi needs 6k + 1 frames"),
         (["--start-noise", "0"], "The noise to start from is 0.0; use a level"),
         (["--guidance", "nan"], "guidance is nan, but guidance is a number"),
-        (["--inversion", "--eta", "inf"], "eta is inf"),
+        (["--inversion", "--eta", "5"], "eta is 5, but the pull goes from 0"),
+        (["--inversion", "--pull-until", "1.5"], "The pull is down to noise level 1.5; use a level from 0 to 1"),
     ],
 )
 def test_command_line_refuses_before_models_are_loaded(source, capsys, options, message):
