@@ -17,7 +17,7 @@ from tests.harness.numbers import relative_error
 STEPS, ROUND_TRIP = 6, 12
 SCRIPT = f"""
 import json, logging
-import comfy.sample, comfy.samplers
+import comfy.hooks, comfy.sample, comfy.samplers, comfy.sd
 import comfy_extras.nodes_custom_sampler as custom
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from pack.mochi_core import BlockCache, linear_quadratic_schedule
@@ -38,7 +38,7 @@ forwards = []
 model.model.diffusion_model.blocks[0].register_forward_pre_hook(lambda _, inputs: forwards.append(len(inputs[0])))
 out, errors = {{}}, {{}}
 
-def edited(model, target, scales, latent=video):
+def edited(model, target, scales, latent=video, source=source, negative=negative):
     forwards.clear()
     latent = edit_video(model, source, target, negative, latent, {STEPS}, 0.9, scales, 3)
     assert "downscale_ratio_spacial" not in latent
@@ -53,6 +53,15 @@ out["cached"] = edited(add_cache(model, BlockCache("teacache", 0)), target, (1.5
 mask = torch.zeros(1, 1, *given["video"].shape[2:])
 mask[..., 4:] = 1
 out["masked"] = edited(model, target, (1.5, 5.5), {{**video, "noise_mask": mask}})
+
+layer = "blocks.0.attn.qkv_x"
+rows, columns = model.model.diffusion_model.get_submodule(layer).weight.shape
+ones = {{"A": torch.full((1, columns), 0.02), "B": torch.full((rows, 1), 0.5)}}
+lora = {{f"diffusion_model.{{layer}}.lora_{{side}}.weight": weight for side, weight in ones.items()}}
+out["LoRA"] = edited(comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0], target, (1.5, 5.5))
+group = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+hooked = [comfy.hooks.set_hooks_for_conditioning(prompt, group) for prompt in (target, source, negative)]
+out["LoRA by hooks"] = edited(model, hooked[0], (1.5, 5.5), source=hooked[1], negative=hooked[2])
 
 falling = make_sigmas({ROUND_TRIP}, 1.0)
 rising = custom.FlipSigmas.execute(falling)[0]
@@ -200,6 +209,11 @@ def test_an_edit_is_the_cores(out, dit):
     assert out["unguided forwards"] == 3 * STEPS
     assert not torch.equal(out["unguided"], out["edited"])
     assert relative_error(out["cached"], out["edited"]) < 1e-5
+
+
+def test_a_lora_by_hooks_is_that_of_the_model(out):
+    assert relative_error(out["LoRA by hooks"], out["LoRA"]) < 1e-4
+    assert relative_error(out["LoRA"], out["edited"]) > 0.02
 
 
 def test_outside_of_a_mask_nothing_changes(out):
