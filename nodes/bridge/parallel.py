@@ -82,18 +82,19 @@ def _with_shared_memory(split: str, executor, model, *arguments, **named):
 
 
 def _with_threads(executor, guider, sigmas, extra_args, *arguments, **named):
-    """Wraps a run of the host's sampler, for which it has started its threads.
+    """Wraps a run of the host's sampler, for which it has started its threads."""
+    if (pool := extra_args["model_options"].get(POOL)) is not None:
+        _check_threads(pool)
+    return executor(guider, sigmas, extra_args, *arguments, **named)
 
-    Raises:
-        The error with which one could not set its device: it runs nothing, and gives that for everything.
-    """
-    pool: Any = extra_args["model_options"].get(POOL)
-    for device in () if pool is None else pool.devices:
+
+def _check_threads(pool) -> None:
+    """Raise the error with which a thread could not set its device: it runs nothing, and gives that for everything."""
+    for device in pool.devices:
         pool.submit(device, int)
         with _named_errors(device):
             if (error := pool.get_result(device)[1]) is not None:
                 raise error
-    return executor(guider, sigmas, extra_args, *arguments, **named)
 
 
 def _with_devices(split: str, executor, model, conds, x, timestep, model_options):
