@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     `farm` has 1, too: some of its videos failed.
     """
-    interrupts.raised()
+    interrupts.raise_again()
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {sentence(message)}", file=sys.stderr)
     options = _parser().parse_args(arguments)
     try:

@@ -11,12 +11,12 @@ PACKAGE, COMMANDS = "mochi_core", ("mochi", "mochi.exe")
 
 
 def end_at_once() -> None:
-    """Have Ctrl-C end this program, if it is one of our commands, until `raised` is called."""
+    """Have Ctrl-C end this program, if it is one of our commands, until `raise_again` is called."""
     if _is_command() and _handler_is(signal.default_int_handler):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def raised() -> None:
+def raise_again() -> None:
     """Have Ctrl-C raise KeyboardInterrupt again."""
     if _handler_is(signal.SIG_DFL):
         signal.signal(signal.SIGINT, signal.default_int_handler)

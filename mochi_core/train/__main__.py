@@ -31,7 +31,7 @@ DTYPE_CHOICES = ("bf16", "fp32")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 if it worked, 2 with one sentence on stderr if the person has to change something."""
-    interrupts.raised()
+    interrupts.raise_again()
     warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {sentence(message)}", file=sys.stderr)
     options = _parser().parse_args(arguments)
     try:

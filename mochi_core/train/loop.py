@@ -73,7 +73,7 @@ def train(config: Config, model: TrainableModel, accelerator: Accelerator, sampl
     settings, is_main = fixed_settings(config, accelerator), accelerator.is_main_process
     step = load_state(config.output / STATE, model.parameters, optimizer, settings)
     with (
-        interrupts(accelerator) as interrupted,
+        first_interrupt_caught(accelerator) as interrupted,
         step_log(config.output / LOG, step, enabled=is_main) as log,
         tqdm(total=config.steps, initial=step, unit="step", disable=not is_main) as bar,
     ):
@@ -173,7 +173,7 @@ def step_stem(folder: Path, step: int) -> Path:
 
 
 @contextmanager
-def interrupts(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
+def first_interrupt_caught(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
     """Catch the first Ctrl+C: the yielded function then returns True, in every process at the same step."""
     usual = signal.getsignal(signal.SIGINT)
 

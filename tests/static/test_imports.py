@@ -49,7 +49,7 @@ def test_importing_the_core_needs_no_host_and_has_no_side_effect():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", ["mochi_core", "mochi_core.train"])
+@pytest.mark.parametrize("module", ["mochi_core", "mochi_core.train", "mochi_core.train.tiny"])
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal to a single process there")
 def test_an_interrupted_import_of_a_command_shows_no_code(module):
     command = [sys.executable, "-X", "importtime", "-m", module, "--help"]

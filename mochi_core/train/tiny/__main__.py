@@ -11,11 +11,13 @@ folders, and a CSV file of the losses for each of the four trainings.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor, autocast, nn
 
+from ... import interrupts
 from ...autoencoder.model import AsymmVAE
 from ...checkpoints import from_state_dict
 from ...checkpoints.formats.writer import write_safetensors
@@ -43,7 +45,9 @@ METADATA = {
 }
 
 
-def main() -> None:
+def main() -> int:
+    """Train what is not trained yet; 0 when all is done, 130 after Ctrl-C."""
+    interrupts.raise_again()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with T5's tokenizer.json")
@@ -52,7 +56,11 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
-    make(arguments.folder, arguments.tokenizer, arguments.device)
+    try:
+        make(arguments.folder, arguments.tokenizer, arguments.device)
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def make(folder: Path, tokenizer_folder: Path, device: torch.device) -> None:
@@ -150,4 +158,4 @@ def write_model(path: Path, model: nn.Module) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
