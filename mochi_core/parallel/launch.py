@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -107,39 +106,58 @@ def together(world: Group, device: torch.device) -> Iterator[None]:
     """
     place = f"Member {world.rank} ({device}, host {socket.gethostname()})"
     watch = Watch(world.rank, world.size, place)
-    before = _say_when_ended(watch, place)
-    try:
-        yield
-        world.total(torch.zeros(1))  # all have come here
-    except Exception as error:
-        lost = _lost_connection(error)
-        said = f"{place} lost another member, whose process has ended" if lost else f"{place} failed: {error}"
-        if not watch.is_first(said, wait=lost):
-            raise SystemExit(2) from error
-        raise MemberError(f"{said}; all {world.size} have stopped.") from error
-    finally:
-        watch.stop()
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+    with _ended_with_a_sentence(watch):
+        try:
+            yield
+            world.total(torch.zeros(1))  # all have come here
+        except Exception as error:
+            lost = _lost_connection(error)
+            said = f"{place} lost another member, whose process has ended" if lost else f"{place} failed: {error}"
+            if not watch.is_first(said, wait=lost):
+                raise SystemExit(2) from error
+            raise MemberError(f"{said}; all {world.size} have stopped.") from error
+        finally:
+            watch.stop()
     dist.destroy_process_group()
 
 
-def _say_when_ended(watch: Watch, place: str) -> Any:
-    """Have the first member that the launcher ends say why; its own report names only the process that ended by itself.
+@contextmanager
+def _ended_with_a_sentence(watch: Watch) -> Iterator[None]:
+    """Have the first member that is told to end say so: a launcher's own report names only the process that ended by itself.
 
-    Returns:
-        What was done about the signal before; None in a thread, which may not change that.
+    Python runs a handler between two steps of the main thread, which may be waiting for a device or for other members. So
+    another thread waits for the number of the signal, which comes through a socket at once.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return None
+    if threading.current_thread() is not threading.main_thread():  # no other may change what signals do
+        yield
+        return
+    signals, told = socket.socketpair()
+    told.setblocking(False)
+    threading.Thread(target=_wait_for_the_end, args=(signals, watch), daemon=True).start()
+    told_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        signal.set_wakeup_fd(told_before)
+        told.close()
 
-    def ended(*_: object) -> None:
-        said = f"{place} is ended by the launcher, because another member's process has ended"
-        if watch.is_first(said, wait=False):
-            print(f"error: {said}; all stop.", file=sys.stderr, flush=True)  # noqa: T201 - nobody else can
-        os._exit(2)
 
-    return signal.signal(signal.SIGTERM, ended)
+def _wait_for_the_end(signals: socket.socket, watch: Watch) -> None:
+    """End the process at SIGTERM; return when nobody writes to `signals` any more."""
+    with signals:
+        while number := signals.recv(1):
+            if number[0] == signal.SIGTERM:
+                said = f"{watch.place} was told to end (SIGTERM), as launchers do when another member has ended"
+                _end(f"{said}; all stop." if watch.is_first(said, wait=False) else "")
+
+
+def _end(said: str) -> None:
+    """End the process at once, with a sentence if there is one, from a thread: the main one may be waiting and cannot."""
+    if said:
+        print(f"error: {said}", file=sys.stderr, flush=True)  # noqa: T201 - nobody else can
+    os._exit(2)
 
 
 def _lost_connection(error: Exception) -> bool:
@@ -185,10 +203,10 @@ class Watch:
             try:
                 self.store.set(str(self.rank), str(beats))
                 if self.store.check([ERROR]):
-                    self._end("")
+                    self._end_soon("")
                 self._look_for_the_silent()
             except dist.DistError:
-                self._end("")
+                self._end_soon("")
 
     def _look_for_the_silent(self) -> None:
         now = time.monotonic()
@@ -198,12 +216,9 @@ class Watch:
                 self.others[other] = beat, now
             elif now - seen > LONGEST_SILENCE:
                 said = f"Member {other} has given no sign of life for {LONGEST_SILENCE:.0f} seconds"
-                self._end(said if self.is_first(said, wait=False) else "")
+                self._end_soon(said if self.is_first(said, wait=False) else "")
 
-    def _end(self, said: str) -> None:
+    def _end_soon(self, said: str) -> None:
         """End the process, unless it does so itself in the next seconds."""
-        if self.stopped.wait(2 * LOOK_EVERY):
-            return
-        if said:
-            print(f"error: {said}; all have stopped.", file=sys.stderr, flush=True)  # noqa: T201 - nobody else can
-        os._exit(2)
+        if not self.stopped.wait(2 * LOOK_EVERY):
+            _end(f"{said}; all have stopped." if said else "")
