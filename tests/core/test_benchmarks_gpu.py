@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -16,7 +17,12 @@ from benchmarks.measure import MEDIAN, OUT_OF_MEMORY
 HERE = "A card, Driver: 1.2."
 ABOUT = {"commit": "abc1234", "machine": HERE}
 RUN = {"seconds": [1.5]}
-SLEEPER = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+SLEEPER = """
+import subprocess, sys, tempfile
+sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open({!r}, "w").write(tempfile.mkdtemp() + " " + str(sleeper.pid))
+sleeper.wait()
+"""
 
 
 def python(code):
@@ -95,15 +101,24 @@ def test_a_failed_part_ends_nothing_and_is_all_that_is_repeated(tmp_path, capsys
     assert "not measured yet" not in page.read_text()
 
 
+def ends(pid):
+    for _ in range(600):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 @pytest.mark.slow
 def test_a_part_that_hangs_is_stopped_with_all_that_it_has_started_and_what_it_has_measured_stays(tmp_path, capsys):
-    mark, page, one, began = tmp_path / "where", tmp_path / "gpu.md", part(seconds=3), time.monotonic()
-    code = f"import tempfile; open({str(mark)!r}, 'w').write(tempfile.mkdtemp()); {SLEEPER}"
-    run_parts({"a": one}, {"a": python(adds(tmp_path / "gpu.jsonl", one.units()[0]) + code)}, page, HERE)
-    assert time.monotonic() - began < 100
+    mark, page, one = tmp_path / "where", tmp_path / "gpu.md", part(seconds=3)
+    code = adds(tmp_path / "gpu.jsonl", one.units()[0]) + SLEEPER.format(str(mark))
+    run_parts({"a": one}, {"a": python(code)}, page, HERE)
     assert "a: stopped after 3 s, 1 of 2 measured" in capsys.readouterr().out
     assert "| small | ours | 1.500 | abc1234 |" in page.read_text()
-    assert not Path(mark.read_text()).exists()
+    scratch, sleeper = mark.read_text().split()
+    assert not Path(scratch).exists()
+    assert ends(int(sleeper))
 
 
 def test_no_part_begins_when_less_than_its_limit_is_left(tmp_path, capsys):
