@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .autoencoder.latents import denormalize_latents
-from .generate import add_decoder, add_models, load_pipeline, seed_option
-from .geometry import VideoSize, frames_to_latents, latents_to_frames
+from .generate import add_decoder, add_models, load_pipeline, read_given_file, seed_option
+from .geometry import TEMPORAL_COMPRESSION, VideoSize, frames_to_latents, latents_to_frames
 from .io.read_frames import read_frames
 from .io.video import as_frames, save_video, to_unit_range
 from .output_files import check_writable
 from .pipeline import MochiPipeline
 from .sampling.edit import edit, edit_by_inversion, pulls
 from .sampling.schedule import check_guidance, linear_quadratic_schedule, schedule_below
+
+DEFAULTS = {"steps": (30, 50), "guidance": (5.5, 4.5)}
+"""Two of each: for FlowEdit, as the node Mochi Edit proposes, and for inversion, as its template has it."""
 
 
 def edit_file(options: argparse.Namespace) -> None:
@@ -29,6 +33,9 @@ def edit_file(options: argparse.Namespace) -> None:
         ValueError, OSError: a file that cannot be used, or settings that make no sense; found before the models are loaded.
     """
     check_writable(options.output)
+    for name, defaults in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, defaults[options.inversion])
     sigmas = noise_levels(options)
     frames = frames_to_edit(options)
     pipe = load_pipeline(options)
@@ -49,15 +56,17 @@ def noise_levels(options: argparse.Namespace) -> Tensor:
 
 
 def frames_to_edit(options: argparse.Namespace) -> Any:
-    """The first frames of the video, 6k + 1 of them, (F, height, width, 3) uint8; ValueError if there are none."""
-    VideoSize(options.height, options.width, options.frames or 1)
-    try:
-        frames = read_frames(options.video, options.height, options.width, options.frames)
-        if not len(frames):
-            raise ValueError("there are no frames in it.")
-    except ValueError as error:
-        raise ValueError(f"{options.video.name} cannot be used: {error}") from error
-    return frames[: latents_to_frames(frames_to_latents(len(frames)))]
+    """The first frames of the video, 6k + 1 of them, (F, height, width, 3) uint8.
+
+    Raises:
+        ValueError: a size or length that Mochi cannot make, or a file that cannot be read.
+    """
+    size = VideoSize(options.height, options.width, 1 if options.frames is None else options.frames)
+    # Enough to see that a video is too long, which is refused and not cut.
+    most = size.most_frames + TEMPORAL_COMPRESSION if options.frames is None else options.frames
+    frames = read_given_file(options.video, lambda path: read_frames(path, size.height, size.width, most))
+    size = replace(size, num_frames=latents_to_frames(frames_to_latents(len(frames))))
+    return frames[: size.num_frames]
 
 
 @torch.no_grad()
@@ -94,12 +103,17 @@ def add_edit(command: argparse.ArgumentParser) -> None:
     add("--height", type=int, default=480, help="pixels, a multiple of 16 (default: %(default)s)")
     add("--width", type=int, default=848, help="pixels, a multiple of 16 (default: %(default)s)")
     add("--frames", type=int, help="of the video's first frames at most so many, 6k + 1 (default: all)")
-    add(
-        "--steps", type=int, default=30, help="FlowEdit: each is four forwards; inversion: three (default: %(default)s)"
-    )
+    one, other = DEFAULTS["steps"]
+    forwards = f"FlowEdit: each is four forwards (default: {one}); inversion: three (default: {other})"
+    add("--steps", type=int, help=forwards)
     noise = "FlowEdit: how much may change, as the noise level of the first step (default: %(default)s)"
     add("--start-noise", type=float, default=0.9, help=noise)
-    add("--guidance", type=float, default=5.5, help="for the prompt; higher changes more (default: %(default)s)")
+    one, other = DEFAULTS["guidance"]
+    add(
+        "--guidance",
+        type=float,
+        help=f"for the prompt; higher changes more (default: {one}, or {other} with --inversion)",
+    )
     add("--source-guidance", type=float, default=1.5, help="FlowEdit: for the source prompt (default: %(default)s)")
     add("--inversion", action="store_true", help="RF inversion instead of FlowEdit")
     add("--eta", type=float, default=0.8, help="inversion: the pull towards the video, 0 to 1 (default: %(default)s)")

@@ -40,16 +40,16 @@ def pipeline_arguments(options: argparse.Namespace) -> dict[str, Any]:
         ValueError: something that Mochi cannot make, or a file that cannot be read.
     """
     frames = options.frames if options.seconds is None else seconds_to_frames(options.seconds)
-    size = VideoSize(options.height, options.width, frames)
-    at_once = options.round or size.num_frames
-    round_sizes(size.num_frames, at_once, options.keep)
+    at_once = frames if options.round is None else options.round
+    size = VideoSize(options.height, options.width, min(frames, at_once))
+    round_sizes(frames, at_once, options.keep)
     check_guidance("guidance", options.guidance)
     return {
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt,
         "height": size.height,
         "width": size.width,
-        "num_frames": size.num_frames,
+        "num_frames": frames,
         "at_once": at_once,
         "guidance_scale": options.guidance,
         "seed": options.seed,
@@ -72,13 +72,16 @@ def read_given(options: argparse.Namespace, size: VideoSize) -> dict[str, Any]:
     }
     for name, reader in read.items():
         if path := getattr(options, name):
-            try:
-                given[name] = reader(path)
-            except ValueError as error:
-                raise ValueError(f"{path.name or path} cannot be used: {error}") from error
-            if not len(given[name]):
-                raise ValueError(f"{path.name} cannot be used: there are no frames in it; choose another video.")
+            given[name] = read_given_file(path, reader)
     return given
+
+
+def read_given_file(path: Path, reader: Callable[[Path], Any]) -> Any:
+    """What `reader` makes of a file; a ValueError of it, which says what is wrong with the file, names it, too."""
+    try:
+        return reader(path)
+    except ValueError as error:
+        raise ValueError(f"{path.name or path} cannot be used: {error}") from error
 
 
 def load_pipeline(

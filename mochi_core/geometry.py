@@ -52,7 +52,8 @@ class VideoSize:
         sizes = [size_problem(name, getattr(self, name)) for name in ("height", "width")]
         if problems := [problem for problem in (*sizes, frames_problem(self.num_frames)) if problem]:
             raise ValueError(" ".join(problems))
-        self.latent_shape()
+        if problem := tokens_problem(self):
+            raise ValueError(problem)
 
     @property
     def num_latents(self) -> int:
@@ -62,14 +63,15 @@ class VideoSize:
     def num_tokens(self) -> int:
         return self.num_latents * (self.height // SIZE_STEP) * (self.width // SIZE_STEP)
 
+    @property
+    def most_frames(self) -> int:
+        """Frames of the longest video of this height and width."""
+        return latents_to_frames(MAX_TOKENS * self.num_latents // self.num_tokens)
+
     def latent_shape(self, batch: int = 1) -> tuple[int, int, int, int, int]:
         """(B, 12, T, H, W) of the latents; ValueError for more than `MAX_TOKENS`."""
-        if batch * self.num_tokens > MAX_TOKENS:
-            videos = f"{batch} videos" if batch > 1 else "A video"
-            raise ValueError(
-                f"{videos} of {self.num_frames} frames of {self.width} x {self.height} pixels would be more than the "
-                f"{MAX_TOKENS:,} tokens that are made at once; make it smaller or shorter."
-            )
+        if problem := tokens_problem(self, batch):
+            raise ValueError(problem)
         height, width = self.height // SPATIAL_COMPRESSION, self.width // SPATIAL_COMPRESSION
         return batch, LATENT_CHANNELS, self.num_latents, height, width
 
@@ -87,6 +89,17 @@ def frames_problem(num_frames: int) -> str | None:
         return None
     nearest = _nearest(num_frames, TEMPORAL_COMPRESSION, 1)
     return f"num_frames is {num_frames}, but Mochi needs 6k + 1 frames (7, 13, 19, ... 163); use {nearest}."
+
+
+def tokens_problem(size: VideoSize, batch: int = 1) -> str | None:
+    """Why `batch` videos of that size cannot be made at once, or None if they can."""
+    if batch * size.num_tokens <= MAX_TOKENS:
+        return None
+    videos = f"{batch} videos" if batch > 1 else "A video"
+    return (
+        f"{videos} of {size.num_frames} frames of {size.width} x {size.height} pixels would be more than the "
+        f"{MAX_TOKENS:,} tokens that are made at once; make it smaller or shorter."
+    )
 
 
 def _nearest(value: int, step: int, offset: int) -> str:

@@ -12,13 +12,15 @@ from .pipeline import MochiPipeline
 from .sampling.image_to_video import KEEP_FRAMES, kept_frames
 
 Frames = NDArray[np.floating]
+MOST_ROUNDS = 10_000
+"""Far above what anybody makes: 14 hours in rounds of 163 frames that keep 13."""
 
 
 def round_sizes(num_frames: int, at_once: int, keep: int) -> list[int]:
     """Frames of each round of a video of `num_frames`, at most `at_once`; from the second on, those that are kept included.
 
     Raises:
-        ValueError: a number of frames that is not 6k + 1, or a round in which nothing would be new.
+        ValueError: a number of frames that is not 6k + 1, a round in which nothing would be new, or more than `MOST_ROUNDS`.
     """
     for frames in (num_frames, at_once):
         if problem := frames_problem(frames):
@@ -26,6 +28,11 @@ def round_sizes(num_frames: int, at_once: int, keep: int) -> list[int]:
     kept = kept_frames(at_once, keep)
     if num_frames > at_once and kept == at_once:
         raise ValueError(f"Rounds of {at_once} frames that keep {kept} make none; keep fewer, or take longer rounds.")
+    if num_frames > at_once + (MOST_ROUNDS - 1) * (at_once - kept):
+        raise ValueError(
+            f"{num_frames} frames are more than {MOST_ROUNDS:,} rounds of {at_once} that keep {kept} make; take longer rounds, "
+            "or make a shorter video."
+        )
     sizes, made = [min(num_frames, at_once)], min(num_frames, at_once)
     while made < num_frames:
         new = min(at_once - kept, num_frames - made)

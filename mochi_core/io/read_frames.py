@@ -50,7 +50,7 @@ def read_frames(path: Path, height: int, width: int, most: int | None = None) ->
     `most` is how many at most, None for all.
 
     Raises:
-        ValueError: it is no video.
+        ValueError: it is no video, or there are no frames in it.
     """
     import av  # optional outside ComfyUI, and slow to import
     from av.error import FFmpegError
@@ -66,7 +66,9 @@ def read_frames(path: Path, height: int, width: int, most: int | None = None) ->
         raise ValueError(
             f"it cannot be read ({error.strerror or error}); choose a video, or make an mp4 of it."
         ) from error
-    return np.stack(images) if images else np.empty((0, height, width, 3), np.uint8)
+    if not images:
+        raise ValueError("there are no frames in it; choose another video.")
+    return np.stack(images)
 
 
 def _check_file(path: Path) -> None:

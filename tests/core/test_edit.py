@@ -1,5 +1,6 @@
 """FlowEdit and RF inversion: what is exact about them, their formulas, and what they cost."""
 
+import argparse
 import math
 from itertools import pairwise
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mochi_core import linear_quadratic_schedule, save_video
+from mochi_core import geometry, linear_quadratic_schedule, save_video
 from mochi_core.__main__ import main
+from mochi_core.edit_video import add_edit, edit_file
 from mochi_core.io.read_frames import read_frames
 from mochi_core.sampling.edit import TRENDS, edit, edit_by_inversion, flow_edit, fresh_noise, invert, pulls, rf_edit
 from mochi_core.sampling.sample import prepared_velocities
@@ -257,7 +259,9 @@ def test_command_line_edits_the_first_frames(source):
     ("options", "message"),
     [
         (["--video", "none.mp4"], "none.mp4 cannot be used: there is no such file"),
+        (["--video", "."], ". cannot be used: it is a folder; name a file."),
         (["--frames", "8"], "num_frames is 8, but Mochi needs 6k + 1 frames"),
+        (["--frames", "0"], "num_frames is 0, but Mochi needs 6k + 1 frames"),
         (["--start-noise", "0"], "The noise to start from is 0.0; use a level"),
         (["--guidance", "nan"], "guidance is nan, but guidance is a number"),
         (["--inversion", "--eta", "5"], "eta is 5, but the pull goes from 0"),
@@ -268,3 +272,25 @@ def test_command_line_refuses_before_models_are_loaded(source, capsys, options, 
     models = ["--transformer", "none", "--t5", "none", "--vae", "none", "-o", str(source.with_name("x.mp4"))]
     assert main(["edit", *models, *ASKED, "--video", str(source), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_video_that_is_too_long_is_refused_and_not_cut(source, capsys, monkeypatch):
+    """The video has 15 frames, of which 13 are 6k + 1: three latents of 16 tokens."""
+    models = ["--transformer", "none", "--t5", "none", "--vae", "none", "-o", str(source.with_name("x.mp4"))]
+    for most, refused in ((47, True), (48, False)):
+        monkeypatch.setattr(geometry, "MAX_TOKENS", most)
+        assert main(["edit", *models, *ASKED, *TINY, "--video", str(source)]) == 2
+        sentence = f"A video of 13 frames of 64 x 64 pixels would be more than the {most} tokens that are made at once"
+        assert (sentence in capsys.readouterr().err) == refused
+
+
+@pytest.mark.parametrize(("way", "expected"), [([], (30, 5.5)), (["--inversion"], (50, 4.5))])
+def test_steps_and_guidance_that_are_not_given_are_those_of_the_nodes(source, way, expected):
+    parser = argparse.ArgumentParser()
+    add_edit(parser)
+    models = ["--transformer", "none", "--t5", "none", "--vae", "none"]
+    options = parser.parse_args([*models, *ASKED, "--video", str(source.with_name("none.mp4")), *way])
+    options.output = source.with_name("x.mp4")
+    with pytest.raises(ValueError, match="there is no such file"):
+        edit_file(options)
+    assert (options.steps, options.guidance) == expected

@@ -42,6 +42,9 @@ def test_invalid_sizes_name_the_nearest_valid_ones(size, message):
 def test_half_an_hour_is_made_at_once_and_a_thousand_videos_are_not():
     size = VideoSize(480, 848, seconds_to_frames(2000))
     assert size.latent_shape() == (1, 12, 10_001, 60, 106)
+    assert VideoSize(480, 848, size.most_frames).num_latents == 10_551  # of 1,590 tokens each
+    with pytest.raises(ValueError, match="more than the 16,777,216 tokens"):
+        VideoSize(480, 848, size.most_frames + 6)
     with pytest.raises(ValueError, match="1000 videos of 163 frames of 848 x 480 pixels would be more"):
         VideoSize().latent_shape(1000)
 

@@ -3,6 +3,7 @@
 import itertools
 import os
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -258,6 +259,7 @@ def test_sizes_of_rounds(frames, at_once, keep, expected):
         ((49, 24, 7), "num_frames is 24"),
         ((49, 19, 19), "Rounds of 19 frames that keep 19 make none"),
         ((49, 19, 0), "keep is 0"),
+        ((7 + 6 * 10_000, 7, 1), "60007 frames are more than 10,000 rounds of 7 that keep 1 make; take longer rounds"),
     ],
 )
 def test_rounds_that_make_nothing_are_refused(arguments, message):
@@ -280,6 +282,25 @@ def test_command_line_makes_rounds(run, tmp_path, capsys):
     assert "Rounds make frames and no latents" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seconds", "3600", "--round", "163"], "There is no file none"),  # but that of T5, all is right
+        (
+            ["--seconds", "3600"],
+            "A video of 108001 frames of 848 x 480 pixels would be more than the 16,777,216 tokens",
+        ),
+        (["--seconds", "3600", "--round", "90001"], "A video of 90001 frames of 848 x 480 pixels would be more than"),
+        (["--seconds", "1e12", "--round", "163"], "30000000000001 frames are more than 10,000 rounds of 163"),
+        (["--round", "0"], "num_frames is 0, but Mochi needs 6k + 1 frames"),
+    ],
+)
+def test_what_is_made_at_once_has_a_limit_and_not_what_is_made_in_rounds(tmp_path, capsys, options, message):
+    models = ["--transformer", "none", "--t5", "none", "--vae", "none", "--prompt", "x"]
+    assert main(["generate", *models, *options, "-o", str(tmp_path / "x.mp4")]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes there")
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -295,6 +316,7 @@ def test_command_line_makes_rounds(run, tmp_path, capsys):
             "(Invalid data found when processing input); choose a video, or make an mp4 of it.",
         ),
         (["--video", "{}"], "cannot be used: it is a folder; name a file."),
+        (["--video", "{}/empty.avi"], "empty.avi cannot be used: there are no frames in it; choose another video."),
         (["--image", "/dev/zero"], "zero cannot be used: it is a pipe or a device; save what comes from it as a file"),
         (["--last-image", "{}/pipe"], "pipe cannot be used: it is a pipe or a device"),
         (["--video", "{}/pipe"], "pipe cannot be used: it is a pipe or a device"),
@@ -304,6 +326,9 @@ def test_command_line_makes_rounds(run, tmp_path, capsys):
 def test_files_are_read_before_models(tmp_path, capsys, options, message):
     (tmp_path / "text.txt").write_text("no picture")
     os.mkfifo(tmp_path / "pipe")
+    with av.open(str(tmp_path / "empty.avi"), "w") as empty:
+        empty.add_stream("mpeg4", rate=30)
+        empty.start_encoding()
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     arguments = [option.format(tmp_path) for option in options]
