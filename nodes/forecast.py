@@ -28,11 +28,16 @@ def answering(describe: Callable[[dict[str, Any]], str]):
     """A handler that answers JSON with `describe` of it, {"text"}, or with what is wrong with it, {"error"}.
 
     Both are answers: a file that is not there yet or a size that is being typed is no failure that a browser has to report.
+    A body that is no question is one: status 400.
     """
 
     async def handle(request: web.Request) -> web.Response:
         try:
-            text = await asyncio.to_thread(describe, await read_object(request))
+            asked = await read_object(request)
+        except ValueError as problem:
+            return web.json_response({"error": str(problem)}, status=400)
+        try:
+            text = await asyncio.to_thread(describe, asked)
         except (ValueError, OSError) as problem:
             return web.json_response({"error": str(problem)})
         return web.json_response({"text": text})

@@ -1,56 +1,76 @@
 // A value that a run has refused: the server's sentence, which the editor itself shows only behind a click, and a mark at the input.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
-import { nodeById, origin } from "./graph.js";
+import { nodeById, origin, pathTo, valueOf } from "./graph.js";
 
 const OURS = /^Mochi1/;
 const SENTENCES = ["ValueError", "FileNotFoundError"]; // what else goes wrong has a traceback, for which the click is
 const SHOWN = 30_000; // milliseconds
 const MARK = "⚠ ";
 
-let message;
-const marked = new Map(); // widget: the value that was refused
+const refusals = new Map(); // id of a node: its message, where to mark it, and whether the refused value still is there
+const marked = new Map(); // widget: its label before, and with the mark
 
-function tell({ node_id, node_type, exception_type, exception_message }) {
-  const node = nodeById(node_id);
-  if (!node || !OURS.test(node_type) || !SENTENCES.includes(exception_type)) return;
+function tell({ node_id, node_type, exception_type, exception_message, current_inputs }) {
+  if (!OURS.test(node_type) || !SENTENCES.includes(exception_type)) return;
+  forget(node_id);
+  const [found, ...around] = pathTo(node_id);
+  const node = found?.comfyClass === node_type ? found : undefined; // another workflow may have been opened meanwhile
   const detail = exception_message.trim();
-  const input = node.inputs?.find(({ name }) => detail.startsWith(`${name} is `));
-  const summary = input ? `${node.title}: ${input.label ?? input.localized_name ?? input.name}` : node.title;
-  message = { severity: "error", summary, detail, life: SHOWN };
+  const input = node?.inputs?.find(({ name }) => detail.startsWith(`${name} is `));
+  const title = node?.title ?? LiteGraph.registered_node_types[node_type].title;
+  const summary = input ? `${title}: ${input.label ?? input.localized_name ?? input.name}` : title;
+  const message = { severity: "error", summary, detail, life: SHOWN };
   app.extensionManager.toast.add(message);
-  if (input) mark(node, input.name);
+  refusals.set(node_id, { message, places: [], ...(input && where(node_id, node, input.name, around, current_inputs)) });
+  update();
 }
 
-// In a subgraph also the widget outside, which the value comes from.
-function mark(node, name) {
-  const from = origin(node, name);
-  for (const [{ widgets }, called] of [[node, name], [from.owner ?? {}, from.name]]) {
-    const widget = widgets?.find((widget) => widget.name === called);
-    if (!widget || marked.has(widget)) continue;
-    marked.set(widget, widget.value);
-    widget.label = MARK + (widget.label ?? widget.name);
+// At the input and, if its value comes from outside of the subgraph, there. A value that another node computes is undefined.
+function where(id, node, name, around, { [name]: [refused] = [] }) {
+  const { owner, name: outside } = origin(node, name, around);
+  const value = () => valueOf(node, name, around);
+  const expected = value() === undefined ? undefined : refused;
+  return { places: [[node, name], [owner, outside]], holds: () => nodeById(id) === node && value() === expected };
+}
+
+function forget(id) {
+  if (refusals.has(id)) app.extensionManager.toast.remove(refusals.get(id).message);
+  refusals.delete(id);
+}
+
+function update() {
+  const wanted = new Set();
+  for (const { places, holds } of refusals.values()) {
+    for (const [{ inputs, widgets } = {}, name] of places) {
+      const widget = widgets?.find((widget) => widget.name === name), input = inputs?.find((input) => input.name === name);
+      if (widget && holds()) wanted.add(widget);
+      // The field for another name holds the mark, too; as a part of the name it would be saved.
+      if (input?.label?.startsWith(MARK)) widget.label = input.label = input.label.slice(MARK.length);
+    }
+  }
+  for (const [widget, { before, shown }] of marked) {
+    if (wanted.delete(widget)) continue;
+    marked.delete(widget);
+    if (widget.label === shown) widget.label = before;
+    widget.callback?.(widget.value); // for what else its label says
+  }
+  for (const widget of wanted) {
+    marked.set(widget, { before: widget.label, shown: MARK + (widget.label ?? widget.name) });
+    widget.label = marked.get(widget).shown;
   }
   app.canvas.setDirty(true, true);
-}
-
-function unmark(which = () => true) {
-  for (const [widget, refused] of [...marked]) {
-    if (!which(widget, refused)) continue;
-    marked.delete(widget);
-    if (widget.label?.startsWith(MARK)) widget.label = widget.label.slice(MARK.length);
-    if (widget.value !== refused) widget.callback?.(widget.value); // for what else its label says
-  }
 }
 
 app.registerExtension({
   name: "mochinodes.Errors",
   setup() {
     api.addEventListener("execution_error", ({ detail }) => tell(detail));
-    api.addEventListener("execution_start", () => {
-      if (message) app.extensionManager.toast.remove(message);
-      unmark();
+    api.addEventListener("promptQueueing", () => { // but no start: that of a run queued before the error would hide it
+      for (const id of refusals.keys()) forget(id);
+      update();
     });
-    api.addEventListener("graphChanged", () => unmark((widget, refused) => widget.value !== refused));
+    api.addEventListener("graphChanged", update);
+    for (const typed of ["keyup", "focusout"]) window.addEventListener(typed, update); // a change only at the next click
   },
 });

@@ -13,36 +13,39 @@ export function after(object, method, action) {
 export const linkedInput = (node, name) => node.inputs?.find((input) => input.name === name && input.link != null);
 
 // Where an input comes from: {source}, the node that is linked, or {owner, name}, the node whose widget it is. The input of a
-// node inside a subgraph may come from the node outside that stands for it.
-export function origin(node, name) {
+// node inside a subgraph may come from a node outside that stands for it: one of those `around` it, or else the first there is.
+export function origin(node, name, around = []) {
   const input = linkedInput(node, name);
   const link = input && node.graph?.links.get(input.link);
   if (!link) return { owner: node, name };
   const source = node.graph.getNodeById(link.origin_id);
-  if (source) return { source };
-  const outside = standIn(node);
-  return outside ? origin(outside, outside.inputs[link.origin_slot].name) : {};
+  if (source) return { source, around };
+  const [outside = standIn(node), ...further] = around;
+  return outside ? origin(outside, outside.inputs[link.origin_slot].name, further) : {};
 }
 
-// The node that stands for the subgraph that a node is in.
+// The first node that stands for the subgraph that a node is in.
 export const standIn = (node) => (app.rootGraph ?? app.graph).nodes.find((other) => other.subgraph && other.subgraph === node.graph);
 
 // The value of an input; undefined if another node computes it.
-export function valueOf(node, name) {
-  const { source, owner, name: widget } = origin(node, name);
-  if (source?.comfyClass === "Mochi1Length") return toFrames(valueOf(source, "seconds"));
+export function valueOf(node, name, around) {
+  const { source, around: outside, owner, name: widget } = origin(node, name, around);
+  if (source?.comfyClass === "Mochi1Length") return toFrames(valueOf(source, "seconds", outside));
   return owner?.widgets?.find(({ name }) => name === widget)?.value;
 }
 
-// A node by the id that the server calls it: 12, or 7:12 for node 12 in the subgraph of node 7.
-export function nodeById(id) {
-  let node, graph = app.rootGraph ?? app.graph;
+// A node by the id that the server calls it, and behind it those around it, the nearest first: 7:12 is node 12 in the subgraph for
+// which node 7 stands.
+export function pathTo(id) {
+  const path = [];
   for (const part of String(id).split(":")) {
-    node = graph?.getNodeById(part);
-    graph = node?.subgraph;
+    const graph = path.length ? path[0]?.subgraph : app.rootGraph ?? app.graph;
+    path.unshift(graph?.getNodeById(part));
   }
-  return node;
+  return path;
 }
+
+export const nodeById = (id) => pathTo(id)[0];
 
 const FPS = 30, TEMPORAL_COMPRESSION = 6;
 

@@ -16,6 +16,18 @@ WATCH_PREVIEWS = """() => {
     window.comfyAPI.api.api.addEventListener("b_preview_with_metadata", () => { window.previews += 1; });
 }"""
 
+WATCH_ENDS = """() => {
+    window.ends = [];
+    for (const end of ["execution_error", "execution_success"])
+        window.comfyAPI.api.api.addEventListener(end, () => { window.ends.push(end); });
+}"""
+WATCH_ERRORS = """
+    window.failed = false;
+    window.comfyAPI.api.api.addEventListener("execution_error", () => { window.failed = true; }, { once: true });
+"""
+QUEUE_TEXT = "(prompt => window.comfyAPI.api.api.queuePrompt(0, prompt))"
+CAPTURE = "app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState();"  # as after a key
+
 MEMORY = re.compile(r"^about \S+ .iB to sample, beside \S+ .iB of weights; cpu has \S+ GiB$")
 FEW_TOKENS = re.compile(r"^[3-6] of 256 tokens$")
 # Puts the sampler into a subgraph, whose node shows the width; answers with what is said inside for two widths.
@@ -107,23 +119,129 @@ def test_a_rule_of_ours_is_told_at_its_input_without_a_click(editor):
     message = editor.page.get_by_role("alert").filter(has_text=SENTENCE)
     message.wait_for()
     assert "Mochi Sampler: width" in message.inner_text()
-    assert label(editor, "Mochi1Sampler", "width") == "\u26a0 width"
+    wait_for_label(editor, "Mochi1Sampler", "\u26a0 width")
+    assert "\u26a0" not in saved(editor)
     editor.page.get_by_role("button", name="View details").first.click()
     editor.page.get_by_test_id("runtime-error-panel").get_by_text(SENTENCE).wait_for()
-    set_widget(editor, "Mochi1Sampler", "width", 96)
-    editor.page.evaluate("window.comfyAPI.api.api.dispatchCustomEvent('graphChanged', {})")
-    assert label(editor, "Mochi1Sampler", "width") == "width"
+    give_width_another_name(editor, "\u26a0 breadth")  # as the field for it proposes
+    assert label(editor, "Mochi1Sampler", "width") == "breadth"
+    assert "\u26a0" not in saved(editor)
+
+
+def test_what_was_queued_before_leaves_an_error_until_its_value_is_changed(editor):
+    """The second run is sent as another window would: pressing Run again is a new start."""
+    editor.load(editor_form("tiny_mochi"), "tiny")
+    editor.page.evaluate(WATCH_ENDS)
+    set_widget(editor, "Mochi1Sampler", "steps", 1)
+    good = prompt_text(editor)
+    editor.page.evaluate(f"{width_of('Mochi1Sampler')}.value = 100")  # which the field does not take
+    editor.page.evaluate(f"async () => {{ await app.queuePrompt(0, 1); await {QUEUE_TEXT}({good}); }}")
+    editor.page.wait_for_function("window.ends.join() === 'execution_error,execution_success'", timeout=60_000)
+    expect(editor.page.get_by_role("alert").filter(has_text=SENTENCE)).to_have_count(1)
+    assert label(editor, "Mochi1Sampler", "width") == "\u26a0 width"
+    type_width(editor, "Mochi1Sampler", 96)
+    wait_for_label(editor, "Mochi1Sampler", "width")
+
+
+def test_an_error_of_another_workflow_marks_nothing_here(editor):
+    """Here the node of that number is another one, or has another value."""
+    editor.load(editor_form("tiny_mochi"), "tiny")
+    sampler = editor.page.evaluate("app.graph._nodes.find(node => node.type === 'Mochi1Sampler').id")
+    editor.page.evaluate(f"{width_of('Mochi1Sampler')}.value = 100")
+    bad = prompt_text(editor)
+    message = editor.page.get_by_role("alert").filter(has_text=SENTENCE)
+    editor.load(editor_form("tiny_mochi"), "other")
+    foreign = (
+        "const other = LiteGraph.createNode('EmptyMochiLatentVideo');"
+        f"app.graph.remove(app.graph.getNodeById({sampler})); other.id = {sampler}; app.graph.add(other);"
+    )
+    for change, kind, said in (
+        ("", "Mochi1Sampler", "Mochi Sampler: width"),
+        (foreign, "EmptyMochiLatentVideo", "Mochi Sampler"),
+    ):
+        editor.page.evaluate(f"() => {{ {change} {WATCH_ERRORS} }}")
+        editor.page.evaluate(f"{QUEUE_TEXT}({bad})")
+        editor.page.wait_for_function("window.failed")
+        expect(message).to_have_count(1)
+        expect(message).to_contain_text(said)
+        wait_for_label(editor, kind, "width")
 
 
 def test_in_a_subgraph_it_is_told_at_the_input_outside(editor):
     editor.load(editor_form("text_to_video"), "inside")
-    outer = "app.graph._nodes.find(node => node.subgraph).widgets.find(widget => widget.name === 'width')"
+    kind = editor.page.evaluate("app.graph._nodes.find(node => node.subgraph).type")
     for width in (100, 120):
-        editor.page.evaluate(f"{outer}.value = {width}; app.queuePrompt(0, 1)")
-        editor.page.get_by_role("alert").filter(has_text=f"width is {width}, but").last.wait_for()
-        assert editor.page.evaluate(f"{outer}.label") == "\u26a0 width"
+        set_widget(editor, kind, "width", width)
+        editor.page.evaluate("app.queuePrompt(0, 1)")
+        editor.page.get_by_role("alert").filter(has_text=f"width is {width}, but").wait_for()
+        wait_for_label(editor, kind, "\u26a0 width")
         assert shown(editor, "Mochi1Sampler", "width")[0] == "\u26a0 width"
+    assert "\u26a0" not in saved(editor)
     expect(editor.page.get_by_role("alert").filter(has_text="width is")).to_have_count(1)  # the first has gone
+    type_width(editor, kind, 96)
+    wait_for_label(editor, kind, "width")
+    assert shown(editor, "Mochi1Sampler", "width")[0] == "width"
+
+
+def test_of_two_subgraphs_that_are_alike_the_one_that_ran_is_marked(editor):
+    editor.load(editor_form("text_to_video"), "twice")
+    first, second = editor.page.evaluate(
+        """() => {
+            const one = app.graph._nodes.find(node => node.subgraph), two = LiteGraph.createNode(one.type);
+            app.graph.add(two);
+            for (const { name, value } of one.widgets) two.widgets.find(widget => widget.name === name).value = value;
+            two.widgets.find(widget => widget.name === "width").value = 100;
+            two.connect(0, app.graph._nodes.find(node => node.type === "SaveVideo"), 0);
+            app.queuePrompt(0, 1);
+            return [one.id, two.id];
+        }"""
+    )
+    width = "(app.graph.getNodeById({}).widgets.find(widget => widget.name === 'width'))"
+    editor.page.get_by_role("alert").filter(has_text=SENTENCE).wait_for()
+    editor.page.wait_for_function(f"{width.format(second)}.label === '\u26a0 width'")
+    assert editor.page.evaluate(f"{width.format(first)}.label") == "width"
+    assert shown(editor, "Mochi1Sampler", "width")[0] == "\u26a0 width"
+    editor.page.evaluate(f"{width.format(second)}.value = 96; {CAPTURE}")
+    editor.page.wait_for_function(f"{width.format(second)}.label === 'width'")
+    assert shown(editor, "Mochi1Sampler", "width")[0] == "width"
+
+
+def saved(editor):
+    return editor.page.evaluate("JSON.stringify(app.graph.serialize())")
+
+
+def prompt_text(editor):
+    """What the editor would queue now, with the workflow, as JSON."""
+    return editor.page.evaluate("async () => JSON.stringify(await app.graphToPrompt())")
+
+
+def wait_for_label(editor, node_type, text):
+    """Until a node's width is called that."""
+    width = width_of(node_type)
+    editor.page.wait_for_function(f"text => ({width}.label ?? {width}.name) === text", arg=text)
+
+
+def width_of(node_type):
+    return f"app.graph._nodes.find(node => node.type === '{node_type}').widgets.find(widget => widget.name === 'width')"
+
+
+def type_width(editor, node_type, width):
+    node = editor.page.evaluate("type => app.graph._nodes.find(node => node.type === type).id", node_type)
+    field = editor.page.locator(f'[data-node-id="{node}"] [aria-label="width"] input')
+    field.focus()
+    editor.page.keyboard.press("Control+A")
+    editor.page.keyboard.type(str(width))
+    editor.page.keyboard.press("Enter")
+
+
+def give_width_another_name(editor, name):
+    """As the editor's own menu does."""
+    editor.page.evaluate(
+        "name => { const node = app.graph._nodes.find(node => node.type === 'Mochi1Sampler');"
+        " for (const slots of [node.widgets, node.inputs]) slots.find(slot => slot.name === 'width').label = name;"
+        f" {CAPTURE} }}",
+        name,
+    )
 
 
 def test_lengths_are_shown_in_the_other_unit(editor):

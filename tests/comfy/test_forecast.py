@@ -2,6 +2,7 @@
 
 import json
 import re
+import urllib.error
 import urllib.request
 
 import pytest
@@ -70,8 +71,6 @@ def test_memory_is_that_of_the_file_and_the_size(ask):
     [
         ("tokens", {"prompt": 5}, "The prompt is no text."),
         ("tokens", {"prompt": "a\ud800"}, "The prompt has half of a character, U+D800, at place 2;"),
-        ("tokens", {"prompt": "a" * 200_000}, "A question of more than 200,000 bytes is not answered."),
-        ("tokens", ["a"], "The question is no JSON object."),
         ("memory", {"width": 100}, "width is 100, but Mochi needs a multiple of 16; use 96 or 112."),
         ("memory", {"batch_size": "2"}, "batch_size is no whole number from 0 on."),
         ("memory", {"model_name": ["a"]}, "model_name and weight_dtype are no texts."),
@@ -83,6 +82,23 @@ def test_questions_that_have_no_answer(ask, route, question, problem):
     assert ask(route, question).startswith(problem)
 
 
-def test_what_is_no_json_is_no_question(ask):
-    for content in (b"", b"{", b"[" * 50_000, b"\xff"):
-        assert ask("tokens", None, content)
+NO_OBJECT = "The question is no JSON object."
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", ""),
+        (b"{", ""),
+        (b"[" * 50_000, NO_OBJECT),
+        (b"\xff", ""),
+        (b'["a"]', NO_OBJECT),
+        (b'"' + b"a" * 200_000 + b'"', "A question of more than 200,000 bytes is not answered."),
+    ],
+    ids=["nothing", "cut", "deep", "no text", "list", "long"],
+)
+def test_what_is_no_json_object_is_no_question(ask, content, problem):
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        ask("tokens", None, content)
+    assert refusal.value.code == 400
+    assert json.load(refusal.value)["error"].startswith(problem)

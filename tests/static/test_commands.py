@@ -20,6 +20,8 @@ PARSERS = {
 }
 LEFT_OUT = "--transformer FILE --t5 FILE --vae FILE"
 """What "..." stands for."""
+LEAST = 40
+"""Fewer commands than this were never shown: the expression finds them no longer."""
 
 
 def shown():
@@ -39,6 +41,10 @@ def module_and_arguments(words):
         at = words.index("-m") + 1
         return words[at], words[at + 1 :]
     return None
+
+
+def test_commands_are_found():
+    assert len(shown()) >= LEAST
 
 
 @pytest.mark.parametrize("words", shown().values(), ids=shown())
