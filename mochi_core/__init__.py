@@ -1,9 +1,10 @@
 """Mochi 1, self-contained: denoiser, autoencoder, text encoder, sampling and checkpoints."""
 
 # ruff: noqa: E402 - PyTorch takes seconds
-from . import interrupts
+from . import interrupts, packages
 
 interrupts.end_at_once()
+packages.check()
 
 from .autoencoder.latents import denormalize_latents, normalize_latents
 from .autoencoder.model import AsymmVAE, Posterior

@@ -12,7 +12,7 @@ PACKAGE, COMMANDS = "mochi_core", ("mochi", "mochi.exe")
 
 def end_at_once() -> None:
     """Have Ctrl-C end this program, if it is one of our commands, until `raise_again` is called."""
-    if _is_command() and _handler_is(signal.default_int_handler):
+    if is_command() and _handler_is(signal.default_int_handler):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -27,7 +27,8 @@ def _handler_is(handler: object) -> bool:
     return threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is handler
 
 
-def _is_command() -> bool:
+def is_command() -> bool:
+    """Whether this program is one of our commands, also while it is still imported."""
     if sys.argv[:1] != ["-m"]:
         return Path("".join(sys.argv[:1])).name in COMMANDS
     # `python -m` is looking for a module, and imports the packages around it.

@@ -15,7 +15,7 @@ CORE = ROOT / "mochi_core"
 # From the bottom up: each room may use those in the lines above it.
 FLOORS = (
     ("config", "dtypes", "geometry", "interrupts", "kernels", "mapped_files", "ops", "output_files", "shown"),
-    ("quantization",),
+    ("quantization", "packages"),
     ("transformer", "autoencoder"),
     ("parallel",),
     ("sampling", "checkpoints"),
@@ -47,6 +47,16 @@ def test_importing_the_core_needs_no_host_and_has_no_side_effect():
     code = PURE_IMPORT.format(root=str(ROOT), blocked=sorted(HOST | {"diffusers"}))
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["mochi_core", "mochi_core.train"])
+def test_a_command_in_a_python_without_pytorch_says_which_python_to_take(module):
+    command = [sys.executable, "-E", "-S", "-m", module, "doctor"]  # -S: nothing that is installed is found
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith(f"error: {sys.executable} has no torch, ")
+    assert r"..\..\..\python_embeded\python.exe -m mochi_core doctor" in sentence
 
 
 @pytest.mark.parametrize("module", ["mochi_core", "mochi_core.train", "mochi_core.train.tiny"])
