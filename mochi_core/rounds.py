@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .geometry import frames_problem
+from .geometry import TEMPORAL_COMPRESSION, frames_problem
 from .pipeline import MochiPipeline
 from .sampling.image_to_video import KEEP_FRAMES, kept_frames
 
@@ -27,7 +27,11 @@ def round_sizes(num_frames: int, at_once: int, keep: int) -> list[int]:
             raise ValueError(problem)
     kept = kept_frames(at_once, keep)
     if num_frames > at_once and kept == at_once:
-        raise ValueError(f"Rounds of {at_once} frames that keep {kept} make none; keep fewer, or take longer rounds.")
+        fewer = f"keep {at_once - TEMPORAL_COMPRESSION}, or " if at_once > TEMPORAL_COMPRESSION else ""
+        raise ValueError(
+            f"Rounds of {at_once} frames that keep {keep} have no room for new ones; {fewer}take rounds of "
+            f"{kept_frames(keep, keep) + TEMPORAL_COMPRESSION} frames or more."
+        )
     if num_frames > at_once + (MOST_ROUNDS - 1) * (at_once - kept):
         raise ValueError(
             f"{num_frames} frames are more than {MOST_ROUNDS:,} rounds of {at_once} that keep {kept} make; take longer rounds, "

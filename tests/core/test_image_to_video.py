@@ -257,7 +257,12 @@ def test_sizes_of_rounds(frames, at_once, keep, expected):
     [
         ((26, 25, 7), "num_frames is 26"),
         ((49, 24, 7), "num_frames is 24"),
-        ((49, 19, 19), "Rounds of 19 frames that keep 19 make none"),
+        (
+            (91, 13, 19),
+            "Rounds of 13 frames that keep 19 have no room for new ones; keep 7, or take rounds of 25 frames or more.",
+        ),
+        ((49, 19, 19), "keep 13, or take rounds of 25 frames or more"),
+        ((49, 1, 8), "Rounds of 1 frames that keep 8 have no room for new ones; take rounds of 13 frames or more"),
         ((49, 19, 0), "keep is 0"),
         ((7 + 6 * 10_000, 7, 1), "60007 frames are more than 10,000 rounds of 7 that keep 1 make; take longer rounds"),
     ],
