@@ -47,7 +47,8 @@ def main() -> None:
 
 def keep_open(server: ComfyServer) -> None:
     link = template_link(server.url, TINY)
-    print(f"The editor, with a workflow that runs at once:\n\n    {link}\n\nCtrl+C ends it.", flush=True)
+    print(f"The editor, with a workflow that runs at once:\n\n    {link}\n", flush=True)
+    print(f"For the API, the address is {server.url}. Ctrl+C ends it.", flush=True)
     open_browser(link)
     try:
         server.process.wait()
@@ -77,6 +78,7 @@ def make_videos(server: ComfyServer) -> None:
             raise SystemExit(f"\nThe run failed: {error}\nThe log is {server.log}.") from None
         print(f"Done in {time.monotonic() - start:.0f} s: {path}")
     print("\n(From a model of 22 MB that knows coloured shapes; the real one's files go into ComfyUI's model folders.)")
+    print("Next: python dev.py serve opens the editor.")
 
 
 def tiny_prompt(text: str, **inputs: Any) -> dict[str, Any]:
