@@ -119,5 +119,5 @@ def add_edit(command: argparse.ArgumentParser) -> None:
     add("--eta", type=float, default=0.8, help="inversion: the pull towards the video, 0 to 1 (default: %(default)s)")
     until = "inversion: noise level down to which it pulls; lower keeps more (default: %(default)s)"
     add("--pull-until", type=float, default=0.8, help=until)
-    add("--seed", type=seed_option, default=0, help="FlowEdit: other noise makes another edit")
+    add("--seed", type=seed_option, default=0, help="FlowEdit: other noise makes another edit (default: %(default)s)")
     add_decoder(command)

@@ -186,12 +186,14 @@ def add_settings(command: argparse.ArgumentParser) -> None:
         default=KEEP_FRAMES,
         help="6k + 1 frames to continue from, of --video and in rounds (default: %(default)s)",
     )
-    noise = "0 keeps the {} as given, 1 makes them anew; Pusa's authors use 0 to 0.4 (default: %(default)s)"
-    add("--start-noise", type=float, default=0.0, help=noise.format("frames at the beginning"))
-    add("--end-noise", type=float, default=0.0, help=noise.format("frames at the end"))
+    noise = "0 keeps the frames at the {} as given, 1 makes them anew; Pusa's authors use {} (default: %(default)s)"
+    published = noise.format("beginning", "0 to 0.4, and 0.3 with a last image")
+    add("--start-noise", type=float, default=0.0, help=published)
+    add("--end-noise", type=float, default=0.0, help=noise.format("end", "0.7"))
     add("--height", type=int, default=480, help="pixels, a multiple of 16 (default: %(default)s)")
     add("--width", type=int, default=848, help="pixels, a multiple of 16 (default: %(default)s)")
-    add("--frames", type=int, default=163, help="6k + 1 (default: %(default)s)")
+    frames = "6k + 1; with --video the kept ones are counted in, and what is before them is written, too (default: %(default)s)"
+    add("--frames", type=int, default=163, help=frames)
     add("--seconds", type=float, help=f"instead of --frames, at {FPS} a second")
     rounds = "make a longer video in rounds of at most so many, each from the last --keep frames of the one before"
     add("--round", type=int, metavar="FRAMES", help=rounds)
@@ -211,7 +213,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
         metavar="METHOD:THRESHOLD",
         help=f"leave out blocks where little changes, which changes the result; {' or '.join(METHODS)}, e.g. teacache:0.06",
     )
-    add("--seed", type=seed_option, default=0)
+    add("--seed", type=seed_option, default=0, help="the same one makes the same video (default: %(default)s)")
 
 
 def add_decoder(command: argparse.ArgumentParser) -> None:
