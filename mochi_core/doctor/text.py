@@ -23,7 +23,33 @@ def render(report: dict[str, Any]) -> str:
         lines += [f"{name}: {PROBLEM}{found['problem']}"] if _is_problem(found) else tell(found)
     for file in report["files"]:
         lines += _file(file)
+    lines.append(_verdict(failures(report)))
     return "\n".join(wrapped for line in lines for wrapped in _wrap(sentence(line)))
+
+
+def failures(report: dict[str, Any]) -> list[str]:
+    """What has failed, by name: probes, single checks, and files that cannot be used; ways that are not there have not."""
+    names = [name for name in SECTIONS if _is_problem(report[name])]
+    names += [f"device {one['device']}" for one in _parts(report["devices"], list) if _is_problem(one)]
+    for section in CHECKED:
+        names += [f"{section} {name}" for name, one in _parts(report[section], dict).items() if _has_failed(one)]
+    files = (file for file in report["files"] if any(map(_is_problem, (file, *file.values()))))
+    return names + [f"file {file['file']}" for file in files]
+
+
+def _parts(found: Any, kind: type) -> Any:
+    """What a probe found, if it found anything."""
+    return kind() if _is_problem(found) else found
+
+
+def _has_failed(one: dict[str, Any]) -> bool:
+    return _is_problem(one) or not one.get("ok", True)
+
+
+def _verdict(failed: list[str]) -> str:
+    if not failed:
+        return 'Nothing has failed; "no" lines are other ways that are not there.'
+    return f"{len(failed)} {'check has' if len(failed) == 1 else 'checks have'} FAILED: {', '.join(failed)}"
 
 
 PROBLEM = "could not be found out: "
@@ -156,4 +182,6 @@ SECTIONS = {
     "products": _checked("layers with quantised weights, beside float64"),
 }
 """How each probe of the report is told."""
+CHECKED = ("networks", "attention", "products")
+"""Probes that are several checks."""
 PARTS = {"transformer": _transformer, "vae": _vae, "t5": _t5, "tiny_vae": _tiny_vae}

@@ -71,6 +71,12 @@ def test_what_works_on_a_cpu_and_why_the_rest_does_not(found):
     assert found["kernels"]["reason"]
 
 
+def test_the_last_line_is_the_verdict(found):
+    assert render(found).splitlines()[-1] == 'Nothing has failed; "no" lines are other ways that are not there.'
+    wrong = {**found["networks"], "denoiser": {"works": True, "ok": False, "error": 0.5}}
+    assert render({**found, "networks": wrong}).endswith("\n1 check has FAILED: networks denoiser")
+
+
 def test_convolutions_that_pytorch_takes_from_cudnn_are_named(monkeypatch, found):
     assert lines_about(render(found), "convolutions: in three dimensions")
     monkeypatch.setattr(checks, "unfolds_conv3d", lambda x: x.dtype == torch.bfloat16)
@@ -223,6 +229,7 @@ def test_a_broken_probe_becomes_a_line_and_the_rest_stays(monkeypatch, name):
     assert lines_about(text, f"{name}: could not be found out: RuntimeError: no such thing")
     assert lines_about(text, "file none.safetensors: There is no file none.safetensors; check the name.")
     assert text.count("could not be found out") == 1
+    assert text.endswith(f"\n2 checks have FAILED: {name}, file none.safetensors")
 
 
 def test_a_part_of_a_probe_that_breaks_is_a_line_of_its_own(monkeypatch):
@@ -234,6 +241,7 @@ def test_a_part_of_a_probe_that_breaks_is_a_line_of_its_own(monkeypatch):
     assert "device cpu: could not be found out: RuntimeError: no such thing" in text
     assert text.count("FAILED: RuntimeError: no such thing") == len(BACKENDS) + 1
     assert lines_about(text, "denoiser     ok, ")
+    assert lines_about(text, f"{len(BACKENDS) + 2} checks have FAILED: device cpu, networks decoder, attention ")
     assert lines_about(text, "versions: mochi-nodes unknown (RuntimeError: no such thing)")
     assert f"torch {torch.__version__}" in " ".join(text.split())
 
