@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path, PurePosixPath
 
@@ -241,16 +242,32 @@ def run_module(module: str, arguments: list[str], comfyui: Path | None) -> int:
 
 
 class step:  # noqa: N801 - used like a function
-    """Say what is being done, and how long it took."""
+    """Say what is being done, in a terminal also that it goes on, and how long it took."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, every: float = 15) -> None:
+        self.what, self.every = what, every
+        self.ended = threading.Event()
+        self.counter = threading.Thread(target=self.count, daemon=True)
 
     def __enter__(self) -> None:
         print(f"{self.what} ...", end=" ", flush=True)
         self.start = time.monotonic()
+        if sys.stdout.isatty():
+            self.counter.start()
+
+    def count(self) -> None:
+        """Write the seconds, each time over those before."""
+        back = ""
+        while not self.ended.wait(self.every):
+            seconds = f"{time.monotonic() - self.start:.0f} s "
+            print(back + seconds, end="", flush=True)
+            back = "\b" * len(seconds)
+        print(back, end="")
 
     def __exit__(self, failure: object, *_: object) -> None:
+        self.ended.set()
+        if self.counter.is_alive():
+            self.counter.join()
         print("failed" if failure else f"done in {time.monotonic() - self.start:.0f} s", flush=True)
 
 
