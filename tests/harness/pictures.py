@@ -108,8 +108,13 @@ def main() -> None:
             for name, frames in shown.items():
                 write_thumbnail(frames, WORKFLOWS / f"{TITLES[name]}.jpg")
             write_strips([shown["edit_video"], shown["edit_inverted"]], DOCS / "edits.png")
-            write_moving([template_frames(client, "tiny_mochi", prompt) for prompt in demo.PROMPTS], DOCS / "tiny.webp")
+            write_moving(demo_frames(client), DOCS / "tiny.webp")
             take_screenshots(server.url)
+
+
+def demo_frames(client: ComfyClient) -> list[list[Image.Image]]:
+    """The videos of `python dev.py demo`, with its seeds."""
+    return [frames_of(client, demo.tiny_prompt(text, seed=seed)) for seed, text in enumerate(demo.PROMPTS)]
 
 
 def template_frames(client: ComfyClient, name: str, prompt: str) -> list[Image.Image]:
@@ -117,6 +122,10 @@ def template_frames(client: ComfyClient, name: str, prompt: str) -> list[Image.I
     for node in graph.values():
         if name == "long_video_low_memory" and node["class_type"] == "Mochi1Length":
             node["inputs"]["seconds"] = LONG
+    return frames_of(client, graph)
+
+
+def frames_of(client: ComfyClient, graph: dict[str, Any]) -> list[Image.Image]:
     run = client.run(graph)
     assert run.outcome == "execution_success", run.error
     return pictures_of(client.download(run.files[0]))
