@@ -21,6 +21,8 @@ from ...mochi_core.shown import sentence
 MAX_TIME_FRACTION = 0.01
 """Fraction of the sampling time that making previews may take."""
 WEBP_QUALITY = 70
+SHOWN_SIDE = 128
+"""About the longer side, in pixels, to which smaller previews are enlarged; 106 x 60, of 848 x 480, stay as they are."""
 TINY_FILES = "taem1"
 """How the names of files of the tiny autoencoder begin."""
 CALLBACK_ARGUMENT = 5
@@ -72,6 +74,12 @@ def decoded_frames(latents: torch.Tensor, decoder: TinyDecoder) -> torch.Tensor:
     return torch.stack([(f.permute(1, 2, 0) * 255).round_().clamp_(0, 255).to("cpu", torch.uint8) for f in halved])
 
 
+def enlarged(frames: torch.Tensor) -> torch.Tensor:
+    """Small frames (T, H, W, 3), every pixel of which becomes a square, so that a node shows more than a dot."""
+    factor = max(1, round(SHOWN_SIDE / max(frames.shape[1:3])))
+    return frames.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
 def tiny_decoder(device: torch.device) -> TinyDecoder | None:
     """TAEM1 from models/vae_approx, if the server's way of previewing is taesd and there is one."""
     if args.preview_method != LatentPreviewMethod.TAESD:
@@ -118,7 +126,7 @@ class Previewer:
         start = time.perf_counter()
         if self.decoder is not None:
             frames = decoded_frames(denoised, self.decoder)
-        preview = AnimatedPreview(frames)
+        preview = AnimatedPreview(enlarged(frames))
         self.spent += time.perf_counter() - start
         return preview
 

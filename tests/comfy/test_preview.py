@@ -28,7 +28,7 @@ def test_preview_is_a_moving_picture_of_all_latent_frames(comfy_client):
     shown = list(images(comfy_client.run(graph())))
     assert shown
     for image in shown:
-        assert (image.format, image.size) == ("WEBP", (96 // 8, 64 // 8))
+        assert (image.format, image.size) == ("WEBP", (11 * 96 // 8, 11 * 64 // 8))
         assert image.n_frames == LATENTS
 
 
@@ -55,6 +55,26 @@ def test_the_servers_setting_is_followed(comfy_server):
 @pytest.mark.parametrize("setting", ["auto", "taesd", "latent2rgb"])
 def test_every_way_of_previewing_shows_it(comfy_server, setting):
     assert ComfyClient(comfy_server.url, setting).run(graph()).previews
+
+
+SIZES = """
+from pack.nodes.bridge.preview import AnimatedPreview, enlarged
+from io import BytesIO
+from PIL import Image
+
+for height, width in ((8, 8), (8, 12), (60, 106), (106, 60), (128, 128)):
+    frames = torch.randint(256, (2, height, width, 3), dtype=torch.uint8)
+    image = Image.open(BytesIO(AnimatedPreview(enlarged(frames)).content))
+    factor = image.width // width
+    assert torch.equal(enlarged(frames)[:, ::factor, ::factor], frames)
+    print(*image.size)
+"""
+
+
+def test_small_previews_are_enlarged(comfy_path):
+    """By a whole number, to about 128 pixels; those of the released model stay as they are."""
+    sizes = run_in_comfyui(comfy_path, SIZES).stdout.splitlines()
+    assert sizes == ["128 128", "132 88", "106 60", "60 106", "128 128"]
 
 
 BUDGET = """

@@ -89,12 +89,12 @@ def test_it_does_not_encode(done):
 
 
 def test_previews_are_decoded_and_a_broken_file_is_no_end(done):
-    assert "PREVIEW 3 24 16" in done[0].stdout
+    assert "PREVIEW 3 120 80" in done[0].stdout
     assert "The linear fit is shown." in done[0].stderr
 
 
 def test_without_memory_previews_are_simpler_and_then_none(done):
-    assert "SHOWN 1 24 16\nSHOWN 2 6 4\n" in done[0].stdout
+    assert "SHOWN 1 120 80\nSHOWN 2 126 84\n" in done[0].stdout
     said = [line.partition("Mochi preview: ")[2] for line in done[0].stderr.splitlines() if "Out of memory" in line]
     assert said == ["Out of memory. The linear fit is shown.", "Out of memory. There are no more in this run."]
 
