@@ -6,9 +6,9 @@ that know one noise level for all frames.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -53,16 +53,21 @@ def main() -> None:
             (0,),
         ),
     ]
+    write_sheet([(f"{title} ({len(frames)} frames)", as_images(frames), given) for title, frames, given in rows], PATH)
+
+
+def write_sheet(rows: list[tuple[str, list[Image.Image], Any]], path: Path) -> None:
+    """A row for each title, its frames and the indices of those that get a border."""
     sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, len(rows) * (SIDE + TEXT + GAP) + GAP), "white")
-    for number, (title, frames, given) in enumerate(rows):
-        add_row(sheet, GAP + number * (SIDE + TEXT + GAP), f"{title} ({len(frames)} frames)", frames, given)
-    sheet.quantize(128).save(PATH, optimize=True)
-    print(PATH.relative_to(ROOT), PATH.stat().st_size)
+    for number, row in enumerate(rows):
+        add_row(sheet, GAP + number * (SIDE + TEXT + GAP), *row)
+    sheet.quantize(128).save(path, optimize=True)
+    print(path.relative_to(ROOT), path.stat().st_size)
 
 
-def add_row(sheet: Image.Image, top: int, title: str, frames: np.ndarray, given: Any) -> None:
+def add_row(sheet: Image.Image, top: int, title: str, images: list[Image.Image], given: Any) -> None:
     """Nine of the frames, evenly, under the title."""
-    pen, images = ImageDraw.Draw(sheet), as_images(frames)
+    pen = ImageDraw.Draw(sheet)
     pen.text((GAP, top + 2), title, "black", ImageFont.load_default(14))
     for column in range(COLUMNS):
         index = round(column * (len(images) - 1) / (COLUMNS - 1))

@@ -17,10 +17,11 @@ from PIL import Image, ImageDraw
 from tests.harness import demo
 from tests.harness.browser import PLAYING, Editor, open_editor
 from tests.harness.client import ComfyClient
+from tests.harness.contact_sheet import write_sheet
 from tests.harness.frames import read_frames
 from tests.harness.purple import train_purple
 from tests.harness.server import ROOT, ComfyServer
-from tests.harness.template_files import shrunk, write_files
+from tests.harness.template_files import GIVEN, shrunk, write_files
 from tests.harness.templates import TITLES, api_form, editor_form
 from workflows.source import YOUR_VIDEO
 
@@ -51,6 +52,7 @@ PROMPTS = {
 }
 CHANGED = ("video_to_video", "edit_video", "edit_inverted", "masked")
 """Shown beside what they were made of."""
+EDITS = {"edit_video": "FlowEdit", "edit_inverted": "inversion"}
 LONG = 3.2
 # Shown in help pages.
 SHOWN = (
@@ -65,7 +67,7 @@ SHOWN = (
     "faster",
 )
 LOGO = (34, 66)
-MOVING, STRIP = 256, 240
+MOVING = 256
 # The nodes of a picture that can be read, and a script that puts them beside the side bar, without notes that would be cut, and
 # says how large they are with the titles of their groups.
 NEAR_TYPES = ["Mochi1T5Encode", "Mochi1Sampler", "Mochi1TiledVAEDecode", "CreateVideo", "SaveVideo"]
@@ -104,10 +106,10 @@ def main() -> None:
             client = ComfyClient(server.url)
             shown = {name: template_frames(client, name, prompt) for name, prompt in PROMPTS.items()}
             given = pictures_of((base / "input" / YOUR_VIDEO).read_bytes())
+            write_sheet(edits(given, shown), DOCS / "edits.png")
             shown |= {name: side_by_side(given, shown[name]) for name in CHANGED}
             for name, frames in shown.items():
                 write_thumbnail(frames, WORKFLOWS / f"{TITLES[name]}.jpg")
-            write_strips([shown["edit_video"], shown["edit_inverted"]], DOCS / "edits.png")
             write_moving(demo_frames(client), DOCS / "tiny.webp")
             take_screenshots(server.url)
 
@@ -148,20 +150,20 @@ def side_by_side(before: list[Image.Image], after: list[Image.Image]) -> list[Im
     return joined
 
 
+def edits(given: list[Image.Image], shown: dict[str, list[Image.Image]]) -> list[tuple[str, list[Image.Image], Any]]:
+    """What was given above what came of it, as rows of a contact sheet."""
+    rows = []
+    for name, way in EDITS.items():
+        frames = shown[name]
+        rows.append((f"given: {GIVEN}", given[: len(frames)], ()))
+        rows.append((f"{way}: {PROMPTS[name]}", frames, ()))
+    return rows
+
+
 def write_thumbnail(frames: list[Image.Image], path: Path) -> None:
     """A moving WebP: the editor asks for .jpg, browsers go by the content."""
     first, *others = [frame.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC) for frame in frames]
     first.save(path, "WEBP", save_all=True, append_images=others, duration=50, loop=0, quality=70, method=4)
-    print(path.relative_to(ROOT), path.stat().st_size)
-
-
-def write_strips(videos: list[list[Image.Image]], path: Path) -> None:
-    """A row for each video: a frame at a quarter, one in the middle and the last."""
-    sheet = Image.new("RGB", (3 * STRIP, STRIP * len(videos)))
-    for row, frames in enumerate(videos):
-        for column, frame in enumerate((frames[len(frames) // 4], frames[len(frames) // 2], frames[-1])):
-            sheet.paste(frame.resize((STRIP, STRIP), Image.Resampling.BICUBIC), (column * STRIP, row * STRIP))
-    sheet.quantize(128).save(path, optimize=True)
     print(path.relative_to(ROOT), path.stat().st_size)
 
 
