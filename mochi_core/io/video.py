@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from av.container import OutputContainer
     from PIL.Image import Image
 
-CRF = "17"
+ENCODING = {"crf": "18", "mbtree": "0"}
+"""Without x264's macroblock tree, whose sums differ between two encodings of the same frames, and the file with them. At about
+equal size and quality, it goes with a rate factor that is higher by one."""
 BT709 = 1
 """Primaries, transfer function and matrix of HD video, one code for all three (ITU-T H.273, tables 2 to 4)."""
 LIMITED_RANGE = 1
@@ -31,7 +33,7 @@ def to_unit_range(video: Tensor) -> Tensor:
 
 
 def save_video(frames: np.ndarray[Any, Any] | Tensor, path: str | Path, fps: int = FPS) -> None:
-    """Write one video as H.264 mp4, in the colours of BT.709.
+    """Write one video as H.264 mp4, in the colours of BT.709; the same frames make the same file.
 
     Args:
         frames: (F, H, W, 3) or (1, F, H, W, 3); floats in [0, 1] or uint8; even H and W.
@@ -66,7 +68,7 @@ class VideoWriter:
 
     def __init__(self, container: OutputContainer, fps: int) -> None:
         self.container = container
-        self.stream = container.add_stream("libx264", rate=fps, options={"crf": CRF})
+        self.stream = container.add_stream("libx264", rate=fps, options=ENCODING)
         self.stream.pix_fmt = "yuv420p"
         codec = self.stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709

@@ -22,6 +22,7 @@ from mochi_core.io.video import video_file
 from mochi_core.output_files import folder, replacing
 from mochi_core.train.state import replace_state
 from tests.harness import trained
+from tests.harness.frames import read_frames
 from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit, random_t5, random_vae, write_models
 
@@ -162,6 +163,14 @@ def test_saved_video_can_be_read_back(tmp_path):
         save_video(np.zeros((2, 7, 32, 48, 3)), tmp_path / "y.mp4")
 
 
+def test_the_same_frames_make_the_same_file(tmp_path):
+    """With x264's macroblock tree, three of ten such files differed from the others."""
+    frames = np.random.default_rng(0).integers(0, 256, (13, 60, 106, 3), np.uint8).repeat(4, 1).repeat(4, 2)
+    for i in range(8):
+        save_video(frames, tmp_path / f"{i}.mp4")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -219,10 +228,8 @@ def test_command_line_latents_and_decode(models, tokenizer, tmp_path, capsys):
     vae = ["--vae", str(models["--vae"]), "--memory-limit", "0.001"]
     assert main(["decode", str(latents), *vae, "-o", str(decoded)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(decoded)
-    with av.open(str(direct)) as one, av.open(str(decoded)) as other:
-        videos = [np.stack([f.to_ndarray(format="rgb24") for f in v.decode(video=0)]).astype(int) for v in (one, other)]
-    assert videos[0].shape == (13, 32, 48, 3)
-    assert np.abs(videos[0] - videos[1]).mean() < 1
+    assert read_frames(direct.read_bytes()).shape == (13, 32, 48, 3)
+    assert direct.read_bytes() == decoded.read_bytes()
     assert main(["decode", str(models["--vae"]), *vae, "-o", str(tmp_path / "x.mp4")]) == 2
     assert "could be latents; it must hold one" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["direct.mp4", "kite.latent", "kite.mp4"]

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -43,16 +41,11 @@ def torchrun(members, *arguments):
     )
 
 
-def frames(path):
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
-
-
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     path = tmp_path_factory.mktemp("single") / "video.mp4"
     assert main([*GENERATE, "-o", str(path)]) == 0
-    return frames(path)
+    return path.read_bytes()
 
 
 def check_video(single, tmp_path, members, plan, said):
@@ -61,10 +54,7 @@ def check_video(single, tmp_path, members, plan, said):
     assert out == f"{output}\n", errors
     assert f"{members} members: {said}" in errors
     assert "Traceback" not in errors
-    made = frames(output)
-    assert made.shape == single.shape
-    # x264 does not always make the same of the same frames, under load.
-    assert abs(made - single).mean() < 1
+    assert output.read_bytes() == single
 
 
 def test_two_processes_make_the_video_of_one(single, tmp_path):
