@@ -10,6 +10,8 @@ SPATIAL_COMPRESSION = 8
 TEMPORAL_COMPRESSION = 6
 FPS = 30  # Mochi's frame rate
 SIZE_STEP = 16  # one latent patch: 8 pixels per latent cell, 2 cells per patch
+KEEP_FRAMES = 19
+"""Frames of a clip that are kept to continue it: 4 latents, as Pusa's authors extend videos."""
 MAX_TOKENS = 2**24
 """Tokens of all videos that are made at once, at most: 35 minutes of 848 x 480, and 377 times what Mochi was trained for."""
 

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from .autoencoder.latents import denormalize_latents, normalize_latents
-from .autoencoder.model import AsymmVAE
-from .geometry import VideoSize
+from .autoencoder.model import AsymmVAE, OnProgress
+from .geometry import KEEP_FRAMES, VideoSize
 from .io.video import as_frames, as_images, to_unit_range
 from .lora import NamedLoras
 from .mapped_files import check_mapped_files
 from .parallel.decode import decode_together
 from .parallel.launch import join, peers
-from .parallel.plan import Members, Plan, Team
+from .parallel.plan import Plan
+from .parallel.team import Members, Team
 from .sampling.block_cache import BlockCache
 from .sampling.given import Given
 from .sampling.guidance import PLAIN, Guidance
-from .sampling.image_to_video import KEEP_FRAMES, given_frames
+from .sampling.image_to_video import given_frames
 from .sampling.sample import EncodedPrompts, OnStep, sample, scale_per_step
 from .sampling.schedule import linear_quadratic_schedule
 from .text_encoder import TextEncoder, empty_prompts
@@ -100,6 +101,7 @@ class MochiPipeline(NamedLoras):
         on_step: OnStep | None = None,
         cache: BlockCache | None = None,
         *,
+        on_decode: OnProgress | None = None,
         guidance: Guidance = PLAIN,
         image: Any = None,
         last_image: Any = None,
@@ -126,6 +128,7 @@ class MochiPipeline(NamedLoras):
                 list of images per video, "latent" for VAE-space latents (B, 12, T, H, W).
             sigmas: noise levels from 1 down to 0, instead of the linear-quadratic schedule of `num_inference_steps`.
             on_step: called as on_step(step, latents) after each step; returning True stops the run.
+            on_decode: called often while the videos are decoded, with the frames that are done and all of them.
             cache: skips blocks where little changes, see `block_cache`.
             guidance: what is done beside classifier-free guidance, see `guidance`.
             image, last_image: frames that the video begins and ends with, see `as_frames`; cropped and resized to its size. The
@@ -172,7 +175,7 @@ class MochiPipeline(NamedLoras):
                 self.dit, noise, sigmas, cond, uncond, guidance_scale, on_step, given=given, members=members, **options
             )
         denoised = denormalize_latents(denoised)
-        return denoised if output_type == "latent" else self._decode(denoised, output_type, members)
+        return denoised if output_type == "latent" else self._decode(denoised, output_type, members, on_decode)
 
     @property
     def is_first(self) -> bool:
@@ -223,9 +226,14 @@ class MochiPipeline(NamedLoras):
         """Frames (6k + 1, H, W, 3) in [0, 1] to DiT-space latents (1, 12, k + 1, H / 8, W / 8)."""
         return normalize_latents(self.vae.encode(frames.movedim(-1, 0)[None] * 2 - 1).mode().float())
 
-    def _decode(self, latents: Tensor, output_type: str, members: Members | None) -> Any:
+    def _decode(
+        self, latents: Tensor, output_type: str, members: Members | None, on_progress: OnProgress | None
+    ) -> Any:
         with self.working(self.vae):
-            video = self.vae.decode(latents) if members is None else decode_together(self.vae, latents, members.world)
+            if members is None:
+                video = self.vae.decode(latents, on_progress=on_progress)
+            else:
+                video = decode_together(self.vae, latents, members.world, on_progress=on_progress)
         video = to_unit_range(video)
         if output_type == "pt":
             return video.transpose(1, 2)

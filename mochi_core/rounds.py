@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .geometry import TEMPORAL_COMPRESSION, frames_problem
+from .geometry import KEEP_FRAMES, TEMPORAL_COMPRESSION, frames_problem
 from .pipeline import MochiPipeline
-from .sampling.image_to_video import KEEP_FRAMES, kept_frames
+from .sampling.image_to_video import kept_frames
 
 Frames = NDArray[np.floating]
 MOST_ROUNDS = 10_000

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..mochi_core.geometry import VideoSize
-from ..mochi_core.sampling.image_to_video import KEEP_FRAMES
+from ..mochi_core.geometry import KEEP_FRAMES, VideoSize
 from .bridge.image_to_video import image_to_video
 from .category import CATEGORY
 

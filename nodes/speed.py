@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..mochi_core.sampling.block_cache import METHODS, BlockCache
+from ..mochi_core.choices import CACHE_METHODS
+from ..mochi_core.sampling.block_cache import BlockCache
 from .bridge.cache import add_cache
 from .bridge.guider import make_guider
 from .bridge.parallel import SPLITS, add_devices
@@ -31,7 +32,7 @@ class Cache(io.ComfyNode):
                 io.Model.Input("model", tooltip="From Load Mochi Transformer."),
                 io.Combo.Input(
                     "method",
-                    options=list(METHODS),
+                    options=list(CACHE_METHODS),
                     tooltip="How change is measured: teacache by the input of the first block, with TeaCache's figures for "
                     "Mochi; first_block by what that block adds, which costs one block per step.",
                 ),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..choices import FP8_SCALED, KEEP
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig, TinyVAEConfig
 from ..dtypes import DTYPES
 from ..output_files import folder, replacing
@@ -27,8 +28,6 @@ from .names.sizes import halves
 from .names.t5 import hugging_face_entries
 from .tensors import QUANTIZATION, Checkpoint, LazyStateDict, LazyTensor, from_state_dict, merge
 
-LAYOUTS = ("canonical", "diffusers")
-KEEP, FP8_SCALED = "keep", "fp8_scaled"
 TARGET_DTYPES = {KEEP: None, **DTYPES, FP8_SCALED: torch.bfloat16}
 """The dtype that weights are converted to; with fp8_scaled, those that are not quantised. None keeps the stored dtype."""
 # Names of the weights file in a folder of diffusers or transformers.

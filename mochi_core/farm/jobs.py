@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from ..generate import add_settings, check_rounds, pipeline_arguments
+from ..generate import check_rounds, pipeline_arguments
+from ..options import add_settings
 from ..shown import shown, shown_names, without_advice
 
 EXAMPLE = '{"prompt": "a red kite", "seed": 7}'
 WORDS_LENGTH = 40
 """Characters of a prompt in the name of its file, at most; with four bytes each and what follows, a name may have 255."""
-NOT_THE_VIDEO = {"run", "prompts", "output", "address", "workers", "gpus_per_worker", "device", "offload"}
+NOT_THE_VIDEO = {"command", "prompts", "output", "address", "workers", "gpus_per_worker", "device", "offload"}
 """Options that say where and how a video is made, and not which one."""
 
 

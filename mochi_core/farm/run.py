@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..generate import add_decoder, add_models, add_settings, pipeline_arguments
+from ..generate import pipeline_arguments
 from ..output_files import check_writable, folder, replacing
 from ..shown import sentence
 from .cluster import Worker, WorkerDied, cluster, finished, room
@@ -162,17 +162,3 @@ def report(jobs: list[Job], path: Path) -> None:
 
 def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
-
-
-def add_farm(command: argparse.ArgumentParser) -> None:
-    """Add the options of `farm`."""
-    add = command.add_argument
-    command.set_defaults(run=farm)
-    add("prompts", type=Path, help="a JSON object on each line: prompt, and what differs from the options below")
-    add("--address", help="of a Ray cluster, or auto (default: processes on this machine)")
-    add("--workers", type=int, help="(default: one for each GPU, or without GPUs for each machine)")
-    add("--gpus-per-worker", type=int, default=1, help="GPUs that make each video together (default: %(default)s)")
-    add_models(command)
-    add_settings(command)
-    add_decoder(command)
-    add("-o", "--output", type=Path, default=Path("videos"), help="folder (default: %(default)s)")

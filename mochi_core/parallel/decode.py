@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..autoencoder.layers import CONV_SIZE, RGB, frame_norm
 from ..autoencoder.memory import decoder_memory_estimate
-from ..autoencoder.model import AsymmVAE
+from ..autoencoder.model import AsymmVAE, OnProgress
 from ..autoencoder.plan import MAX_WORKING_SET, WORKING_SETS, Plan, free_memory
 from ..autoencoder.steps import decoder_steps
 from ..autoencoder.streaming import StreamStep
@@ -23,16 +23,22 @@ from .sequence import shares
 
 
 @torch.no_grad()
-def decode_together(vae: AsymmVAE, latents: Tensor, group: Group, memory_limit: int | None = None) -> Tensor:
+def decode_together(
+    vae: AsymmVAE,
+    latents: Tensor,
+    group: Group,
+    memory_limit: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Tensor:
     """Latents (B, 12, T, H, W) to video (B, 3, 6(T - 1) + 1, 8H, 8W), both the same in all members.
 
-    `memory_limit` is that of `AsymmVAE.decode`, for each member.
+    `memory_limit` and `on_progress` are those of `AsymmVAE.decode`, for each member.
 
     Raises:
         ValueError: see `AsymmVAE.decode`.
     """
     if group.size == 1:
-        return vae.decode(latents, memory_limit)
+        return vae.decode(latents, memory_limit, on_progress)
     decoder = vae.check_decoder(latents.shape)
     device = next(decoder.parameters()).device
     steps = [step for step in decoder_steps(decoder) if isinstance(step, StreamStep)]
@@ -45,6 +51,8 @@ def decode_together(vae: AsymmVAE, latents: Tensor, group: Group, memory_limit: 
             for part in group.gather(piece, [(1, RGB, frames, *out.shape[3:]) for frames in borders.frames]):
                 out[i : i + 1, :, done : done + part.shape[2]] = part
                 done += part.shape[2]
+            if on_progress:
+                on_progress(i * out.shape[2] + done, len(out) * out.shape[2])
     return out
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from .group import MEETING_TIMEOUT, Group, Processes
-from .plan import agree
+from .team import agree
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 NO_LAUNCHER = (

@@ -13,18 +13,17 @@ Two measures of change, both relative, the mean absolute difference over the mea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ..choices import check_cache
 from ..transformer.block import BlockCall, BlockContext, RunBlock, run_block
 from ..transformer.layers import modulated_norm
 from .schedule import check_share, in_step_range
 
-METHODS = ("teacache", "first_block")
 COEFFICIENTS = (-3.51241319e3, 8.11675948e2, -6.09400215e1, 2.42429681, 3.05291719e-3)
 """TeaCache's polynomial for Mochi, highest power first: `coefficients` in TeaCache4Mochi/teacache_mochi.py."""
 LARGEST_FITTED = 0.108
@@ -43,7 +42,7 @@ class BlockCache:
     """
 
     method: str
-    """One of `METHODS`."""
+    """One of `CACHE_METHODS`."""
     threshold: float
     """The smallest change with which all blocks run; 0 skips none."""
     start: float = 0.0
@@ -56,10 +55,7 @@ class BlockCache:
     """Forwards in which blocks were skipped."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"The cache method is {self.method!r}; use one of {', '.join(METHODS)}.")
-        if not 0 <= self.threshold < math.inf:
-            raise ValueError(f"The cache threshold is {self.threshold}; use 0 (off) or more, such as 0.06.")
+        check_cache(self.method, self.threshold)
         check_share("start", self.start)
         check_share("end", self.end)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import TEMPORAL_COMPRESSION, VideoSize, frames_to_latents, latents_to_frames
+from ..geometry import KEEP_FRAMES, TEMPORAL_COMPRESSION, VideoSize, frames_to_latents, latents_to_frames
 from .given import Given
 
 Encode = Callable[[Tensor], Tensor]
@@ -22,8 +22,6 @@ Encode = Callable[[Tensor], Tensor]
 RAMP = (0.8, 0.95)
 """Noise levels at which the neighbours of a held frame are released, the nearest last; until then they show its picture. The
 best of what was measured without training, on the tiny model: docs/image_to_video.md."""
-KEEP_FRAMES = 19
-"""Frames of a clip that are kept to continue it: 4 latents, as Pusa's authors extend videos."""
 
 
 def given_frames(

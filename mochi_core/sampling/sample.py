@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..autoencoder.latents import latents_problem
 from ..parallel.group import Alone
-from ..parallel.plan import Members, agree
+from ..parallel.team import Members, agree
 from ..transformer.attention import Attention, choose_attention, sdpa
 from ..transformer.block import RunBlock, run_block
 from ..transformer.conditioning import ScheduleModulation, TextConditioning

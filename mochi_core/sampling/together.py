@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..parallel.group import Group
-from ..parallel.plan import Members
+from ..parallel.team import Members
 from ..transformer.model import AsymmDiT
 from .block_cache import BlockCache
 from .given import Given

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ...mochi_core import AsymmDiT
 from ...mochi_core.parallel.group import Group, Stopped, Threads
-from ...mochi_core.parallel.plan import HEADS, Members, Plan, choose
+from ...mochi_core.parallel.plan import HEADS, Plan, choose
+from ...mochi_core.parallel.team import Members
 from .choices import log_choice
 from .patches import mixes_samples
 from .prepared import Conditioning

@@ -7,8 +7,9 @@ import torch
 
 from mochi_core import BlockCache, VideoSize, euler, guidance_schedule, linear_quadratic_schedule, sample
 from mochi_core.__main__ import main
+from mochi_core.choices import CACHE_METHODS
 from mochi_core.pipeline import initial_noise
-from mochi_core.sampling.block_cache import LARGEST_FITTED, METHODS, CacheState, output_change
+from mochi_core.sampling.block_cache import LARGEST_FITTED, CacheState, output_change
 from mochi_core.sampling.sample import prepared_velocities
 from mochi_core.transformer.offload import stream_blocks
 from tests.harness import trained
@@ -47,7 +48,7 @@ def block_calls(dit):
         hook.remove()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CACHE_METHODS)
 def test_threshold_0_changes_nothing(dit, method):
     cond, uncond = prompts(dit, 6, 3), prompts(dit, 0)
     cache = BlockCache(method, 0)
@@ -55,7 +56,7 @@ def test_threshold_0_changes_nothing(dit, method):
     assert (cache.forwards, cache.hits) == (4 * STEPS, 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CACHE_METHODS)
 def test_a_loose_threshold_skips_the_blocks_that_it_reports(dit, block_calls, method):
     cond, uncond = prompts(dit, 6, 3), prompts(dit, 0)
     exact = sample(dit, NOISE, SIGMAS, cond, uncond)
@@ -70,7 +71,7 @@ def test_a_loose_threshold_skips_the_blocks_that_it_reports(dit, block_calls, me
     assert 0 < (cached - exact).norm() / exact.norm() < 0.1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CACHE_METHODS)
 def test_each_video_of_a_batch_decides_for_itself(dit, method):
     noise = torch.cat((NOISE[:1], NOISE[1:] * 0.1))
     cond, uncond = prompts(dit, 9, 0), prompts(dit, 0, 4)
@@ -85,7 +86,7 @@ def test_each_video_of_a_batch_decides_for_itself(dit, method):
     assert rates[0] != rates[1], "no step had one video computed and the other not"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CACHE_METHODS)
 def test_one_prompt_serves_a_batch(dit, method):
     cond = prompts(dit, 6)
     batch = sample(dit, NOISE, SIGMAS, cond, guidance_scale=1, cache=BlockCache(method, LOOSE[method]))
@@ -93,7 +94,7 @@ def test_one_prompt_serves_a_batch(dit, method):
     torch.testing.assert_close(batch[1:], alone, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CACHE_METHODS)
 def test_first_and_last_step_and_those_outside_of_the_range_are_computed(dit, method):
     computed = []
 

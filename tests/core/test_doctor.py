@@ -88,7 +88,7 @@ def test_convolutions_that_pytorch_takes_from_cudnn_are_named(monkeypatch, found
 
 def test_the_command_prints_the_report_and_json_of_it(capsys, found, monkeypatch):
     # The free memory of another moment is another number.
-    monkeypatch.setattr("mochi_core.__main__.examine", lambda device, files: examined.append((device, files)) or found)
+    monkeypatch.setattr("mochi_core.commands.examine", lambda device, files: examined.append((device, files)) or found)
     examined = []
     assert main(["doctor", "--device", "cpu", *map(str, MODELS)]) == 0
     assert capsys.readouterr().out == render(found) + "\n"

@@ -10,8 +10,9 @@ import torch
 
 from mochi_core import geometry, linear_quadratic_schedule, save_video
 from mochi_core.__main__ import main
-from mochi_core.edit_video import add_edit, edit_file
+from mochi_core.edit_video import edit_file
 from mochi_core.io.read_frames import read_frames
+from mochi_core.options import add_edit
 from mochi_core.sampling.edit import TRENDS, edit, edit_by_inversion, flow_edit, fresh_noise, invert, pulls, rf_edit
 from mochi_core.sampling.sample import prepared_velocities
 from mochi_core.sampling.schedule import schedule_below
@@ -245,12 +246,16 @@ def test_command_line_gives_the_video_back_where_nothing_is_changed(source, noth
     assert np.abs(after - before).mean() < 8, "the autoencoder and two files are between them"
 
 
-def test_command_line_edits_the_first_frames(source):
+def test_command_line_edits_the_first_frames(source, capsys):
     before, after = read_frames(source, 64, 64, 7).astype(int), edited(source, "--frames", "7")
     assert after.shape == before.shape
     inside = before[..., 0] > 150
     red, blue = (after[inside][:, channel].mean() for channel in (0, 2))
     assert blue > red, "the square is blue"
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [str(source.with_name("edited.mp4"))]
+    assert said.err.count("loading the ") == 3
+    assert "7/7" in said.err, "the frames as they are decoded"
     other = edited(source, "--frames", "7", "--inversion", "--pull-until", "0.98")
     assert np.abs(other - after).mean() > 1
 

@@ -24,8 +24,9 @@ from mochi_core.__main__ import main
 from mochi_core.farm.cluster import Worker, cluster
 from mochi_core.farm.jobs import read_jobs, video_name
 from mochi_core.farm.member import Member, outcome_of
-from mochi_core.farm.run import REPORT, Farm, add_farm
+from mochi_core.farm.run import REPORT, Farm
 from mochi_core.generate import load_pipeline, make_file, pipeline_arguments
+from mochi_core.options import add_farm
 from tests.harness import trained
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def write_prompts(folder, lines):
 def parsed(path, *arguments):
     parser = argparse.ArgumentParser()
     add_farm(parser)
-    return parser.parse_args([str(path), *arguments])
+    return parser.parse_args([str(path), "--device", "cpu", *arguments])
 
 
 def jobs_of(path, *arguments):
@@ -131,7 +132,9 @@ def test_lines_go_before_the_options_of_all(tmp_path):
     assert (b.prompt, b.seconds, b.frames, b.steps, b.cfg_zero, b.skip_block, b.nag) == (
         "--b", None, 13, 5, False, [4], 5,
     )  # fmt: skip
-    assert (c.seconds, c.negative_prompt, c.seed, c.cache.threshold, c.skip_block) == (0.4, "=", -1, 0.1, [3])
+    assert (c.seconds, c.negative_prompt, c.seed, c.cache, c.skip_block) == (
+        0.4, "=", -1, ("teacache", 0.1), [3],
+    )  # fmt: skip
 
 
 def test_names_of_files_are_safe_and_stay(tmp_path):

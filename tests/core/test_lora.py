@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from mochi_core import AsymmDiT, AsymmDiTConfig, fuse_loras, load_lora, load_transformer
-from mochi_core.generate import lora_option
 from mochi_core.lora import Lora, LoraDelta, read_lora
 from mochi_core.lora.targets import find_target, lora_targets
+from mochi_core.options import lora_option
 from mochi_core.quantization.weights import QuantizedLinear
 from tests.harness.lora_files import (
     ALPHA,

@@ -12,8 +12,9 @@ import torch
 from mochi_core.parallel import group as group_module
 from mochi_core.parallel.decode import rounds_of
 from mochi_core.parallel.group import Alone, Stopped, Threads
-from mochi_core.parallel.plan import Members, Plan, choose
+from mochi_core.parallel.plan import Plan, choose
 from mochi_core.parallel.sequence import shares, unit_of
+from mochi_core.parallel.team import Members
 from mochi_core.quantization.weights import QUANTIZERS
 from mochi_core.sampling.block_cache import relative_change
 from mochi_core.sampling.given import Given

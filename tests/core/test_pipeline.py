@@ -1,6 +1,7 @@
 """Prompt to mp4 without ComfyUI: text encoder, pipeline, command line."""
 
 import os
+import re
 import sys
 import tracemalloc
 from functools import partialmethod
@@ -171,6 +172,9 @@ def test_the_same_frames_make_the_same_file(tmp_path):
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
+LOADED = (("text encoder", "t5"), ("transformer", "transformer"), ("autoencoder", "vae"))
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -198,7 +202,11 @@ def test_command_line_generate(models, tokenizer, tmp_path, capsys, monkeypatch,
     counters.clear()
     assert main([*common, *how, "-o", str(target)]) == 0
     assert (counters["stats"]["unique_graphs"] > 0) == ("--compile" in how)
-    assert capsys.readouterr().out.strip() == str(target)
+    said = capsys.readouterr()
+    assert said.out.strip() == str(target)
+    files = re.findall(r"^loading the (.+): (.+)$", said.err, re.M)
+    assert files == [(what, models[f"--{option}"].name) for what, option in LOADED]
+    assert [said.err.index(count) for count in ("3/3", "7/7")] == sorted(map(said.err.index, ("3/3", "7/7")))
     with av.open(str(target)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 7
     assert main([*common, "--height", "30"]) == 2

@@ -55,6 +55,8 @@ def check_video(single, tmp_path, members, plan, said):
     assert f"{members} members: {said}" in errors
     assert "Traceback" not in errors
     assert output.read_bytes() == single
+    assert [errors.count(line) for line in ("loading the text encoder", "loading the transformer")] == [1, 1]
+    assert "13/13" in errors, "frames that are decoded"
 
 
 def test_two_processes_make_the_video_of_one(single, tmp_path):

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from mochi_core import AsymmDiTConfig, BlockCache, MochiPipeline, load_lora, load_transformer, sample
 from mochi_core.parallel.decode import decode_together
-from mochi_core.parallel.plan import Members, Plan
+from mochi_core.parallel.plan import Plan
+from mochi_core.parallel.team import Members
 from mochi_core.quantization.weights import QUANTIZERS
 from mochi_core.sampling.block_cache import CachedBlocks
 from mochi_core.sampling.given import Given

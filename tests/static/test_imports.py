@@ -8,22 +8,35 @@ from pathlib import Path
 
 import pytest
 
+import mochi_core
 from tests.harness.architecture import imports, module_graph
 
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "mochi_core"
 # From the bottom up: each room may use those in the lines above it.
 FLOORS = (
-    ("config", "dtypes", "geometry", "interrupts", "kernels", "mapped_files", "ops", "output_files", "shown"),
+    (
+        "choices",
+        "config",
+        "dtypes",
+        "geometry",
+        "interrupts",
+        "kernels",
+        "mapped_files",
+        "ops",
+        "output_files",
+        "shown",
+    ),
     ("quantization", "packages"),
     ("transformer", "autoencoder"),
     ("parallel",),
     ("sampling", "checkpoints"),
     ("lora", "text_encoder", "io", "doctor"),
     ("pipeline",),
-    ("rounds",),
+    ("rounds", "options"),
     ("generate",),
     ("farm", "edit_video"),
+    ("commands",),
     ("__init__", "__main__"),
     ("train",),
 )
@@ -36,6 +49,8 @@ for name in {blocked!r}:
     sys.modules[name] = None
 handlers, threads = list(logging.getLogger().handlers), threading.active_count()
 import torch, mochi_core
+for name in mochi_core.__all__:
+    getattr(mochi_core, name)
 assert not torch.cuda.is_initialized()
 assert logging.getLogger().handlers == handlers
 assert threading.active_count() == threads
@@ -59,11 +74,13 @@ def test_a_command_in_a_python_without_pytorch_says_which_python_to_take(module)
     assert r"..\..\..\python_embeded\python.exe -m mochi_core doctor" in sentence
 
 
-@pytest.mark.parametrize("module", ["mochi_core", "mochi_core.train", "mochi_core.train.tiny"])
+@pytest.mark.parametrize(
+    "command", ["mochi_core inspect x", "mochi_core.train plot x -o x.png", "mochi_core.train.tiny"]
+)
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal to a single process there")
-def test_an_interrupted_import_of_a_command_shows_no_code(module):
-    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+def test_an_interrupted_import_of_a_command_shows_no_code(command):
+    words = [sys.executable, "-X", "importtime", "-m", *command.split()]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         while "torch" not in running.stderr.readline():  # modules as they are imported
             assert running.poll() is None
         running.send_signal(signal.SIGINT)
@@ -71,6 +88,35 @@ def test_an_interrupted_import_of_a_command_shows_no_code(module):
     assert running.returncode == -signal.SIGINT
     assert output == ""
     assert all(line.startswith("import time:") for line in errors.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ("mochi_core --help", 0),
+        ("mochi_core generate --help", 0),
+        ("mochi_core generate --prompt x", 2),
+        ("mochi_core decode x --vae x --dtype bf16", 2),
+        ("mochi_core convert x y --to genmo", 2),
+        ("mochi_core edit --guidance high", 2),
+        ("mochi_core generate --cache teacache:-1", 2),
+        ("mochi_core generate --parallel rings=2", 2),
+        ("mochi_core.train prepare", 2),
+    ],
+)
+def test_arguments_are_read_before_anything_that_takes_seconds_is_imported(arguments, status):
+    command = [sys.executable, "-X", "importtime", "-m", *arguments.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"torch", "numpy", "safetensors", "tqdm", "transformers"}
+
+
+def test_names_for_type_checkers_are_those_that_are_imported_when_they_are_used():
+    found = {target: tuple(names) for dots, target, names in imports(CORE / "__init__.py") if dots and target}
+    assert found == mochi_core._NAMES
+    assert sorted(mochi_core._MODULES) == sorted(mochi_core.__all__)
 
 
 def test_core_never_names_host_or_peers():

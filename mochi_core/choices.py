@@ -1,0 +1,23 @@
+"""Names that options of the commands take, without what they stand for, so that arguments are read before PyTorch is imported."""
+
+from __future__ import annotations
+
+import math
+
+DTYPES = ("fp32", "bf16", "fp16")
+ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math", "fa3", "fa4", "flash_attn", "sage")
+QUANTIZERS = ("fp8", "fp8_rowwise", "int8", "q4_0")
+FRAME_LEVELS = ("auto", "on", "off")
+CACHE_METHODS = ("teacache", "first_block")
+PARTS = ("transformer", "vae", "t5", "tiny_vae")
+LAYOUTS = ("canonical", "diffusers")
+KEEP, FP8_SCALED = "keep", "fp8_scaled"
+TARGET_DTYPES = (KEEP, *DTYPES, FP8_SCALED)
+
+
+def check_cache(method: str, threshold: float) -> None:
+    """Raise a ValueError unless there is such a way to skip blocks, and the threshold is 0 or a number above it."""
+    if method not in CACHE_METHODS:
+        raise ValueError(f"The cache method is {method!r}; use one of {', '.join(CACHE_METHODS)}.")
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"The cache threshold is {threshold}; use 0 (off) or more, such as 0.06.")

@@ -1,0 +1,157 @@
+"""What each command does, once its arguments have been read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from . import interrupts
+from .autoencoder.model import AsymmVAE
+from .autoencoder.streaming import OutOfMemory
+from .checkpoints import load_vae
+from .checkpoints.convert import plan_conversion, write_conversion
+from .checkpoints.inspect import inspect as inspect_file
+from .checkpoints.inspect import render
+from .doctor import examine
+from .doctor import render as render_report
+from .dtypes import DTYPES
+from .edit_video import edit_file
+from .farm.run import farm
+from .generate import (
+    Bars,
+    check_device,
+    check_rounds,
+    default_device,
+    load_pipeline,
+    loading,
+    make_file,
+    pipeline_arguments,
+    say,
+)
+from .io.latent_files import load_latents
+from .io.video import to_unit_range, video_file
+from .output_files import check_writable
+from .parallel.launch import MemberError, join, own_device, together
+from .shown import sentence
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command that `options` name; the exit status is that of `__main__.main`."""
+    interrupts.raise_again()
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {sentence(message)}")
+    if getattr(options, "device", "") is None:
+        options.device = default_device()
+    try:
+        return COMMANDS[options.command](options) or 0
+    except (ValueError, OSError, SafetensorError, OutOfMemory, MemberError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Make a video; with --parallel, together with the other processes of the launcher."""
+    if options.parallel is None:
+        make_video(options, first=True)
+        return
+    device = own_device(options.device)
+    options.device = str(device)
+    world = join(device)
+    if world.rank:
+        warnings.showwarning = lambda *_, **__: None  # the first member gives it, too
+    with together(world, device):
+        make_video(options, first=world.rank == 0)
+
+
+def make_video(options: argparse.Namespace, *, first: bool) -> None:
+    """What a process does for a video; the first one, or the only one, says how far it is and writes."""
+    if first:
+        check_writable(options.output)  # before anything is loaded, as the next
+    arguments = pipeline_arguments(options)
+    steps = options.steps * check_rounds(arguments, options.output)
+    pipe = load_pipeline(options, options.parallel, first=first, on_load=say if first else None)
+    with Bars(steps, disable=not first) as bars:
+        make_file(pipe, arguments, options.output, options.fps, bars.step, bars.frames)
+    if not first:
+        return
+    if pipe.team is not None:
+        print(pipe.team.report(), file=sys.stderr)
+    if arguments["cache"] is not None:
+        print(arguments["cache"].report(), file=sys.stderr)
+    print(options.output)
+
+
+def edit(options: argparse.Namespace) -> None:
+    edit_file(options)
+    print(options.output)
+
+
+def decode(options: argparse.Namespace) -> None:
+    check_device(options.device)
+    latents = load_latents(options.latents)
+    say(loading("autoencoder", *options.vae))
+    vae = load_vae(options.vae, DTYPES[options.vae_dtype], options.device)
+    for i, one in enumerate(latents.split(1)):
+        output = options.output if len(latents) == 1 else options.output.with_stem(f"{options.output.stem}-{i + 1}")
+        decode_to_file(vae, one, output, options)
+        print(output)
+
+
+def decode_to_file(vae: AsymmVAE, latents: Tensor, output: Path, options: argparse.Namespace) -> None:
+    """Decode latents (1, 12, T, H, W) into a video file a few frames at a time, so that memory does not grow with its length."""
+    with (
+        tqdm(total=vae.decoded_shape(latents.shape)[2], unit="frame") as bar,
+        video_file(output, options.fps) as writer,
+    ):
+        for piece in vae.decode_stream(latents, options.memory_limit):
+            writer.write(to_unit_range(piece)[0].permute(1, 2, 3, 0))
+            bar.update(piece.shape[2])
+
+
+def inspect(options: argparse.Namespace) -> None:
+    report = inspect_file(options.file)
+    print(json.dumps(report, indent=2) if options.json else render(report))
+
+
+def doctor(options: argparse.Namespace) -> None:
+    report = examine(options.device, options.files)
+    print(json.dumps(report, indent=2) if options.json else render_report(report))
+
+
+def convert(options: argparse.Namespace) -> None:
+    destination: Path = options.destination
+    if destination.exists() and not options.force:
+        raise ValueError(f"{destination} exists already; choose another name, or overwrite it with --force.")
+    if destination.exists() and destination.is_dir() == (destination.suffix == ".safetensors"):
+        raise ValueError(f"{destination} is no {'file' if destination.is_dir() else 'folder'}; choose another name.")
+    if destination.suffix != ".safetensors" and options.to != "diffusers":
+        raise ValueError(f"{destination} must end in .safetensors; only diffusers has a folder for a model.")
+    conversion = plan_conversion(options.source, options.to, options.dtype, options.part)
+    with tqdm(total=len(conversion.tensors), unit="tensor") as bar:
+        write_conversion(conversion, destination, bar.update, overwrite=options.force)
+    print(destination)
+
+
+def migrate(_: argparse.Namespace) -> None:
+    raise ValueError("Workflows are converted by the node pack: run `python -m migrate old.json` in its folder.")
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "generate": generate,
+    "edit": edit,
+    "farm": farm,
+    "decode": decode,
+    "inspect": inspect,
+    "doctor": doctor,
+    "convert": convert,
+    "migrate": migrate,
+}

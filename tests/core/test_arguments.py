@@ -1,0 +1,40 @@
+"""What options may say is read without the tables that it is for; bars and lines about what a command does."""
+
+from mochi_core import choices
+from mochi_core.checkpoints.convert import TARGET_DTYPES
+from mochi_core.checkpoints.names.detect import FRAME_LEVELS_CHOICES, PARTS
+from mochi_core.dtypes import DTYPES
+from mochi_core.generate import Bars
+from mochi_core.quantization.weights import QUANTIZERS
+from mochi_core.transformer.attention import ATTENTIONS
+
+
+def test_choices_are_the_names_in_the_tables():
+    assert choices.ATTENTIONS == ATTENTIONS
+    for names, table in (
+        (choices.DTYPES, DTYPES),
+        (choices.QUANTIZERS, QUANTIZERS),
+        (choices.FRAME_LEVELS, FRAME_LEVELS_CHOICES),
+        (choices.PARTS, PARTS),
+        (choices.TARGET_DTYPES, TARGET_DTYPES),
+    ):
+        assert names == tuple(table)
+
+
+def test_frames_are_counted_below_the_steps_and_only_those_of_the_last_round_stay(capsys):
+    with Bars(2) as bars:
+        for frames in (7, 13):
+            bars.step()
+            for done in (0, frames, frames):
+                bars.frames(done, frames)
+    shown = [line.rpartition("\r")[2] for line in capsys.readouterr().err.splitlines()]
+    assert any("2/2" in line and "step/s" in line for line in shown)
+    assert any("13/13" in line for line in shown)
+    assert not any("7/7" in line for line in shown)
+
+
+def test_members_that_are_not_the_first_show_no_bars(capsys):
+    with Bars(1, disable=True) as bars:
+        bars.step()
+        bars.frames(7, 7)
+    assert capsys.readouterr().err == ""
