@@ -13,8 +13,9 @@ Json = dict[str, Any]
 GAP = 28
 TITLE = 30
 """Height of a node's title, which lies above its position."""
-MOST_WIDE = 2070
-"""Width of a whole graph at most: wider ones open as empty boxes on a screen of 1600 x 950, where they fill three quarters."""
+MOST_WIDE = 1728
+"""Width of a graph at most, if its columns can be so narrow: the editor has it fill three quarters of the window, and below 57 %
+of their size nodes are drawn without text. This is 60 % in a window of 1400 pixels."""
 MOST_HIGH = 1150
 LOADERS = ("Mochi1LoadTransformer", "Mochi1LoadT5", "Mochi1LoadVAE")
 SAMPLERS = ("Mochi1Sampler", "Mochi1Edit", "KSampler", "SamplerCustomAdvanced")
@@ -30,8 +31,11 @@ WIDTH = 230
 """No node is narrower in the default renderer."""
 SUBGRAPH = 440
 RESULT = "SaveVideo"
-RESULT_WIDTHS = (380, 460)
+RESULT_WIDTHS = (300, 460)
 VIEWER = 340
+"""Height of the player: as large as a square video makes it in the narrower of these widths."""
+PREVIEW = 190
+"""What the classic renderer adds to a sampler while it shows a preview."""
 NOTE = 440
 LETTER = 5
 """Width of a letter in a note, on average."""
@@ -82,12 +86,16 @@ def place(nodes: Nodes, heights: dict[str, int], notes: Sequence[str]) -> tuple[
     would be too high, and on the left of a subgraph's node.
     """
     names = columns(nodes)
-    widths = _fitting([max(_width(name, nodes[name]) for name in column) for column in names])
     around = "subgraph" in nodes
     left = NOTE + 2 * GAP if around and notes else 0
+    widths = [max(_width(name, nodes[name]) for name in column) for column in names]
     if any(nodes[name].type == RESULT for name in names[-1]):
-        room = MOST_WIDE - sum(widths[:-1]) - GAP * len(widths) - left
-        widths[-1] = max(RESULT_WIDTHS[0], min(RESULT_WIDTHS[1], room))
+        least, most = RESULT_WIDTHS
+        widths = _fitting(widths[:-1], MOST_WIDE - GAP - least)
+        room = MOST_WIDE - sum(widths) - GAP * len(names) - left
+        widths.append(max(least, min(most, room)))
+    else:
+        widths = _fitting(widths, MOST_WIDE)
     if around:
         return (
             _stacked(names, widths, heights, left, [0] * len(names)),
@@ -104,13 +112,14 @@ def place(nodes: Nodes, heights: dict[str, int], notes: Sequence[str]) -> tuple[
     before, video = ([boxes[name] for column in step for name in column] for step in (steps[0] + steps[1], steps[2]))
     middle = (video[0].x, max(box.y + box.height for box in video) + 2 * GAP + TITLE, _right(video) - video[0].x)
     above = [Box(0, 0, _right(before), title)] if on_top else []
-    return boxes, above + _below(notes[len(above) :], *middle), _groups(steps, boxes)
+    below = notes[len(above) :]
+    return boxes, above + _below(below, *middle), _groups(steps, boxes, PREVIEW if above and not below else 0)
 
 
-def _fitting(widths: list[int]) -> list[int]:
+def _fitting(widths: list[int], most: int) -> list[int]:
     """The widths of columns, nearer to the least if all of them together would be too wide."""
-    excess = sum(widths) + GAP * (len(widths) - 1) - MOST_WIDE
-    share = max(0.0, excess / max(1, sum(width - WIDTH for width in widths)))
+    excess = sum(widths) + GAP * (len(widths) - 1) - most
+    share = min(1.0, max(0.0, excess / max(1, sum(width - WIDTH for width in widths))))
     return [math.floor(width - share * (width - WIDTH)) for width in widths]
 
 
@@ -155,13 +164,13 @@ def _right(boxes: list[Box]) -> float:
     return max(box.x + box.width for box in boxes)
 
 
-def _groups(steps: list[list[list[str]]], boxes: dict[str, Box]) -> list[Json]:
-    """A numbered step for the loaders, for what comes before the sampler, for the rest and for the result."""
+def _groups(steps: list[list[list[str]]], boxes: dict[str, Box], preview: float) -> list[Json]:
+    """Numbered steps: the loaders, what comes before the sampler, the rest with room below for a preview, the result."""
     groups = []
     for number, (step, (title, color)) in enumerate(zip(steps, STEPS, strict=True), 1):
         inside = [boxes[name] for column in step for name in column]
         x, y = min(box.x for box in inside), min(box.y for box in inside)
-        bottom = max(box.y + box.height for box in inside)
+        bottom = max(box.y + box.height for box in inside) + (preview if title == "Video" else 0)
         bounding = [x - 10, y - TITLE - 42, _right(inside) - x + 20, bottom - y + TITLE + 54]
         groups.append(
             {

@@ -12,6 +12,9 @@ from workflows.source import TEMPLATES
 TITLE = 30  # a node's title lies above its position
 MOST_WIDE = 2080  # at 1600x950 the default renderer shows a wider graph as empty boxes
 MOST_HIGH = 1220
+WINDOW = (1400, 900)
+LEAST_ZOOM = 0.59  # below 57 % the classic renderer draws no text
+MANY_COLUMNS = ("faster", "prompt_list")
 LONGEST_LABEL = 20  # what has room beside the nodes of an opened subgraph
 COMES_ALONG = "tiny"
 FIXED = ("genmo_exact",)
@@ -54,6 +57,14 @@ def test_graph_is_readable_at_first_sight(name):
             for b in boxes:
                 inside = frame[0] < b[0] and b[2] < frame[2] and frame[1] < b[1] and b[3] < frame[3]
                 assert inside or not overlap(frame, b), (group["title"], b)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in MANY_COLUMNS])
+def test_opens_so_large_that_text_is_drawn(name):
+    """The editor has a template fill three quarters of the window, with a margin of 10 around its nodes."""
+    boxes = [box(node) for node in editor_form(name)["nodes"]]
+    extents = [max(b[axis + 2] for b in boxes) - min(b[axis] for b in boxes) + 20 for axis in (0, 1)]
+    assert min(0.75 * room / extent for room, extent in zip(WINDOW, extents, strict=True)) >= LEAST_ZOOM
 
 
 @pytest.mark.parametrize("name", NAMES)
