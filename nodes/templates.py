@@ -10,8 +10,30 @@ from server import PromptServer
 
 ROUTES = ("/workflow_templates", "/api/workflow_templates")
 PACK = Path(__file__).parents[1].name
-FIRST = ("Mochi 1 - Text to Video", "Mochi 1 - Tiny demo, no download")
-"""For beginners; the others follow by the alphabet."""
+PREFIX = "Mochi 1 - "
+ORDER = (
+    "Text to Video",
+    "Tiny demo, no download",
+    "Quick draft",
+    "Image to Video",
+    "First and last frame",
+    "Extend a video",
+    "Video to Video",
+    "Video to Video, masked",
+    "Edit video",
+    "Edit video by inversion",
+    "Long video, 8 to 12 GB",
+    "List of prompts",
+    "LoRA",
+    "Second pass, larger",
+    "Sharper",
+    "Faster",
+    "FastMochi, 8 steps",
+    "Genmo exact",
+    "KSampler and stock nodes",
+)
+"""For beginners first, then by what a video is made of: text, images, a video; then by how. The order of `TEMPLATES` in
+workflows/source.py, which is not published."""
 
 
 def register() -> None:
@@ -30,5 +52,6 @@ async def ordering(request: web.Request, handler) -> web.StreamResponse:
     return response
 
 
-def place(title: str) -> tuple[int, str]:
-    return FIRST.index(title) if title in FIRST else len(FIRST), title.lower()
+def place(title: str) -> int:
+    name = title.removeprefix(PREFIX)
+    return ORDER.index(name) if name in ORDER else len(ORDER)

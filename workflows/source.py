@@ -504,6 +504,21 @@ search it is **Text to Video (Mochi 1)**. **App** (top left, beside *Graph*) sho
         subgraph=TEXT_TO_VIDEO,
     ),
     Template(
+        "tiny_mochi",
+        "Mochi 1 - Tiny demo, no download",
+        """# Tiny Mochi
+
+A Mochi of 22 MB that comes with this pack: nothing to download, a video in seconds, also without a GPU. It was trained on
+drawn shapes, and they are all that it knows.
+
+Try *“a blue square growing larger”* or *“A yellow circle falling over a gray background.”*: red, green, blue, yellow, white;
+circles, squares, triangles, stars; moving left, right, up, down or in a circle, growing, standing still.
+
+The files have the form of the real ones, and the nodes are the same: what works here works with Mochi.
+""",
+        tiny(),
+    ),
+    Template(
         "fast_preview",
         "Mochi 1 - Quick draft",
         """# Quick draft
@@ -515,21 +530,6 @@ The full video from the same seed is **another** video: noise of another size is
 """,
         text_to_video(WAVES, width=432, height=240, steps=16, num_frames=Link("length"))
         | {"length": Node("Mochi1Length", {"seconds": 1.2})},
-    ),
-    Template(
-        "video_to_video",
-        "Mochi 1 - Video to Video",
-        """# Video to video
-
-Choose your video in **Your video**, and describe in **prompt** what it shall become.
-
-The autoencoder file must hold the **encoder**, too (**mochi_vae.safetensors** does).
-
-**Worth changing:** **denoise**. 0.3 starts at 81 % noise, 0.2 at 62 %, 0.1 at 35 %, 0.5 at 97 %: less noise keeps more of
-your video, first of all its motion. The first 163 frames are taken, of those 6k + 1, and scaled to 848 x 480.
-""",
-        video_to_video(),
-        subgraph=VIDEO_TO_VIDEO,
     ),
     Template(
         "image_to_video",
@@ -582,6 +582,40 @@ loses a little: what is kept goes through the autoencoder, and colours may drift
 """,
         extend_video(),
         subgraph=EXTEND_VIDEO,
+    ),
+    Template(
+        "video_to_video",
+        "Mochi 1 - Video to Video",
+        """# Video to video
+
+Choose your video in **Your video**, and describe in **prompt** what it shall become.
+
+The autoencoder file must hold the **encoder**, too (**mochi_vae.safetensors** does).
+
+**Worth changing:** **denoise**. 0.3 starts at 81 % noise, 0.2 at 62 %, 0.1 at 35 %, 0.5 at 97 %: less noise keeps more of
+your video, first of all its motion. The first 163 frames are taken, of those 6k + 1, and scaled to 848 x 480.
+""",
+        video_to_video(),
+        subgraph=VIDEO_TO_VIDEO,
+    ),
+    Template(
+        "masked",
+        "Mochi 1 - Video to Video, masked",
+        """# Video to video, masked
+
+Choose your video in **Your video**. A rectangle of it is made anew as the prompt says; the rest stays. Left edge, top edge, width
+and height of the area are in pixels of the scaled video.
+
+**What it costs:** as much as the whole video: all of it is sampled, and the rest put back at each step.
+
+**A mask that moves:** connect any mask with as many frames as the video to **mask** of *VAE Encode (Mochi)*, inside. A latent is
+made anew if any of its 8 x 8 pixels and 6 frames is in the mask.
+
+**Untested** with the released weights. The autoencoder mixes neighbours: at the edges of the area a few pixels of the rest
+change. **denoise** 0.6 starts at nearly pure noise inside of the area.
+""",
+        masked(),
+        subgraph=MASKED,
     ),
     Template(
         "edit_video",
@@ -639,50 +673,18 @@ motion.
         long_video(),
     ),
     Template(
-        "fastmochi",
-        "Mochi 1 - FastMochi, 8 steps",
-        """# FastMochi: 8 steps
+        "prompt_list",
+        "Mochi 1 - List of prompts",
+        """# List of prompts
 
-Distilled weights: **dit.safetensors** from FastVideo's FastMochi; rename it to **fastmochi.safetensors**. It is 40 GB in fp32:
-**python -m mochi_core convert** makes 20 GB of it, or 10. Text encoder and VAE as always.
+One run makes a video of each prompt; the models are loaded once. *Create List* takes up to ten: a new input appears when
+the last one is linked.
 
-Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cfg 1.5.** Ordinary Mochi weights need the
-64 steps and cfg 4.5 of the template *Text to Video*.
-
-**Mochi Parallel** has all GPUs of the computer make the video together; with one, it does nothing.
+**What it costs:** the time of one video for each. All have the same seed; they are saved one after the other, at the end of
+the run.
 """,
-        fastmochi(),
-    ),
-    Template(
-        "faster",
-        "Mochi 1 - Faster",
-        """# Faster, with another result
-
-**Mochi Cache** leaves out the blocks of the transformer where little changes; **Mochi Guider** guides from the tenth part of
-the steps on, and a step without guidance takes half the time. The console says how much was left out.
-
-The video is **not** the one that *Text to Video* makes from the same seed, only one like it. For that one, set **threshold**
-to 0 and **start** to 0.
-
-**Worth changing:** **threshold** 0 is exact, more is faster and further from that.
-""",
-        faster(),
-    ),
-    Template(
-        "genmo_exact",
-        "Mochi 1 - Genmo exact",
-        """# Genmo-exact reproduction
-
-The precision and the settings of Genmo's own code: T5 and autoencoder in fp32, denoiser in bf16, 163 frames of 848 x 480 in
-64 steps, guidance 6.0 (4.5 in Genmo's first release). Genmo's own **dit.safetensors** and **decoder.safetensors** work as well.
-
-Noise comes from a generator on the CPU, so that a seed means the same video on every machine. Genmo's code draws it on the
-GPU: its seeds are other noise, but the same noise gives the same video.
-""",
-        text_to_video(
-            WAVES, transformer={"weight_dtype": "bf16"}, t5={"dtype": "fp32"}, vae={"dtype": "fp32"}, cfg=6.0
-        ),
-        after_run="fixed",
+        prompt_list(),
+        subgraph=PROMPT_LIST,
     ),
     Template(
         "lora",
@@ -697,34 +699,6 @@ diffusers, PEFT, kohya, DoRA. The one that is linked was made for landscapes of 
 **Worth changing:** **strength** (1 is as trained, 0 is off). Several LoRAs: one node after the other.
 """,
         lora(),
-    ),
-    Template(
-        "tiny_mochi",
-        "Mochi 1 - Tiny demo, no download",
-        """# Tiny Mochi
-
-A Mochi of 22 MB that comes with this pack: nothing to download, a video in seconds, also without a GPU. It was trained on
-drawn shapes, and they are all that it knows.
-
-Try *“a blue square growing larger”* or *“A yellow circle falling over a gray background.”*: red, green, blue, yellow, white;
-circles, squares, triangles, stars; moving left, right, up, down or in a circle, growing, standing still.
-
-The files have the form of the real ones, and the nodes are the same: what works here works with Mochi.
-""",
-        tiny(),
-    ),
-    Template(
-        "stock_nodes",
-        "Mochi 1 - KSampler and stock nodes",
-        """# With ComfyUI's own nodes
-
-Only the loaders are from this pack; prompt, sampler, decoder and everything else are ComfyUI's. All types are native: put
-any other sampler, LoRA loader, guider, cache or patch for models in between.
-
-What differs from *Text to Video*: ComfyUI's text encode gives an empty prompt one token, Genmo gives it none. With the
-prompts encoded by **T5 Encode (Mochi)**, KSampler makes the same video as **Mochi Sampler**.
-""",
-        stock_nodes(),
     ),
     Template(
         "second_pass",
@@ -746,39 +720,6 @@ and **Create Video**.
         subgraph=SECOND_PASS,
     ),
     Template(
-        "prompt_list",
-        "Mochi 1 - List of prompts",
-        """# List of prompts
-
-One run makes a video of each prompt; the models are loaded once. *Create List* takes up to ten: a new input appears when
-the last one is linked.
-
-**What it costs:** the time of one video for each. All have the same seed; they are saved one after the other, at the end of
-the run.
-""",
-        prompt_list(),
-        subgraph=PROMPT_LIST,
-    ),
-    Template(
-        "masked",
-        "Mochi 1 - Video to Video, masked",
-        """# Video to video, masked
-
-Choose your video in **Your video**. A rectangle of it is made anew as the prompt says; the rest stays. Left edge, top edge, width
-and height of the area are in pixels of the scaled video.
-
-**What it costs:** as much as the whole video: all of it is sampled, and the rest put back at each step.
-
-**A mask that moves:** connect any mask with as many frames as the video to **mask** of *VAE Encode (Mochi)*, inside. A latent is
-made anew if any of its 8 x 8 pixels and 6 frames is in the mask.
-
-**Untested** with the released weights. The autoencoder mixes neighbours: at the edges of the area a few pixels of the rest
-change. **denoise** 0.6 starts at nearly pure noise inside of the area.
-""",
-        masked(),
-        subgraph=MASKED,
-    ),
-    Template(
         "sharper",
         "Mochi 1 - Sharper",
         """# Sharper: skip-layer guidance
@@ -792,5 +733,64 @@ another model.
 **Untested** with the released weights. Too strong looks burnt: lower **scale**.
 """,
         sharper(),
+    ),
+    Template(
+        "faster",
+        "Mochi 1 - Faster",
+        """# Faster, with another result
+
+**Mochi Cache** leaves out the blocks of the transformer where little changes; **Mochi Guider** guides from the tenth part of
+the steps on, and a step without guidance takes half the time. The console says how much was left out.
+
+The video is **not** the one that *Text to Video* makes from the same seed, only one like it. For that one, set **threshold**
+to 0 and **start** to 0.
+
+**Worth changing:** **threshold** 0 is exact, more is faster and further from that.
+""",
+        faster(),
+    ),
+    Template(
+        "fastmochi",
+        "Mochi 1 - FastMochi, 8 steps",
+        """# FastMochi: 8 steps
+
+Distilled weights: **dit.safetensors** from FastVideo's FastMochi; rename it to **fastmochi.safetensors**. It is 40 GB in fp32:
+**python -m mochi_core convert** makes 20 GB of it, or 10. Text encoder and VAE as always.
+
+Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cfg 1.5.** Ordinary Mochi weights need the
+64 steps and cfg 4.5 of the template *Text to Video*.
+
+**Mochi Parallel** has all GPUs of the computer make the video together; with one, it does nothing.
+""",
+        fastmochi(),
+    ),
+    Template(
+        "genmo_exact",
+        "Mochi 1 - Genmo exact",
+        """# Genmo-exact reproduction
+
+The precision and the settings of Genmo's own code: T5 and autoencoder in fp32, denoiser in bf16, 163 frames of 848 x 480 in
+64 steps, guidance 6.0 (4.5 in Genmo's first release). Genmo's own **dit.safetensors** and **decoder.safetensors** work as well.
+
+Noise comes from a generator on the CPU, so that a seed means the same video on every machine. Genmo's code draws it on the
+GPU: its seeds are other noise, but the same noise gives the same video.
+""",
+        text_to_video(
+            WAVES, transformer={"weight_dtype": "bf16"}, t5={"dtype": "fp32"}, vae={"dtype": "fp32"}, cfg=6.0
+        ),
+        after_run="fixed",
+    ),
+    Template(
+        "stock_nodes",
+        "Mochi 1 - KSampler and stock nodes",
+        """# With ComfyUI's own nodes
+
+Only the loaders are from this pack; prompt, sampler, decoder and everything else are ComfyUI's. All types are native: put
+any other sampler, LoRA loader, guider, cache or patch for models in between.
+
+What differs from *Text to Video*: ComfyUI's text encode gives an empty prompt one token, Genmo gives it none. With the
+prompts encoded by **T5 Encode (Mochi)**, KSampler makes the same video as **Mochi Sampler**.
+""",
+        stock_nodes(),
     ),
 ]

@@ -1,7 +1,9 @@
 """The templates as files: what a person sees at first, and what the editor can offer to download."""
 
+import ast
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from migrate.downloads import PUBLIC_FILES
 from tests.harness.templates import BLUEPRINTS, NAMES, TITLES, editor_form
 from workflows.source import TEMPLATES
 
+ROOT = Path(__file__).parents[2]
 TITLE = 30  # a node's title lies above its position
 MOST_WIDE = 2080  # at 1600x950 the default renderer shows a wider graph as empty boxes
 MOST_HIGH = 1220
@@ -18,6 +21,14 @@ MANY_COLUMNS = ("faster", "prompt_list")
 LONGEST_LABEL = 20  # what has room beside the nodes of an opened subgraph
 COMES_ALONG = "tiny"
 FIXED = ("genmo_exact",)
+
+
+def test_the_editor_lists_them_in_the_order_of_their_source():
+    """The server's side of the pack does not have the source, which is for developers."""
+    code = ast.parse((ROOT / "nodes" / "templates.py").read_text(encoding="utf-8"))
+    values = {node.targets[0].id: node.value for node in code.body if isinstance(node, ast.Assign)}
+    prefix, order = (ast.literal_eval(values[name]) for name in ("PREFIX", "ORDER"))
+    assert [prefix + name for name in order] == [*TITLES.values()]
 
 
 def graphs(workflow):
