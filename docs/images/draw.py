@@ -39,8 +39,9 @@ def banner() -> Image.Image:
     image = Image.new("RGB", (1260 * SMOOTH, 540 * SMOOTH), PAPER)
     film = strip(frame=172, gap=18, height=216)
     image.paste(film, (64 * SMOOTH, (image.height - film.height) // 2), film)
-    write(image, (704, 192), "Mochi Nodes", 76, INK, 5)
-    write(image, (707, 300), "Mochi 1 text to video in ComfyUI", 30, GREY, 0)
+    write(image, (704, 170), "Mochi Nodes", 76, INK, 5)
+    write(image, (707, 276), "Mochi 1 in ComfyUI: text, image", 30, GREY, 0)
+    write(image, (707, 320), "and video to video, and editing", 30, GREY, 0)
     return image
 
 

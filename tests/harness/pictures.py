@@ -10,9 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from tests.harness import demo
 from tests.harness.browser import PLAYING, Editor, open_editor
@@ -28,7 +27,7 @@ from workflows.source import YOUR_VIDEO
 WORKFLOWS = ROOT / "workflows"
 HELP = ROOT / "web" / "docs" / "images"
 DOCS = ROOT / "docs" / "images"
-THUMBNAIL = 320
+THUMBNAIL, THUMBNAIL_GAP, BEHIND = 320, 10, "#262729"
 PROMPTS = {
     "text_to_video": "a red star moving to the right",
     "fast_preview": "a video of a blue square growing larger",
@@ -68,12 +67,12 @@ SHOWN = (
 )
 LOGO = (34, 66)
 MOVING = 256
-# The nodes of a picture that can be read, and a script that puts them beside the side bar, without notes that would be cut, and
-# says how large they are with the titles of their groups.
-NEAR_TYPES = ["Mochi1T5Encode", "Mochi1Sampler", "Mochi1TiledVAEDecode", "CreateVideo", "SaveVideo"]
-NEAR = """types => {
-    const nodes = app.graph._nodes.filter(node => types.includes(node.type)), title = 80, scale = 0.8, [x, y] = [80, 120];
+# A script that puts the nodes of a picture that can be read beside the side bar, without notes that would be cut, and says how
+# large they are with the titles of their groups.
+NEAR = """() => {
+    const title = 80, scale = 0.8, [x, y] = [80, 120];
     app.graph._nodes.filter(node => node.type === "MarkdownNote").forEach(note => app.graph.remove(note));
+    const nodes = app.graph._nodes;
     const left = Math.min(...nodes.map(node => node.pos[0])), top = Math.min(...nodes.map(node => node.pos[1])) - title;
     const right = Math.max(...nodes.map(node => node.pos[0] + node.size[0]));
     const bottom = Math.max(...nodes.map(node => node.pos[1] + node.size[1]));
@@ -107,7 +106,7 @@ def main() -> None:
             shown = {name: template_frames(client, name, prompt) for name, prompt in PROMPTS.items()}
             given = pictures_of((base / "input" / YOUR_VIDEO).read_bytes())
             write_sheet(edits(given, shown), DOCS / "edits.png")
-            shown |= {name: side_by_side(given, shown[name]) for name in CHANGED}
+            shown |= {name: before_and_after(given, shown[name]) for name in CHANGED}
             for name, frames in shown.items():
                 write_thumbnail(frames, WORKFLOWS / f"{TITLES[name]}.jpg")
             write_moving(demo_frames(client), DOCS / "tiny.webp")
@@ -137,15 +136,19 @@ def pictures_of(video: bytes) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in read_frames(video)]
 
 
-def side_by_side(before: list[Image.Image], after: list[Image.Image]) -> list[Image.Image]:
-    """The left half of what went in, the right half of what came out."""
+def before_and_after(before: list[Image.Image], after: list[Image.Image]) -> list[Image.Image]:
+    """What went in and what came out, whole, beside each other. Templates of a pack have one picture, without the slider that
+    ComfyUI's own have for this.
+    """
+    side = (THUMBNAIL - THUMBNAIL_GAP) // 2
+    top = (THUMBNAIL - side) // 2
     joined = []
-    for old, new in zip(before, after, strict=False):
-        pair = np.concatenate(
-            [np.asarray(old.resize(new.size))[:, : new.width // 2], np.asarray(new)[:, new.width // 2 :]], 1
-        )
-        picture = Image.fromarray(pair)
-        ImageDraw.Draw(picture).line([(new.width // 2, 0), (new.width // 2, new.height)], fill="white")
+    for pair in zip(before, after, strict=False):
+        picture = Image.new("RGB", (THUMBNAIL, THUMBNAIL), BEHIND)
+        for left, title, frame in zip((0, THUMBNAIL - side), ("before", "after"), pair, strict=True):
+            picture.paste(frame.resize((side, side), Image.Resampling.BICUBIC), (left, top))
+            place = (left + side // 2, top - THUMBNAIL_GAP)
+            ImageDraw.Draw(picture).text(place, title, "white", ImageFont.load_default(24), anchor="ms")
         joined.append(picture)
     return joined
 
@@ -210,8 +213,8 @@ def open_template(editor: Editor, name: str) -> None:
 
 
 def bring_near(editor: Editor) -> dict[str, float]:
-    """From the prompts to the video, as large as fits; returns where they are on the page."""
-    box = editor.page.evaluate(NEAR, NEAR_TYPES)
+    """From the loaders to the video, as large as fits; returns where they are on the page."""
+    box = editor.page.evaluate(NEAR)
     editor.page.wait_for_timeout(1500)
     return clip(box)
 
