@@ -120,6 +120,8 @@ CASES = [
 ]
 HALF = [case for i, case in enumerate(CASES) if sum(divmod(i, len(DIRECTIONS))) % 2 == 0]
 """Two of the four directions of each colour, all of them equally often."""
+FEW = HALF[::2]
+"""One of each colour: enough to see that something is wrong."""
 STEPS, SIZE = 24, {"height": 64, "width": 64, "num_frames": 13}
 CLEAN = 0.06  # what `stray` gives at most for a clean picture
 
@@ -139,6 +141,6 @@ def scores(made, cases):
     return np.mean(colors), np.mean(ways), np.mean(dirt)
 
 
-def scores_of_half(pipe, **arguments):
-    """`scores` of one video for each case of HALF."""
-    return scores(videos(pipe, [prompt for *_, prompt in HALF], **arguments), HALF)
+def scores_of(pipe, cases, **arguments):
+    """`scores` of one video for each case."""
+    return scores(videos(pipe, [prompt for *_, prompt in cases], **arguments), cases)

@@ -19,7 +19,7 @@ from mochi_core.sampling.schedule import schedule_below
 from mochi_core.train.tiny import vae as tiny_vae
 from mochi_core.train.tiny.shapes import COLORS, Scene, Sprite, draw
 from tests.harness import quantized_files, trained
-from tests.harness.semantics import CLEAN, SIZE, centers, direction, main_color, scores_of_half, videos
+from tests.harness.semantics import CLEAN, HALF, SIZE, centers, direction, main_color, scores_of, videos
 
 START = {"left": (0.0, 0.2), "right": (0.0, -0.2)}
 
@@ -71,7 +71,7 @@ def test_quantized_weights_follow_prompts_as_well(pipe, tmp_path, form):
     path = tmp_path / f"tiny{suffix}"
     write(tensors_of_file(), path)
     quantized = MochiPipeline(load_transformer(path, torch.float32), pipe.vae, pipe.text_encoder)
-    colors, ways, dirt = scores_of_half(quantized)
+    colors, ways, dirt = scores_of(quantized, HALF)
     print(f"{form}: right colour in {colors:.0%}, right direction in {ways:.0%}")
     assert colors >= 0.9
     assert ways >= 0.85

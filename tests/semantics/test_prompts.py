@@ -12,32 +12,38 @@ from tests.harness import trained
 from tests.harness.semantics import (
     CASES,
     CLEAN,
+    FEW,
     STEPS,
     main_color,
     main_shape,
     scores,
-    scores_of_half,
+    scores_of,
     shown_colors,
     videos,
 )
 
 SAME_LATENTS = 0.165
-TWICE = 2 * CASES
-
-
-def both_seeds(pipe, **arguments):
-    """A video for each case of TWICE."""
-    return [frames for seed in (0, 1) for frames in videos(pipe, [prompt for *_, prompt in CASES], seed, **arguments)]
+PROMPTS = [prompt for *_, prompt in CASES]
 
 
 @pytest.fixture(scope="module")
-def guided(pipe):
-    return both_seeds(pipe)
+def seeds(pytestconfig):
+    """With `--all` two, as the table of docs/train.md has."""
+    return (0, 1) if pytestconfig.getoption("--all") else (0,)
 
 
-def test_colors_and_directions_are_those_of_the_prompts(guided):
-    colors, ways, dirt = scores(guided, TWICE)
-    print(f"right colour in {colors:.0%}, direction in {ways:.0%} of {len(TWICE)} videos, {dirt:.3f} astray")
+def of_all_cases(pipe, seeds, **arguments):
+    return [frames for seed in seeds for frames in videos(pipe, PROMPTS, seed, **arguments)]
+
+
+@pytest.fixture(scope="module")
+def guided(pipe, seeds):
+    return of_all_cases(pipe, seeds)
+
+
+def test_colors_and_directions_are_those_of_the_prompts(guided, seeds):
+    colors, ways, dirt = scores(guided, CASES * len(seeds))
+    print(f"right colour in {colors:.0%}, direction in {ways:.0%} of {len(guided)} videos, {dirt:.3f} astray")
     assert colors >= 0.9
     assert ways >= 0.85
     assert dirt < CLEAN
@@ -45,11 +51,12 @@ def test_colors_and_directions_are_those_of_the_prompts(guided):
 
 def right_shapes(made):
     """Share of videos with the shape that the prompt names."""
-    return np.mean([str(main_shape(f, color)) in prompt for f, (color, _, prompt) in zip(made, TWICE, strict=True)])
+    cases = CASES * (len(made) // len(CASES))
+    return np.mean([str(main_shape(f, color)) in prompt for f, (color, _, prompt) in zip(made, cases, strict=True)])
 
 
-def test_without_guidance_prompts_are_followed_less(pipe, guided):
-    with_guidance, without = right_shapes(guided), right_shapes(both_seeds(pipe, guidance_scale=1.0))
+def test_without_guidance_prompts_are_followed_less(pipe, guided, seeds):
+    with_guidance, without = right_shapes(guided), right_shapes(of_all_cases(pipe, seeds, guidance_scale=1.0))
     print(f"right shape in {with_guidance:.0%} with guidance, in {without:.0%} without")
     assert with_guidance >= 0.8
     assert without < with_guidance - 0.1
@@ -72,21 +79,21 @@ def test_a_flipped_velocity_is_noticed(pipe):
     dit = load_transformer(trained.TRANSFORMER, torch.float32)
     for parameter in dit.final_layer.linear.parameters():
         parameter.neg_()
-    colors, ways, _ = scores_of_half(MochiPipeline(dit, pipe.vae, pipe.text_encoder))
+    colors, ways, _ = scores_of(MochiPipeline(dit, pipe.vae, pipe.text_encoder), FEW)
     assert colors < 0.5
     assert ways < 0.5
 
 
 def test_a_schedule_without_its_high_levels_is_noticed(pipe):
     low = torch.cat((torch.ones(1), torch.linspace(0.2, 0, STEPS)))
-    dirt = scores_of_half(pipe, sigmas=low)[2]
+    dirt = scores_of(pipe, FEW, sigmas=low)[2]
     print(f"schedule without high levels: {dirt:.3f} astray")
     assert dirt > CLEAN
 
 
 def test_wrong_latent_statistics_are_noticed(pipe):
     steps = []
-    video = videos(pipe, [prompt for *_, prompt in CASES[:6]], on_step=lambda _, latents: steps.append(latents))
+    video = videos(pipe, PROMPTS[:6], on_step=lambda _, latents: steps.append(latents))
     made = steps[-1]
 
     def mismatch(video):
