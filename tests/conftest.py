@@ -71,6 +71,18 @@ def comfy_server(comfy_path, tmp_path_factory):
         yield server
 
 
+@pytest.fixture(scope="session")
+def templates_server(comfy_path, tmp_path_factory):
+    """A server, as people start it, with everything that the templates name: the trained tiny models under all names."""
+    from tests.harness.server import ComfyServer
+    from tests.harness.template_files import write_files
+
+    base = tmp_path_factory.mktemp("templates")
+    write_files(base)
+    with ComfyServer(comfy_path, base) as server:
+        yield server
+
+
 @pytest.fixture
 def comfy_client(comfy_server):
     from tests.harness.client import ComfyClient

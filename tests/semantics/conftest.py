@@ -12,7 +12,6 @@ from tests.harness import trained
 from tests.harness.client import ComfyClient
 from tests.harness.frames import read_frames
 from tests.harness.purple import train_purple
-from tests.harness.server import PROBE, QUICK_START, ComfyServer
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +45,6 @@ class Comfy:
 
 
 @pytest.fixture(scope="session")
-def comfy(comfy_path, tmp_path_factory):
-    """A server with the trained models."""
-    base = tmp_path_factory.mktemp("comfyui-trained")
-    trained.install(base / "models")
-    with ComfyServer(comfy_path, base, QUICK_START, packs=(PROBE,)) as server:
-        yield Comfy(ComfyClient(server.url), base)
+def comfy(templates_server):
+    """A server with the trained models, which the pack lists by itself."""
+    return Comfy(ComfyClient(templates_server.url), templates_server.base)
