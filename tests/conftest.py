@@ -16,7 +16,8 @@ FOLDERS = ("semantics", "browser", "comfy", "static", "peers", "gpu", "migrate",
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(ROOT / "tests").parts[0]))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (FOLDERS.index(item.path.relative_to(ROOT / "tests").parts[0]), item.path not in slow))
 
 
 def pytest_addoption(parser):
