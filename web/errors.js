@@ -2,6 +2,7 @@
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 import { nodeById, origin, pathTo, valueOf } from "./graph.js";
+import { decorate } from "./labels.js";
 
 const OURS = /^Mochi1/;
 const SENTENCES = ["ValueError", "FileNotFoundError"]; // what else goes wrong has a traceback, for which the click is
@@ -9,7 +10,7 @@ const SHOWN = 30_000; // milliseconds
 const MARK = "⚠ ";
 
 const refusals = new Map(); // id of a node: its message, where to mark it, and whether the refused value still is there
-const marked = new Map(); // widget: its label before, and with the mark
+let marked = new Map(); // widget: its node
 
 function tell({ node_id, node_type, exception_type, exception_message, current_inputs }) {
   if (!OURS.test(node_type) || !SENTENCES.includes(exception_type)) return;
@@ -40,25 +41,16 @@ function forget(id) {
 }
 
 function update() {
-  const wanted = new Set();
+  const wanted = new Map();
   for (const { places, holds } of refusals.values()) {
-    for (const [{ inputs, widgets } = {}, name] of places) {
-      const widget = widgets?.find((widget) => widget.name === name), input = inputs?.find((input) => input.name === name);
-      if (widget && holds()) wanted.add(widget);
-      // The field for another name holds the mark, too; as a part of the name it would be saved.
-      if (input?.label?.startsWith(MARK)) widget.label = input.label = input.label.slice(MARK.length);
+    for (const [node, name] of places) {
+      const widget = node?.widgets?.find((widget) => widget.name === name);
+      if (widget && holds()) wanted.set(widget, node);
     }
   }
-  for (const [widget, { before, shown }] of marked) {
-    if (wanted.delete(widget)) continue;
-    marked.delete(widget);
-    if (widget.label === shown) widget.label = before;
-    widget.callback?.(widget.value); // for what else its label says
-  }
-  for (const widget of wanted) {
-    marked.set(widget, { before: widget.label, shown: MARK + (widget.label ?? widget.name) });
-    widget.label = marked.get(widget).shown;
-  }
+  for (const [widget, node] of marked) if (!wanted.has(widget)) decorate(node, widget, { before: "" });
+  for (const [widget, node] of wanted) decorate(node, widget, { before: MARK });
+  marked = wanted;
   app.canvas.setDirty(true, true);
 }
 

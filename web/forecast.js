@@ -2,7 +2,7 @@
 // and while the node works, the time that is left.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
-import { after, linkedInput, nodeById, origin, standIn, valueOf } from "./graph.js";
+import { after, idOf, linkedInput, nodeById, origin, usesOf, valueOf } from "./graph.js";
 
 const PAUSE = 300; // milliseconds after the last change
 const ROW = 15, MAX_ROWS = 4, LETTER = 6.5; // pixels of a row of text, and of a letter
@@ -10,40 +10,86 @@ const BYPASSED = 4;
 const LONGEST_BADGE = 60; // letters
 const LINE_STYLE = { font: `12px/${ROW}px sans-serif`, color: "var(--descrip-text, #999)", overflow: "hidden", maxHeight: `${MAX_ROWS * ROW}px` };
 
-// What to ask the server about a node: [route, question], or nothing.
+// What to ask the server about a node with these around it: [route, question], or nothing.
 const QUESTIONS = {
-  Mochi1T5Encode(node) {
-    const prompt = valueOf(node, "prompt");
+  Mochi1T5Encode(node, around) {
+    const prompt = valueOf(node, "prompt", around);
     return prompt !== undefined && ["tokens", { prompt }];
   },
-  Mochi1Sampler(node) {
+  Mochi1Sampler(node, around) {
     const size = Object.fromEntries(
-      ["width", "height", "num_frames", "batch_size"].map((name) => [name, valueOf(node, name)]),
+      ["width", "height", "num_frames", "batch_size"].map((name) => [name, valueOf(node, name, around)]),
     );
     const known = !linkedInput(node, "latent") && Object.values(size).every(Number.isInteger);
-    return known && ["memory", { ...size, ...modelOf(node) }];
+    return known && ["memory", { ...size, ...modelOf(node, around) }];
   },
   Mochi1TiledVAEDecode: () => null,
   Mochi1VAEEncode: () => null,
 };
 
 // The file of a sampler's MODEL, if one of our loaders has it, and the context window in which it is sampled.
-function modelOf(node) {
+function modelOf(node, around) {
   const model = {};
-  for (let { source } = origin(node, "model"); source; { source } = origin(source, "model")) {
-    if (source.comfyClass === "Mochi1LoadTransformer") {
-      model.model_name = valueOf(source, "model_name");
-      model.weight_dtype = valueOf(source, "weight_dtype");
-    } else if (source.mode !== BYPASSED) {
-      model.window ??= valueOf(source, "context_length"); // of Context Windows
+  for (let at = origin(node, "model", around); at.source; at = origin(at.source, "model", at.around)) {
+    if (at.source.comfyClass === "Mochi1LoadTransformer") {
+      model.model_name = valueOf(at.source, "model_name", at.around);
+      model.weight_dtype = valueOf(at.source, "weight_dtype", at.around);
+    } else if (at.source.mode !== BYPASSED) {
+      model.window ??= valueOf(at.source, "context_length", at.around); // of Context Windows
     }
   }
   return model;
 }
 
+// What is said of a node where it is used once: a subgraph that is used twice has two, with values of their own.
+class Forecast {
+  constructor(line) {
+    Object.assign(this, { line, text: "", forecast: "", working: false });
+  }
+
+  async ask() {
+    const { node } = this.line;
+    const question = JSON.stringify(QUESTIONS[node.comfyClass](node, this.around) || null);
+    if (question === this.question) return;
+    this.question = question;
+    const forecast = question === "null" ? "" : await answer(...JSON.parse(question));
+    if (question !== this.question) return; // another one has been asked meanwhile
+    this.forecast = forecast;
+    this.rest();
+  }
+
+  // Time left, by the steps since the first that was seen: what came before it, such as loading, is not repeated.
+  progress(run, value, max) {
+    if (run !== this.run || value < this.last) [this.run, this.first, this.started] = [run, value, performance.now()];
+    this.last = value;
+    if (value >= max) return this.rest();
+    const perStep = (performance.now() - this.started) / (value - this.first);
+    const left = value > this.first ? `, ${clock((perStep * (max - value)) / 1000)} left` : "";
+    this.say(`${value} of ${max}${left}`, true);
+  }
+
+  rest() {
+    this.say(this.forecast, false);
+  }
+
+  say(text, working) {
+    Object.assign(this, { text, working });
+    this.line.show();
+  }
+}
+
+// What several say: of those at work if there are any, and nothing unless they agree.
+function agreed(forecasts) {
+  const working = forecasts.filter((forecast) => forecast.working);
+  const texts = new Set((working.length ? working : forecasts).map(({ text }) => text));
+  return texts.size === 1 ? [...texts][0] : "";
+}
+
 class Line {
   constructor(node) {
     this.node = node;
+    this.forecasts = new Map(); // by what the server calls the node
+    this.signs = new Map(); // by the node outside that they are on
     this.element = document.createElement("div");
     this.element.className = "mochinodes-line";
     Object.assign(this.element.style, { ...LINE_STYLE, padding: "0 6px" });
@@ -51,7 +97,6 @@ class Line {
     widget.serialize = false; // neither saved nor sent
     widget.computeLayoutSize = undefined; // which would share the node's free space with the prompt
     widget.computeSize = () => [0, this.height()];
-    this.forecast = "";
   }
 
   height() {
@@ -59,47 +104,54 @@ class Line {
     return Math.min(rows, MAX_ROWS) * ROW + (rows && 8);
   }
 
-  show(text) {
+  ask() {
+    const before = this.forecasts;
+    this.forecasts = new Map(
+      usesOf(this.node.graph).map((around) => {
+        const id = idOf(this.node, around);
+        return [id, Object.assign(before.get(id) ?? new Forecast(this), { around })];
+      }),
+    );
+    for (const forecast of this.forecasts.values()) forecast.ask();
+    this.show(); // outside, too, where it may be drawn anew
+  }
+
+  show() {
+    const forecasts = [...this.forecasts.values()];
+    this.showInside(agreed(forecasts));
+    if (!takesFromOutside(this.node)) return;
+    for (const outside of new Set(forecasts.map(({ around }) => around[0]))) {
+      if (!this.signs.has(outside)) this.signs.set(outside, new Sign(outside));
+      this.signs.get(outside).show(agreed(forecasts.filter(({ around }) => around[0] === outside)));
+    }
+  }
+
+  showInside(text) {
     if (text === this.element.textContent) return;
     this.element.textContent = this.element.title = text;
     const [width, height] = this.node.size;
     this.node.setSize([width, Math.max(height, this.node.computeSize()[1])]);
     this.node.setDirtyCanvas?.(true, true);
-    this.showOutside();
+  }
+}
+
+// A line on the node of a subgraph, which takes no widgets but those of its inputs: the old renderer shows a badge, the other a row
+// below them.
+class Sign {
+  constructor(outside) {
+    this.outside = outside;
+    this.row = Object.assign(document.createElement("div"), { className: "mochinodes-outside" });
+    Object.assign(this.row.style, { ...LINE_STYLE, padding: "0 12px" });
+    this.badge = () => new LGraphBadge({ text: shortened(this.row.textContent) });
   }
 
-  // The node of a subgraph takes no widgets but those of its inputs: the old renderer shows a badge, the other a row below them.
-  showOutside() {
-    const outside = standIn(this.node);
-    if (!outside || !takesFromOutside(this.node)) return;
-    this.badge ??= () => new LGraphBadge({ text: shortened(this.element.textContent) });
-    if (!outside.badges.includes(this.badge)) outside.badges.push(this.badge);
+  show(text) {
+    const { outside, row, badge } = this;
+    row.textContent = text;
+    if (!outside.badges.includes(badge)) outside.badges.push(badge);
     outside.setDirtyCanvas?.(true, true);
     const body = app.canvas.graph === outside.graph && document.querySelector(`[data-testid="node-body-${outside.id}"]`);
-    if (!body) return;
-    this.row ??= Object.assign(document.createElement("div"), { className: "mochinodes-outside" });
-    Object.assign(this.row.style, { ...LINE_STYLE, padding: "0 12px" });
-    this.row.textContent = this.element.textContent;
-    if (this.row.parentElement !== body) body.append(this.row);
-  }
-
-  async ask() {
-    const question = JSON.stringify(QUESTIONS[this.node.comfyClass](this.node) || null);
-    if (question === this.question) return;
-    this.question = question;
-    const forecast = question === "null" ? "" : await answer(...JSON.parse(question));
-    if (question !== this.question) return; // another one has been asked meanwhile
-    this.forecast = forecast;
-    this.show(forecast);
-  }
-
-  // Time left, by the steps since the first that was seen: what came before it, such as loading, is not repeated.
-  progress(run, value, max) {
-    if (run !== this.run || value < this.last) [this.run, this.first, this.started] = [run, value, performance.now()];
-    this.last = value;
-    const perStep = (performance.now() - this.started) / (value - this.first);
-    const left = value > this.first ? `, ${clock((perStep * (max - value)) / 1000)} left` : "";
-    this.show(value < max ? `${value} of ${max}${left}` : this.forecast);
+    if (body && row.parentElement !== body) body.append(row);
   }
 }
 
@@ -138,10 +190,7 @@ let timer;
 function askSoon() {
   clearTimeout(timer);
   timer = setTimeout(() => {
-    for (const line of lines.values()) {
-      line.ask();
-      line.showOutside(); // which may be drawn anew
-    }
+    for (const line of lines.values()) line.ask();
   }, PAUSE);
 }
 
@@ -151,10 +200,10 @@ app.registerExtension({
     api.addEventListener("graphChanged", askSoon);
     app.canvas.canvas.addEventListener("litegraph:set-graph", askSoon);
     api.addEventListener("progress", ({ detail }) => {
-      lines.get(nodeById(detail.node))?.progress(detail.prompt_id, detail.value, detail.max);
+      lines.get(nodeById(detail.node))?.forecasts.get(detail.node)?.progress(detail.prompt_id, detail.value, detail.max);
     });
     for (const end of ["execution_error", "execution_interrupted"]) {
-      api.addEventListener(end, () => lines.forEach((line) => line.show(line.forecast)));
+      api.addEventListener(end, () => lines.forEach(({ forecasts }) => forecasts.forEach((forecast) => forecast.rest())));
     }
   },
   nodeCreated(node) {

@@ -13,19 +13,25 @@ export function after(object, method, action) {
 export const linkedInput = (node, name) => node.inputs?.find((input) => input.name === name && input.link != null);
 
 // Where an input comes from: {source}, the node that is linked, or {owner, name}, the node whose widget it is. The input of a
-// node inside a subgraph may come from a node outside that stands for it: one of those `around` it, or else the first there is.
-export function origin(node, name, around = []) {
+// node inside a subgraph may come from the node outside that stands for it: `around` are those, the nearest first.
+export function origin(node, name, around) {
   const input = linkedInput(node, name);
   const link = input && node.graph?.links.get(input.link);
   if (!link) return { owner: node, name };
   const source = node.graph.getNodeById(link.origin_id);
   if (source) return { source, around };
-  const [outside = standIn(node), ...further] = around;
+  const [outside, ...further] = around;
   return outside ? origin(outside, outside.inputs[link.origin_slot].name, further) : {};
 }
 
-// The first node that stands for the subgraph that a node is in.
-export const standIn = (node) => (app.rootGraph ?? app.graph).nodes.find((other) => other.subgraph && other.subgraph === node.graph);
+// What may be `around` a node of a graph: the nodes that stand for it and for the graphs that those are in, the nearest first,
+// once for each time that it is used.
+export function usesOf(graph) {
+  const root = app.rootGraph ?? app.graph;
+  if (graph === root) return [[]];
+  const all = [root, ...(root.subgraphs?.values() ?? [])].flatMap(({ nodes }) => nodes);
+  return all.filter(({ subgraph }) => subgraph && subgraph === graph).flatMap((node) => usesOf(node.graph).map((around) => [node, ...around]));
+}
 
 // The value of an input; undefined if another node computes it.
 export function valueOf(node, name, around) {
@@ -34,8 +40,10 @@ export function valueOf(node, name, around) {
   return owner?.widgets?.find(({ name }) => name === widget)?.value;
 }
 
-// A node by the id that the server calls it, and behind it those around it, the nearest first: 7:12 is node 12 in the subgraph for
-// which node 7 stands.
+// What the server calls a node: 7:12 is node 12 in the subgraph for which node 7 stands.
+export const idOf = (node, around) => [node, ...around].map(({ id }) => id).reverse().join(":");
+
+// A node by that id, and behind it those around it, the nearest first.
 export function pathTo(id) {
   const path = [];
   for (const part of String(id).split(":")) {

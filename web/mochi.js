@@ -1,6 +1,8 @@
 // Beside the name of a widget what its value means: a length in the other unit, or the input that counts in its place.
 import { app } from "/scripts/app.js";
+import { api } from "/scripts/api.js";
 import { after, linkedInput, toFrames, toSeconds } from "./graph.js";
+import { decorate } from "./labels.js";
 
 const IN_OTHER_UNIT = {
   Mochi1Sampler: { num_frames: (frames) => `(${toSeconds(frames)} s)` },
@@ -13,30 +15,36 @@ const REPLACED_BY = {
 };
 
 function annotate(node, widget, replacement, inOtherUnit) {
-  const label = widget.label ?? widget.name;
-  let shown = widget.label;
-  const update = () => {
-    const instead = linkedInput(node, replacement);
-    widget.disabled = Boolean(instead);
-    if (widget.label !== shown) return; // somebody has given it another name
-    if (instead) shown = `${label} ← ${instead.label ?? instead.localized_name ?? instead.name}`;
-    else if (inOtherUnit && !linkedInput(node, widget.name)) shown = `${label} ${inOtherUnit(widget.value)}`;
-    else shown = label;
-    widget.label = shown;
-  };
-  after(widget, "callback", update);
-  after(node, "onConfigure", update);
-  after(node, "onConnectionsChange", update);
-  update();
+  const instead = linkedInput(node, replacement);
+  widget.disabled = Boolean(instead);
+  let behind = "";
+  if (instead) behind = ` ← ${instead.label ?? instead.localized_name ?? instead.name}`;
+  else if (inOtherUnit && !linkedInput(node, widget.name)) behind = ` ${inOtherUnit(widget.value)}`;
+  decorate(node, widget, { behind });
 }
+
+function annotateAll(node) {
+  const units = IN_OTHER_UNIT[node.comfyClass], replacements = REPLACED_BY[node.comfyClass] ?? {};
+  for (const widget of node.widgets) {
+    const [replacement, inOtherUnit] = [replacements[widget.name], units[widget.name]];
+    if (replacement || inOtherUnit) annotate(node, widget, replacement, inOtherUnit);
+  }
+}
+
+const nodes = new Set();
 
 app.registerExtension({
   name: "mochinodes.Lengths",
+  setup() {
+    api.addEventListener("graphChanged", () => nodes.forEach(annotateAll)); // a widget may have got another name
+  },
   nodeCreated(node) {
-    const units = IN_OTHER_UNIT[node.comfyClass] ?? {}, replacements = REPLACED_BY[node.comfyClass] ?? {};
-    for (const widget of node.widgets ?? []) {
-      const [replacement, inOtherUnit] = [replacements[widget.name], units[widget.name]];
-      if (replacement || inOtherUnit) annotate(node, widget, replacement, inOtherUnit);
-    }
+    if (!(node.comfyClass in IN_OTHER_UNIT)) return;
+    const update = () => annotateAll(node);
+    for (const widget of node.widgets) after(widget, "callback", update);
+    for (const event of ["onConfigure", "onConnectionsChange"]) after(node, event, update);
+    after(node, "onAdded", () => nodes.add(node));
+    after(node, "onRemoved", () => nodes.delete(node));
+    update();
   },
 });

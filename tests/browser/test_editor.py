@@ -1,5 +1,6 @@
 """What a person does in the editor who has never read the documentation."""
 
+import json
 import re
 
 import pytest
@@ -30,6 +31,14 @@ CAPTURE = "app.extensionManager.workflow.activeWorkflow.changeTracker.captureCan
 
 MEMORY = re.compile(r"^about \S+ .iB to sample, beside \S+ .iB of weights; cpu has \S+ GiB$")
 FEW_TOKENS = re.compile(r"^[3-6] of 256 tokens$")
+# Another node beside the first that stands for its subgraph, with the same values.
+SECOND_USE = """() => {
+    const one = app.graph._nodes.find(node => node.subgraph), two = LiteGraph.createNode(one.type);
+    two.pos = [one.pos[0], one.pos[1] + 520];
+    app.graph.add(two);
+    for (const { name, value } of one.widgets) two.widgets.find(widget => widget.name === name).value = value;
+    return [one.id, two.id];
+}"""
 # Puts the sampler into a subgraph, whose node shows the width; answers with what is said inside for two widths.
 INTO_SUBGRAPH = """async width => {
     const sampler = app.graph._nodes.find(node => node.type === "Mochi1Sampler");
@@ -123,8 +132,8 @@ def test_a_rule_of_ours_is_told_at_its_input_without_a_click(editor):
     assert "\u26a0" not in saved(editor)
     editor.page.get_by_role("button", name="View details").first.click()
     editor.page.get_by_test_id("runtime-error-panel").get_by_text(SENTENCE).wait_for()
-    give_width_another_name(editor, "\u26a0 breadth")  # as the field for it proposes
-    assert label(editor, "Mochi1Sampler", "width") == "breadth"
+    give_another_name(editor, "width", "\u26a0 breadth")  # as the field for it proposes
+    wait_for_label(editor, "Mochi1Sampler", "\u26a0 breadth")  # whose value is still that
     assert "\u26a0" not in saved(editor)
 
 
@@ -185,16 +194,15 @@ def test_in_a_subgraph_it_is_told_at_the_input_outside(editor):
 
 def test_of_two_subgraphs_that_are_alike_the_one_that_ran_is_marked(editor):
     editor.load(editor_form("text_to_video"), "twice")
-    first, second = editor.page.evaluate(
-        """() => {
-            const one = app.graph._nodes.find(node => node.subgraph), two = LiteGraph.createNode(one.type);
-            app.graph.add(two);
-            for (const { name, value } of one.widgets) two.widgets.find(widget => widget.name === name).value = value;
+    first, second = editor.page.evaluate(SECOND_USE)
+    editor.page.evaluate(
+        """id => {
+            const two = app.graph.getNodeById(id);
             two.widgets.find(widget => widget.name === "width").value = 100;
             two.connect(0, app.graph._nodes.find(node => node.type === "SaveVideo"), 0);
             app.queuePrompt(0, 1);
-            return [one.id, two.id];
-        }"""
+        }""",
+        second,
     )
     width = "(app.graph.getNodeById({}).widgets.find(widget => widget.name === 'width'))"
     editor.page.get_by_role("alert").filter(has_text=SENTENCE).wait_for()
@@ -234,13 +242,13 @@ def type_width(editor, node_type, width):
     editor.page.keyboard.press("Enter")
 
 
-def give_width_another_name(editor, name):
+def give_another_name(editor, widget, name):
     """As the editor's own menu does."""
     editor.page.evaluate(
-        "name => { const node = app.graph._nodes.find(node => node.type === 'Mochi1Sampler');"
-        " for (const slots of [node.widgets, node.inputs]) slots.find(slot => slot.name === 'width').label = name;"
+        "([widget, name]) => { const node = app.graph._nodes.find(node => node.type === 'Mochi1Sampler');"
+        " for (const slots of [node.widgets, node.inputs]) slots.find(slot => slot.name === widget).label = name;"
         f" {CAPTURE} }}",
-        name,
+        [widget, name],
     )
 
 
@@ -255,6 +263,19 @@ def test_lengths_are_shown_in_the_other_unit(editor):
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (5.4 s)"
     set_widget(editor, "Mochi1Sampler", "num_frames", 31)
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (1 s)"
+
+
+def test_a_new_name_is_what_was_typed_and_is_followed_by_the_other_unit(editor):
+    """The field for it begins with both."""
+    editor.load(editor_form("tiny_mochi"), "tiny")
+    assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (0.8 s)"
+    give_another_name(editor, "num_frames", "how long (0.8 s)")
+    assert label(editor, "Mochi1Sampler", "num_frames") == "how long (0.8 s)"
+    set_widget(editor, "Mochi1Sampler", "num_frames", 31)
+    assert label(editor, "Mochi1Sampler", "num_frames") == "how long (1 s)"
+    assert " s)" not in saved(editor)
+    editor.load(json.loads(saved(editor)), "again")
+    assert label(editor, "Mochi1Sampler", "num_frames") == "how long (1 s)"
 
 
 def test_what_another_input_replaces_is_greyed(editor):
@@ -323,6 +344,32 @@ def test_the_forecast_of_a_subgraph_is_on_its_node(editor):
     outside.get_by_text(FEW_TOKENS).wait_for()
     assert outside.count() == 2  # nothing of the negative prompt, which the node does not show
     assert editor.missing() == []
+
+
+def test_each_use_of_a_subgraph_has_a_forecast_and_a_progress_of_its_own(editor):
+    editor.load(editor_form("text_to_video"), "twice")
+    ids = editor.page.evaluate(SECOND_USE)
+    bodies = [editor.page.locator(f'[data-testid="node-body-{number}"]') for number in ids]
+    bodies[1].wait_for()
+    editor.page.evaluate("window.comfyAPI.api.api.dispatchCustomEvent('graphChanged', {})")  # as after a click
+    first, second = (body.locator(".mochinodes-outside") for body in bodies)
+    for rows in (first, second):
+        rows.get_by_text("26 of 256 tokens", exact=True).wait_for()
+    editor.page.evaluate(
+        "id => { app.graph.getNodeById(id).widgets.find(widget => widget.name === 'prompt').value = 'a red star';"
+        " window.comfyAPI.api.api.dispatchCustomEvent('graphChanged', {}); }",
+        ids[1],
+    )
+    second.get_by_text(FEW_TOKENS).wait_for()
+    first.get_by_text("26 of 256 tokens", exact=True).wait_for()
+    editor.page.evaluate(
+        "id => { const inner = app.graph.getNodeById(id).subgraph.nodes.find(node => node.type === 'Mochi1Sampler').id;"
+        " const detail = { node: `${id}:${inner}`, prompt_id: 'p', value: 1, max: 4 };"
+        " window.comfyAPI.api.api.dispatchCustomEvent('progress', detail); }",
+        ids[1],
+    )
+    second.get_by_text("1 of 4", exact=True).wait_for()
+    first.get_by_text(MEMORY).wait_for()
 
 
 @pytest.mark.parametrize("node_type", NODES)
