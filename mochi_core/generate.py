@@ -183,7 +183,8 @@ class Bars:
             if is_last := self.sampling.n == self.sampling.total:
                 self.sampling.close()
             self.decoding = tqdm(total=total, unit="frame", leave=is_last, disable=self.disable)
-        self.decoding.update(done - self.decoding.n)
+        if new := done - self.decoding.n:  # or the speed would be that of the last piece
+            self.decoding.update(new)
 
     def _end_decoding(self) -> None:
         if self.decoding is not None:

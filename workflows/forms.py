@@ -25,10 +25,10 @@ SEEDS = ("seed", "noise_seed")
 # Widgets whose own name says little where it stands alone, in App mode: they have the title of their node, or another name.
 TITLED = {"LoadVideo": "file", "LoadImage": "image", "PrimitiveStringMultiline": "value", "CLIPTextEncode": "text"}
 NAMED = {"EmptyMochiLatentVideo": {"length": "frames"}, "RandomNoise": {"noise_seed": "seed"}}
-# Height of what a node shows below its widgets: a file, a forecast in three lines (two fit anyway); or of higher widgets.
+# Height of what a node shows below its widgets: a file, a forecast with one line more than fits anyway; or of higher widgets.
 BELOW = {
     **{RESULT: VIEWER, "LoadVideo": 230, "LoadImage": 230},
-    **dict.fromkeys(("Mochi1Sampler", "Mochi1Edit", "ContextWindowsManual"), 24),
+    **dict.fromkeys(("Mochi1Sampler", "Mochi1Edit", "Mochi1T5Encode", "ContextWindowsManual"), 24),
 }
 
 Json = dict[str, Any]

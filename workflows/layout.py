@@ -19,11 +19,13 @@ of their size nodes are drawn without text. This is 60 % in a window of 1400 pix
 MOST_HIGH = 1150
 LOADERS = ("Mochi1LoadTransformer", "Mochi1LoadT5", "Mochi1LoadVAE")
 SAMPLERS = ("Mochi1Sampler", "Mochi1Edit", "KSampler", "SamplerCustomAdvanced")
+TEXTS = ("Mochi1T5Encode", "CLIPTextEncode", "PrimitiveStringMultiline")
+"""All have one width: the default renderer gives a text that of one with its id in a subgraph that was opened before."""
 WIDTHS = {
     **dict.fromkeys(LOADERS, 280),
     "Mochi1Sampler": 300,
     "Mochi1TiledVAEDecode": 250,
-    **dict.fromkeys(("Mochi1T5Encode", "CLIPTextEncode", "PrimitiveStringMultiline"), 290),
+    **dict.fromkeys(TEXTS, 266),
     "LoadVideo": 300,
     "LoadImage": 300,
 }
@@ -34,8 +36,8 @@ RESULT = "SaveVideo"
 RESULT_WIDTHS = (300, 460)
 VIEWER = 340
 """Height of the player: as large as a square video makes it in the narrower of these widths."""
-PREVIEW = 190
-"""What the classic renderer adds to a sampler while it shows a preview."""
+PREVIEW = 230
+"""What a preview adds to the height of a sampler."""
 NOTE = 440
 LETTER = 5
 """Width of a letter in a note, on average."""
@@ -89,13 +91,14 @@ def place(nodes: Nodes, heights: dict[str, int], notes: Sequence[str]) -> tuple[
     around = "subgraph" in nodes
     left = NOTE + 2 * GAP if around and notes else 0
     widths = [max(_width(name, nodes[name]) for name in column) for column in names]
+    least = [widths[i] if any(nodes[name].type in TEXTS for name in names[i]) else WIDTH for i in range(len(names))]
     if any(nodes[name].type == RESULT for name in names[-1]):
-        least, most = RESULT_WIDTHS
-        widths = _fitting(widths[:-1], MOST_WIDE - GAP - least)
+        narrow, wide = RESULT_WIDTHS
+        widths = _fitting(widths[:-1], least[:-1], MOST_WIDE - GAP - narrow)
         room = MOST_WIDE - sum(widths) - GAP * len(names) - left
-        widths.append(max(least, min(most, room)))
+        widths.append(max(narrow, min(wide, room)))
     else:
-        widths = _fitting(widths, MOST_WIDE)
+        widths = _fitting(widths, least, MOST_WIDE)
     if around:
         return (
             _stacked(names, widths, heights, left, [0] * len(names)),
@@ -116,11 +119,11 @@ def place(nodes: Nodes, heights: dict[str, int], notes: Sequence[str]) -> tuple[
     return boxes, above + _below(below, *middle), _groups(steps, boxes, PREVIEW if above and not below else 0)
 
 
-def _fitting(widths: list[int], most: int) -> list[int]:
+def _fitting(widths: list[int], least: list[int], most: int) -> list[int]:
     """The widths of columns, nearer to the least if all of them together would be too wide."""
     excess = sum(widths) + GAP * (len(widths) - 1) - most
-    share = min(1.0, max(0.0, excess / max(1, sum(width - WIDTH for width in widths))))
-    return [math.floor(width - share * (width - WIDTH)) for width in widths]
+    share = min(1.0, max(0.0, excess / max(1, sum(widths) - sum(least))))
+    return [math.floor(width - share * (width - low)) for width, low in zip(widths, least, strict=True)]
 
 
 def _stacked(

@@ -16,6 +16,7 @@ TITLE = 30  # a node's title lies above its position
 MOST_WIDE = 2080  # at 1600x950 the default renderer shows a wider graph as empty boxes
 MOST_HIGH = 1220
 WINDOW = (1400, 900)
+SAVE_WIDGETS = 130
 LEAST_ZOOM = 0.59  # below 57 % the classic renderer draws no text
 MANY_COLUMNS = ("faster", "prompt_list")
 LONGEST_LABEL = 20  # what has room beside the nodes of an opened subgraph
@@ -76,6 +77,12 @@ def test_opens_so_large_that_text_is_drawn(name):
     boxes = [box(node) for node in editor_form(name)["nodes"]]
     extents = [max(b[axis + 2] for b in boxes) - min(b[axis] for b in boxes) + 20 for axis in (0, 1)]
     assert min(0.75 * room / extent for room, extent in zip(WINDOW, extents, strict=True)) >= LEAST_ZOOM
+
+
+def test_a_square_video_is_played_inside_of_its_group():
+    """A player below the widgets is as wide as its node, in the classic renderer."""
+    (node,) = (node for node in editor_form("tiny_mochi")["nodes"] if node["type"] == "SaveVideo")
+    assert node["size"][1] - SAVE_WIDGETS >= node["size"][0]
 
 
 @pytest.mark.parametrize("name", NAMES)
