@@ -7,8 +7,7 @@ core's velocities are the host's predictions of the clean video, (denoised - x) 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import comfy.sample
@@ -22,38 +21,11 @@ from torch import Tensor
 from ...mochi_core.sampling.edit import check_rising, flow_edit, fresh_noise, invert, pulls, rf_edit
 from ...mochi_core.sampling.guidance import Velocity
 from ...mochi_core.sampling.schedule import check_falling, check_guidance, schedule_below
-from .sampling import mochi_latents, noise_mask, without_sizes
+from .sampling import mochi_latents, noise_mask, unscaled_noise, without_sizes
 
 SOURCE, TARGET = "source", "target"
 SMALLEST_LEVEL = 1e-4
 """Noise level at which velocities are asked for where a schedule says 0, at which the host's prediction holds none."""
-
-
-@contextmanager
-def unscaled_noise(sampling, brought: Tensor) -> Iterator[None]:
-    """Have a run of the host's leave latents at noise level 1 as they are: they have no part of a video to scale by.
-
-    The host divides what a run gives by 1 - sigma, and multiplies it by that where the next run starts without noise.
-    `sampling` is the model's, or what another node has put in its place; `brought` is the noise of the run, to which other
-    wrappers may add that of what a mask keeps.
-    """
-    begin, end = sampling.noise_scaling, sampling.inverse_noise_scaling
-    goes_on = not brought.any()
-
-    def noise_scaling(sigma, noise, latent_image, max_denoise=False):
-        scaled = begin(sigma, noise, latent_image, max_denoise)
-        # By element, as nothing here may wait for the device: with a mask this is called at every step.
-        return torch.where((sigma >= 1) & (noise == 0), latent_image, scaled) if goes_on else scaled
-
-    own, before = vars(sampling), dict(vars(sampling))
-    sampling.noise_scaling = noise_scaling
-    sampling.inverse_noise_scaling = lambda sigma, latent: latent if sigma >= 1 else end(sigma, latent)
-    try:
-        yield
-    finally:
-        for name in ("noise_scaling", "inverse_noise_scaling"):  # of the class, unless this is a run inside of a run
-            own.pop(name)
-            own.update({name: before[name]} if name in before else {})
 
 
 def with_unscaled_noise(executor, guider, sigmas, extra_args, callback, noise, *arguments, **named):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import comfy.model_management as mm
 import comfy.sample
 import comfy.samplers
@@ -66,21 +69,50 @@ def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: f
     check_guidance("cfg", cfg)
     image, mask = mochi_latents(model, latent), noise_mask(latent)
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
-    samples = comfy.sample.sample_custom(
-        model,
-        noise,
-        cfg,
-        sampler or comfy.samplers.sampler_object("euler"),
-        sigmas,
-        positive,
-        negative,
-        image,
-        noise_mask=mask,
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
+    # A MODEL of another loader has no wrapper that does so, and would end in infinities where a schedule rises to 1.
+    with unscaled_noise(model.get_model_object("model_sampling"), noise):
+        samples = comfy.sample.sample_custom(
+            model,
+            noise,
+            cfg,
+            sampler or comfy.samplers.sampler_object("euler"),
+            sigmas,
+            positive,
+            negative,
+            image,
+            noise_mask=mask,
+            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
     return {**without_sizes(latent), "samples": samples}
+
+
+@contextmanager
+def unscaled_noise(sampling, brought: torch.Tensor) -> Iterator[None]:
+    """Have a run of the host's leave latents at noise level 1 as they are: they have no part of a video to scale by.
+
+    The host divides what a run gives by 1 - sigma, and multiplies it by that where the next run starts without noise.
+    `sampling` is the model's, or what another node has put in its place; `brought` is the noise of the run, to which other
+    wrappers may add that of what a mask keeps.
+    """
+    begin, end = sampling.noise_scaling, sampling.inverse_noise_scaling
+    goes_on = not brought.any()
+
+    def noise_scaling(sigma, noise, latent_image, max_denoise=False):
+        scaled = begin(sigma, noise, latent_image, max_denoise)
+        # By element, as nothing here may wait for the device: with a mask this is called at every step.
+        return torch.where((sigma >= 1) & (noise == 0), latent_image, scaled) if goes_on else scaled
+
+    own, before = vars(sampling), dict(vars(sampling))
+    sampling.noise_scaling = noise_scaling
+    sampling.inverse_noise_scaling = lambda sigma, latent: latent if sigma >= 1 else end(sigma, latent)
+    try:
+        yield
+    finally:
+        for name in ("noise_scaling", "inverse_noise_scaling"):  # of the class, unless this is a run inside of a run
+            own.pop(name)
+            own.update({name: before[name]} if name in before else {})
 
 
 def noise_mask(latent: dict) -> torch.Tensor | None:

@@ -22,9 +22,9 @@ import comfy_extras.nodes_custom_sampler as custom
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from pack.mochi_core import BlockCache, linear_quadratic_schedule
 from pack.nodes.bridge.cache import add_cache
-from pack.nodes.bridge.edit import edit_video, inversion_sampler, rf_edit_sampler, unscaled_noise
+from pack.nodes.bridge.edit import edit_video, inversion_sampler, rf_edit_sampler
 from pack.nodes.bridge.model import load_model
-from pack.nodes.bridge.sampling import make_sigmas, sample
+from pack.nodes.bridge.sampling import make_sigmas, sample, unscaled_noise
 
 logging.basicConfig(level=logging.INFO, force=True)
 path, inputs, result = arguments

@@ -19,6 +19,7 @@ SCRIPT = """
 import comfy.model_detection, comfy.model_management, comfy.sample
 from comfy.quant_ops import QuantizedTensor
 from pack.nodes.bridge.model import load_model
+from pack.nodes.bridge.sampling import sample
 
 detect = comfy.model_detection.detect_unet_config
 comfy.model_detection.detect_unet_config = lambda *args, **kwargs: {**detect(*args, **kwargs), "depth": 1}
@@ -34,6 +35,8 @@ for name, load in (("stock", comfy.sd.load_diffusion_model), ("ours", load_model
     out[f"{name} quantised"] = torch.tensor(sum(isinstance(p.data, QuantizedTensor) for p in blocks))
     arguments = (1, 1.0, "euler", "simple", prompt, prompt, torch.zeros_like(noise))
     out[name] = comfy.sample.sample(patcher, noise, *arguments, denoise=1.0)
+    rising = torch.tensor([0.0001, 0.5, 1.0])
+    out[f"{name} inverted"] = sample(patcher, prompt, prompt, {"samples": noise}, rising, 1.0, 0)["samples"]
 save_file(out, result)
 """
 
@@ -56,5 +59,7 @@ def test_same_latents_from_the_same_scaled_fp8_file(comfy_path, tmp_path, weight
     out = load_file(result)
     assert out["ours quantised"] == out["stock quantised"] == 7
     assert relative_error(out["ours"], out["stock"]) < 1e-5
+    # The host alone would divide by zero at noise level 1.
+    assert relative_error(out["ours inverted"], out["stock inverted"]) < 1e-3
     for complaint in ("missing", "unexpected", "left over"):
         assert complaint not in done.stderr
