@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.sample
@@ -68,7 +69,7 @@ def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: f
     check_schedule(sigmas)
     check_guidance("cfg", cfg)
     image, mask = mochi_latents(model, latent), noise_mask(latent)
-    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+    noise: Any = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))  # the host's hint allows several
     # A MODEL of another loader has no wrapper that does so, and would end in infinities where a schedule rises to 1.
     with unscaled_noise(model.get_model_object("model_sampling"), noise):
         samples = comfy.sample.sample_custom(
