@@ -55,11 +55,14 @@ def relative_error(found, expected):
 def test_fused_blocks_equal_plain_ones(tmp_path, dtype, depth):
     """With a LoRA, prompts of different lengths, an empty one among them, and odd sizes.
 
-    In float32 both kinds of block; in bf16 the last alone, as compiling takes seconds for each kind.
+    The last block, of another kind, in bf16, and the one before it in float32: building takes a core half a minute for each.
     """
     config = replace(DIT, depth=depth)
     plain, fused, exact = random_dit(config, dtype=dtype), random_dit(config, dtype=dtype), random_dit(config)
+    last, as_it_is = fused.blocks[-1], fused.blocks[-1].forward
     fused.compile_blocks()
+    if depth > 1:
+        last.forward = as_it_is
     lora = write_lora(tmp_path, exact)
     for dit in (plain, fused, exact):
         load_lora(dit, lora)
