@@ -12,6 +12,8 @@ STAYS = {"masked": "yellow", "extend_video": "yellow"}
 """The circle of the given video is in the half that is not made anew, or goes on."""
 LENGTHS = {"extend_video": 31 + 25 - 19}
 """Where it is not that of the new video: the given one is put in front of all but the kept frames."""
+STEPS = 16
+"""Enough to show the colour of a prompt."""
 
 
 def test_files_are_what_the_source_says(templates_server):
@@ -27,7 +29,7 @@ def test_files_are_what_the_source_says(templates_server):
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_to_a_video(templates_server, name):
     client = ComfyClient(templates_server.url)
-    run = client.run(shrunk(api_form(name), "a green square moving left"))
+    run = client.run(shrunk(api_form(name), "a green square moving left", STEPS))
     assert run.outcome == "execution_success", run.error
     frames = read_frames(client.download(run.files[0]))
     assert len(frames) == LENGTHS.get(name, 25)

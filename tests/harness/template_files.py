@@ -90,14 +90,14 @@ def write_image(path: Path) -> None:
     Image.fromarray(draw(Scene((sprite,), ((0.03, 0.03, 0.03),) * 2), 1, 96, 96)[0]).save(path)
 
 
-def shrunk(prompt: dict[str, Any], text: str) -> dict[str, Any]:
-    """A template's API form, small, with another prompt; links stay."""
+def shrunk(prompt: dict[str, Any], text: str, steps: int = STEPS) -> dict[str, Any]:
+    """A template's API form, small, with another prompt and so many steps at most; links stay."""
     prompt = copy.deepcopy(prompt)
     for node in prompt.values():
         inputs = node["inputs"]
         inputs |= {k: v for k, v in TINY.get(node["class_type"], {}).items() if not isinstance(inputs[k], list)}
         if isinstance(inputs.get("steps"), int):
-            inputs["steps"] = min(inputs["steps"], STEPS)
+            inputs["steps"] = min(inputs["steps"], steps)
         if node["_meta"]["title"].startswith("Prompt"):
             inputs[next(key for key in ("prompt", "text", "value") if key in inputs)] = text
         elif node["_meta"]["title"] == "Source prompt":
