@@ -1,7 +1,6 @@
 """Decoding in a real server: by every node the same frames; cancelled or short of memory, nothing is left behind."""
 
 import sys
-import time
 from itertools import count, pairwise
 
 import psutil
@@ -9,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.harness.graphs import SAMPLER, VAE, assert_healthy, node, upto_sampler
+from tests.harness.graphs import SAMPLER, VAE, assert_healthy, give_back_memory, node, upto_sampler
 from tests.harness.tiny_models import random_vae
 
 MIB = 2**20
@@ -110,20 +109,13 @@ def resident(server):
     return psutil.Process(server.process.pid).memory_info().rss
 
 
-def settle(client):
-    """Drop results and models, so that what is held afterwards is held by mistake."""
-    client.post("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(2)
-    lift_limit(client)
-
-
 def smallest_growth(held):
     """What every run leaves behind; the first may, and now and then one leaves something that the next uses again."""
     return min(after - before for before, after in pairwise(held[1:]))
 
 
 def test_progress_counts_frames_and_cancel_ends_within_one(comfy_client, comfy_server):
-    settle(comfy_client)
+    give_back_memory(comfy_client)
     before = resident(comfy_server)
     graph = upto_sampler(**{**SIZE, "num_frames": 163})
     graph["decode"] = decoder()
@@ -142,7 +134,7 @@ def test_progress_counts_frames_and_cancel_ends_within_one(comfy_client, comfy_s
     assert {total for _, total in seen} == {163}
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert seen[-1][0] <= pressed[0] + 12
-    settle(comfy_client)
+    give_back_memory(comfy_client)
     assert resident(comfy_server) - before < 64 * MIB
     assert_healthy(comfy_client)
 
@@ -169,7 +161,7 @@ def test_hopeless_lack_of_memory_is_one_sentence_and_leaves_nothing(comfy_client
         run = run_out_of_memory(comfy_client)
         assert run.outcome == "execution_error"
         assert "Out of memory: frames of 160 x 200 latents need" in run.error
-        settle(comfy_client)
+        give_back_memory(comfy_client)
         held.append(resident(comfy_server))
     assert smallest_growth(held) < 16 * MIB
     assert_healthy(comfy_client)
@@ -204,6 +196,6 @@ def test_two_in_a_row_hold_no_more_than_one(frames_of, comfy_client, comfy_serve
         graph = with_empty_latents(width=SIZE["width"], height=SIZE["height"], length=19)
         graph["decode"] = decoder("latents")
         frames_of(graph, ["decode"])
-        settle(comfy_client)
+        give_back_memory(comfy_client)
         held.append(resident(comfy_server))
     assert smallest_growth(held) < 8 * MIB  # less than its frames

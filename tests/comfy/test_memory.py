@@ -9,7 +9,7 @@ import pytest
 from tests.harness.client import ComfyClient
 from tests.harness.graphs import assert_healthy, give_back_memory, node
 from tests.harness.memory import SLACK, needs_proc, write_large
-from tests.harness.server import PROBE, ComfyServer
+from tests.harness.server import PROBE, QUICK_START, ComfyServer
 from tests.harness.tiny_models import write_models
 
 
@@ -33,14 +33,14 @@ def peak_of(process, action):
 def fresh_server(comfy_path, tmp_path):
     """A server that nobody used: what others left behind or take again would be counted as this load's memory."""
     write_models(tmp_path / "models")
-    with ComfyServer(comfy_path, tmp_path, packs=(PROBE,)) as server:
+    with ComfyServer(comfy_path, tmp_path, QUICK_START, packs=(PROBE,)) as server:
         yield server
 
 
 @needs_proc
-@pytest.mark.parametrize("layout", ["canonical", "diffusers"])
-def test_loading_in_another_dtype(fresh_server, layout):
-    path, size, largest = write_large(fresh_server.base / "models" / "diffusion_models", layout)
+def test_loading_in_another_dtype(fresh_server):
+    """The layout in which tensors are put together besides; the core's own test has both, and each needs a fresh server."""
+    path, size, largest = write_large(fresh_server.base / "models" / "diffusion_models", "diffusers")
     client = ComfyClient(fresh_server.url)
     assert_healthy(client)  # libraries are there
     give_back_memory(client)
