@@ -147,7 +147,8 @@ def reporting(callback, sigmas: Tensor):
 
 def inversion_sampler(gamma: float, seed: int) -> comfy.samplers.KSAMPLER:
     """A SAMPLER that goes from a video to noise along rising sigmas, see `invert`; `seed` is of the noise that gamma leads to."""
-    check_guidance("gamma", gamma)
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is {gamma:g}, but it goes from 0 (follows the model) to 1 (straight to noise).")
 
     def mochi_invert(model, x, sigmas, extra_args=None, callback=None, disable=None, **_):  # noqa: ARG001 - the host's signature
         check_rising(sigmas)

@@ -283,7 +283,7 @@ MESSAGES = {
     "empty": "The LATENT is empty, and there is nothing to edit",
     "eta": "eta is nan",
     "falling": "noise levels have to rise; turn the schedule round (FlipSigmas)",
-    "gamma": "gamma is inf",
+    "gamma": "gamma is inf, but it goes from 0 (follows the model) to 1",
     "nothing to invert": "The LATENT is empty, and there is nothing to invert",
     "rising": "sigmas[1] is 0.2944 after 0.0001, but from noise to a video levels have to fall",
     "size": "connect the video that was inverted",
