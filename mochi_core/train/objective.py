@@ -19,6 +19,7 @@ def velocity_loss(
     sigma: Tensor,
     noise: Tensor,
     checkpointed_blocks: int = 0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the predicted velocity, data - noise, as one float32 number.
 
@@ -30,6 +31,7 @@ def velocity_loss(
         sigma: (B,) noise level in [0, 1], or (B, T) one of each latent frame.
         noise: standard normal, shape of `latents`.
         checkpointed_blocks: the first so many blocks keep nothing for the backward pass and are computed again there.
+        weights: shape of `sigma`; how much the errors at these levels count. None: all as much.
     """
     level = sigma.view(len(sigma), 1, -1, 1, 1)  # (B, 1, 1 or T, 1, 1)
     noisy = level * noise + (1 - level) * latents
@@ -39,6 +41,8 @@ def velocity_loss(
     run = partial(run_checkpointed, checkpointed_blocks)
     velocity = dit.denoise(noisy.to(dit.dtype), text, modulation, rope, run_block=run)
     error = (velocity.float() - (latents - noise).float()).square()
+    if weights is not None:
+        error = error * weights.view_as(level)
     moves = (level > 0).expand_as(error)
     return (error * moves).sum() / moves.sum().clamp(min=1)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mochi_core.train.objective import velocity_loss
+from mochi_core.train.tiny.dit import EVEN_ERROR, FAINT, USUAL_ERRORS, level_weights
 from tests.harness.random_inputs import batch
 from tests.harness.tiny_models import random_dit
 
@@ -30,6 +31,25 @@ def test_frames_have_levels_of_their_own_and_those_without_noise_do_not_count():
     predicted = dit(shares * noise + (1 - shares) * latents, levels, embeds, mask)
     expected = (predicted - (latents - noise))[:, :, 1:].square().mean()
     torch.testing.assert_close(velocity_loss(dit, latents, embeds, mask, levels, noise), expected)
+
+
+def test_levels_count_by_their_weights():
+    dit = random_dit()
+    latents, embeds, mask, sigma, noise = batch()
+    parts = [
+        velocity_loss(dit, latents[[i]], embeds[[i]], mask[[i]], sigma[[i]], noise[[i]]) for i in range(len(sigma))
+    ]
+    weights = torch.arange(1.0, len(sigma) + 1)
+    expected = sum(weight * part for weight, part in zip(weights, parts, strict=True)) / len(parts)
+    torch.testing.assert_close(velocity_loss(dit, latents, embeds, mask, sigma, noise, weights=weights), expected)
+
+
+def test_usual_errors_of_the_tiny_model_count_as_much_at_every_level():
+    levels, usual = (torch.tensor([*part]) for part in (USUAL_ERRORS, USUAL_ERRORS.values()))
+    weighted = level_weights(levels) * usual
+    expected = EVEN_ERROR * torch.where(levels < FAINT, levels / FAINT, 1)
+    torch.testing.assert_close(weighted, expected)
+    assert level_weights(torch.tensor([[0.925]])).shape == (1, 1)
 
 
 def test_a_batch_without_noise_changes_nothing():

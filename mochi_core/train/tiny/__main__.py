@@ -1,11 +1,12 @@
 """Make the tiny Mochi that comes with the project: an autoencoder, then a denoiser and a text encoder together.
 
-The denoiser learns to make videos from text, and then also from given frames, each with a noise level of its own.
+The denoiser learns to make videos from text, then also from given frames, each with a noise level of its own, and at last
+details, on more clips.
 
     python -m mochi_core.train.tiny FOLDER --tokenizer ComfyUI/comfy/text_encoders/t5_tokenizer
 
-takes two hours on two CPU cores; run it again to go on where it stopped. FOLDER gets the weights, laid out as ComfyUI's model
-folders, and a CSV file of the losses for each of the four trainings.
+takes STEPS_TIME on two CPU cores; run it again to go on where it stopped. FOLDER gets the weights, laid out as ComfyUI's model
+folders, and a CSV file of the losses for each of the five trainings.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ DIT_LOOP = TrainLoop("dit", steps=5000, learning_rate=1e-3, average=0.999)
 FRAMES_LOOP = TrainLoop("frames", steps=2200, learning_rate=5e-4, average=0.998)
 WITH_FRAME_LEVELS = 0.5
 """Share of the batches of that training whose latent frames have noise levels of their own; the others are as before."""
-CLIPS = (6000, 2000, 2000)
-"""Number of clips of each size in `tiny_dit.SIZES`."""
+DETAILS_LOOP = TrainLoop("details", steps=4400, learning_rate=8e-4, average=0.998)
+CLIPS = {"dit": (6000, 2000, 2000), "details": (20000, 5000, 7000)}
+"""Number of clips of each size in `tiny_dit.SIZES`; for details they are others than before."""
 SKIPPED = ("encoder.embed_tokens.weight",)
 """Tensors that are not written: transformers has T5's token table under two names."""
 METADATA = {
@@ -70,8 +72,10 @@ def make(folder: Path, tokenizer_folder: Path, device: torch.device) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     vae = train_decoder(folder, train_vae(folder, device), device)
     write_model(folder / "vae" / "mochi_tiny_vae.safetensors", vae)
-    sets = [clips_of(folder, size, count, vae, tokenizer) for size, count in zip(tiny_dit.SIZES, CLIPS, strict=True)]
-    tiny = train_frames(folder, train_dit(folder, sets, tokenizer, device), sets, tokenizer, device)
+    sets, more = (clips_of(folder, loop, vae, tokenizer) for loop in (DIT_LOOP, DETAILS_LOOP))
+    tiny = train_dit(folder, sets, tokenizer, device)
+    for loop, clips in ((FRAMES_LOOP, sets), (DETAILS_LOOP, more)):
+        tiny = train_on(loop, folder, tiny, clips, tokenizer, device)
     write_model(folder / "diffusion_models" / "mochi_tiny.safetensors", tiny.dit)
     write_model(folder / "text_encoders" / "t5_tiny.safetensors", tiny.t5)
 
@@ -104,15 +108,16 @@ def train_decoder(folder: Path, vae: AsymmVAE, device: torch.device) -> AsymmVAE
     return DECODER_LOOP.run(vae, loss_at, folder)
 
 
-def clips_of(
-    folder: Path, size: tuple[int, int, int], count: int, vae: AsymmVAE, tokenizer: tiny_dit.Tokenizer
-) -> tiny_dit.Clips:
-    """Encoded clips of one size, read from `folder`; drawn and written there the first time."""
-    path = folder / f"clips_{'x'.join(map(str, size))}.safetensors"
-    if not path.is_file():
-        rng = DIT_LOOP.rng(DIT_LOOP.steps + tiny_dit.SIZES.index(size))
-        tiny_dit.write_clips(path, tiny_dit.random_clips(rng, count, size, vae, tokenizer))
-    return tiny_dit.read_clips(path)
+def clips_of(folder: Path, loop: TrainLoop, vae: AsymmVAE, tokenizer: tiny_dit.Tokenizer) -> list[tiny_dit.Clips]:
+    """Encoded clips of each size for a training, read from `folder`; drawn and written there the first time."""
+    sets = []
+    for number, (size, count) in enumerate(zip(tiny_dit.SIZES, CLIPS[loop.name], strict=True)):
+        path = folder / f"clips_{loop.name}_{'x'.join(map(str, size))}.safetensors"
+        if not path.is_file():
+            clips = tiny_dit.random_clips(loop.rng(loop.steps + number), count, size, vae, tokenizer)
+            tiny_dit.write_clips(path, clips)
+        sets.append(tiny_dit.read_clips(path))
+    return sets
 
 
 def train_dit(
@@ -130,7 +135,8 @@ def train_dit(
     return DIT_LOOP.run(tiny, loss_at, folder)
 
 
-def train_frames(
+def train_on(
+    loop: TrainLoop,
     folder: Path,
     tiny: tiny_dit.TinyMochi,
     sets: list[tiny_dit.Clips],
@@ -138,13 +144,15 @@ def train_frames(
     device: torch.device,
 ) -> tiny_dit.TinyMochi:
     """Train both on, with noise levels of single frames in some of the batches."""
+    details = loop is DETAILS_LOOP
 
     def loss_at(step: int) -> Tensor:
-        rng = FRAMES_LOOP.rng(step)
+        rng = loop.rng(step)
         with autocast(device.type, torch.bfloat16):
-            return tiny_dit.loss(tiny, tokenizer, tiny_dit.choose_set(rng, sets), rng, WITH_FRAME_LEVELS)
+            clips = tiny_dit.choose_set(rng, sets)
+            return tiny_dit.loss(tiny, tokenizer, clips, rng, WITH_FRAME_LEVELS, details=details)
 
-    return FRAMES_LOOP.run(tiny.requires_grad_(True).train(), loss_at, folder)
+    return loop.run(tiny.requires_grad_(True).train(), loss_at, folder)
 
 
 def write_model(path: Path, model: nn.Module) -> None:

@@ -35,6 +35,17 @@ SIZES = ((13, 64, 64), (13, 64, 96), (25, 64, 64))
 """(frames, height, width) of the clips, in pixels."""
 SHARES = (0.6, 0.2, 0.2)
 """Share of the batches for each of `SIZES`."""
+USUAL_ERRORS = {
+    0.0: 0.5, 0.02: 0.33, 0.05: 0.2, 0.1: 0.123, 0.2: 0.0735, 0.3: 0.0555, 0.4: 0.047, 0.5: 0.0432,
+    0.6: 0.044, 0.7: 0.051, 0.8: 0.074, 0.9: 0.178, 0.95: 0.397, 0.97: 0.573, 0.99: 0.697, 1.0: 0.717,
+}  # fmt: skip
+"""Squared error of the velocity by noise level, measured on clips that this denoiser had not seen when it was nearly trained."""
+EVEN_ERROR = 0.12
+"""What the errors of all noise levels are brought to in the training for details: about the loss of the trainings before."""
+FAINT = 0.3
+"""Noise levels below it count less and less: what is learned there is finer than what is seen."""
+DETAIL_SHIFT = 2.0
+"""Odds of noise levels against those of even ones, in the training for details."""
 BATCH_TOKENS = 3200
 """Video tokens in a batch."""
 CAPTION_DROPOUT = 0.15
@@ -112,27 +123,49 @@ def _encoded(vae: AsymmVAE, pixels: list[Any]) -> Tensor:
 
 
 def loss(
-    tiny: TinyMochi, tokenizer: Tokenizer, clips: Clips, rng: np.random.Generator, frame_levels: float = 0.0
+    tiny: TinyMochi,
+    tokenizer: Tokenizer,
+    clips: Clips,
+    rng: np.random.Generator,
+    frame_levels: float = 0.0,
+    *,
+    details: bool = False,
 ) -> Tensor:
     """Velocity loss of one random batch; its captions are equally long, so that nothing is padded, or all are dropped.
 
-    `frame_levels` is the probability that its latent frames have noise levels of their own.
+    `frame_levels` is the probability that its latent frames have noise levels of their own. For `details` every noise level
+    counts as much as the others: plainly, those near 1 drown them, where most of the error is what no denoiser can know.
     """
     device = tiny.dit.pos_frequencies.device
     count = BATCH_TOKENS * CONFIG.patch_size**2 // clips.latents[0, 0].numel()
     same_length = torch.nonzero(clips.lengths == clips.lengths[rng.integers(len(clips.lengths))]).flatten()
     chosen = same_length[torch.from_numpy(rng.integers(len(same_length), size=count))]
-    captions = [clips.captions[i] for i in chosen]
-    embeds, mask = text_features(tiny, tokenizer, captions)
+    embeds, mask = text_features(tiny, tokenizer, [clips.captions[i] for i in chosen])
     if rng.random() < CAPTION_DROPOUT:
         mask = torch.zeros_like(mask)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     # One noise level in each of as many equal parts of [0, 1]: less noisy than independent ones.
     sigma = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    noise = torch.randn(clips.latents[chosen].shape, generator=generator)
+    latents, noise = clips.latents[chosen], torch.randn(clips.latents[chosen].shape, generator=generator)
     if rng.random() < frame_levels:
         sigma = draw_levels(sigma, noise.shape[2], generator)
-    return velocity_loss(tiny.dit, clips.latents[chosen].to(device), embeds, mask, sigma.to(device), noise.to(device))
+    weights = None
+    if details:
+        sigma = DETAIL_SHIFT * sigma / (1 + (DETAIL_SHIFT - 1) * sigma)
+        weights = level_weights(sigma).to(device)
+    batch = latents.to(device), embeds, mask, sigma.to(device), noise.to(device)
+    return velocity_loss(tiny.dit, *batch, weights=weights)
+
+
+def level_weights(sigma: Tensor) -> Tensor:
+    """Weights, shape of `sigma`, by which errors at all noise levels from `FAINT` on come to `EVEN_ERROR`.
+
+    After "Analyzing and Improving the Training Dynamics of Diffusion Models" (Karras et al., arXiv 2312.02696), where a small
+    network learns the usual errors; here they are a table.
+    """
+    levels, errors = (np.array([*part]) for part in (USUAL_ERRORS, USUAL_ERRORS.values()))
+    usual = torch.from_numpy(np.interp(sigma.numpy(), levels, errors)).to(sigma.dtype)
+    return EVEN_ERROR / usual * (sigma / FAINT).clamp(max=1)
 
 
 def text_features(tiny: TinyMochi, tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
