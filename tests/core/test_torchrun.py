@@ -15,6 +15,7 @@ import torch
 from mochi_core.__main__ import main
 from mochi_core.io.latent_files import load_latents
 from tests.harness import trained
+from tests.harness.frames import read_frames
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -41,11 +42,15 @@ def torchrun(members, *arguments):
     )
 
 
+def frames(path):
+    return read_frames(path.read_bytes()).astype(int)
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     path = tmp_path_factory.mktemp("single") / "video.mp4"
     assert main([*GENERATE, "-o", str(path)]) == 0
-    return path.read_bytes()
+    return frames(path)
 
 
 def check_video(single, tmp_path, members, plan, said):
@@ -54,7 +59,8 @@ def check_video(single, tmp_path, members, plan, said):
     assert out == f"{output}\n", errors
     assert f"{members} members: {said}" in errors
     assert "Traceback" not in errors
-    assert output.read_bytes() == single
+    # Equal latents; a part of a frame that is decoded by itself has other sums (0.002), and one step more gives 1.8.
+    assert abs(frames(output) - single).mean() < 0.1
     assert [errors.count(line) for line in ("loading the text encoder", "loading the transformer")] == [1, 1]
     assert "13/13" in errors, "frames that are decoded"
 

@@ -97,7 +97,8 @@ def check(task, found):
         return
     assert found.first >= 30
     assert found.after <= 0.05
-    assert found.jump <= 1.5
+    # Behind one frame alone, the first step is longer in videos from a prompt, too: 1.5.
+    assert found.jump <= (1.5 if task == "13 frames" else 2)
 
 
 @pytest.mark.parametrize("task", [task for task in LEVELS if task != "text"])

@@ -26,8 +26,8 @@ def test_video_to_video(comfy, way, start):
     source = draw(Scene((sprite,), ((0.03, 0.03, 0.03),) * 2), 13, 64, 64)
     save_video(source[None] / np.float32(255), comfy.base / "input" / f"{way}.mp4")
     graph = tiny_prompt(
-        f"a blue circle moving {way}", **{**SHORT, "steps": 12, "denoise": 0.27}
-    )  # from a noise level of 0.77
+        f"a blue circle moving {way}", **{**SHORT, "steps": 12, "denoise": 0.33}
+    )  # from a noise level of 0.86
     graph["file"] = node("LoadVideo", file=f"{way}.mp4")
     graph["frames"] = node("GetVideoComponents", video=["file", 0])
     graph["latent"] = node("Mochi1VAEEncode", pixels=["frames", 0], vae=[VAE, 0])

@@ -58,7 +58,7 @@ def right_shapes(made):
 def test_without_guidance_prompts_are_followed_less(pipe, guided, seeds):
     with_guidance, without = right_shapes(guided), right_shapes(of_all_cases(pipe, seeds, guidance_scale=1.0))
     print(f"right shape in {with_guidance:.0%} with guidance, in {without:.0%} without")
-    assert with_guidance >= 0.8
+    assert with_guidance >= 0.9
     assert without < with_guidance - 0.1
 
 
@@ -67,7 +67,7 @@ def test_two_shapes_in_one_prompt(pipe):
     prompts = [f"a {first} circle moving left and a {second} square rising" for first, second in pairs]
     seen = [set(shown_colors(frames)) >= set(pair) for frames, pair in zip(videos(pipe, prompts), pairs, strict=True)]
     print(f"both colours in {np.mean(seen):.0%} of {len(pairs)} videos")
-    assert np.mean(seen) >= 0.4
+    assert np.mean(seen) >= 0.7
 
 
 def test_an_empty_prompt_has_no_color_of_its_own(pipe):

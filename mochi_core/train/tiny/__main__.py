@@ -5,7 +5,7 @@ details, on more clips.
 
     python -m mochi_core.train.tiny FOLDER --tokenizer ComfyUI/comfy/text_encoders/t5_tokenizer
 
-takes STEPS_TIME on two CPU cores; run it again to go on where it stopped. FOLDER gets the weights, laid out as ComfyUI's model
+takes three and a half hours on two CPU cores; run it again to go on where it stopped. FOLDER gets the weights, laid out as ComfyUI's model
 folders, and a CSV file of the losses for each of the five trainings.
 """
 
