@@ -5,8 +5,8 @@ details, on more clips.
 
     python -m mochi_core.train.tiny FOLDER --tokenizer ComfyUI/comfy/text_encoders/t5_tokenizer
 
-takes three and a half hours on two CPU cores; run it again to go on where it stopped. FOLDER gets the weights, laid out as ComfyUI's model
-folders, and a CSV file of the losses for each of the five trainings.
+takes three and a half hours on two CPU cores; run it again to go on where it stopped. FOLDER gets the weights, laid out as
+ComfyUI's model folders, and a CSV file of the losses for each of the five trainings.
 """
 
 from __future__ import annotations
