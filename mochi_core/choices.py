@@ -1,18 +1,18 @@
-"""Names that options of the commands take, without what they stand for, so that arguments are read before PyTorch is imported."""
+"""Names that options take, and checks that need nothing else, so that arguments are read before PyTorch is imported."""
 
 from __future__ import annotations
 
 import math
 
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPE_NAMES = ("fp32", "bf16", "fp16")
 ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math", "fa3", "fa4", "flash_attn", "sage")
-QUANTIZERS = ("fp8", "fp8_rowwise", "int8", "q4_0")
+QUANTIZER_NAMES = ("fp8", "fp8_rowwise", "int8", "q4_0")
 FRAME_LEVELS = ("auto", "on", "off")
 CACHE_METHODS = ("teacache", "first_block")
-PARTS = ("transformer", "vae", "t5", "tiny_vae")
+PART_NAMES = ("transformer", "vae", "t5", "tiny_vae")
 LAYOUTS = ("canonical", "diffusers")
 KEEP, FP8_SCALED = "keep", "fp8_scaled"
-TARGET_DTYPES = (KEEP, *DTYPES, FP8_SCALED)
+TARGET_DTYPE_NAMES = (KEEP, *DTYPE_NAMES, FP8_SCALED)
 
 
 def check_cache(method: str, threshold: float) -> None:

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command that `options` name; the exit status is that of `__main__.main`."""
     interrupts.raise_again()
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {sentence(message)}")
-    if getattr(options, "device", "") is None:
+    if "device" in options and options.device is None:
         options.device = default_device()
     try:
         return COMMANDS[options.command](options) or 0

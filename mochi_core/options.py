@@ -1,11 +1,22 @@
-"""Options that several commands have, and what is read of them; all that can be said without PyTorch."""
+"""Options of the commands, and what is read of them; all that can be said without PyTorch."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from .choices import ATTENTIONS, CACHE_METHODS, DTYPES, FRAME_LEVELS, QUANTIZERS, check_cache
+from .choices import (
+    ATTENTIONS,
+    CACHE_METHODS,
+    DTYPE_NAMES,
+    FRAME_LEVELS,
+    KEEP,
+    LAYOUTS,
+    PART_NAMES,
+    QUANTIZER_NAMES,
+    TARGET_DTYPE_NAMES,
+    check_cache,
+)
 from .geometry import FPS, KEEP_FRAMES
 from .parallel.plan import Plan
 from .shown import shown
@@ -13,7 +24,7 @@ from .shown import shown
 MOST_FPS = 1000
 GIB = 2**30
 EDIT_DEFAULTS = {"steps": (30, 50), "guidance": (5.5, 4.5)}
-"""Two of each: for FlowEdit, as the node Mochi Edit proposes, and for inversion, as its template has it."""
+"""(FlowEdit, inversion): as the node Mochi Edit proposes, and as the template of inversion has it."""
 DEVICE = "(default: cuda where PyTorch has a GPU, or cpu)"
 
 
@@ -28,15 +39,15 @@ def add_models(command: argparse.ArgumentParser) -> None:
         "whether the transformer was trained with a noise level of each frame (default: %(default)s, by file and name)"
     )
     add("--frame-levels", choices=FRAME_LEVELS, default="auto", help=levels)
-    add("--dtype", choices=DTYPES, default="bf16", help="of the transformer (default: %(default)s)")
+    add("--dtype", choices=DTYPE_NAMES, default="bf16", help="of the transformer (default: %(default)s)")
     quantize = "keep the matrices of the transformer in 8 or 4 bits; fp8_rowwise multiplies in fp8, too (all change the result)"
-    add("--quantize", choices=QUANTIZERS, help=quantize)
+    add("--quantize", choices=QUANTIZER_NAMES, help=quantize)
     compiled = (
         "have the operations of the transformer's blocks fused by torch.compile, in place of our own kernels on a GPU"
     )
     add("--compile", action="store_true", help=compiled)
     add("--attention", choices=ATTENTIONS, default="auto", help="auto: the fastest exact one (default: %(default)s)")
-    add("--t5-dtype", choices=DTYPES, default="fp32", help="fp16 can overflow (default: %(default)s)")
+    add("--t5-dtype", choices=DTYPE_NAMES, default="fp32", help="fp16 can overflow (default: %(default)s)")
     offload = (
         "keep only the model at work on the device; with stream, of the transformer only blocks, and T5 on the CPU"
     )
@@ -94,13 +105,24 @@ def add_decoder(command: argparse.ArgumentParser) -> None:
     """Add the options of commands that make a video of latents."""
     add = command.add_argument
     add("--vae", required=True, type=Path, nargs="+", help="e.g. mochi_vae.safetensors, or decoder.safetensors")
-    add("--vae-dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
+    add("--vae-dtype", choices=DTYPE_NAMES, default="fp32", help="(default: %(default)s)")
     add("--device", help=DEVICE)
     add("--fps", type=rate_option, default=FPS, help="(default: %(default)s)")
 
 
+def add_generate(command: argparse.ArgumentParser) -> None:
+    """Add the options of `generate`."""
+    add_models(command)
+    command.add_argument("--prompt", required=True)
+    add_settings(command)
+    parallel = "share the video with the other processes of torchrun, a GPU each; auto, or such as guidance=2,ulysses=4 or ring=2"
+    command.add_argument("--parallel", type=parallel_option, metavar="PLAN", help=parallel)
+    add_decoder(command)
+    _add_output(command, "mp4 file, or .latent or .safetensors file for latents to decode later")
+
+
 def add_edit(command: argparse.ArgumentParser) -> None:
-    """Add the options of `edit`, but for the file that it writes."""
+    """Add the options of `edit`."""
     add_models(command)
     add = command.add_argument
     add("--video", required=True, type=Path, help="what is changed; taken at 30 frames a second")
@@ -128,6 +150,7 @@ def add_edit(command: argparse.ArgumentParser) -> None:
     add("--pull-until", type=float, default=0.8, help=until)
     add("--seed", type=seed_option, default=0, help="FlowEdit: other noise makes another edit (default: %(default)s)")
     add_decoder(command)
+    _add_output(command, "mp4 file")
 
 
 def add_farm(command: argparse.ArgumentParser) -> None:
@@ -141,6 +164,31 @@ def add_farm(command: argparse.ArgumentParser) -> None:
     add_settings(command)
     add_decoder(command)
     add("-o", "--output", type=Path, default=Path("videos"), help="folder (default: %(default)s)")
+
+
+def add_decode(command: argparse.ArgumentParser) -> None:
+    """Add the options of `decode`."""
+    command.add_argument("latents", type=Path, help="from generate -o x.latent, or ComfyUI's SaveLatent")
+    command.add_argument(
+        "--memory-limit", type=gibibytes, metavar="GIB", help="besides the weights (default, and 0: what is free)"
+    )
+    add_decoder(command)
+    _add_output(command, "mp4 file; of several videos, each is numbered")
+
+
+def add_convert(command: argparse.ArgumentParser) -> None:
+    """Add the options of `convert`."""
+    add = command.add_argument
+    add("source", type=Path, nargs="+", help="weights file or folder; or an encoder's and a decoder's file")
+    add("destination", type=Path, help=".safetensors file; or, for diffusers, a folder")
+    add("--to", choices=LAYOUTS, required=True, help="canonical: the names of Genmo and ComfyUI")
+    add("--dtype", choices=TARGET_DTYPE_NAMES, default=KEEP, help="fp8_scaled is for ComfyUI (default: %(default)s)")
+    add("--part", choices=PART_NAMES, help="which one, of a file that holds several")
+    add("--force", action="store_true", help="overwrite the destination")
+
+
+def _add_output(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("-o", "--output", type=Path, default=Path("mochi.mp4"), help=f"{what} (default: %(default)s)")
 
 
 def whole_number(text: str) -> int:

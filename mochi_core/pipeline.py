@@ -128,7 +128,7 @@ class MochiPipeline(NamedLoras):
                 list of images per video, "latent" for VAE-space latents (B, 12, T, H, W).
             sigmas: noise levels from 1 down to 0, instead of the linear-quadratic schedule of `num_inference_steps`.
             on_step: called as on_step(step, latents) after each step; returning True stops the run.
-            on_decode: called often while the videos are decoded, with the frames that are done and all of them.
+            on_decode: called as on_decode(frames done, frames of all videos), often, while they are decoded.
             cache: skips blocks where little changes, see `block_cache`.
             guidance: what is done beside classifier-free guidance, see `guidance`.
             image, last_image: frames that the video begins and ends with, see `as_frames`; cropped and resized to its size. The

@@ -56,7 +56,7 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
 
     Args:
         sources: a file or folder, or the two halves of an autoencoder.
-        layout, dtype: among `LAYOUTS` and `TARGET_DTYPES`.
+        layout, dtype: one of `choices.LAYOUTS`, a key of `TARGET_DTYPES`.
         part: one of `PARTS`, if the source holds several.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..generate import pipeline_arguments
+from ..generate import pipeline_arguments, say
 from ..output_files import check_writable, folder, replacing
 from ..shown import sentence
 from .cluster import Worker, WorkerDied, cluster, finished, room
@@ -158,7 +158,3 @@ def report(jobs: list[Job], path: Path) -> None:
     said = {"made": "made", "kept": "there before", "failed": "failed", "waiting": "left out"}
     counted = ", ".join(f"{counts[key]} {word}" for key, word in said.items() if counts[key])
     tqdm.write(f"{counted}: {path}", file=sys.stdout)
-
-
-def say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)

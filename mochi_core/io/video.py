@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from av.container import OutputContainer
     from PIL.Image import Image
 
-ENCODING = {"crf": "18", "mbtree": "0"}
-"""Without x264's macroblock tree, whose sums differ between two encodings of the same frames, and the file with them. At about
-equal size and quality, it goes with a rate factor that is higher by one."""
+ENCODING = {"crf": "18", "mbtree": "0", "threads": "4"}
+"""The same file of the same frames, on any machine with the same x264.
+
+Its macroblock tree is off: with it, two encodings of the same frames can differ. A rate factor of 18 without it gives about the
+size and quality of 17 with it (noisy drawn clips of 64 x 64 to 848 x 480). The number of threads is fixed, as each works on a
+slice of the frame."""
 BT709 = 1
 """Primaries, transfer function and matrix of HD video, one code for all three (ITU-T H.273, tables 2 to 4)."""
 LIMITED_RANGE = 1

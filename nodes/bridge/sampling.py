@@ -70,7 +70,7 @@ def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: f
     check_guidance("cfg", cfg)
     image, mask = mochi_latents(model, latent), noise_mask(latent)
     noise: Any = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))  # the host's hint allows several
-    # A MODEL of another loader has no wrapper that does so, and would end in infinities where a schedule rises to 1.
+    # Here, as only a MODEL of our loader has a wrapper for it; another would end in infinities where a schedule rises to 1.
     with unscaled_noise(model.get_model_object("model_sampling"), noise):
         samples = comfy.sample.sample_custom(
             model,

@@ -1,10 +1,13 @@
 """The training objective: the definition, and gradients that checkpointing does not change."""
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from mochi_core.train.objective import velocity_loss
-from mochi_core.train.tiny.dit import EVEN_ERROR, FAINT, USUAL_ERRORS, level_weights
+from mochi_core.train.tiny.dit import Clips, TinyMochi, level_weights, loss
+from tests.harness import trained
 from tests.harness.random_inputs import batch
 from tests.harness.tiny_models import random_dit
 
@@ -42,14 +45,26 @@ def test_levels_count_by_their_weights():
     weights = torch.arange(1.0, len(sigma) + 1)
     expected = sum(weight * part for weight, part in zip(weights, parts, strict=True)) / len(parts)
     torch.testing.assert_close(velocity_loss(dit, latents, embeds, mask, sigma, noise, weights=weights), expected)
+    by_frame = weights[:, None].expand(-1, latents.shape[2])
+    levels = sigma[:, None].expand_as(by_frame)
+    torch.testing.assert_close(velocity_loss(dit, latents, embeds, mask, levels, noise, weights=by_frame), expected)
 
 
-def test_usual_errors_of_the_tiny_model_count_as_much_at_every_level():
-    levels, usual = (torch.tensor([*part]) for part in (USUAL_ERRORS, USUAL_ERRORS.values()))
-    weighted = level_weights(levels) * usual
-    expected = EVEN_ERROR * torch.where(levels < FAINT, levels / FAINT, 1)
-    torch.testing.assert_close(weighted, expected)
-    assert level_weights(torch.tensor([[0.925]])).shape == (1, 1)
+def test_weights_bring_usual_errors_to_one_size():
+    weights = level_weights(torch.tensor([[0.15, 0.85], [0.9, 1.0]]))  # between 0.123 and 0.0735, 0.074 and 0.178
+    expected = torch.tensor([[0.12 / 0.09825 / 2, 0.12 / 0.126], [0.12 / 0.178, 0.12 / 0.717]])
+    torch.testing.assert_close(weights, expected)
+
+
+def test_details_are_learned_with_levels_by_frame_too():
+    """Untrained, errors are about as large at every noise level, and most levels count more than once."""
+    captions = ["a red star rising"] * 2
+    clips = Clips(torch.randn(2, 12, 3, 4, 4), captions, torch.tensor([6, 6]))
+    tiny, tokenizer = TinyMochi(), AutoTokenizer.from_pretrained(trained.TOKENIZER, local_files_only=True)
+    plain, details = (
+        loss(tiny, tokenizer, clips, np.random.default_rng(0), 1.0, details=details) for details in (False, True)
+    )
+    assert 0 < plain < details
 
 
 def test_a_batch_without_noise_changes_nothing():

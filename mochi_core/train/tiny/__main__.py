@@ -33,7 +33,7 @@ DECODER_LOOP = TrainLoop("decoder", steps=2500, learning_rate=4e-4, average=0.99
 DIT_LOOP = TrainLoop("dit", steps=5000, learning_rate=1e-3, average=0.999)
 FRAMES_LOOP = TrainLoop("frames", steps=2200, learning_rate=5e-4, average=0.998)
 WITH_FRAME_LEVELS = 0.5
-"""Share of the batches of that training whose latent frames have noise levels of their own; the others are as before."""
+"""Share of the batches of `frames` and `details` whose latent frames have noise levels of their own; the others are as before."""
 DETAILS_LOOP = TrainLoop("details", steps=4400, learning_rate=8e-4, average=0.998)
 CLIPS = {"dit": (6000, 2000, 2000), "details": (20000, 5000, 7000)}
 """Number of clips of each size in `tiny_dit.SIZES`; for details they are others than before."""
@@ -143,7 +143,7 @@ def train_on(
     tokenizer: tiny_dit.Tokenizer,
     device: torch.device,
 ) -> tiny_dit.TinyMochi:
-    """Train both on, with noise levels of single frames in some of the batches."""
+    """Train denoiser and text encoder further, with noise levels of single frames in some of the batches."""
     details = loop is DETAILS_LOOP
 
     def loss_at(step: int) -> Tensor:
