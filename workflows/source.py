@@ -667,8 +667,7 @@ ComfyUI streams the weights that do not fit. If memory runs out all the same: ma
 latents; 6 frames each), then width and height. The decode needs the same memory however long the video is.
 
 **What to expect:** the windows share their overlaps, not a plot; describe one continuing motion. The other way is *Extend a
-video*, round after round: with the tiny model it kept one shape in 6 of 12 videos, the windows in 4 or 5; both kept colour and
-motion.
+video*, round after round: with the tiny model both kept colour and motion, and one shape in about half of the videos.
 """,
         long_video(),
     ),

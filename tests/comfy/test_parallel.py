@@ -6,11 +6,11 @@ Each case samples on one device and on both; which networks ran in which threads
 import json
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.parallel_runs import HEADS_24
+from tests.harness.products import is_the_same
 from tests.harness.tiny_models import random_dit
 
 SCRIPT = """
@@ -265,10 +265,7 @@ def test_both_devices_work_and_make_what_one_makes(done, case):
     one, both = (done[0][f"{case}/{devices}"] for devices in ("one", "both"))
     assert done[1][case]["ran"] == RAN[case]
     assert one.std() > 0.1
-    if case in ROUNDED:
-        assert (both - one).norm() < 2e-6 * one.norm()
-    else:
-        assert torch.equal(both, one)
+    assert is_the_same(both, one, rounded=case in ROUNDED)
 
 
 @pytest.mark.parametrize("case", ["LoRA", "hooks", "attention guidance", "first_block, auto", "q4_0"])

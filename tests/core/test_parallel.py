@@ -21,6 +21,7 @@ from mochi_core.sampling.given import Given
 from mochi_core.sampling.guidance import Guidance
 from tests.harness import parallel_runs
 from tests.harness.members import MemberPool
+from tests.harness.products import is_the_same
 from tests.harness.tiny_models import VAE
 
 # prompts' lengths, latent size (T, H, W), most tokens of a prompt
@@ -119,8 +120,7 @@ def test_a_shared_run_is_that_of_one_device(run, plan, scales):
     expected, _, _ = parallel_runs.run(None, plan, scales=scales)
     results = run(Plan.parse(plan).size, "run", plan, scales=scales)
     for video, _, _ in results:
-        assert torch.equal(video, expected) or "ring" in plan
-        assert (video - expected).norm() / expected.norm() < 1e-6
+        assert is_the_same(video, expected, rounded="ring" in plan)
 
 
 GUIDANCE = {
@@ -135,7 +135,7 @@ GUIDANCE = {
 def test_other_guidance_is_shared_too(run, plan, guidance):
     expected, _, _ = parallel_runs.run(None, plan, scales=PARTLY, guidance=GUIDANCE[guidance])
     for video, _, _ in run(Plan.parse(plan).size, "run", plan, scales=PARTLY, guidance=GUIDANCE[guidance]):
-        assert torch.equal(video, expected)
+        assert is_the_same(video, expected)
 
 
 @pytest.mark.parametrize("held", [False, True])
@@ -152,14 +152,14 @@ def test_given_frames(run, plan, held):
 def test_given_frames_are_those_that_the_first_member_has_encoded(pool):
     expected = parallel_runs.continue_a_clip(None, None)
     for video in pool.run(2, "continue_a_clip", "guidance=2"):
-        assert torch.equal(video, expected)
+        assert is_the_same(video, expected)
 
 
 @pytest.mark.parametrize("plan", ["guidance=2,ulysses=2", "ulysses=2"])
 def test_one_member_stops_all_after_the_same_step(run, plan):
     expected, _, _ = parallel_runs.run(None, plan, stop=2)
     for video, _, steps in run(Plan.parse(plan).size, "run", plan, stop=2):
-        assert torch.equal(video, expected)
+        assert is_the_same(video, expected)
         assert steps == [0, 1, 2]
 
 
@@ -404,7 +404,8 @@ def forms(tmp_path_factory):
 def test_other_forms_of_the_weights_are_shared_too(pool, forms, form):
     expected, _, _ = parallel_runs.run_in_form(None, "ulysses=2", forms, form)
     for video, _, _ in pool.run(2, "run_in_form", "ulysses=2", forms, form):
-        assert torch.equal(video, expected)
+        # What is rounded to 8 bits may come to the next number, where sums differ.
+        assert is_the_same(video, expected, limit=0.02 if form == "fp8_rowwise" else 2e-6)
 
 
 @pytest.mark.slow

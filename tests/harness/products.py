@@ -1,8 +1,9 @@
-"""Products of bf16 numbers on CPUs without bf16 units, where PyTorch's own take ten to a hundred times as long as float32."""
+"""What products are like on this CPU: of bf16 numbers without units for them, ten to a hundred times as long; and in parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,21 @@ PRODUCTS = {F.linear, F.conv2d, F.conv3d, torch.matmul, torch.bmm, torch.baddbmm
 def are_native() -> bool:
     """Whether this CPU has units for products of bf16 numbers."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@cache
+def are_alike_in_parts() -> bool:
+    """Whether some rows of a product are those of the whole one, bit for bit: MKL's AVX2 code has other sums for fewer rows."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(count, 192, generator=generator) for count in (300, 512))
+    whole = F.linear(rows, weight)
+    return all(torch.equal(F.linear(rows[:count], weight), whole[:count]) for count in (37, 100, 150))
+
+
+def is_the_same(found: Tensor, expected: Tensor, *, rounded: bool = False, limit: float = 2e-6) -> bool:
+    """Whether a result that several have computed in parts is that of one: bit for bit, or up to the order of sums."""
+    alike = torch.equal(found, expected)
+    return alike or ((rounded or not are_alike_in_parts()) and (found - expected).norm() < limit * expected.norm())
 
 
 class Float32Products(TorchFunctionMode):

@@ -24,7 +24,16 @@ SCENES = [
     ("yellow", "square", "that does not move"),
     ("green", "triangle", "standing still"),
     ("blue", "circle", "moving in a circle"),
+    ("red", "star", "moving in a circle"),
+    ("yellow", "circle", "going round in a circle"),
+    ("white", "square", "moving in a circle"),
+    ("red", "triangle", "standing still"),
+    ("green", "square", "that does not move"),
+    ("yellow", "star", "going round in a circle"),
+    ("white", "triangle", "moving in a circle"),
+    ("blue", "star", "standing still"),
 ]
+SEEDS = (0, 1)
 SIZE = {"height": 64, "width": 64, "num_inference_steps": STEPS}
 FRAMES, EACH = 121, 12
 """Length of the videos of the table, and after how many frames the shape is looked at."""
@@ -47,7 +56,7 @@ def right_motion(frames, color, motion):
 def measured(name, make):
     """Means over videos: right colour, shape in view, right shape, one shape, right motion; longest and median step."""
     rows = []
-    for number, (color, shape, motion) in enumerate(SCENES):
+    for number, (color, shape, motion) in enumerate(SCENES * len(SEEDS)):
         frames = make(f"a {color} {shape} {motion}", number)
         shapes = [main_shape(frames[[i]], color) for i in range(0, len(frames), EACH)]
         seen = np.mean(masks(frames)[color].sum((1, 2)) >= MIN_PIXELS)
@@ -58,7 +67,7 @@ def measured(name, make):
         lengths = (np.nanmax(far), np.nanmedian(far)) if np.isfinite(far).any() else (np.nan, np.nan)
         rows.append((main_color(frames) == color, seen, right, one, moves, *lengths))
     found = np.nanmean(rows, axis=0)
-    print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in found) + " |")
+    print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in found) + f" | {len(rows)} |")
     return found
 
 
@@ -74,17 +83,23 @@ def test_a_second_round_goes_on_without_a_jump(held):
 
 
 @pytest.mark.usefixtures("with_all")
-def test_rounds_keep_a_shape_in_view_and_one_piece_loses_it(pipe, held):
-    piece = measured("one piece", lambda prompt, i: pipe(prompt, num_frames=FRAMES, seed=i, **SIZE)[0])
-    for name, one in {"held in time": held, "noise levels by frame": pipe}.items():
-        for keep in (7, 13):
+def test_one_piece_loses_the_shape(pipe):
+    _, seen, *_ = measured("one piece", lambda prompt, i: pipe(prompt, num_frames=FRAMES, seed=i, **SIZE)[0])
+    assert seen < 0.8
 
-            def make(prompt, i, one=one, keep=keep):
-                return in_rounds(one, FRAMES, 25, prompt=prompt, seed=100 * i, keep=keep, **SIZE)
 
-            colors, seen, *_ = measured(f"rounds of 25 that keep {keep}, {name}", make)
-            assert colors == 1
-            assert seen > max(0.95, piece[1])
+@pytest.mark.usefixtures("with_all")
+@pytest.mark.parametrize("keep", [7, 13])
+@pytest.mark.parametrize("way", ["held in time", "noise levels by frame"])
+def test_rounds_keep_a_shape_in_view(pipe, held, way, keep):
+    one = held if way == "held in time" else pipe
+
+    def make(prompt, i):
+        return in_rounds(one, FRAMES, 25, prompt=prompt, seed=100 * i, keep=keep, **SIZE)
+
+    colors, seen, *_ = measured(f"rounds of 25 that keep {keep}, {way}", make)
+    assert colors >= 0.95
+    assert seen > 0.95
 
 
 @pytest.mark.usefixtures("with_all")
@@ -100,5 +115,5 @@ def test_windows_of_the_host(comfy, overlap):
         return comfy.frames(graph)
 
     colors, seen, *_ = measured(f"windows of 25 that share {overlap} latents", make)
-    assert colors == 1
+    assert colors >= 0.95
     assert seen > 0.95
