@@ -404,8 +404,8 @@ def forms(tmp_path_factory):
 def test_other_forms_of_the_weights_are_shared_too(pool, forms, form):
     expected, _, _ = parallel_runs.run_in_form(None, "ulysses=2", forms, form)
     for video, _, _ in pool.run(2, "run_in_form", "ulysses=2", forms, form):
-        # What is rounded to 8 bits may come to the next number, where sums differ.
-        assert is_the_same(video, expected, limit=0.02 if form == "fp8_rowwise" else 2e-6)
+        # Where sums differ, what is rounded to 8 bits may come to the next number, and all that follows with it.
+        assert is_the_same(video, expected, limit=0.1 if form == "fp8_rowwise" else 2e-6)
 
 
 @pytest.mark.slow
