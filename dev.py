@@ -98,7 +98,9 @@ def in_processes(arguments: list[str]) -> list[str]:
     if any(argument.startswith(("tests", "-n", "gpu")) for argument in arguments):  # one process for one GPU, too
         return []
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return ["-n", str(TEST_PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder"]
+    # A process that crashes ends the run: pytest-xdist has been seen to wait for ever after starting another in its place.
+    alone = ["--max-worker-restart", "0"]
+    return ["-n", str(TEST_PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder", *alone]
 
 
 def generate(arguments: list[str]) -> int:
