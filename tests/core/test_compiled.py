@@ -56,7 +56,7 @@ def test_fused_blocks_equal_plain_ones(tmp_path, dtype, depth):
     """With a LoRA, prompts of different lengths, an empty one among them, and odd sizes.
 
     The last block, of another kind, in bf16, and the one before it in float32: building takes a
-    core half a minute for each. (In bf16 that one aborted the process, once in six runs on a CPU with AMX.)
+    core half a minute for each. (In bf16 that one aborted the process, once in five runs on a CPU with AMX.)
     """
     config = replace(DIT, depth=depth)
     plain, fused, exact = random_dit(config, dtype=dtype), random_dit(config, dtype=dtype), random_dit(config)
