@@ -1,7 +1,7 @@
 """Set up, run and test Mochi Nodes. Needs nothing but Python.
 
     python dev.py demo                  make three tiny videos through a real ComfyUI server
-    python dev.py serve                 open the editor on the same set-up, with a template that runs at once
+    python dev.py serve [--port N]      open the editor on the same set-up, with a template that runs at once
     python dev.py test [pytest args]    run the tests; with --fast those of the core, with --all the long ones, too
     python dev.py generate WHAT         write anew what has another source: templates, locales or pictures
 
@@ -15,11 +15,13 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent
@@ -40,6 +42,8 @@ GENERATED = ("templates", "locales", "pictures")
 FAST_TESTS = ("tests/core", "tests/static")
 # Processes that share all the tests, each with a ComfyUI server of its own: a core each, and about 4 GB of memory.
 TEST_PROCESSES = min(4, os.cpu_count() or 1)
+# What a module has to end by itself after Ctrl+C.
+END_SECONDS = 30
 
 
 class SetupError(Exception):
@@ -48,10 +52,15 @@ class SetupError(Exception):
 
 def main() -> int:
     commands = {"demo": demo, "serve": serve, "test": test, "generate": generate}
-    command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    if command is None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if (command := commands.get(name)) is None:
         print(__doc__)
+        if name in ("-h", "--help", "help"):
+            return 0
+        if name:
+            print(f"Stopped: there is no command {name}; use {', '.join(commands)}.", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return command(sys.argv[2:])
     except SetupError as error:
@@ -62,11 +71,11 @@ def main() -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    return run_module("tests.harness.demo", arguments, prepare("demo"))
+    return run_module("tests.harness.demo", ["demo", *arguments], prepare("demo"))
 
 
 def serve(arguments: list[str]) -> int:
-    return run_module("tests.harness.demo", ["--serve", *arguments], prepare("demo"))
+    return run_module("tests.harness.demo", ["serve", *arguments], prepare("demo"))
 
 
 def test(arguments: list[str]) -> int:
@@ -240,7 +249,17 @@ def run_module(module: str, arguments: list[str], comfyui: Path | None) -> int:
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if comfyui is not None:
         environment["COMFYUI_PATH"] = str(comfyui)
-    return subprocess.run([str(PYTHON), "-m", module, *arguments], cwd=ROOT, env=environment, check=False).returncode
+    process = subprocess.Popen([str(PYTHON), "-m", module, *arguments], cwd=ROOT, env=environment)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # from a terminal the process has it, too
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)
+        raise
+    finally:
+        if process.poll() is None:
+            process.terminate()  # which lets it end what it has started; a kill would not
+            process.wait()
 
 
 class step:  # noqa: N801 - used like a function

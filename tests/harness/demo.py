@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 import webbrowser
@@ -33,16 +34,19 @@ PROMPTS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--serve", action="store_true", help="open the editor instead of making videos")
-    serve = parser.parse_args().serve
+    parser = argparse.ArgumentParser(prog="python dev.py", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    commands.add_parser("demo", help="make three tiny videos").set_defaults(use=make_videos, port=None)
+    serve = commands.add_parser("serve", help="open the editor")
+    serve.add_argument("--port", type=int, help="of the server (default: one that is free)")
+    serve.set_defaults(use=keep_open)
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the server ends, too
     trained.install(BASE / "models")
     print("Starting ComfyUI (10 to 60 seconds) ...", flush=True)
-    with ComfyServer(Path(os.environ["COMFYUI_PATH"]), BASE, arguments=SERVER, threads=None) as server:
-        if serve:
-            keep_open(server)
-        else:
-            make_videos(server)
+    comfyui = Path(os.environ["COMFYUI_PATH"])
+    with ComfyServer(comfyui, BASE, arguments=SERVER, threads=None, port=options.port) as server:
+        options.use(server)
 
 
 def keep_open(server: ComfyServer) -> None:

@@ -34,12 +34,13 @@ class ComfyServer:
         arguments: tuple[str, ...] = ("--cpu",),
         packs: tuple[Path, ...] = (),
         threads: int | None = 1,
+        port: int | None = None,
     ) -> None:
-        """`threads` for PyTorch, or None for its own choice; tiny models are fastest with one."""
+        """`threads` for PyTorch, or None for its own choice; tiny models are fastest with one. `port` None: a free one."""
         self.comfyui, self.base, self.arguments, self.packs = comfyui, base, arguments, packs
         self.environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         self.log = base / "server.log"
-        self.port = free_port()
+        self.port = port or free_port()
 
     @property
     def url(self) -> str:

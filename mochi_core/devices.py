@@ -1,0 +1,33 @@
+"""Devices by name: the one that is taken unless another is named, and whether this machine has it."""
+
+from __future__ import annotations
+
+import torch
+
+from .shown import shown
+
+KINDS = ("cpu", "cuda", "mps", "xpu")
+"""Those that an error names if the machine has them; what else PyTorch has a backend for is taken, too."""
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: torch.device | str) -> None:
+    """Raise a ValueError if this machine has no such device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {shown(str(name))}, which is none; use cpu, cuda, cuda:1 or mps.") from None
+    if (device.index or 0) >= _count(device.type):
+        there = ", ".join(kind for kind in KINDS if _count(kind))
+        raise ValueError(f"device is {device}, which is not on this machine or cannot be computed on; it has {there}.")
+
+
+def _count(kind: str) -> int:
+    """How many devices of a kind there are; 0 of those that only stand for something, such as meta."""
+    try:
+        return torch.get_device_module(kind).device_count()
+    except (RuntimeError, AttributeError):
+        return 0
