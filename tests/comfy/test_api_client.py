@@ -100,6 +100,7 @@ def test_a_change_that_fits_nothing_is_explained(change, words):
 def test_what_is_missing_is_named():
     assert "python client.py SERVER WORKFLOW.json [NODE.INPUT=VALUE ...]" in failure()
     assert failure(NO_SERVER, str(WORKFLOW)).startswith(f"No ComfyUI answers at {NO_SERVER}: ")
+    assert failure(NO_SERVER.removeprefix("http://"), str(WORKFLOW)).startswith(f"No ComfyUI answers at {NO_SERVER}: ")
     editors = WORKFLOW.parents[1] / f"{TITLES[WORKFLOW.stem]}.json"
     assert failure(NO_SERVER, str(editors)).startswith(f"{editors} is no workflow in API form; ")
     assert failure(NO_SERVER, "gone.json") == "There is no file gone.json; the workflows are in workflows/api."

@@ -127,6 +127,7 @@ def main(arguments):
     if len(arguments) < 2:
         sys.exit(__doc__)
     server, workflow, *changes = arguments
+    server = server if "://" in server else f"http://{server}"
     try:
         graph = read(workflow)
         for text in changes:
