@@ -232,6 +232,15 @@ def test_broken_files(dit, tmp_path, kind):
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("x.safetensors", "download the weights again"), ("x.mp4", "choose another one")]
+)
+def test_a_file_that_was_chosen_by_mistake_is_not_to_be_downloaded_again(tmp_path, name, remedy):
+    (tmp_path / name).write_bytes(b"\0\0\0 ftypisom\0\0")
+    with pytest.raises(ValueError, match=f"{name} is not a safetensors file but something else; {remedy}"):
+        open_checkpoint(tmp_path / name)
+
+
 def test_pickles_with_code_are_refused(tmp_path):
     import pickle
 

@@ -22,6 +22,8 @@ from ..limits import MAX_AXES, MAX_HEADER_BYTES, MAX_NAME, MAX_TENSORS, read_jso
 from ..tensors import Checkpoint, LazyTensor
 
 LENGTH_BYTES = 8
+SUFFIXES = (".safetensors", ".sft", ".latent")
+"""How such files are called; another one has been chosen by mistake, and not been damaged."""
 DTYPE_CODES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -82,7 +84,8 @@ def _refuse_other_file_types(path: Path, start: bytes, length: int) -> None:
     elif what is None and start[LENGTH_BYTES : LENGTH_BYTES + 1] not in (b"{", b""):
         what = "something else"
     if what is not None:
-        raise ValueError(f"{path.name} is not a safetensors file but {what}; download the weights again.")
+        remedy = "download the weights again" if path.suffix.lower() in SUFFIXES else "choose another one"
+        raise ValueError(f"{path.name} is not a safetensors file but {what}; {remedy}.")
     if length > MAX_HEADER_BYTES:
         raise ValueError(
             f"{path.name} says that its header has {length:,} bytes; {MAX_HEADER_BYTES:,} are read at most. "
