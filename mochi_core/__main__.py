@@ -12,7 +12,7 @@ from .options import DEVICE, add_convert, add_decode, add_edit, add_farm, add_ge
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, or 2 with one sentence on stderr about what has to change, or 130 for Ctrl-C.
 
-    `farm` has 1, too: some of its videos failed.
+    There is 1, too: some videos of `farm` failed, or some checks of `doctor`.
     """
     options = _parser().parse_args(arguments)
     from .commands import run  # with PyTorch, which takes seconds: an error in the arguments has been said by now

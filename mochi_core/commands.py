@@ -20,16 +20,15 @@ from .checkpoints import load_vae
 from .checkpoints.convert import plan_conversion, write_conversion
 from .checkpoints.inspect import inspect as inspect_file
 from .checkpoints.inspect import render
-from .doctor import examine
+from .devices import check_device, default_device
+from .doctor import examine, failures
 from .doctor import render as render_report
 from .dtypes import DTYPES
 from .edit_video import edit_file
 from .farm.run import farm
 from .generate import (
     Bars,
-    check_device,
     check_rounds,
-    default_device,
     load_pipeline,
     loading,
     make_file,
@@ -122,9 +121,10 @@ def inspect(options: argparse.Namespace) -> None:
     print(json.dumps(report, indent=2) if options.json else render(report))
 
 
-def doctor(options: argparse.Namespace) -> None:
+def doctor(options: argparse.Namespace) -> int:
     report = examine(options.device, options.files)
     print(json.dumps(report, indent=2) if options.json else render_report(report))
+    return int(bool(failures(report)))
 
 
 def convert(options: argparse.Namespace) -> None:

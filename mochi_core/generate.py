@@ -8,18 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from .autoencoder.model import OnProgress
-from .checkpoints import load_transformer, load_vae
+from .checkpoints import load_transformer, load_vae, merge, open_checkpoint, open_part
 from .checkpoints.names.detect import FRAME_LEVELS_CHOICES
+from .devices import check_device
 from .dtypes import DTYPES
 from .geometry import VideoSize, seconds_to_frames
 from .io.latent_files import save_latents
 from .io.read_frames import read_frames, read_image
 from .io.video import save_video
 from .lora import load_lora
+from .options import LATENT_SUFFIXES
 from .parallel.plan import Plan
 from .pipeline import MochiPipeline
 from .rounds import continued, in_rounds, round_sizes
@@ -27,10 +28,8 @@ from .sampling.block_cache import BlockCache
 from .sampling.guidance import Guidance
 from .sampling.schedule import check_guidance, linear_quadratic_schedule
 from .shown import shown
-from .text_encoder import load_text_encoder
+from .text_encoder import find_tokenizer, load_text_encoder
 from .transformer.attention import choose_attention
-
-LATENT_SUFFIXES = (".latent", ".safetensors")
 
 
 def pipeline_arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -100,7 +99,8 @@ def load_pipeline(
     """
     check_device(options.device)
     dtype, home = DTYPES[options.dtype], "cpu" if options.offload else options.device
-    choose_attention(options.attention, options.device, dtype)  # before anything is loaded
+    choose_attention(options.attention, options.device, dtype)  # before anything is loaded, as the next
+    check_models(options, text=first)
     text_encoder = None
     tell = on_load or (lambda _: None)
     if first:
@@ -123,6 +123,21 @@ def load_pipeline(
         attention=options.attention,
         parallel=parallel,
     )
+
+
+def check_models(options: argparse.Namespace, *, text: bool) -> None:
+    """Look at the headers of all files of the models, without T5 if not `text`.
+
+    Raises:
+        ValueError, OSError: one is missing, or holds something else.
+    """
+    if text:
+        open_part(options.t5, "t5")
+        find_tokenizer(options.t5, options.tokenizer)
+    open_part(options.transformer, "transformer")
+    for path, _ in options.lora:
+        open_checkpoint(path)
+    merge([open_part(file, "vae") for file in options.vae])
 
 
 def loading(what: str, *files: Path) -> str:
@@ -203,20 +218,3 @@ def check_rounds(arguments: dict[str, Any], output: Path) -> int:
     if rounds > 1 and output.suffix in LATENT_SUFFIXES:
         raise ValueError(f"Rounds make frames and no latents; choose an mp4 file instead of {output.name}.")
     return rounds
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_device(name: str) -> None:
-    """Raise a ValueError if this machine has no such device."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is {shown(name)}, which is none; use cpu, cuda, cuda:1 or mps.") from None
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    counts["xpu"] = torch.xpu.device_count()
-    if (device.index or 0) >= counts.get(device.type, 0):
-        there = ", ".join(kind for kind, count in counts.items() if count)
-        raise ValueError(f"device is {name}, which is not on this machine or cannot be computed on; it has {there}.")

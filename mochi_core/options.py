@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from .choices import (
@@ -21,6 +22,7 @@ from .geometry import FPS, KEEP_FRAMES
 from .parallel.plan import Plan
 from .shown import shown
 
+VIDEO_SUFFIX, LATENT_SUFFIXES = ".mp4", (".latent", ".safetensors")
 MOST_FPS = 1000
 GIB = 2**30
 EDIT_DEFAULTS = {"steps": (30, 50), "guidance": (5.5, 4.5)}
@@ -118,7 +120,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     parallel = "share the video with the other processes of torchrun, a GPU each; auto, or such as guidance=2,ulysses=4 or ring=2"
     command.add_argument("--parallel", type=parallel_option, metavar="PLAN", help=parallel)
     add_decoder(command)
-    _add_output(command, "mp4 file, or .latent or .safetensors file for latents to decode later")
+    _add_output(command, "mp4 file, or .latent or .safetensors file for latents to decode later", *LATENT_SUFFIXES)
 
 
 def add_edit(command: argparse.ArgumentParser) -> None:
@@ -187,8 +189,16 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="overwrite the destination")
 
 
-def _add_output(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("-o", "--output", type=Path, default=Path("mochi.mp4"), help=f"{what} (default: %(default)s)")
+def _add_output(command: argparse.ArgumentParser, what: str, *others: str) -> None:
+    """Where a video is written to, or files with `others` as endings."""
+
+    def named(text: str) -> Path:
+        endings = (VIDEO_SUFFIX, *others)
+        if (path := Path(text)).suffix not in endings:
+            raise argparse.ArgumentTypeError(f"{shown(text)} must end in {' or '.join(endings)}.")
+        return path
+
+    command.add_argument("-o", "--output", type=named, default=Path("mochi.mp4"), help=f"{what} (default: %(default)s)")
 
 
 def whole_number(text: str) -> int:
@@ -214,11 +224,15 @@ def rate_option(text: str) -> int:
 
 def gibibytes(text: str) -> int | None:
     """A number of GiB to bytes; 0 to None, which means all that is free."""
-    if not 0 <= float(text) * GIB < float("inf"):
+    try:
+        count = float(text) * GIB
+    except ValueError:
+        count = math.nan
+    if not 0 <= count < math.inf:
         raise argparse.ArgumentTypeError(
-            f"{text} is no amount of memory; use 0 for what is free, or a number such as 8."
+            f"{shown(text)} is no amount of memory; use 0 for what is free, or a number such as 8."
         )
-    return round(float(text) * GIB) or None
+    return round(count) or None
 
 
 def parallel_option(text: str) -> Plan | str:
@@ -247,8 +261,11 @@ def cache_option(text: str) -> tuple[str, float]:
 
 def lora_option(text: str) -> tuple[str, float]:
     """FILE or FILE:STRENGTH to both; a colon without a number after it belongs to the file, as in C:\\a.safetensors."""
-    path, _, strength = text.rpartition(":")
+    path, _, number = text.rpartition(":")
     try:
-        return (path, float(strength)) if path else (text, 1.0)
+        strength = float(number) if path else 1.0
     except ValueError:
         return text, 1.0
+    if not math.isfinite(strength):
+        raise argparse.ArgumentTypeError(f"{shown(text)} has no strength that is finite; use a number such as 0.8.")
+    return path or text, strength

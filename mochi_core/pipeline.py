@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .autoencoder.latents import denormalize_latents, normalize_latents
 from .autoencoder.model import AsymmVAE, OnProgress
+from .devices import check_device
 from .geometry import KEEP_FRAMES, VideoSize
 from .io.video import as_frames, as_images, to_unit_range
 from .lora import NamedLoras
@@ -47,8 +48,8 @@ class MochiPipeline(NamedLoras):
     pipeline with the same arguments and get the videos; the first one alone needs a text encoder.
 
     Raises:
-        ValueError: `offload` without `device`, or another way to offload; `parallel` without a launcher, or a plan for another
-            number of processes.
+        ValueError: `offload` without `device`, or another way to offload; a device that is not there; `parallel` without a
+            launcher, or a plan for another number of processes.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class MochiPipeline(NamedLoras):
             raise ValueError(f"offload is {offload!r}; use one of {', '.join(map(repr, OFFLOADS))}.")
         if offload and device is None:
             raise ValueError(f"offload={offload!r} needs device=..., the device on which the models take turns.")
+        check_device("cpu" if device is None else device)
         if getattr(dit, "hf_device_map", None) and (offload or parallel):
             other, reason = ("parallel", "runs in one process") if parallel else ("offload", "stays on its devices")
             raise ValueError(f"device_map and {other} exclude each other: a split model {reason}.")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .checkpoints import load_into, open_part
 from .checkpoints.names.t5 import hugging_face_entries, t5_config
+from .devices import check_device
 from .mapped_files import check_mapped_files
 from .shown import shown
 
@@ -146,23 +147,25 @@ def load_text_encoder(
         mmap: as for `load_transformer`.
 
     Raises:
-        ValueError: the weights are not those of a T5 encoder, or there is no tokenizer.
+        ValueError: the weights are not those of a T5 encoder, or there is no tokenizer or no such device.
     """
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
     from transformers.models.t5.configuration_t5 import T5Config
     from transformers.models.t5.modeling_t5 import T5EncoderModel
 
-    checkpoint = open_part(path, "t5")
+    check_device(device)
+    checkpoint, folder = open_part(path, "t5"), find_tokenizer(path, tokenizer)
     config = T5Config(**hugging_face_entries(t5_config(checkpoint)))
     with torch.device("meta"):
         model = T5EncoderModel(config).to(dtype=dtype)  # pyright: ignore[reportCallIssue]
     model.encoder.embed_tokens = model.shared  # one table under two names
     load_into(model, checkpoint, device, mmap=mmap)
-    return TextEncoder(model.eval(), _load_tokenizer(Path(path), tokenizer))
+    return TextEncoder(model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
-def _load_tokenizer(weights: Path, tokenizer: str | Path | None) -> PreTrainedTokenizerBase:
-    from transformers.models.auto.tokenization_auto import AutoTokenizer
-
+def find_tokenizer(path: str | Path, tokenizer: str | Path | None = None) -> Path:
+    """The folder of a T5 tokenizer: as named, or beside the weights at `path`; ValueError if there is none."""
+    weights = Path(path)
     if tokenizer is None:
         beside = weights if weights.is_dir() else weights.parent
         places = [beside, beside / "tokenizer", beside.parent / "tokenizer"]
@@ -171,7 +174,7 @@ def _load_tokenizer(weights: Path, tokenizer: str | Path | None) -> PreTrainedTo
         places = [given.parent if given.is_file() else given]
     for folder in places:
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return folder
     raise ValueError(
         f"There is no T5 tokenizer in {', '.join(map(str, places))}; pass tokenizer=... with a folder that holds "
         "tokenizer.json, for example comfy/text_encoders/t5_tokenizer inside ComfyUI."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..autoencoder.model import AsymmVAE
 from ..autoencoder.tiny import TinyDecoder
 from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig, TinyVAEConfig
+from ..devices import check_device
 from ..mapped_files import copy_mapped, is_much_mapped, remember
 from ..quantization.weights import QuantizedLinear, QuantizedWeight
 from ..shown import shown, shown_names
@@ -61,9 +62,11 @@ def load_transformer(
     `device_map` and `max_memory` put the blocks on several devices instead of `device`, see `device_map.place_on_devices`.
 
     Raises:
-        ValueError: the file is not a whole Mochi transformer, it cannot be quantised so, or it does not fit on the devices.
+        ValueError: the file is not a whole Mochi transformer, it cannot be quantised so, it does not fit on the devices, or one
+            of them is not there.
         FileNotFoundError: there is no such file.
     """
+    check_device(device)
     checkpoint = quantize_block_matrices(open_part(path, "transformer"), quantize)
     dit = empty_transformer(checkpoint, dtype)
     load_into(dit, checkpoint, device if device_map is None else "cpu", mmap=mmap and quantize is None)
@@ -84,9 +87,11 @@ def load_vae(
     `mmap` is as for `load_transformer`.
 
     Raises:
-        ValueError: the files are not a Mochi autoencoder or halves of one, or bring the same half twice, or there are none.
+        ValueError: the files are not a Mochi autoencoder or halves of one, or bring the same half twice; there are none, or
+            there is no such device.
         FileNotFoundError: there is no such file.
     """
+    check_device(device)
     paths = [path] if isinstance(path, str | Path) else path
     if not paths:
         raise ValueError("There is no file to load an autoencoder from; give at least one.")
@@ -102,9 +107,10 @@ def load_tiny_vae(
     """Load the decoder of TAEM1, a tiny autoencoder for previews, from its .pth or what `convert` made of it.
 
     Raises:
-        ValueError: the file is no TAEM1.
+        ValueError: the file is no TAEM1, or there is no such device.
         FileNotFoundError: there is no such file.
     """
+    check_device(device)
     checkpoint = open_part(path, "tiny_vae")
     decoder = TinyDecoder(device="meta", dtype=dtype)
     load_into(decoder, checkpoint, device)

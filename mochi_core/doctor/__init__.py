@@ -1,6 +1,6 @@
 """A report to paste into a bug: what this machine is, what works on it, and what model files would need."""
 
 from .report import examine
-from .text import render
+from .text import failures, render
 
-__all__ = ["examine", "render"]
+__all__ = ["examine", "failures", "render"]

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .. import interrupts
 from ..autoencoder.streaming import OutOfMemory
 from ..checkpoints import load_vae
+from ..devices import default_device
 from ..dtypes import DTYPES
 from ..geometry import VideoSize
 from ..shown import sentence
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
 def prepare(options: argparse.Namespace) -> int:
     """Encode the videos and captions that are new, and say how many clips there are; 0 if there is any."""
-    (width, height), device = options.size, options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    (width, height), device = options.size, options.device or default_device()
     size = VideoSize(height, width, options.frames)
     settings = {
         "size": [width, height, options.frames],

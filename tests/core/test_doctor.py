@@ -95,6 +95,8 @@ def test_the_command_prints_the_report_and_json_of_it(capsys, found, monkeypatch
     assert main(["doctor", "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
     assert examined == [("cpu", MODELS), ("cpu", [])]
+    found = {**found, "system": {"problem": "it hides"}}
+    assert main(["doctor", "--device", "cpu"]) == 1, "a check has failed"
 
 
 def test_tiny_models_are_recognised_with_their_needs(found):

@@ -1,5 +1,6 @@
 """LoRAs of every kind give what merging by hand gives, and leave nothing behind."""
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import PureWindowsPath
@@ -423,6 +424,12 @@ def test_strength_is_a_number(dit, tmp_path, strength):
 )
 def test_command_line_option(text, expected):
     assert lora_option(text) == expected
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf"])
+def test_a_strength_is_finite(strength):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"a.safetensors:{strength} has no strength that is finite"):
+        lora_option(f"a.safetensors:{strength}")
 
 
 def test_fused_loras_change_the_weights(tmp_path):

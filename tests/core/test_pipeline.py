@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import tracemalloc
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 
 import av
@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from mochi_core import AsymmDiT, MochiPipeline, denormalize_latents, load_text_encoder, save_video
 from mochi_core.__main__ import main
-from mochi_core.checkpoints import from_state_dict
+from mochi_core.checkpoints import from_state_dict, load_tiny_vae, load_transformer, load_vae
 from mochi_core.checkpoints.formats.writer import write_safetensors
 from mochi_core.io.latent_files import load_latents, save_latents
 from mochi_core.io.video import video_file
@@ -126,6 +126,18 @@ def test_offload_gives_the_same_result(pipe, offload):
         MochiPipeline(pipe.dit, pipe.vae, pipe.text_encoder, offload=offload)
 
 
+def test_a_device_that_is_not_there_is_told_before_anything_is_read(pipe):
+    device = f"cuda:{torch.cuda.device_count()}"
+    loaders = (load_transformer, load_vae, load_tiny_vae, load_text_encoder)
+    calls = [
+        partial(MochiPipeline, pipe.dit, pipe.vae, None, offload=True),
+        *(partial(load, "gone") for load in loaders),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="which is not on this machine"):
+            call(device=device)
+
+
 def test_other_ways_to_offload_are_refused(pipe):
     with pytest.raises(ValueError, match="offload is 'disk'; use one of False, True, 'stream'"):
         MochiPipeline(pipe.dit, pipe.vae, pipe.text_encoder, offload="disk", device="cpu")
@@ -217,7 +229,8 @@ def test_command_line_generate(models, tokenizer, tmp_path, capsys, monkeypatch,
 
 
 def test_a_small_device_leaves_the_text_encoder_on_the_cpu(t5):
-    pipe = MochiPipeline(random_dit(), random_vae(), t5, offload="stream", device="meta")
+    pipe = MochiPipeline(random_dit(), random_vae(), t5, offload="stream", device="cpu")
+    pipe.work_device = "meta"
     places = []
     with pipe.working(t5):
         places.append(t5.model.device.type)
@@ -280,6 +293,36 @@ def test_settings_are_looked_at_before_anything_is_loaded(tmp_path, capsys, opti
     assert f"error: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("missing", ["--transformer", "--t5", "--tokenizer", "--lora", "--vae"])
+def test_files_of_models_are_looked_at_before_one_is_loaded(models, tokenizer, tmp_path, capsys, missing):
+    lora = tmp_path / "lora.safetensors"
+    save_file({"x": torch.zeros(1)}, lora)
+    files = {**models, "--tokenizer": tokenizer, "--lora": lora}
+    files[missing] = tmp_path / "gone"
+    options = [str(word) for option in files.items() for word in option]
+    output = str(tmp_path / "x.mp4")
+    assert main(["generate", *options, "--prompt", "a kite", "--device", "cpu", "-o", output]) == 2
+    said = capsys.readouterr().err
+    assert "gone" in said
+    assert "loading" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "endings"),
+    [
+        ("generate", "x.png", ".mp4 or .latent or .safetensors"),
+        ("generate", "x", ".mp4 or .latent or .safetensors"),
+        ("decode", "x.latent", ".mp4"),
+        ("edit", "x.latent", ".mp4"),
+    ],
+)
+def test_the_name_of_an_output_says_what_is_written(capsys, command, name, endings):
+    with pytest.raises(SystemExit) as end:
+        main([command, "-o", name])
+    assert end.value.code == 2
+    assert f"{name} must end in {endings}." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("device", "message"),
     [
@@ -313,7 +356,7 @@ def test_numbers_that_nothing_can_take(capsys, option, value, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("gibibytes", ["nan", "inf", "-1", "1e300"])
+@pytest.mark.parametrize("gibibytes", ["nan", "inf", "-1", "1e300", "much"])
 def test_an_amount_of_memory_is_a_number(capsys, gibibytes):
     with pytest.raises(SystemExit):
         main(["decode", "x.latent", "--vae", "none", f"--memory-limit={gibibytes}"])
@@ -427,14 +470,15 @@ def test_a_state_is_not_gathered_in_memory(tmp_path):
     ("place", "message"),
     [
         ("none/x.mp4", "x.mp4 cannot be written (No such file or directory); choose another place."),
-        ("", "is a folder; choose the name of a file."),
+        ("folder.mp4", "is a folder; choose the name of a file."),
     ],
 )
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, capsys, place, message):
+    (tmp_path / "folder.mp4").mkdir()
     files = ["--transformer", "a", "--vae", "b", "--t5", "c", "--prompt", "x"]
     assert main(["generate", *files, "-o", str(tmp_path / place)]) == 2
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder.mp4"]
 
 
 def test_a_video_that_fails_leaves_what_was_there(tmp_path):

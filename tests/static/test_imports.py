@@ -27,7 +27,7 @@ FLOORS = (
         "output_files",
         "shown",
     ),
-    ("quantization", "packages"),
+    ("devices", "quantization", "packages"),
     ("transformer", "autoencoder"),
     ("parallel",),
     ("sampling", "checkpoints"),
