@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def edited(pipe: MochiPipeline, frames: Tensor, sigmas: Tensor, options: argpars
         assert pipe.text_encoder is not None
         source, target, negative = (pipe.text_encoder.encode([text]) for text in texts)
     with pipe.working(pipe.vae):
-        clean = pipe.encode_frames(frames)
+        clean = pipe.encode_frames(frames, partial(bars.frames, unit="part"))
     common: dict[str, Any] = {"attention": options.attention, "on_step": lambda *_: bars.step()}
     with pipe.working(pipe.dit):
         if options.inversion:

@@ -171,7 +171,7 @@ def make_file(
 
 
 class Bars:
-    """Progress on stderr: a bar over all steps, and one over the frames of each video that is decoded.
+    """Progress on stderr: a bar over all steps, and one over the frames of each video that is encoded or decoded.
 
     The last of them stays below the full bar of the steps; those of rounds before it go when the steps go on.
     """
@@ -179,32 +179,32 @@ class Bars:
     def __init__(self, steps: int, *, disable: bool = False) -> None:
         self.disable = disable
         self.sampling = tqdm(total=steps, unit="step", disable=disable)
-        self.decoding: tqdm | None = None
+        self.coding: tqdm | None = None
 
     def __enter__(self) -> Bars:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end_decoding()
+        self._end_coding()
         self.sampling.close()
 
     def step(self) -> None:
-        self._end_decoding()
+        self._end_coding()
         self.sampling.update()
 
-    def frames(self, done: int, total: int) -> None:
-        """Show how many frames of a video are decoded."""
-        if self.decoding is None:
+    def frames(self, done: int, total: int, unit: str = "frame") -> None:
+        """Show how much of a video is encoded or decoded."""
+        if self.coding is None:
             if is_last := self.sampling.n == self.sampling.total:
                 self.sampling.close()
-            self.decoding = tqdm(total=total, unit="frame", leave=is_last, disable=self.disable)
-        if new := done - self.decoding.n:  # or the speed would be that of the last piece
-            self.decoding.update(new)
+            self.coding = tqdm(total=total, unit=unit, leave=is_last, disable=self.disable)
+        if new := done - self.coding.n:  # or the speed would be that of the last piece
+            self.coding.update(new)
 
-    def _end_decoding(self) -> None:
-        if self.decoding is not None:
-            self.decoding.close()
-            self.decoding = None
+    def _end_coding(self) -> None:
+        if self.coding is not None:
+            self.coding.close()
+            self.coding = None
 
 
 def say(line: str) -> None:

@@ -224,9 +224,10 @@ class MochiPipeline(NamedLoras):
         # Each member may have encoded them a little differently: strips that fit free memory round differently.
         return replace(given, latents=members.world.broadcast(given.latents.cpu()))
 
-    def encode_frames(self, frames: Tensor) -> Tensor:
-        """Frames (6k + 1, H, W, 3) in [0, 1] to DiT-space latents (1, 12, k + 1, H / 8, W / 8)."""
-        return normalize_latents(self.vae.encode(frames.movedim(-1, 0)[None] * 2 - 1).mode().float())
+    def encode_frames(self, frames: Tensor, on_progress: OnProgress | None = None) -> Tensor:
+        """Frames (6k + 1, H, W, 3) in [0, 1] to DiT-space latents (1, 12, k + 1, H / 8, W / 8); `on_progress` as in `vae`."""
+        video = frames.movedim(-1, 0)[None] * 2 - 1
+        return normalize_latents(self.vae.encode(video, on_progress=on_progress).mode().float())
 
     def _decode(
         self, latents: Tensor, output_type: str, members: Members | None, on_progress: OnProgress | None

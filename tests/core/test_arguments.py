@@ -22,17 +22,17 @@ def test_choices_are_the_names_in_the_tables():
 
 
 def test_frames_are_counted_below_the_steps_and_only_those_of_the_last_round_stay(capsys):
-    decoding = []
+    shown = []
     with Bars(2) as bars:
         for frames in (7, 13):
             bars.step()
             for done in (0, frames, frames):
                 bars.frames(done, frames)
-            decoding.append(bars.decoding)
-    assert [(bar.n, bar.leave) for bar in decoding] == [(7, False), (13, True)]
-    shown = [line.rpartition("\r")[2] for line in capsys.readouterr().err.splitlines()]
-    assert any("2/2" in line and "step/s" in line for line in shown)
-    assert any("13/13" in line for line in shown)
+            shown.append(bars.coding)
+    assert [(bar.n, bar.leave) for bar in shown] == [(7, False), (13, True)]
+    lines = [line.rpartition("\r")[2] for line in capsys.readouterr().err.splitlines()]
+    assert any("2/2" in line and "step/s" in line for line in lines)
+    assert any("13/13" in line for line in lines)
 
 
 def test_members_that_are_not_the_first_show_no_bars(capsys):
