@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import interrupts
 from .autoencoder.model import AsymmVAE
-from .autoencoder.streaming import OutOfMemory
+from .autoencoder.streaming import OutOfMemory, is_out_of_memory
 from .checkpoints import load_vae
 from .checkpoints.convert import plan_conversion, write_conversion
 from .checkpoints.inspect import inspect as inspect_file
@@ -32,6 +32,7 @@ from .generate import (
     load_pipeline,
     loading,
     make_file,
+    memory_sentence,
     pipeline_arguments,
     say,
 )
@@ -52,6 +53,11 @@ def run(options: argparse.Namespace) -> int:
         return COMMANDS[options.command](options) or 0
     except (ValueError, OSError, SafetensorError, OutOfMemory, MemberError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {memory_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -97,12 +103,19 @@ def edit(options: argparse.Namespace) -> None:
 def decode(options: argparse.Namespace) -> None:
     check_device(options.device)
     latents = load_latents(options.latents)
+    outputs = numbered(options.output, len(latents))
+    for output in outputs:
+        check_writable(output)
     say(loading("autoencoder", *options.vae))
     vae = load_vae(options.vae, DTYPES[options.vae_dtype], options.device)
-    for i, one in enumerate(latents.split(1)):
-        output = options.output if len(latents) == 1 else options.output.with_stem(f"{options.output.stem}-{i + 1}")
+    for one, output in zip(latents.split(1), outputs, strict=True):
         decode_to_file(vae, one, output, options)
         print(output)
+
+
+def numbered(output: Path, count: int) -> list[Path]:
+    """A file for each of several videos, or `output` itself for one."""
+    return [output] if count == 1 else [output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
 
 
 def decode_to_file(vae: AsymmVAE, latents: Tensor, output: Path, options: argparse.Namespace) -> None:

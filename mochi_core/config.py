@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_TEXT_TOKENS = 256
+"""Length of a prompt in T5 tokens, as in Genmo's pipeline: MAX_T5_TOKEN_LENGTH in genmoai/mochi, mochi_preview/pipelines.py."""
+
 
 @dataclass(frozen=True)
 class AsymmDiTConfig:

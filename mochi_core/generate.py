@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from .autoencoder.model import OnProgress
-from .checkpoints import load_transformer, load_vae, merge, open_checkpoint, open_part
+from .checkpoints import empty_transformer, load_transformer, load_vae, merge, open_checkpoint, open_part
 from .checkpoints.names.detect import FRAME_LEVELS_CHOICES
 from .devices import check_device
 from .dtypes import DTYPES
@@ -129,12 +130,13 @@ def check_models(options: argparse.Namespace, *, text: bool) -> None:
     """Look at the headers of all files of the models, without T5 if not `text`.
 
     Raises:
-        ValueError, OSError: one is missing, or holds something else.
+        ValueError, OSError: one is missing, holds something else, or lacks a block that is to be skipped.
     """
     if text:
         open_part(options.t5, "t5")
         find_tokenizer(options.t5, options.tokenizer)
-    open_part(options.transformer, "transformer")
+    depth = empty_transformer(open_part(options.transformer, "transformer")).config.depth
+    Guidance(tuple(getattr(options, "skip_block", ()))).check_depth(depth)  # which edits do not have
     for path, _ in options.lora:
         open_checkpoint(path)
     merge([open_part(file, "vae") for file in options.vae])
@@ -205,6 +207,13 @@ class Bars:
         if self.coding is not None:
             self.coding.close()
             self.coding = None
+
+
+def memory_sentence(error: BaseException) -> str:
+    """What there is to say of an allocation that failed."""
+    # PyTorch goes on with its settings, and a CPU's allocator begins with a line of its code.
+    said = str(error).split(" GPU ")[0] if isinstance(error, torch.OutOfMemoryError) else "Main memory is full."
+    return f"{said} Use fewer frames, a smaller size, --quantize or --offload."
 
 
 def say(line: str) -> None:

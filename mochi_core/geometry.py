@@ -12,7 +12,7 @@ FPS = 30  # Mochi's frame rate
 SIZE_STEP = 16  # one latent patch: 8 pixels per latent cell, 2 cells per patch
 KEEP_FRAMES = 19
 """Frames of a clip that are kept to continue it: 4 latents, as Pusa's authors extend videos."""
-MAX_TOKENS = 2**24
+MAX_VIDEO_TOKENS = 2**24
 """Tokens of all videos that are made at once, at most: 35 minutes of 848 x 480, and 377 times what Mochi was trained for."""
 
 
@@ -43,7 +43,7 @@ class VideoSize:
 
     Raises:
         ValueError: height or width is no positive multiple of 16, or num_frames is not 6k + 1; names the nearest
-            valid values. Or there are more than `MAX_TOKENS`.
+            valid values. Or there are more than `MAX_VIDEO_TOKENS`.
     """
 
     height: int = 480
@@ -68,10 +68,10 @@ class VideoSize:
     @property
     def most_frames(self) -> int:
         """Frames of the longest video of this height and width."""
-        return latents_to_frames(MAX_TOKENS * self.num_latents // self.num_tokens)
+        return latents_to_frames(MAX_VIDEO_TOKENS * self.num_latents // self.num_tokens)
 
     def latent_shape(self, batch: int = 1) -> tuple[int, int, int, int, int]:
-        """(B, 12, T, H, W) of the latents; ValueError for more than `MAX_TOKENS`."""
+        """(B, 12, T, H, W) of the latents; ValueError for more than `MAX_VIDEO_TOKENS`."""
         if problem := tokens_problem(self, batch):
             raise ValueError(problem)
         height, width = self.height // SPATIAL_COMPRESSION, self.width // SPATIAL_COMPRESSION
@@ -95,12 +95,12 @@ def frames_problem(num_frames: int) -> str | None:
 
 def tokens_problem(size: VideoSize, batch: int = 1) -> str | None:
     """Why `batch` videos of that size cannot be made at once, or None if they can."""
-    if batch * size.num_tokens <= MAX_TOKENS:
+    if batch * size.num_tokens <= MAX_VIDEO_TOKENS:
         return None
     videos = f"{batch} videos" if batch > 1 else "A video"
     return (
         f"{videos} of {size.num_frames} frames of {size.width} x {size.height} pixels would be more than the "
-        f"{MAX_TOKENS:,} tokens that are made at once; make it smaller or shorter."
+        f"{MAX_VIDEO_TOKENS:,} tokens that are made at once; make it smaller or shorter."
     )
 
 

@@ -65,27 +65,29 @@ def is_much_mapped(module: nn.Module) -> bool:
 
     Of diffusers' layout it is 40 %, because the other layers are merged; of converted weights, what is always float32.
     """
-    sizes = [(tensor.nbytes, is_mapped(tensor)) for _, tensor in _tensors(module)]
+    sizes = [(tensor.nbytes, is_mapped(tensor)) for _, tensor in named_tensors(module)]
     return 4 * sum(size for size, mapped in sizes if mapped) > sum(size for size, _ in sizes)
 
 
 def copy_mapped(module: nn.Module) -> None:
     """Give the parameters and buffers of `module` that lie in a file memory of their own."""
-    for _, tensor in _tensors(module):
+    for _, tensor in named_tensors(module):
         if is_mapped(tensor):
             tensor.data = tensor.data.clone()
 
 
 def remember(model: nn.Module, states: tuple[FileState, ...]) -> None:
     """Note which parameters and buffers of `model` lie in files, and that these were as in `states`."""
-    addresses = frozenset(tensor.data_ptr() for _, tensor in _tensors(model) if is_mapped(tensor))
+    addresses = frozenset(tensor.data_ptr() for _, tensor in named_tensors(model) if is_mapped(tensor))
     setattr(model, ATTRIBUTE, MappedFiles(states, addresses))
 
 
 def mapped_weights(model: nn.Module) -> list[str]:
     """Names of the parameters and buffers of a loaded model that lie in a mapped file now."""
     files = getattr(model, ATTRIBUTE, None)
-    return [] if files is None else [name for name, tensor in _tensors(model) if tensor.data_ptr() in files.addresses]
+    return (
+        [] if files is None else [name for name, tensor in named_tensors(model) if tensor.data_ptr() in files.addresses]
+    )
 
 
 def check_mapped_files(model: nn.Module) -> None:
@@ -101,5 +103,6 @@ def check_mapped_files(model: nn.Module) -> None:
             )
 
 
-def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """All parameters and buffers by name."""
     return chain(model.named_parameters(), model.named_buffers())

@@ -93,7 +93,7 @@ class MochiPipeline(NamedLoras):
         negative_prompt: str | Sequence[str] | None = "",
         height: int = 480,
         width: int = 848,
-        num_frames: int = 85,
+        num_frames: int = 163,
         num_inference_steps: int = 64,
         guidance_scale: float | Sequence[float] = 4.5,
         seed: int = 0,

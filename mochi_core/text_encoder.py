@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .checkpoints import load_into, open_part
 from .checkpoints.names.t5 import hugging_face_entries, t5_config
+from .config import MAX_TEXT_TOKENS
 from .devices import check_device
 from .mapped_files import check_mapped_files
 from .shown import shown
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5EncoderModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-MAX_TOKENS = 256
-"""Length of a prompt in T5 tokens, as in Genmo's pipeline: MAX_T5_TOKEN_LENGTH in genmoai/mochi, mochi_preview/pipelines.py."""
 MAX_CHARACTERS = 20_000
 """Length up to which all of a prompt becomes tokens: one of T5 has 16 characters at most, and a megabyte takes ten seconds."""
 LINE = 120
@@ -60,12 +59,16 @@ def cut_tokens(
     A second result is a warning that quotes what was cut off, as `decode` spells it, and `rest`, which never became tokens;
     None if nothing was.
     """
-    if len(tokens) <= MAX_TOKENS and not rest:
+    if len(tokens) <= MAX_TEXT_TOKENS and not rest:
         return tokens, None
-    kept, lost, end = tokens[: MAX_TOKENS - 1], tokens[MAX_TOKENS - 1 : -1], tokens[MAX_TOKENS - 1 :][-1:]
+    kept, lost, end = (
+        tokens[: MAX_TEXT_TOKENS - 1],
+        tokens[MAX_TEXT_TOKENS - 1 : -1],
+        tokens[MAX_TEXT_TOKENS - 1 :][-1:],
+    )
     count = f"more than {len(tokens)}" if rest else len(tokens)
     quote = _shortened((decode(lost) if lost else "") + rest)
-    return kept + end, f"The prompt has {count} tokens and Mochi reads {MAX_TOKENS}; cut off: “{quote}”"
+    return kept + end, f"The prompt has {count} tokens and Mochi reads {MAX_TEXT_TOKENS}; cut off: “{quote}”"
 
 
 def _shortened(text: str) -> str:
@@ -82,8 +85,8 @@ def empty_prompts(
 
     Genmo's pipeline zeroes both, the end token included (genmoai/mochi, mochi_preview/pipelines.py).
     """
-    embeds = torch.zeros(count, MAX_TOKENS, width, dtype=dtype, device=device)
-    return embeds, torch.zeros(count, MAX_TOKENS, dtype=torch.bool, device=device)
+    embeds = torch.zeros(count, MAX_TEXT_TOKENS, width, dtype=dtype, device=device)
+    return embeds, torch.zeros(count, MAX_TEXT_TOKENS, dtype=torch.bool, device=device)
 
 
 class TextEncoder:

@@ -41,9 +41,8 @@ def files(*kinds: str) -> list[str]:
     for kind in kinds:
         folder_paths.get_filename_list(kind)
     walks = folder_paths.filename_list_cache
-    if any(
-        kind not in walks for kind in kinds
-    ):  # another pack lists the files in a way of its own, or has cleared the cache
+    # Another pack lists the files in a way of its own, or has cleared the cache.
+    if any(kind not in walks for kind in kinds):
         return _listed(kinds)
     return [*_listed_once(kinds, tuple(walks[kind][WALKED_AT] for kind in kinds))]
 

@@ -45,7 +45,7 @@ def register() -> None:
 async def ordering(request: web.Request, handler) -> web.StreamResponse:
     """Sorts this pack's titles in the host's answer, and leaves every other answer alone."""
     response = await handler(request)
-    if request.path in ROUTES and isinstance(response, web.Response) and response.text:
+    if request.path in ROUTES and isinstance(response, web.Response) and response.status == 200 and response.text:
         titles = json.loads(response.text)
         titles[PACK] = sorted(titles.get(PACK, []), key=place)
         response.text = json.dumps(titles)

@@ -20,7 +20,7 @@ from ..quantization.weights import quantize_fp8
 from .formats.reader import open_checkpoint
 from .formats.writer import write_safetensors
 from .loading import ModelSpec, check_fit, checked_when_read, model_spec
-from .names.detect import FRAME_LEVELS, find_parts, has_frame_levels, select_part
+from .names.detect import FRAME_LEVELS_KEY, find_parts, has_frame_levels, select_part
 from .names.diffusers import autoencoder_rules, to_diffusers, transformer_rules
 from .names.notes import NOTE, note_tensor
 from .names.quantized import is_block_matrix
@@ -80,7 +80,7 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
         converted = _to_diffusers(converted, model)
     metadata = {key: value for key, value in checkpoint.metadata.items() if key != QUANTIZATION}
     if part == "transformer" and has_frame_levels(checkpoint):
-        metadata[FRAME_LEVELS] = "true"  # the file may get a name that does not say it
+        metadata[FRAME_LEVELS_KEY] = "true"  # the file may get a name that does not say it
     return Conversion(converted, {"format": "pt", **metadata}, _config_entries(model), WEIGHTS[part])
 
 

@@ -22,6 +22,7 @@ SECONDS = 10
 """Longest wait for another program's answer."""
 OPTIONAL = ("triton", *sorted({backend.package.split(".")[0] for backend in BACKENDS.values() if backend.package}))
 """Modules that are used where they are installed."""
+NOT_INSTALLED = "not installed"
 
 
 def system() -> str:
@@ -65,7 +66,7 @@ def _known(version: Callable[..., str], *arguments: str) -> str:
 
 def _version(module: str) -> str:
     distributions = importlib.metadata.packages_distributions().get(module)
-    return importlib.metadata.version(distributions[0]) if distributions else "not installed"
+    return importlib.metadata.version(distributions[0]) if distributions else NOT_INSTALLED
 
 
 def driver() -> str:

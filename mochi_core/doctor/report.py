@@ -41,9 +41,9 @@ def examine(device: torch.device | str, files: Sequence[str | Path] = ()) -> dic
     found |= {name: attempt(_on, device, check) for name, check in CHECKS.items()}
     found["files"] = [{"file": Path(file).name, **attempt(_on, device, file_needs, file)} for file in files]
     private = {str(Path(file).parent) + os.sep: "" for file in files if Path(file).parent != Path()}
-    return without_folders(
-        found, private | {str(ROOT): "<pack>", tempfile.gettempdir(): "<temporary>", str(Path.home()): "~"}
-    )
+    private |= {str(ROOT): "<pack>", tempfile.gettempdir(): "<temporary>", str(Path.home()): "~"}
+    private.pop(Path.home().anchor, None)  # the home of a container's nameless user, and of nobody
+    return without_folders(found, private)
 
 
 def without_folders(found: Any, folders: dict[str, str]) -> Any:

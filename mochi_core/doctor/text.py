@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..shown import sentence
+from .machine import NOT_INSTALLED
 
 WIDTH = 100
 MAX_LINES = 2
 """Most lines of one finding; a longer one is cut in the text, and whole in the data."""
 MAX_DEVICES = 8
 GB, MB, GIB = 1e9, 1e6, 2**30
+PROBLEM = "could not be found out: "
 
 
 def render(report: dict[str, Any]) -> str:
@@ -52,9 +54,6 @@ def _verdict(failed: list[str]) -> str:
     return f"{len(failed)} {'check has' if len(failed) == 1 else 'checks have'} FAILED: {', '.join(failed)}"
 
 
-PROBLEM = "could not be found out: "
-
-
 def _wrap(line: str) -> list[str]:
     indent = " " * (len(line) - len(line.lstrip()) + 4)
     return textwrap.wrap(
@@ -67,12 +66,9 @@ def _is_problem(found: Any) -> bool:
 
 
 def _versions(found: dict[str, str]) -> list[str]:
-    there = [f"{name} {version}" for name, version in found.items() if version != MISSING]
-    missing = [name for name, version in found.items() if version == MISSING]
+    there = [f"{name} {version}" for name, version in found.items() if version != NOT_INSTALLED]
+    missing = [name for name, version in found.items() if version == NOT_INSTALLED]
     return [f"versions: {', '.join(there)}", *([f"not installed: {', '.join(missing)}"] if missing else [])]
-
-
-MISSING = "not installed"
 
 
 def _one(name: str) -> Callable[[str], list[str]]:

@@ -20,6 +20,8 @@ WORDS_LENGTH = 40
 """Characters of a prompt in the name of its file, at most; with four bytes each and what follows, a name may have 255."""
 NOT_THE_VIDEO = {"command", "prompts", "output", "address", "workers", "gpus_per_worker", "device", "offload"}
 """Options that say where and how a video is made, and not which one."""
+GIVEN_FILES = ("image", "last_image", "video")
+"""Options that name what a video is made from: of these files the content counts, of those of models the path."""
 
 
 @dataclass
@@ -90,7 +92,7 @@ def line_options(line: str, common: argparse.Namespace) -> argparse.Namespace:
         said = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON ({without_advice(error)}); write an object such as {EXAMPLE}.") from error
-    if not isinstance(said, dict) or "prompt" not in said:
+    if not isinstance(said, dict) or not isinstance(said.get("prompt"), str):
         raise ValueError(f"no JSON object with a prompt; write one such as {EXAMPLE}.")
     parser = LineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prompt")
@@ -125,9 +127,10 @@ class LineParser(argparse.ArgumentParser):
 
 
 def video_name(options: argparse.Namespace) -> str:
-    """A file name that is safe everywhere: words of the prompt, and a checksum of all that the video depends on."""
+    """A file name that is safe everywhere: words of the prompt, and a checksum of the options and of the given frames."""
     text = unicodedata.normalize("NFC", options.prompt[: 10 * WORDS_LENGTH]).lower()
     words = re.sub(r"[\W_]+", "-", text)[:WORDS_LENGTH].strip("-")
     asked = {name: value for name, value in sorted(vars(options).items()) if name not in NOT_THE_VIDEO}
+    asked |= {name: hashlib.sha256(asked[name].read_bytes()).hexdigest() for name in GIVEN_FILES if asked[name]}
     checksum = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:12]
     return f"{words}-{checksum}.mp4".removeprefix("-")

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..autoencoder.streaming import OutOfMemory
-from ..generate import load_pipeline, make_file
+from ..autoencoder.streaming import OutOfMemory, is_out_of_memory
+from ..generate import load_pipeline, make_file, memory_sentence
 from ..parallel.launch import MemberError, join, own_device, together
 from ..pipeline import MochiPipeline
 from ..shown import sentence
 
-EXPECTED = (ValueError, OSError, SafetensorError, OutOfMemory, torch.OutOfMemoryError)
-"""Errors after which a process can make other videos; after others, such as those of a GPU's kernel, it may not."""
+EXPECTED = (ValueError, OSError, SafetensorError, OutOfMemory)
+"""Errors after which a process can make other videos, as it can after memory was full; after others, such as those of a GPU's
+kernel, it may not."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,11 @@ def outcome_of(work: Callable[[], bytes], session: ExitStack) -> Outcome:
             video, error, broken = work(), "", False
         except Exception as failure:
             failure = ended_by(failure, session)
-            video, error, broken = b"", sentence_of(failure), not isinstance(failure, EXPECTED)
+            video, error, broken = (
+                b"",
+                sentence_of(failure),
+                not (isinstance(failure, EXPECTED) or is_out_of_memory(failure)),
+            )
     gc.collect()  # of a failure, tensors that its frames held
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -111,6 +116,6 @@ def ended_by(failure: Exception, session: ExitStack) -> Exception:
 
 
 def sentence_of(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):  # PyTorch goes on with its settings
-        return f"{str(error).split(' GPU ')[0]} Use fewer frames, a smaller size, --quantize or --offload."
-    return sentence(error if isinstance(error, (*EXPECTED, MemberError)) else f"{type(error).__name__}: {error}")
+    if isinstance(error, (*EXPECTED, MemberError)):
+        return sentence(error)
+    return memory_sentence(error) if is_out_of_memory(error) else sentence(f"{type(error).__name__}: {error}")

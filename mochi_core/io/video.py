@@ -44,7 +44,7 @@ def save_video(frames: np.ndarray[Any, Any] | Tensor, path: str | Path, fps: int
         fps: frames per second.
 
     Raises:
-        ValueError: another shape.
+        ValueError: another shape, or an odd size.
         OSError: it cannot be written.
     """
     with video_file(path, fps) as writer:
@@ -83,7 +83,10 @@ class VideoWriter:
 
         images = _as_uint8(frames)
         if not self.stream.codec_context.is_open:
-            self.stream.height, self.stream.width = images.shape[1:3]
+            height, width = images.shape[1:3]
+            if height % 2 or width % 2:
+                raise ValueError(f"frames have {width} x {height} pixels; H.264 takes even sizes.")
+            self.stream.height, self.stream.width = height, width
         for image in images:
             frame = VideoFrame.from_ndarray(image, format="rgb24").reformat(
                 format=self.stream.pix_fmt, dst_colorspace=BT709, dst_color_range=LIMITED_RANGE
@@ -108,7 +111,7 @@ def as_frames(frames: Any) -> Tensor:
         ValueError: another shape, or other values.
     """
     try:
-        array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+        array = _as_array(frames)
     except ValueError as error:
         raise ValueError("Images of a clip have different sizes; give them one.") from error
     if array.ndim not in (3, 4) or array.shape[-1] not in (3, 4) or 0 in array.shape:
@@ -119,8 +122,15 @@ def as_frames(frames: Any) -> Tensor:
     return scaled if scaled.ndim == 4 else scaled[None]
 
 
+def _as_array(frames: Any) -> np.ndarray[Any, Any]:
+    if not isinstance(frames, Tensor):
+        return np.asarray(frames)
+    there = frames.detach().cpu()
+    return (there.float() if there.is_floating_point() else there).numpy()  # NumPy has no bfloat16
+
+
 def _as_uint8(frames: np.ndarray[Any, Any] | Tensor) -> np.ndarray[Any, Any]:
-    images = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
+    images = _as_array(frames)
     if images.ndim == 5 and len(images) == 1:
         images = images[0]
     if images.ndim != 4 or images.shape[-1] != 3:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from .. import interrupts
-from ..autoencoder.streaming import OutOfMemory
+from ..autoencoder.streaming import OutOfMemory, is_out_of_memory
 from ..checkpoints import load_vae
 from ..devices import default_device
 from ..dtypes import DTYPES
@@ -34,12 +34,14 @@ def run(options: argparse.Namespace) -> int:
     warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {sentence(message)}", file=sys.stderr)
     try:
         return COMMANDS[options.command](options)
-    except torch.OutOfMemoryError as error:
-        asked = str(error).split(". ")[0]
-        print(f"error: {asked}; see gradient_checkpointing, quantize and batch_size in docs/train.md.", file=sys.stderr)
-        return 2
     except (ValueError, OSError, SafetensorError, OutOfMemory) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = str(error).split(". ")[0] if isinstance(error, torch.OutOfMemoryError) else "main memory is full"
+        print(f"error: {asked}; see gradient_checkpointing, quantize and batch_size in docs/train.md.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -22,9 +22,8 @@ MAX_DIGITS = 12
 
 def read_size(text: Any) -> tuple[int, int]:
     """(width, height) of "848x480"; ValueError for anything else."""
-    if not isinstance(
-        text, str
-    ):  # no text is made of lists: by aliases, they can hold more than any machine could write
+    # No text is made of lists: by aliases, they can hold more than any machine could write.
+    if not isinstance(text, str):
         raise ValueError("it is no text.")
     width, _, height = text.partition("x")
     if len(width) + len(height) > MAX_DIGITS:
@@ -37,6 +36,13 @@ def _read_number(value: Any) -> Any:
     return float(value) if isinstance(value, str) else value
 
 
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError("there is no such home folder.") from error
+
+
 # The descriptions end the sentences of `_sentence`: "steps is 0, but must be a whole number, 1 or more."
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT, description="a whole number, 1 or more")]
 CountOrZero = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT, description="a whole number, 0 or more")]
@@ -44,7 +50,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidat
 Positive = Annotated[Number, Field(gt=0, description="a number above 0")]
 NotNegative = Annotated[Number, Field(ge=0, description="a number, 0 or more")]
 Fraction = Annotated[Number, Field(ge=0, le=1, description="a number from 0 to 1")]
-FilePath = Annotated[Path, AfterValidator(Path.expanduser), Field(description="a file or folder")]
+FilePath = Annotated[Path, AfterValidator(_expanded), Field(description="a file or folder")]
 Size = Annotated[
     tuple[int, int], BeforeValidator(read_size), Field(description="a width and a height, such as 848x480")
 ]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..checkpoints import from_state_dict, load_transformer
 from ..checkpoints.formats.writer import write_safetensors
-from ..checkpoints.names.detect import FRAME_LEVELS
+from ..checkpoints.names.detect import FRAME_LEVELS_KEY
 from ..dtypes import DTYPES
 from ..quantization.weights import QuantizedLinear
 from ..transformer.model import AsymmDiT
@@ -65,6 +65,6 @@ def _write_all(stem: Path, dit: AsymmDiT) -> Path:
     stored = AsymmDiT(dit.config, device="meta", dtype=torch.bfloat16)  # its parameters have the dtypes of a file
     dtypes = {name: parameter.dtype for name, parameter in stored.named_parameters()}
     tensors = {name: value.detach().to("cpu", dtypes[name]) for name, value in dit.named_parameters()}
-    note = {FRAME_LEVELS: "true"} if dit.has_frame_levels else {}
+    note = {FRAME_LEVELS_KEY: "true"} if dit.has_frame_levels else {}
     write_safetensors(path, from_state_dict(tensors), {"format": "pt", **note})
     return path

@@ -163,12 +163,18 @@ def choose_attention(name: str, device: torch.device | str, dtype: torch.dtype, 
 def _fastest(probe: Tensor) -> AttentionChoice:
     if probe.device.type != "cuda":
         return AttentionChoice(sdpa, "sdpa", f"PyTorch's own on {probe.device.type}")
-    architecture, _ = torch.cuda.get_device_capability(probe.device)
-    order = CUDNN_FIRST if architecture in CUDNN_IS_FASTEST_ON else FLASH_FIRST
+    order = _order(probe.device)
     first = next(name for name in order if unsupported_reason(name, probe) is None)
     reason = f"exact, and by published figures the fastest on {torch.cuda.get_device_name(probe.device)}"
     # All of them, so that a shape that the first does not take goes to the next.
     return AttentionChoice(_kernels(*order), first, reason)
+
+
+def _order(device: torch.device) -> tuple[str, ...]:
+    """PyTorch's kernels, the fastest on `device` first."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    cudnn = is_nvidia and torch.cuda.get_device_capability(device)[0] in CUDNN_IS_FASTEST_ON
+    return CUDNN_FIRST if cudnn else FLASH_FIRST
 
 
 def unsupported_reason(name: str, probe: Tensor) -> str | None:
@@ -237,8 +243,7 @@ def _lse_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     if device.type == "cpu":
         return "cpu"
     probe = torch.zeros(1, 1, PROBE_LENGTH, head_dim, device=device, dtype=dtype)
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in CUDNN_IS_FASTEST_ON
-    for name in CUDNN_FIRST if hopper else FLASH_FIRST:
+    for name in _order(device):
         if name in LSE_KERNELS and _error_of(lambda *qkv, name=name: LSE_KERNELS[name](*qkv)[0], probe) is None:
             return name
     raise ValueError(f"No attention for {dtype} on {device} can be done in a ring; use ulysses instead of ring.")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ..config import AsymmDiTConfig
+from ..config import MAX_TEXT_TOKENS, AsymmDiTConfig
 from .layers import FEED_FORWARD_TOKEN_CHUNK
 
-MAX_TEXT_TOKENS = 256
 SMALL_TENSORS = 48 * 2**20
 """Bytes of float32 chunks, text streams and the rotary table, which do not grow with the video."""
 

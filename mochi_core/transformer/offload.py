@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from ..mapped_files import check_mapped_files
+from ..mapped_files import check_mapped_files, named_tensors
 from .model import AsymmDiT
 
 
@@ -196,8 +195,3 @@ def without(modulators: dict[nn.Module, Weights], module: nn.Module) -> Weights:
         return [tensor for _, tensor in named_tensors(module) if tensor not in excluded]
 
     return Weights(find)
-
-
-def named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """All parameters and buffers by name."""
-    return chain(module.named_parameters(), module.named_buffers())

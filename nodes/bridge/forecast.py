@@ -14,9 +14,10 @@ import torch
 from ...mochi_core import AsymmDiTConfig, VideoSize
 from ...mochi_core.checkpoints import open_checkpoint, quantize_block_matrices, select_part
 from ...mochi_core.checkpoints.names.sizes import dit_config
+from ...mochi_core.config import MAX_TEXT_TOKENS
 from ...mochi_core.doctor.forecast import denoising_bytes, memory_sentence
 from ...mochi_core.doctor.needs import loaded_bytes
-from ...mochi_core.text_encoder import MAX_TOKENS, cut_text, cut_tokens
+from ...mochi_core.text_encoder import cut_text, cut_tokens
 from .model import choose_dtypes
 from .other_files import naming_loaders
 from .text import TOKENS_KEY, count_tokens, expect_any_length, spell
@@ -43,7 +44,7 @@ def describe_prompt(prompt: str) -> str:
         expect_any_length(tokenizer)
         (tokens,) = tokenizer.tokenize_with_weights(text, disable_weights=True)[TOKENS_KEY]
         _, warning = cut_tokens(tokens, functools.partial(spell, tokenizer), rest)
-    return warning or f"{count_tokens(tokens)} of {MAX_TOKENS} tokens"
+    return warning or f"{count_tokens(tokens)} of {MAX_TEXT_TOKENS} tokens"
 
 
 @dataclass(frozen=True)

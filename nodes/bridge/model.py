@@ -25,11 +25,11 @@ from ...mochi_core.checkpoints import (
     is_block_matrix,
     quantize_block_matrices,
 )
+from ...mochi_core.config import MAX_TEXT_TOKENS
 from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.ops import Ops
 from ...mochi_core.parallel.sequence import TokenSplit
-from ...mochi_core.text_encoder import MAX_TOKENS, empty_prompts
-from ...mochi_core.transformer.layers import TIMESTEP_PERIOD
+from ...mochi_core.text_encoder import empty_prompts
 from . import parallel
 from .attention import host_attention, set_attention
 from .cache import cached_run_block
@@ -74,9 +74,9 @@ class HostAsymmDiT(AsymmDiT):
         self.in_channels = self.out_channels = config.in_channels
         self.patch_size, self.num_heads, self.head_dim = config.patch_size, config.num_heads, config.head_dim
         self.hidden_size_x, self.hidden_size_y = config.hidden_size_x, config.hidden_size_y
-        self.use_t5, self.t5_feat_dim, self.t5_token_length = True, config.text_width, MAX_TOKENS
+        self.use_t5, self.t5_feat_dim, self.t5_token_length = True, config.text_width, MAX_TEXT_TOKENS
         self.learn_sigma = self.attend_to_padding = self.use_extended_posenc = False
-        self.posenc_preserve_area, self.rope_theta = True, TIMESTEP_PERIOD
+        self.posenc_preserve_area, self.rope_theta = True, 10000.0
 
     def _keep_small_parts_exact(self) -> None:
         """Have only the large matrices of the blocks in 8 bits."""

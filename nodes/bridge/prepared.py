@@ -8,7 +8,7 @@ schedule is computed for each call; so is everything where hooks change the weig
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,9 +46,8 @@ class Conditioning:
         lengths = self.text.lengths[samples]
         tokens = take(self.text.tokens)[:, : max(lengths, default=0)]
         blocks = tuple((take(x), take(y)) for x, y in self.modulation.blocks)
-        rope = replace(self.rope, frames=self.rope.frames.to(device), spatial=self.rope.spatial.to(device))
         text = TextConditioning(tokens, lengths, take(self.text.pooled))
-        return Conditioning(text, Modulation(blocks, take(self.modulation.final)), rope)
+        return Conditioning(text, Modulation(blocks, take(self.modulation.final)), self.rope.to(device))
 
 
 def conditioning_of(

@@ -1,7 +1,6 @@
 """Every backend that runs here equals plain SDPA; every other one says why it does not."""
 
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,14 +8,12 @@ from torch.nn.attention import current_flash_attention_impl
 
 from mochi_core import MochiPipeline, linear_quadratic_schedule, sample
 from mochi_core.__main__ import main
-from mochi_core.transformer import attention
 from mochi_core.transformer.attention import (
     ATTENTIONS,
     BACKENDS,
     HALF,
     KERNELS,
     _error_of,
-    _fastest,
     choose_attention,
     sdpa,
     unsupported_reason,
@@ -58,29 +55,6 @@ def test_what_runs_on_a_cpu():
     assert [name for name in BACKENDS if unsupported_reason(name, probe) is None] == ["flash", "math"]
     automatic = choose_attention("auto", "cpu", torch.float32)
     assert (automatic.run, automatic.name, automatic.reason) == (sdpa, "sdpa", "PyTorch's own on cpu")
-
-
-@pytest.mark.parametrize(
-    ("capability", "order"),
-    [
-        ((8, 0), ["flash", "cudnn", "efficient", "math"]),
-        ((8, 9), ["flash", "cudnn", "efficient", "math"]),
-        ((9, 0), ["cudnn", "flash", "efficient", "math"]),
-        ((10, 0), ["cudnn", "flash", "efficient", "math"]),
-        ((12, 0), ["flash", "cudnn", "efficient", "math"]),
-    ],
-)
-def test_preferences_on_nvidia_gpus(monkeypatch, capability, order):
-    """The first that can be used, in PyTorch's own order of preference."""
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "a GPU")
-    probe = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
-    for unusable in range(len(order)):
-        reasons = dict.fromkeys(order[:unusable], "cannot be used")
-        monkeypatch.setattr(attention, "unsupported_reason", lambda name, _, reasons=reasons: reasons.get(name))
-        assert _fastest(probe).name == order[unusable]
-    assert attention.CUDNN_FIRST == ("cudnn", "flash", "efficient", "math")
-    assert attention.FLASH_FIRST == ("flash", "cudnn", "efficient", "math")
 
 
 def test_a_refusal_says_why_and_what_else_there_is():

@@ -241,6 +241,24 @@ def test_a_file_that_was_chosen_by_mistake_is_not_to_be_downloaded_again(tmp_pat
         open_checkpoint(tmp_path / name)
 
 
+def test_a_t5_is_found_beside_another_encoder_that_begins_like_one(tmp_path):
+    t5 = random_t5()
+    bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    umt5 = {**t5, bias.format(1): t5[bias.format(0)].clone()}
+    path = save(
+        tmp_path / "both.safetensors", {**umt5, **{f"text_encoders.t5xxl.transformer.{n}": t for n, t in t5.items()}}
+    )
+    assert set(open_part(path, "t5").tensors) == set(open_part(save(tmp_path / "t5.safetensors", t5), "t5").tensors)
+
+
+@pytest.mark.parametrize("begins", [b"<", b" <", b"\n<"])
+def test_a_header_may_be_as_long_as_the_first_letters_of_a_web_page(tmp_path, begins):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    length = int.from_bytes(begins, "little") + (2**16 if begins == b"<" else 0)
+    (tmp_path / "x.safetensors").write_bytes(length.to_bytes(8, "little") + header.ljust(length) + bytes(4))
+    assert open_checkpoint(tmp_path / "x.safetensors").tensors["x"].read().tolist() == [0]
+
+
 def test_pickles_with_code_are_refused(tmp_path):
     import pickle
 

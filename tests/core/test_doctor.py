@@ -259,6 +259,12 @@ def test_folders_with_names_of_people_are_not_told(monkeypatch):
     assert found["kernels"]["problem"] == "[Errno 13] Permission denied: '~/.triton/cache'; see <pack>/dev.py"
 
 
+def test_a_home_that_is_everything_is_no_name_of_a_person(monkeypatch):
+    monkeypatch.setenv("HOME", "/")
+    monkeypatch.setattr(report, "CHECKS", {"kernels": lambda _: {"problem": "see https://example.org/a/b"}})
+    assert examine("cpu")["kernels"]["problem"] == "see https://example.org/a/b"
+
+
 def test_a_device_that_does_not_exist_leaves_the_machine_to_be_told():
     text = render(examine("nonsense", MODELS[:1]))
     assert lines_about(text, "versions: mochi-nodes 0.1.0")

@@ -285,7 +285,7 @@ def test_a_video_that_is_too_long_is_refused_and_not_cut(source, capsys, monkeyp
     """The video has 15 frames, of which 13 are 6k + 1: three latents of 16 tokens."""
     models = ["--transformer", "none", "--t5", "none", "--vae", "none", "-o", str(source.with_name("x.mp4"))]
     for most, refused in ((47, True), (48, False)):
-        monkeypatch.setattr(geometry, "MAX_TOKENS", most)
+        monkeypatch.setattr(geometry, "MAX_VIDEO_TOKENS", most)
         assert main(["edit", *models, *ASKED, *TINY, "--video", str(source)]) == 2
         sentence = f"A video of 13 frames of 64 x 64 pixels would be more than the {most} tokens that are made at once"
         assert (sentence in capsys.readouterr().err) == refused

@@ -69,6 +69,7 @@ def jobs_of(path, *arguments):
         ("[" * 100_000, "line 2: no JSON ("),
         ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "line 2: no JSON (Exceeds the limit"),
         ('["a kite"]', 'line 2: no JSON object with a prompt; write one such as {"prompt": "a red kite", "seed": 7}'),
+        ('{"prompt": false}', "line 2: no JSON object with a prompt"),
         ('{"text": "a kite"}', "line 2: no JSON object with a prompt"),
         ('{"prompt": "a", "hight": 480}', "line 2: hight is nothing that a video has; use prompt, negative_prompt, "),
         ('{"prompt": "a", "height": 33}', "line 2: height is 33"),
@@ -180,6 +181,18 @@ def test_names_of_files_are_safe_and_stay(tmp_path):
         assert video_name(argparse.Namespace(**{**vars(kite), name: value})) == jobs[-1].file, name
 
 
+def test_a_picture_that_was_changed_makes_another_video(tmp_path):
+    path, picture = (
+        write_prompts(tmp_path, [{"prompt": "a kite", "image": str(tmp_path / "kite.png")}]),
+        tmp_path / "kite.png",
+    )
+    files = []
+    for grey in (0, 0, 99):
+        Image.new("RGB", (32, 32), (grey,) * 3).save(picture)
+        files.append(jobs_of(path, *NO_MODELS)[0].file)
+    assert files[0] == files[1] != files[2]
+
+
 def test_without_ray(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     path = write_prompts(tmp_path, [THERE])
@@ -196,6 +209,11 @@ def test_without_ray(tmp_path, capsys, monkeypatch):
                 "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24 GiB."
             ),
             "CUDA out of memory. Tried to allocate 2.00 GiB. Use fewer frames, a smaller size, --quantize or --offload.",
+            False,
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+            "Main memory is full. Use fewer frames, a smaller size, --quantize or --offload.",
             False,
         ),
         (

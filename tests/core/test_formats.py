@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -395,6 +396,15 @@ def test_lying_gguf_headers(dit, tmp_path, kind, message):
     with pytest.raises(ValueError, match=message) as error:
         open_checkpoint(tmp_path / "x.gguf")
     assert "x.gguf" in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "code"), [(6, "f"), (12, "d"), (7, "?")], ids=["f32", "f64", "bool"])
+def test_a_gguf_alignment_is_a_whole_number(tmp_path, kind, code):
+    name = b"general.alignment"
+    key = struct.pack(f"<Q{len(name)}sI{code}", len(name), name, kind, 32)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key)
+    with pytest.raises(ValueError, match=r"its alignment is (32\.0|True) and must be a power of two"):
+        open_checkpoint(tmp_path / "x.gguf")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from mochi_core.__main__ import main
 from mochi_core.checkpoints import from_state_dict, load_tiny_vae, load_transformer, load_vae
 from mochi_core.checkpoints.formats.writer import write_safetensors
 from mochi_core.io.latent_files import load_latents, save_latents
-from mochi_core.io.video import video_file
+from mochi_core.io.video import as_frames, video_file
 from mochi_core.output_files import folder, replacing
 from mochi_core.train.state import replace_state
 from tests.harness import trained
@@ -174,6 +174,18 @@ def test_saved_video_can_be_read_back(tmp_path):
     assert np.abs(frames[..., 0].mean((1, 2)) - 255 * np.linspace(0, 1, 7)).max() < 8
     with pytest.raises(ValueError, match="one video is"):
         save_video(np.zeros((2, 7, 32, 48, 3)), tmp_path / "y.mp4")
+    with pytest.raises(ValueError, match="frames have 33 x 32 pixels"):
+        save_video(np.zeros((7, 32, 33, 3)), tmp_path / "y.mp4")
+    assert not (tmp_path / "y.mp4").exists()
+
+
+def test_frames_may_have_any_floating_point_dtype(tmp_path):
+    frames = torch.rand(7, 32, 48, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for name, given in (("one", frames), ("other", frames.float())):
+        save_video(given, tmp_path / f"{name}.mp4")
+    one, other = (path.read_bytes() for path in tmp_path.iterdir())
+    assert one == other
+    torch.testing.assert_close(as_frames(frames), frames.float(), rtol=0, atol=0)
 
 
 def test_the_same_frames_make_the_same_file(tmp_path):
@@ -291,6 +303,18 @@ def test_settings_are_looked_at_before_anything_is_loaded(tmp_path, capsys, opti
     output = ("-o", str(tmp_path / "x.mp4"))
     assert main(["generate", *models, "--prompt", "a kite", "--device", "cpu", *output, option, value]) == 2
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_a_block_to_skip_is_looked_for_before_anything_is_loaded(models, tokenizer, tmp_path, capsys):
+    options = [
+        str(word)
+        for option in {**models, "--tokenizer": tokenizer, "-o": tmp_path / "x.mp4"}.items()
+        for word in option
+    ]
+    assert main(["generate", *options, "--prompt", "a kite", "--device", "cpu", "--skip-block", "60"]) == 2
+    said = capsys.readouterr().err
+    assert "skip_blocks names block 60" in said
+    assert "loading" not in said
 
 
 @pytest.mark.parametrize("missing", ["--transformer", "--t5", "--tokenizer", "--lora", "--vae"])
@@ -473,12 +497,51 @@ def test_a_state_is_not_gathered_in_memory(tmp_path):
         ("folder.mp4", "is a folder; choose the name of a file."),
     ],
 )
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, capsys, place, message):
+@pytest.mark.parametrize("command", ["generate", "edit", "decode"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_path, capsys, command, place, message):
     (tmp_path / "folder.mp4").mkdir()
-    files = ["--transformer", "a", "--vae", "b", "--t5", "c", "--prompt", "x"]
-    assert main(["generate", *files, "-o", str(tmp_path / place)]) == 2
+    save_latents(torch.zeros(1, 12, 1, 2, 2), tmp_path / "x.latent")
+    models = ["--transformer", "a", "--t5", "c", "--prompt", "x"]
+    arguments = {
+        "generate": models,
+        "edit": [*models, "--source-prompt", "y", "--video", "d"],
+        "decode": [str(tmp_path / "x.latent")],
+    }
+    assert main([command, *arguments[command], "--vae", "b", "-o", str(tmp_path / place)]) == 2
     assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.rglob("*")] == ["folder.mp4"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder.mp4", "x.latent"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+            "CUDA out of memory. Tried to",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+            "Main memory is full.",
+        ),
+        (MemoryError(), "Main memory is full."),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
+def test_memory_that_is_full_is_one_sentence_with_a_remedy(monkeypatch, tmp_path, capsys, error, said):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("mochi_core.commands.load_latents", full)
+    assert main(["decode", "x.latent", "--vae", "none", "-o", str(tmp_path / "x.mp4"), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert line.endswith("Use fewer frames, a smaller size, --quantize or --offload.")
+
+
+def test_an_error_of_another_kind_is_not_hidden(monkeypatch):
+    monkeypatch.setattr("mochi_core.commands.load_latents", lambda _: [][0])
+    with pytest.raises(IndexError):
+        main(["decode", "x.latent", "--vae", "none", "--device", "cpu"])
 
 
 def test_a_video_that_fails_leaves_what_was_there(tmp_path):

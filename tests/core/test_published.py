@@ -10,10 +10,10 @@ from torch.nn.attention import SDPBackend
 
 from mochi_core import AsymmDiT, denormalize_latents, normalize_latents
 from mochi_core.autoencoder.model import Posterior
+from mochi_core.config import MAX_TEXT_TOKENS
 from mochi_core.geometry import FPS, VideoSize
 from mochi_core.quantization.ggml import BLOCK_TYPES
 from mochi_core.sampling.block_cache import LARGEST_FITTED, output_change
-from mochi_core.text_encoder import MAX_TOKENS
 from mochi_core.transformer import attention
 from mochi_core.transformer.layers import FinalLayer, TimestepEmbedder, gated_residual, modulated_norm, rms_norm
 from mochi_core.transformer.rope import axis_positions
@@ -124,7 +124,7 @@ def test_positions_cover_192_by_192(rows, columns):
 def test_sizes():
     """The published demonstration has 163 frames of 848 x 480, 30 a second, 44,520 tokens, 256 tokens of text."""
     size = VideoSize()
-    assert (size.width, size.height, size.num_frames, FPS, MAX_TOKENS) == (848, 480, 163, 30, 256)
+    assert (size.width, size.height, size.num_frames, FPS, MAX_TEXT_TOKENS) == (848, 480, 163, 30, 256)
     assert (size.latent_shape(), size.num_tokens) == ((1, 12, 28, 60, 106), 44520)
 
 

@@ -81,6 +81,7 @@ def test_the_example_in_the_documentation_is_complete():
         (NEEDED + "dtype: fp16\n", "dtype is 'fp16', but must be one of bf16, fp32."),
         (NEEDED + "quantize: int4\n", "quantize is 'int4', but must be one of fp8, int8, q4_0."),
         (NEEDED + "output: 3\n", "output is 3, but must be a file or folder."),
+        (NEEDED.replace("clips", "~nobody-of-that-name/clips"), "dataset is '~nobody-of-that-name/clips', but must be"),
         (NEEDED + "lora: 16\n", "lora is 16, but must be a section with keys of its own."),
         (NEEDED + "lora: {rank: 16}\n", "in lora, there is no key rank; the keys are qkv_proj_lora_rank"),
         (NEEDED + "sample: {vae: a, t5: b}\n", "in sample, prompts is missing; it is a list of texts."),

@@ -235,6 +235,7 @@ def safetensors_bomb(rng: Rng, folder: Path) -> Path:
         lambda: with_header({"__metadata__": {"_quantization_metadata": "[" * count}, "a": entry}, b""),
         lambda: with_header({"__metadata__": {f"k{i}": "v" * 50 for i in range(count)}, "a": entry}, b""),
         lambda: with_header({"a": {**entry, "shape": [10 ** rng.randrange(30), 0]}}, b""),
+        lambda: with_header(json.dumps({"a": entry}).encode().ljust(rng.choice((0x3C20, 0x3C0A, 0x1003C))), b""),
     ]
     return written(folder / "m.safetensors", rng.choice(bombs)())
 
@@ -245,12 +246,14 @@ def gguf_text(text: str | bytes) -> bytes:
 
 
 def gguf_value(rng: Rng) -> bytes:
-    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+    codes = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    sizes = {kind: struct.calcsize(code) for kind, code in codes.items()}
     kind = rng.choice([*sizes, 8, 9, 9, 13])
     if kind == 8:
         return struct.pack("<I", kind) + gguf_text(rng.choice(TEXTS))
     if kind != 9:
-        return struct.pack("<I", kind) + rng.randbytes(sizes.get(kind, 4))
+        plausible = struct.pack(f"<{codes.get(kind, 'I')}", 32)  # an alignment
+        return struct.pack("<I", kind) + rng.choice((plausible, rng.randbytes(sizes.get(kind, 4))))
     inner, count = rng.choice([*sizes, 8, 9]), rng.choice((0, 1, 5, 1000, 2**20, 2**40, 2**63))
     body = gguf_text("t") * min(count, 200_000) if inner == 8 else bytes(min(count, 10**6) * sizes.get(inner, 4))
     return struct.pack("<IIQ", kind, inner, count) + body

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import T5TokenizerFast
 
 from mochi_core import MochiPipeline, load_text_encoder, normalize_latents
-from mochi_core.text_encoder import MAX_TOKENS
+from mochi_core.config import MAX_TEXT_TOKENS
 from tests.harness import trained
 from tests.harness.numbers import relative_error
 from tests.harness.peers import diffusers_dit, diffusers_vae
@@ -53,4 +53,4 @@ def test_latents_agree_with_diffusers(pipelines, negative_prompt):
 
 
 def test_prompts_are_as_long_as_diffusers():
-    assert inspect.signature(DiffusersPipeline.__call__).parameters["max_sequence_length"].default == MAX_TOKENS
+    assert inspect.signature(DiffusersPipeline.__call__).parameters["max_sequence_length"].default == MAX_TEXT_TOKENS

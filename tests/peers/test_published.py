@@ -9,9 +9,8 @@ import torch
 from mochi_core import AsymmDiTConfig, AsymmVAEConfig, linear_quadratic_schedule
 from mochi_core.autoencoder.latents import LATENTS_MEAN, LATENTS_STD
 from mochi_core.autoencoder.model import Posterior
-from mochi_core.config import T5EncoderConfig
+from mochi_core.config import MAX_TEXT_TOKENS, T5EncoderConfig
 from mochi_core.quantization.ggml import BLOCK_TYPES
-from mochi_core.text_encoder import MAX_TOKENS
 from mochi_core.transformer.layers import TimestepEmbedder
 from mochi_core.transformer.rope import axis_positions
 from tests.harness.numbers import relative_error
@@ -61,7 +60,7 @@ def test_the_released_sizes_are_diffusers():
         "in_channels": dit.in_channels,
         "text_embed_dim": dit.text_width,
         "time_embed_dim": dit.timestep_features,
-        "max_sequence_length": MAX_TOKENS,
+        "max_sequence_length": MAX_TEXT_TOKENS,
     }
     assert ours == {name: theirs[name] for name in ours}
     feed_forwards = (4 * dit.hidden_size_x * 2) // 3, (4 * dit.hidden_size_y * 2) // 3

@@ -1,6 +1,10 @@
 """Who may import whom, and that importing does nothing else."""
 
 import graphlib
+import importlib.util
+import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import mochi_core
+from mochi_core import packages
 from tests.harness.architecture import imports, module_graph
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +67,34 @@ def test_importing_the_core_needs_no_host_and_has_no_side_effect():
     code = PURE_IMPORT.format(root=str(ROOT), blocked=sorted(HOST | {"diffusers"}))
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_commands_ask_for_all_packages_that_the_extra_installs():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^standalone = (\[.*\])$", project, re.M)
+    names = [re.split("[<>=~]", name)[0] for name in json.loads(line)]
+    assert tuple("PIL" if name == "pillow" else name for name in names) == packages.NEEDED
+    assert all(importlib.util.find_spec(name) for name in (*packages.NEEDED, *packages.TRAINING))
+
+
+@pytest.mark.parametrize(
+    ("module", "needed", "extra"),
+    [
+        ("mochi_core", "av", "standalone"),
+        ("mochi_core.train", "av", "standalone"),
+        ("mochi_core.train", "pydantic", "train"),
+    ],
+)
+def test_a_package_that_is_missing_is_told_before_an_hour_of_work(tmp_path, module, needed, extra):
+    """Where `sitecustomize` hides it."""
+    hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda *a: None if a == ({!r},) else find(*a)"
+    (tmp_path / "sitecustomize.py").write_text(hide.format(needed), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {sys.executable} has no {needed}; run the command in the folder of the pack")
+    assert done.stderr.endswith(f'python -m pip install -e ".[{extra}]"\n')
 
 
 @pytest.mark.parametrize("module", ["mochi_core", "mochi_core.train"])

@@ -22,7 +22,7 @@ def run(graph, server, folder="."):
 
     RuntimeError: the server refused it, or it failed on the way. OSError: the server is not there, or went away.
     """
-    server = server.rstrip("/")
+    server = (server if "://" in server else f"http://{server}").rstrip("/")
     with connected(server) as events:
         client_id = json.loads(events.recv())["data"]["sid"]
         prompt_id = queue(graph, server, client_id)
@@ -43,7 +43,10 @@ def queue(graph, server, client_id):
     try:
         answer = json.load(request.urlopen(f"{server}/prompt", body))
     except error.HTTPError as refusal:
-        answer = json.load(refusal)
+        try:
+            answer = json.load(refusal)
+        except ValueError:  # a proxy's page
+            raise RuntimeError(f"{server} answers {refusal.code} {refusal.reason}.") from None
     # Problems can come with a run, too: the server makes those outputs that it can.
     problems = [problem for node in answer["node_errors"].values() for problem in node["errors"]]
     if problems or "error" in answer:
@@ -85,7 +88,7 @@ def made_files(prompt_id, server):
 
 
 def download(file, server, folder):
-    return request.urlretrieve(f"{server}/view?{parse.urlencode(file)}", Path(folder, file["filename"]))[0]
+    return request.urlretrieve(f"{server}/view?{parse.urlencode(file)}", Path(folder, Path(file["filename"]).name))[0]
 
 
 def read(path):
@@ -127,7 +130,6 @@ def main(arguments):
     if len(arguments) < 2:
         sys.exit(__doc__)
     server, workflow, *changes = arguments
-    server = server if "://" in server else f"http://{server}"
     try:
         graph = read(workflow)
         for text in changes:

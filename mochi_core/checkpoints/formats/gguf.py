@@ -166,7 +166,7 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], list[_Description], i
     keys = {cursor.name(): cursor.value() for _ in range(num_keys)}
     descriptions = [_describe(cursor) for _ in range(num_tensors)]
     alignment = keys.get("general.alignment", DEFAULT_ALIGNMENT)
-    if alignment not in ALIGNMENTS:
+    if not isinstance(alignment, int) or alignment not in ALIGNMENTS:  # 32.0 is in there, too
         raise ValueError(f"its alignment is {shown(str(alignment))} and must be a power of two from 8 to 65536")
     return keys, descriptions, -(-cursor.place // alignment) * alignment
 

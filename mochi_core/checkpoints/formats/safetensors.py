@@ -78,10 +78,13 @@ def _read_header(path: Path) -> bytes:
 
 
 def _refuse_other_file_types(path: Path, start: bytes, length: int) -> None:
+    begins = start[LENGTH_BYTES : LENGTH_BYTES + 1]
+    if begins == b"{" and length <= MAX_HEADER_BYTES:  # whatever the bytes of the length look like
+        return
     what = next((what for magic, what in OTHER_FILE_TYPES if start.lstrip().startswith(magic)), None)
     if not start:
         what = "an empty file"
-    elif what is None and start[LENGTH_BYTES : LENGTH_BYTES + 1] not in (b"{", b""):
+    elif what is None and begins not in (b"{", b""):
         what = "something else"
     if what is not None:
         remedy = "download the weights again" if path.suffix.lower() in SUFFIXES else "choose another one"

@@ -20,7 +20,7 @@ WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_modu
 # Numbers that a training keeps among the weights: counters and rates of moving averages.
 TRAINING_STATE = re.compile(r"(.*\.)?(n_averaged|num_updates|decay|initted|step|global_step|num_batches_tracked)")
 QUOTED_NAMES = 3
-FRAME_LEVELS = "frame_levels"
+FRAME_LEVELS_KEY = "frame_levels"
 """Entry of a file's metadata: "true" for a transformer that was trained with a noise level of each latent frame."""
 FRAME_LEVELS_CHOICES = {"auto": None, "on": True, "off": False}
 """How a person says whether a transformer was trained so; auto leaves it to the file."""
@@ -108,7 +108,7 @@ def _without_companions(checkpoint: Checkpoint, tensors: LazyStateDict, part: Pa
 
 def has_frame_levels(checkpoint: Checkpoint) -> bool:
     """Whether a transformer was trained with a noise level of each latent frame, by the file's metadata or else its name."""
-    said = checkpoint.metadata.get(FRAME_LEVELS)
+    said = checkpoint.metadata.get(FRAME_LEVELS_KEY)
     return TRAINED_FOR_FRAME_LEVELS in checkpoint.path.name.lower() if said is None else said.lower() == "true"
 
 
@@ -157,7 +157,8 @@ def _strip(tensors: LazyStateDict, part: str) -> LazyStateDict | None:
     prefixes = {name.removesuffix(end) for name in tensors for end in PARTS[part].signatures if name.endswith(end)}
     for prefix in sorted(filter(PARTS[part].prefixes.fullmatch, prefixes), key=len):
         found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        return found if LOOKS.get(part, bool)(found) else None
+        if LOOKS.get(part, bool)(found):
+            return found
     return None
 
 

@@ -15,7 +15,7 @@ def dit_config(tensors: LazyStateDict) -> AsymmDiTConfig:
     """Read the sizes of a denoiser from its canonical tensors."""
     dx, channels, patch, _ = shape_of(tensors, "x_embedder.proj.weight", 4)
     dy, text_width = shape_of(tensors, "t5_yproj.weight")
-    last_y = shape_of(tensors, "blocks.0.mlp_y.w2.weight")[1] if "blocks.0.mlp_y.w2.weight" in tensors else 0
+    mlp_size_y = shape_of(tensors, "blocks.0.mlp_y.w2.weight")[1] if "blocks.0.mlp_y.w2.weight" in tensors else 0
     return AsymmDiTConfig(
         depth=check_depth(count_numbers(tensors, r"blocks\.(\d+)\..*")),
         hidden_size_x=dx,
@@ -25,7 +25,7 @@ def dit_config(tensors: LazyStateDict) -> AsymmDiTConfig:
         patch_size=patch,
         text_width=text_width,
         mlp_size_x=shape_of(tensors, "blocks.0.mlp_x.w2.weight")[1],
-        mlp_size_y=last_y,
+        mlp_size_y=mlp_size_y,
         timestep_features=shape_of(tensors, "t_embedder.mlp.0.weight")[1],
     )
 

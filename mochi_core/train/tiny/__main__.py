@@ -22,7 +22,7 @@ from ... import interrupts
 from ...autoencoder.model import AsymmVAE
 from ...checkpoints import from_state_dict
 from ...checkpoints.formats.writer import write_safetensors
-from ...checkpoints.names.detect import FRAME_LEVELS
+from ...checkpoints.names.detect import FRAME_LEVELS_KEY
 from ...transformer.model import AsymmDiT
 from . import dit as tiny_dit
 from . import vae as tiny_vae
@@ -161,7 +161,7 @@ def write_model(path: Path, model: nn.Module) -> None:
     dtypes = {"pos_frequencies": torch.float32}
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in SKIPPED}
     stored = {name: tensor.to("cpu", dtypes.get(name, torch.bfloat16)) for name, tensor in weights.items()}
-    note = {FRAME_LEVELS: "true"} if isinstance(model, AsymmDiT) else {}
+    note = {FRAME_LEVELS_KEY: "true"} if isinstance(model, AsymmDiT) else {}
     write_safetensors(path, from_state_dict(stored), METADATA | note)
 
 
