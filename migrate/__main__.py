@@ -61,7 +61,7 @@ def migrate_file(path: Path, *, stock: bool) -> Migration:
 def write_workflow(workflow: dict[str, Any], path: Path) -> None:
     """Write a JSON file, which is there when it is complete; a link stays, and the file that it leads to is replaced."""
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is no file that can be replaced; choose another name with -o.")
+        raise OSError(f"{path} is not a file that can be replaced; choose another name with -o.")
     text = json.dumps(workflow, indent=2, ensure_ascii=False) + "\n"
     target = Path(os.path.realpath(path))
     partial = target.with_name(f".{token_hex(4)}.part")

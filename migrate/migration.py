@@ -39,11 +39,11 @@ def migrate(workflow: object, *, stock: bool = False) -> Migration:
     try:
         workflow = deepcopy(workflow)
     except RecursionError:
-        raise ValueError("This is no workflow of ComfyUI: it is nested too deeply.") from None
+        raise ValueError("This is not a ComfyUI workflow: it is nested too deeply.") from None
     if api.is_prompt(workflow):
         return migrate_prompt(workflow, stock=stock)
     if not editor.is_workflow(workflow):
-        raise ValueError("This is no workflow of ComfyUI, neither in the editor's form nor in API form.")
+        raise ValueError("This is not a ComfyUI workflow, neither in the editor's form nor in API form.")
     graphs = editor.graphs(workflow)
     every = [editor.read(graph) for graph in graphs]
     notes = _convert(every, _ids_above(chain(*every)), stock, _group_hint(workflow, stock))

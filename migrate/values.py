@@ -63,7 +63,7 @@ def in_mochi_folder(old: object, _: dict[str, object]) -> Adapted:
 
 def empty_is_nothing(old: object, _: dict[str, object]) -> Adapted:
     """A prompt, and a remark if it is empty: Genmo's code gives no token for that, other encoders the end token."""
-    return old, "" if old else "an empty prompt is no text at all now, as in Genmo's code; it was one end token"
+    return old, "" if old else "an empty prompt now means no text at all, as in Genmo's code; it was one end token"
 
 
 def plain_text(old: object, values: dict[str, object]) -> Adapted:

@@ -145,7 +145,7 @@ def convert(options: argparse.Namespace) -> None:
     if destination.exists() and not options.force:
         raise ValueError(f"{destination} exists already; choose another name, or overwrite it with --force.")
     if destination.exists() and destination.is_dir() == (destination.suffix == ".safetensors"):
-        raise ValueError(f"{destination} is no {'file' if destination.is_dir() else 'folder'}; choose another name.")
+        raise ValueError(f"{destination} is not a {'file' if destination.is_dir() else 'folder'}; choose another name.")
     if destination.suffix != ".safetensors" and options.to != "diffusers":
         raise ValueError(f"{destination} must end in .safetensors; only diffusers has a folder for a model.")
     conversion = plan_conversion(options.source, options.to, options.dtype, options.part)

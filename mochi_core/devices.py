@@ -19,7 +19,9 @@ def check_device(name: torch.device | str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device is {shown(str(name))}, which is none; use cpu, cuda, cuda:1 or mps.") from None
+        raise ValueError(
+            f"device is {shown(str(name))}, which is not a device; use cpu, cuda, cuda:1 or mps."
+        ) from None
     if (device.index or 0) >= _count(device.type):
         there = ", ".join(kind for kind in KINDS if _count(kind))
         raise ValueError(f"device is {device}, which is not on this machine or cannot be computed on; it has {there}.")

@@ -218,7 +218,7 @@ def seed_option(text: str) -> int:
 def rate_option(text: str) -> int:
     """Frames per second."""
     if not 1 <= (rate := whole_number(text)) <= MOST_FPS:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no rate of a video; use 1 to {MOST_FPS} frames per second.")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a frame rate; use 1 to {MOST_FPS} frames per second.")
     return rate
 
 
@@ -230,7 +230,7 @@ def gibibytes(text: str) -> int | None:
         count = math.nan
     if not 0 <= count < math.inf:
         raise argparse.ArgumentTypeError(
-            f"{shown(text)} is no amount of memory; use 0 for what is free, or a number such as 8."
+            f"{shown(text)} is not an amount of memory; use 0 for what is free, or a number such as 8."
         )
     return round(count) or None
 
@@ -267,5 +267,5 @@ def lora_option(text: str) -> tuple[str, float]:
     except ValueError:
         return text, 1.0
     if not math.isfinite(strength):
-        raise argparse.ArgumentTypeError(f"{shown(text)} has no strength that is finite; use a number such as 0.8.")
+        raise argparse.ArgumentTypeError(f"{shown(text)} has a strength that is not finite; use a number such as 0.8.")
     return path or text, strength

@@ -54,14 +54,14 @@ async def read_object(request: web.Request) -> dict[str, Any]:
     except (LookupError, RecursionError):  # an unknown charset, too deep
         asked = None
     if not isinstance(asked, dict):
-        raise ValueError("The question is no JSON object.")
+        raise ValueError("The question is not a JSON object.")
     return asked
 
 
 def tokens(asked: dict[str, Any]) -> str:
     prompt = asked.get("prompt")
     if not isinstance(prompt, str):
-        raise ValueError("The prompt is no text.")
+        raise ValueError("The prompt is not text.")
     return describe_prompt(prompt)
 
 
@@ -70,7 +70,7 @@ def memory(asked: dict[str, Any]) -> str:
     numbers = NUMBERS | {name: asked[name] for name in NUMBERS if name in asked}
     for name, number in numbers.items():
         if not isinstance(number, int) or number < 0:
-            raise ValueError(f"{name} is no whole number from 0 on.")
+            raise ValueError(f"{name} is not a whole number of 0 or more.")
     size = VideoSize(numbers["height"], numbers["width"], numbers["num_frames"])
     return describe_memory(size, max(1, numbers["batch_size"]), numbers["window"] or None, model_file(asked))
 
@@ -80,5 +80,5 @@ def model_file(asked: dict[str, Any]) -> ModelFile | None:
     if name is None:
         return None
     if not (isinstance(name, str) and isinstance(kept, str)):
-        raise ValueError("model_name and weight_dtype are no texts.")
+        raise ValueError("model_name and weight_dtype are not text.")
     return ModelFile(full_path(name, *LoadTransformer.KINDS), DTYPE_CHOICES.get(kept), QUANTIZED.get(kept))

@@ -79,27 +79,27 @@ def read_lines(path: Path) -> list[str]:
         # Not splitlines: JSON may hold the other ends of lines that Python knows.
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is no text in UTF-8 (byte {error.start}); save it as such.") from error
+        raise ValueError(f"{path.name} is not UTF-8 text (byte {error.start}); save it as such.") from error
 
 
 def line_options(line: str, common: argparse.Namespace) -> argparse.Namespace:
     """What `generate` would be asked with: the options of a line, and those of `common` that it does not name.
 
     Raises:
-        ValueError: the line is no JSON object of such options.
+        ValueError: the line is not a JSON object of such options.
     """
     try:
         said = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON ({without_advice(error)}); write an object such as {EXAMPLE}.") from error
+        raise ValueError(f"not JSON ({without_advice(error)}); write an object such as {EXAMPLE}.") from error
     if not isinstance(said, dict) or not isinstance(said.get("prompt"), str):
-        raise ValueError(f"no JSON object with a prompt; write one such as {EXAMPLE}.")
+        raise ValueError(f"not a JSON object with a prompt; write one such as {EXAMPLE}.")
     parser = LineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prompt")
     add_settings(parser)
     names = vars(parser.parse_args([]))
     if unknown := [name for name in said if name not in names]:
-        raise ValueError(f"{shown_names(unknown)} is nothing that a video has; use {', '.join(names)}.")
+        raise ValueError(f"{shown_names(unknown)} is not a setting of a video; use {', '.join(names)}.")
     if "frames" in said:
         common = argparse.Namespace(**{**vars(common), "seconds": None})
     inherited = {name: value for name, value in vars(common).items() if name not in said}

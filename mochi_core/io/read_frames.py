@@ -39,7 +39,7 @@ def read_image(path: Path) -> np.ndarray[Any, Any]:
             upright = ImageOps.exif_transpose(image) or image
             return np.asarray(upright.convert("RGB"))[None]
     except UnidentifiedImageError as error:
-        raise ValueError("it is no image, or of a kind that is not known; save it as PNG or JPEG.") from error
+        raise ValueError("it is not an image, or of an unknown kind; save it as PNG or JPEG.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"it cannot be read ({error}); save the image again, as PNG or JPEG.") from error
 

@@ -39,7 +39,7 @@ class Plan:
             name, _, size = (part.strip() for part in entry.partition("="))
             if name not in (field.name for field in fields(cls)) or not size.isascii() or not size.isdecimal():
                 raise ValueError(
-                    f"{text!r} is no plan; use auto, or one such as guidance=2,ulysses=4 or guidance=2,ring=2."
+                    f"{text!r} is not a plan; use auto, or one such as guidance=2,ulysses=4 or guidance=2,ring=2."
                 )
             sizes[name] = int(size)
         return cls(**sizes)
@@ -47,7 +47,7 @@ class Plan:
     def check(self, members: int, heads: int = HEADS, *, guided: bool = True) -> None:
         """Raise a ValueError unless the plan is for so many members and heads, with guidance or without."""
         if self.guidance not in (1, 2) or min(self.ulysses, self.ring) < 1:
-            raise ValueError(f"{self} is no plan; guidance is 1 or 2, ulysses and ring are 1 or more.")
+            raise ValueError(f"{self} is not a plan; guidance is 1 or 2, ulysses and ring are 1 or more.")
         if heads % self.ulysses:
             divisors = [str(count) for count in range(1, heads + 1) if heads % count == 0]
             raise ValueError(

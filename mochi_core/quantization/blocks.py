@@ -31,9 +31,11 @@ def columns(row_bytes: int, name: str) -> int:
     """Number of weights in a row of `row_bytes` bytes.
 
     Raises:
-        ValueError: the row is no whole number of blocks.
+        ValueError: the row is not a whole number of blocks.
     """
     block = BLOCK_TYPES[name]
     if row_bytes % block.bytes:
-        raise ValueError(f"A row of {row_bytes} bytes is no whole number of {name} blocks ({block.bytes} bytes each).")
+        raise ValueError(
+            f"A row of {row_bytes} bytes is not a whole number of {name} blocks ({block.bytes} bytes each)."
+        )
     return row_bytes // block.bytes * block.weights

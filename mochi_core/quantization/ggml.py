@@ -30,7 +30,7 @@ def quantize_q4_0(weight: Tensor) -> Tensor:
     size = BLOCK_TYPES["Q4_0"].weights
     if weight.shape[1] % size:
         raise ValueError(
-            f"Rows of {weight.shape[1]} weights are no whole number of Q4_0 blocks of {size}; use fp8 or int8."
+            f"Rows of {weight.shape[1]} weights are not a whole number of Q4_0 blocks of {size}; use fp8 or int8."
         )
     blocks = weight.float().reshape(-1, size)
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))

@@ -52,7 +52,7 @@ def size_option(text: str) -> tuple[int, int]:
     try:
         return read_size(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no width and height, such as 848x480.") from error
+        raise argparse.ArgumentTypeError(f"{text} is not a width and height, such as 848x480.") from error
 
 
 if __name__ == "__main__":

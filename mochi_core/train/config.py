@@ -24,7 +24,7 @@ def read_size(text: Any) -> tuple[int, int]:
     """(width, height) of "848x480"; ValueError for anything else."""
     # No text is made of lists: by aliases, they can hold more than any machine could write.
     if not isinstance(text, str):
-        raise ValueError("it is no text.")
+        raise ValueError("it is not text.")
     width, _, height = text.partition("x")
     if len(width) + len(height) > MAX_DIGITS:
         raise ValueError("no video is so large.")
@@ -160,7 +160,7 @@ def read_config(path: Path, *, full: bool = False) -> Config:
     except Exception as error:  # PyYAML makes dates, numbers and bytes of text, which fail in any way they like
         text = "it is nested too deeply" if isinstance(error, RecursionError) else without_advice(error)
         reason = " ".join(text.split())
-        raise ValueError(f"{path} is no YAML file: {shown(reason)}") from None
+        raise ValueError(f"{path} is not a YAML file: {shown(reason)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values, such as steps: 2000.")
     misplaced = [name for name in LORA_ONLY if full and values.get(name) is not None]

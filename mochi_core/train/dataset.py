@@ -63,7 +63,7 @@ def open_dataset(folder: Path, text_width: int) -> list[Clip]:
 def _open_clip(path: Path, text_width: int) -> Clip:
     tensors = open_checkpoint(path).tensors
     if set(tensors) != NAMES:
-        raise ValueError(f"{path} is no clip; keep nothing but what `prepare` writes in a data set's folder.")
+        raise ValueError(f"{path} is not a clip; keep nothing but what `prepare` writes in a data set's folder.")
     clip = Clip(**tensors)
     if clip.embeds.shape[1] != text_width:
         raise ValueError(

@@ -64,7 +64,7 @@ def train(config: Config, model: TrainableModel, accelerator: Accelerator, sampl
     Everything is written into the folder `config.output`: the state, the log, what has been trained, and samples.
 
     Raises:
-        ValueError: the data set or the saved state do not fit, or the loss is no number any more.
+        ValueError: the data set or the saved state do not fit, or the loss is not a number any more.
     """
     clips = open_dataset(config.dataset, model.dit.config.text_width)
     optimizer = torch.optim.AdamW(model.parameters.values(), weight_decay=config.weight_decay)

@@ -37,7 +37,7 @@ def read_losses(log: Path) -> tuple[list[int], list[float]]:
     try:
         return [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{log} is no log of a training; give a log.csv.") from error
+        raise ValueError(f"{log} is not the log of a training; give a log.csv.") from error
 
 
 def averaged(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -51,7 +51,7 @@ def find_sources(videos: Path, dataset: Path, settings: dict[str, Any]) -> list[
         ValueError: there is no such folder, or no video with a caption in it.
     """
     if not videos.is_dir():
-        raise ValueError(f"{videos} is no folder; give the one that holds the videos and their captions.")
+        raise ValueError(f"{videos} is not a folder; give the one that holds the videos and their captions.")
     sources = []
     for video in sorted(videos.iterdir()):
         if video.is_file() and video.suffix.lower() != CAPTION_SUFFIX and not video.name.startswith("."):

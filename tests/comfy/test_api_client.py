@@ -102,7 +102,7 @@ def test_what_is_missing_is_named():
     assert failure(NO_SERVER, str(WORKFLOW)).startswith(f"No ComfyUI answers at {NO_SERVER}: ")
     assert failure(NO_SERVER.removeprefix("http://"), str(WORKFLOW)).startswith(f"No ComfyUI answers at {NO_SERVER}: ")
     editors = WORKFLOW.parents[1] / f"{TITLES[WORKFLOW.stem]}.json"
-    assert failure(NO_SERVER, str(editors)).startswith(f"{editors} is no workflow in API form; ")
+    assert failure(NO_SERVER, str(editors)).startswith(f"{editors} is not a workflow in API form; ")
     assert failure(NO_SERVER, "gone.json") == "There is no file gone.json; the workflows are in workflows/api."
 
 

@@ -69,11 +69,11 @@ def test_memory_is_that_of_the_file_and_the_size(ask):
 @pytest.mark.parametrize(
     ("route", "question", "problem"),
     [
-        ("tokens", {"prompt": 5}, "The prompt is no text."),
+        ("tokens", {"prompt": 5}, "The prompt is not text."),
         ("tokens", {"prompt": "a\ud800"}, "The prompt has half of a character, U+D800, at place 2;"),
         ("memory", {"width": 100}, "width is 100, but Mochi needs a multiple of 16; use 96 or 112."),
-        ("memory", {"batch_size": "2"}, "batch_size is no whole number from 0 on."),
-        ("memory", {"model_name": ["a"]}, "model_name and weight_dtype are no texts."),
+        ("memory", {"batch_size": "2"}, "batch_size is not a whole number of 0 or more."),
+        ("memory", {"model_name": ["a"]}, "model_name and weight_dtype are not text."),
         ("memory", {"model_name": "mochi_vae.safetensors"}, "mochi_vae.safetensors is in none of the model folders"),
         ("memory", {"model_name": "../vae/mochi_vae.safetensors"}, "../vae/mochi_vae.safetensors is in none of the"),
     ],
@@ -82,7 +82,7 @@ def test_questions_that_have_no_answer(ask, route, question, problem):
     assert ask(route, question).startswith(problem)
 
 
-NO_OBJECT = "The question is no JSON object."
+NO_OBJECT = "The question is not a JSON object."
 
 
 @pytest.mark.parametrize(

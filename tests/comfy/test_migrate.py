@@ -262,7 +262,7 @@ def test_a_prompt_that_is_a_list_is_refused_without_a_trace(comfy_server, comfy_
         (b"{}", "application/json; charset=nowhere", "The workflow cannot be read"),
         (b"[" * 10**6, "application/json", "The workflow cannot be read"),
         (b'{"nodes":' + b"[" * 900 + b"]" * 900 + b"}", "application/json", "nested too deeply"),
-        (b"[]", "application/json", "This is no workflow of ComfyUI"),
+        (b"[]", "application/json", "This is not a ComfyUI workflow"),
         (b'{"1": {"class_type": "X", "inputs": {}}}', "application/json", "There is no node of MochiWrapper"),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,14 @@ from mochi_core.checkpoints import (
     to_diffusers,
     transformer_rules,
 )
+from tests.harness import trained
 from tests.harness.bad_files import BAD, DIT, HEADER, HEADER_END, NAME, OTHERS, SMALL, VALID, with_header
 from tests.harness.tiny_models import random_t5, random_vae
 
 LOADERS_BY_PART = {
     "transformer": (load_transformer, lambda: DIT, NAME),
     "vae": (load_vae, lambda: random_vae().state_dict(), "decoder.output_proj.weight"),
-    "t5": (load_text_encoder, random_t5, "encoder.final_layer_norm.weight"),
+    "t5": (partial(load_text_encoder, tokenizer=trained.TOKENIZER), random_t5, "encoder.final_layer_norm.weight"),
 }
 CASES = settings(max_examples=1500, deadline=None, derandomize=True, database=None)
 

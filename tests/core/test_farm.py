@@ -65,13 +65,16 @@ def jobs_of(path, *arguments):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a kite"', "line 2: no JSON (Expecting ',' delimiter"),
-        ("[" * 100_000, "line 2: no JSON ("),
-        ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "line 2: no JSON (Exceeds the limit"),
-        ('["a kite"]', 'line 2: no JSON object with a prompt; write one such as {"prompt": "a red kite", "seed": 7}'),
-        ('{"prompt": false}', "line 2: no JSON object with a prompt"),
-        ('{"text": "a kite"}', "line 2: no JSON object with a prompt"),
-        ('{"prompt": "a", "hight": 480}', "line 2: hight is nothing that a video has; use prompt, negative_prompt, "),
+        ('{"prompt": "a kite"', "line 2: not JSON (Expecting ',' delimiter"),
+        ("[" * 100_000, "line 2: not JSON ("),
+        ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "line 2: not JSON (Exceeds the limit"),
+        (
+            '["a kite"]',
+            'line 2: not a JSON object with a prompt; write one such as {"prompt": "a red kite", "seed": 7}',
+        ),
+        ('{"prompt": false}', "line 2: not a JSON object with a prompt"),
+        ('{"text": "a kite"}', "line 2: not a JSON object with a prompt"),
+        ('{"prompt": "a", "hight": 480}', "line 2: hight is not a setting of a video; use prompt, negative_prompt, "),
         ('{"prompt": "a", "height": 33}', "line 2: height is 33"),
         ('{"prompt": "a", "frames": 8}', "line 2: num_frames is 8"),
         ('{"prompt": "a", "steps": 0}', "line 2: num_steps is 0"),
@@ -99,7 +102,7 @@ def test_a_bad_line_is_refused_before_anything_is_loaded(tmp_path, capsys, line,
     ("content", "message"),
     [
         (b"\n \n", "prompts.jsonl has no lines"),
-        (b'{"prompt": "f\xe4llt"}', "prompts.jsonl is no text in UTF-8 (byte 13)"),
+        (b'{"prompt": "f\xe4llt"}', "prompts.jsonl is not UTF-8 text (byte 13)"),
     ],
 )
 def test_a_file_without_prompts(tmp_path, capsys, content, message):

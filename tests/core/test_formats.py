@@ -282,7 +282,7 @@ def test_scaled_all_in_one_file(dit, tmp_path):
 
 @pytest.mark.parametrize("leaf", ["weight_scale", "Q4_0_qweight"])
 def test_parts_that_do_not_fit_are_named(dit, tmp_path, leaf):
-    """Five scales for more rows, and rows that are no whole number of blocks."""
+    """Five scales for more rows, and rows that are not a whole number of blocks."""
     name = "blocks.0.mod_x"
     tensors = {**dit.state_dict(), f"{name}.weight": dit.state_dict()[f"{name}.weight"].to(torch.float8_e4m3fn)}
     part = torch.ones(5) if leaf == "weight_scale" else torch.zeros(1024, 19, dtype=torch.uint8)

@@ -313,7 +313,7 @@ def test_what_is_made_at_once_has_a_limit_and_not_what_is_made_in_rounds(tmp_pat
         (["--image", "{}/none.png"], "none.png cannot be used: there is no such file; check the name."),
         (
             ["--image", "{}/text.txt"],
-            "text.txt cannot be used: it is no image, or of a kind that is not known; save it as",
+            "text.txt cannot be used: it is not an image, or of an unknown kind; save it as",
         ),
         (["--image", "{}/half.png"], "; save the image again, as PNG or JPEG."),
         (

@@ -428,7 +428,7 @@ def test_command_line_option(text, expected):
 
 @pytest.mark.parametrize("strength", ["nan", "inf", "-inf"])
 def test_a_strength_is_finite(strength):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"a.safetensors:{strength} has no strength that is finite"):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"a.safetensors:{strength} has a strength that is not finite"):
         lora_option(f"a.safetensors:{strength}")
 
 

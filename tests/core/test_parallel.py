@@ -234,15 +234,15 @@ def test_plans_are_chosen():
 REFUSED = {
     (6, "guidance=2,ulysses=4"): "6 GPUs: guidance=2 x ulysses=4 needs 8; use --parallel auto (guidance=2, ulysses=3).",
     (5, "ulysses=5"): "ulysses=5 does not divide Mochi's 24 heads; use 1, 2, 3, 4, 6, 8, 12 or 24, or ring=5.",
-    (3, "guidance=3"): "guidance=3 is no plan; guidance is 1 or 2, ulysses and ring are 1 or more.",
+    (3, "guidance=3"): "guidance=3 is not a plan; guidance is 1 or 2, ulysses and ring are 1 or more.",
     (
         2,
         "guidance=two",
-    ): "'guidance=two' is no plan; use auto, or one such as guidance=2,ulysses=4 or guidance=2,ring=2.",
+    ): "'guidance=two' is not a plan; use auto, or one such as guidance=2,ulysses=4 or guidance=2,ring=2.",
     (
         1,
         "ring=1,heads=2",
-    ): "'ring=1,heads=2' is no plan; use auto, or one such as guidance=2,ulysses=4 or guidance=2,ring=2.",
+    ): "'ring=1,heads=2' is not a plan; use auto, or one such as guidance=2,ulysses=4 or guidance=2,ring=2.",
 }
 
 

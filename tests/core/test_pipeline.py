@@ -350,9 +350,9 @@ def test_the_name_of_an_output_says_what_is_written(capsys, command, name, endin
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("junk", "device is junk, which is none; use cpu"),
-        ("", "device is , which is none"),
-        ("cud\x1b", "device is cud\\x1b, which is none"),
+        ("junk", "device is junk, which is not a device; use cpu"),
+        ("", "device is , which is not a device"),
+        ("cud\x1b", "device is cud\\x1b, which is not a device"),
         ("meta", "device is meta, which is not on this machine"),
         ("cpu:1", "device is cpu:1, which is not on this machine or cannot be computed on; it has cpu"),
         (f"cuda:{torch.cuda.device_count()}", "which is not on this machine"),
@@ -371,7 +371,7 @@ def test_a_device_is_one_of_the_machine(tmp_path, capsys, device, message):
     ("option", "value", "message"),
     [
         ("--seed", str(2**70), "is too large; use a seed of 64 bits."),
-        ("--fps", "0", "0 is no rate of a video; use 1 to 1000 frames per second."),
+        ("--fps", "0", "0 is not a frame rate; use 1 to 1000 frames per second."),
     ],
 )
 def test_numbers_that_nothing_can_take(capsys, option, value, message):
@@ -384,7 +384,7 @@ def test_numbers_that_nothing_can_take(capsys, option, value, message):
 def test_an_amount_of_memory_is_a_number(capsys, gibibytes):
     with pytest.raises(SystemExit):
         main(["decode", "x.latent", "--vae", "none", f"--memory-limit={gibibytes}"])
-    assert f"{gibibytes} is no amount of memory" in capsys.readouterr().err
+    assert f"{gibibytes} is not an amount of memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

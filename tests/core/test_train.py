@@ -333,7 +333,7 @@ def test_data_that_does_not_fit_is_refused(tmp_path, accelerator):
     with pytest.raises(ValueError, match=r"clip0.* was prepared with a text encoder of width 65, but .* takes 64"):
         run(config(tmp_path, dataset=str(wide)), accelerator)
     save_file({"mean": torch.zeros(1)}, wide / "a.safetensors")
-    with pytest.raises(ValueError, match=r"a.safetensors is no clip; keep nothing but what `prepare` writes"):
+    with pytest.raises(ValueError, match=r"a.safetensors is not a clip; keep nothing but what `prepare` writes"):
         run(config(tmp_path, dataset=str(wide)), accelerator)
 
 

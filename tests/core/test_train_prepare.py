@@ -152,7 +152,7 @@ def test_what_cannot_be_used_is_left_out_with_a_sentence(videos, models, capsys)
 
 def test_folders_and_sizes_that_will_not_do(videos, models, tmp_path, capsys):
     assert prepare(tmp_path / "nowhere", models) == 2
-    assert "nowhere is no folder; give the one that holds the videos" in capsys.readouterr().err
+    assert "nowhere is not a folder; give the one that holds the videos" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert prepare(tmp_path / "empty", models) == 2
     assert "There is no video with a caption in" in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_folders_and_sizes_that_will_not_do(videos, models, tmp_path, capsys):
     assert "num_frames is 8, but Mochi needs 6k + 1 frames" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         prepare(videos, models, "--size=large")
-    assert "large is no width and height, such as 848x480." in capsys.readouterr().err
+    assert "large is not a width and height, such as 848x480." in capsys.readouterr().err
 
 
 @pytest.mark.slow

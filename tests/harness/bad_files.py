@@ -64,7 +64,7 @@ BAD = {
     "dtype of no model": (edited(dtype="U32"), "stored as U32, which cannot be read"),
     "overlap": (shifted(-4), "wrong header"),
     "hole": (shifted(4), "wrong header"),
-    "an endless tensor": (edited(data_offsets=[0, float("inf")]), r"wrong header \(Infinity is no number"),
+    "an endless tensor": (edited(data_offsets=[0, float("inf")]), r"wrong header \(Infinity is not a number"),
     "metadata that are no text": (with_header({**HEADER, "__metadata__": {"a": 1}}), "wrong header"),
     "missing axis": (edited("x_embedder.proj.weight", shape=[8, 48]), "needs 4 axes"),
 }

@@ -297,7 +297,7 @@ def test_stock_graph_is_left_alone_unless_asked():
     }
     assert migration.notes == [
         "CLIPTextEncode (node 4): brackets are text for T5 Encode, no weights.",
-        "CLIPTextEncode (node 5): an empty prompt is no text at all now, as in Genmo's code; it was one end token.",
+        "CLIPTextEncode (node 5): an empty prompt now means no text at all, as in Genmo's code; it was one end token.",
         "VAEDecodeTiled (node 8) needs no tiles any more: frames stream through the decoder.",
     ]
 
@@ -863,7 +863,7 @@ def test_too_deep_a_workflow_is_refused():
     ],
 )
 def test_what_is_no_workflow(workflow):
-    with pytest.raises(ValueError, match="This is no workflow of ComfyUI"):
+    with pytest.raises(ValueError, match="This is not a ComfyUI workflow"):
         migrate(workflow)
 
 
@@ -909,7 +909,7 @@ def test_command_writes_beside_and_reports(tmp_path, capsys):
     ("content", "options", "message"),
     [
         ("{", [], "is not a JSON file"),
-        ("[1, 2]", [], "This is no workflow"),
+        ("[1, 2]", [], "This is not a ComfyUI workflow"),
         ('{"1": {"class_type": "KSampler", "inputs": {}}}', [], "no node of MochiWrapper"),
         ('{"1": {"class_type": "EmptyMochiLatentVideo", "inputs": {}}}', [], "--stock puts ours in their place"),
         ("{}", ["-o", "old.json"], "exists already"),

@@ -99,7 +99,7 @@ def read(path):
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {path}; the workflows are in workflows/api.") from None
     except (ValueError, AttributeError, TypeError, AssertionError):
-        raise ValueError(f"{path} is no workflow in API form; the editor's menu has File, Export (API).") from None
+        raise ValueError(f"{path} is not a workflow in API form; the editor's menu has File, Export (API).") from None
     return graph
 
 

@@ -118,7 +118,7 @@ def _check_counts(header: dict[str, Any]) -> None:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _check_size(path: Path, header_bytes: int, header: dict[str, Any]) -> None:

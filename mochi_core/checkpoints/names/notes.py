@@ -27,5 +27,5 @@ def note_tensor(note: Any) -> Tensor:
 def read_note(tensor: LazyTensor) -> Any:
     """What a note says: the JSON in a tensor of bytes; ValueError if it is none, or too long."""
     if tensor.dtype != torch.uint8 or tensor.numel > MAX_NOTE_BYTES:
-        raise ValueError(f"it is no JSON in up to {MAX_NOTE_BYTES:,} bytes")
+        raise ValueError(f"it is not JSON of up to {MAX_NOTE_BYTES:,} bytes")
     return read_json(bytes(tensor.read().flatten().tolist()).decode())

@@ -202,4 +202,4 @@ def _note(tensors: LazyStateDict, layer: str) -> dict[str, Any]:
     note = None
     with suppress(ValueError):
         note = read_note(tensors[layer + NOTE])
-    return note if isinstance(note, dict) else {"format": "something that is no JSON"}
+    return note if isinstance(note, dict) else {"format": "something that is not JSON"}
