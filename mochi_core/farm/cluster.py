@@ -13,7 +13,7 @@ from typing import Any
 
 from .member import Member, Outcome
 
-NEEDS_RAY = 'The farm needs Ray: python -m pip install "mochi-nodes[ray]"'
+NEEDS_RAY = 'The farm needs Ray: python -m pip install "ray>=2.52"'
 OBJECT_STORE = 200 * 2**20
 """Bytes of memory in which Ray hands over what is larger than 100 kB; files of videos, and pictures that they begin with."""
 LOCAL = {

@@ -200,7 +200,7 @@ def test_without_ray(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     path = write_prompts(tmp_path, [THERE])
     assert main(["farm", str(path), *NO_MODELS, "-o", str(tmp_path)]) == 2
-    assert 'error: The farm needs Ray: python -m pip install "mochi-nodes[ray]"' in capsys.readouterr().err
+    assert 'error: The farm needs Ray: python -m pip install "ray>=2.52"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
