@@ -8,7 +8,8 @@ SENTENCE_LENGTH = 2000
 def sentence(message: object) -> str:
     """`message` on one line, with at most `SENTENCE_LENGTH` characters of it; what does not show itself is escaped.
 
-    As in `mochi_core.shown`, which this package does not import: it needs no PyTorch.
+    As in `mochi_core.shown`, which cannot be imported here: this package is top-level in the shell and a subpackage in
+    ComfyUI, so no single import finds it in both.
     """
     text = str(message)
     more = f" ... ({len(text):,} characters)" if len(text) > SENTENCE_LENGTH else ""
