@@ -24,21 +24,21 @@ class Edit(io.ComfyNode):
             node_id="Mochi1Edit",
             display_name="Mochi Edit",
             category=CATEGORY,
-            description="Changes a video by the difference of two prompts (FlowEdit): what both say stays.",
+            description="Changes a video by the difference between two prompts (FlowEdit): what both say stays.",
             search_aliases=["flowedit", "edit video", "mochi edit", "video to video", "MochiEdit"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load Mochi Transformer, or any other Mochi MODEL."),
-                io.Conditioning.Input("source", tooltip="What the video shows, its motion too."),
-                io.Conditioning.Input("target", tooltip="What it is to show: the same text with other words where it changes."),
+                io.Conditioning.Input("source", tooltip="What the video shows, including its motion."),
+                io.Conditioning.Input("target", tooltip="What it becomes: the same text, with other words where it changes."),
                 io.Conditioning.Input("negative", tooltip="What neither shows; usually an empty prompt."),
-                io.Latent.Input("latent", tooltip="The video, from VAE Encode (Mochi). Outside of a noise mask nothing changes."),
-                io.Int.Input("steps", default=30, min=1, max=1000, tooltip="Steps from start_noise down; each is four forwards."),
-                number("start_noise", 0.9, 0.01, 1.0, "How much may change: noise level of the first step."),
-                number("source_cfg", 1.5, 0.0, 30.0, "Guidance for the source prompt; FlowEdit's authors take 1.5 for FLUX."),
+                io.Latent.Input("latent", tooltip="The video, from VAE Encode (Mochi). Outside a noise mask, nothing changes."),
+                io.Int.Input("steps", default=30, min=1, max=1000, tooltip="Steps from start_noise down, of four forwards each."),
+                number("start_noise", 0.9, 0.01, 1.0, "How much may change: the noise level of the first step."),
+                number("source_cfg", 1.5, 0.0, 30.0, "Guidance for the source prompt; FlowEdit's authors use 1.5 for FLUX."),
                 number("cfg", 5.5, 0.0, 30.0, "Guidance for the target prompt; higher changes more."),
-                seed("Other noise makes another edit."),
+                seed("A different seed makes a different edit."),
             ],
-            outputs=[io.Latent.Output(tooltip="The edited video as latents; Tiled VAE Decode (Mochi) makes frames of it.")],
+            outputs=[io.Latent.Output(tooltip="The edited video as latents; Tiled VAE Decode (Mochi) turns it into frames.")],
         )  # fmt: skip
 
     @classmethod
@@ -55,7 +55,7 @@ class Invert(io.ComfyNode):
             node_id="Mochi1Invert",
             display_name="Mochi Invert",
             category=CATEGORY,
-            description="A SAMPLER that goes from a video back to the noise that it could come from (RF inversion).",
+            description="A SAMPLER that goes from a video back to noise that it could have come from (RF inversion).",
             search_aliases=["unsampler", "MochiUnsampler", "rf inversion", "reverse ode"],
             inputs=[
                 number(
@@ -63,13 +63,13 @@ class Invert(io.ComfyNode):
                     0.0,
                     0.0,
                     1.0,
-                    "0 follows the model; 1 goes straight to noise of the seed and forgets the video.",
+                    "0 follows the model; 1 goes straight to the seed's noise and forgets the video.",
                 ),
-                seed("Of the noise that gamma leads to; with gamma 0 it does nothing."),
+                seed("Seed of the noise that gamma leads to; has no effect if gamma is 0."),
             ],
             outputs=[
                 io.Sampler.Output(
-                    tooltip="For the sampler of Mochi Sampler or SamplerCustom, with sigmas through FlipSigmas."
+                    tooltip="For the sampler input of Mochi Sampler or SamplerCustom, with its sigmas reversed by FlipSigmas."
                 )
             ],
         )
@@ -86,22 +86,22 @@ class RFEdit(io.ComfyNode):
             node_id="Mochi1RFEdit",
             display_name="Mochi RF Edit",
             category=CATEGORY,
-            description="A SAMPLER that makes a video of inverted noise, and pulls it towards a given one (RF inversion).",
+            description="A SAMPLER that makes a video from inverted noise, and pulls it towards a given one (RF inversion).",
             search_aliases=["resampler", "MochiResampler", "rf inversion", "rf edit"],
             inputs=[
                 io.Latent.Input("latent", tooltip="The given video: the LATENT that Mochi Invert started from."),
                 number("eta", 0.8, 0.0, 1.0, "The pull: 0 is none, 1 goes straight to the given video."),
-                number("start", 1.0, 0.0, 1.0, "Noise level from which on it pulls.", step=0.001),
-                number("end", 0.8, 0.0, 1.0, "Noise level down to which it pulls; lower keeps more of the video.", step=0.001),
+                number("start", 1.0, 0.0, 1.0, "Noise level at which the pull begins.", step=0.001),
+                number("end", 0.8, 0.0, 1.0, "Noise level at which the pull ends; lower keeps more of the video.", step=0.001),
                 io.Combo.Input("trend", options=list(TRENDS), default=TRENDS[0],
-                               tooltip="Whether the pull stays, falls to 0 or rises from 0."),
+                               tooltip="Whether the pull stays constant, falls to 0 or rises from 0."),
                 io.Int.Input("start_step", default=0, min=0, max=1000, optional=True, advanced=True,
-                             tooltip="From old workflows: the step from which on it pulls; counts only with an end_step."),
+                             tooltip="From old workflows: the step at which the pull begins; only used with an end_step."),
                 io.Int.Input("end_step", default=0, min=0, max=1000, optional=True, advanced=True,
-                             tooltip="From old workflows: the step at which it stops, in place of start and end; 0 is off. The "
-                             "console says which noise levels these steps are."),
+                             tooltip="From old workflows: the step at which the pull ends, in place of start and end; 0 is "
+                             "off. The console says which noise levels these steps are."),
             ],
-            outputs=[io.Sampler.Output(tooltip="For the sampler of Mochi Sampler or SamplerCustom.")],
+            outputs=[io.Sampler.Output(tooltip="For the sampler input of Mochi Sampler or SamplerCustom.")],
         )  # fmt: skip
 
     @classmethod

@@ -18,8 +18,8 @@ def noise_input(name: str, what: str) -> io.Float.Input:
         step=0.01,
         display_mode=io.NumberDisplay.slider,
         optional=True,
-        tooltip=f"How much noise the frames at the {what} get: 0 keeps them as they are, 1 makes them anew. Pusa's authors use 0 "
-        "to 0.4 for a first image, 0.3 and 0.7 for a first and a last one.",
+        tooltip=f"How much noise the frames at the {what} get: 0 keeps them as they are, 1 regenerates them. Pusa's authors use "
+        "0 to 0.4 for a first image, 0.3 and 0.7 for a first and a last one.",
     )
 
 
@@ -30,8 +30,8 @@ class ImageToVideo(io.ComfyNode):
             node_id="Mochi1ImageToVideo",
             display_name="Mochi Image to Video",
             category=CATEGORY,
-            description="Starts a video from a first image, a last one, or the end of a clip. With weights that know a noise "
-            "level of each frame, such as Pusa's, it is what they were trained for; with Genmo's it is inpainting in time.",
+            description="Starts a video from a first image, a last one, or the end of a clip. Weights with a noise level for "
+            "each frame, such as Pusa's, were trained for this; with Genmo's it is inpainting in time.",
             search_aliases=["i2v", "image to video", "first frame", "last frame", "extend video", "pusa", "flf2v"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load Mochi Transformer, or any other Mochi MODEL."),
@@ -44,7 +44,7 @@ class ImageToVideo(io.ComfyNode):
                     min=7,
                     max=6001,
                     step=6,
-                    tooltip="Frames of the whole video at 30 per second, always 6k + 1; those that are kept count.",
+                    tooltip="Frames of the whole video at 30 per second, always 6k + 1; kept frames are included.",
                 ),
                 io.Image.Input(
                     "start_image",
@@ -68,16 +68,18 @@ class ImageToVideo(io.ComfyNode):
                     step=6,
                     optional=True,
                     advanced=True,
-                    tooltip="How many frames of a clip are kept at most, 6k + 1; an image is one.",
+                    tooltip="The most frames of a clip to keep, 6k + 1; an image is one frame.",
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="For the sampler: with Genmo's weights, frames are released by the mask."),
+                io.Model.Output(
+                    tooltip="For the sampler; with Genmo's weights, it releases the given frames as the mask says."
+                ),
                 io.Latent.Output(tooltip="For the latent input of Mochi Sampler, KSampler or SamplerCustomAdvanced."),
                 io.Int.Output(
                     "kept_frames",
                     display_name="kept_frames",
-                    tooltip="Frames of the start at which the video begins; what comes after them is new.",
+                    tooltip="Number of given frames at the beginning; everything after them is new.",
                 ),
             ],
         )

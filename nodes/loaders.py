@@ -86,8 +86,8 @@ class LoadTransformer(io.ComfyNode):
             node_id="Mochi1LoadTransformer",
             display_name="Load Mochi Transformer",
             category=CATEGORY,
-            description="Loads Mochi's denoiser from a file in original, ComfyUI or diffusers layout, all-in-one, "
-            "or from the index of a sharded one.",
+            description="Loads Mochi's denoiser from a file in Genmo's, ComfyUI's or diffusers' layout, from an all-in-one "
+            "file, or from the index of a sharded one.",
             search_aliases=["genmo", "video model", "mochi model", "mochi unet", "MochiModelLoader"],
             inputs=[
                 io.Combo.Input(
@@ -99,10 +99,10 @@ class LoadTransformer(io.ComfyNode):
                     "weight_dtype",
                     options=[*DTYPE_CHOICES, *QUANTIZED],
                     default="auto",
-                    tooltip="Precision of the weights. auto keeps bf16 where the device can, and quantised files as they "
-                    "are. fp8_e4m3fn and int8 halve the memory of the blocks, q4_0 brings it to 28 %; the result changes a "
-                    "little, least with int8. fp8_rowwise also multiplies in fp8 where the GPU can, which changes it more; it "
-                    "has not yet been run on a GPU.",
+                    tooltip="Precision of the weights. auto uses bf16 if the device supports it, and keeps quantised files "
+                    "as they are. fp8_e4m3fn and int8 halve the memory of the blocks, q4_0 reduces it to 28 %; the "
+                    "result changes a little, least with int8. fp8_rowwise also multiplies in fp8 if the GPU can, "
+                    "which changes the result more; it has not yet been run on a GPU.",
                 ),
                 io.Combo.Input(
                     "attention",
@@ -110,9 +110,10 @@ class LoadTransformer(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="auto is the exact attention that published figures call the fastest for the device, or what the "
-                    "server was started with; host leaves it to ComfyUI. A name is that one or an error that says why not. All "
-                    "are exact but sage, which multiplies in 8 bits. None has yet been run on a GPU with this pack.",
+                    tooltip="auto picks the exact attention that published figures call the fastest for the device, or what "
+                    "the server was started with; host leaves it to ComfyUI. A name picks that one, or ends in an "
+                    "error that says why not. All are exact except sage, which multiplies in 8 bits. None has yet "
+                    "been run on a GPU with this pack.",
                 ),
                 io.Combo.Input(
                     "frame_levels",
@@ -120,8 +121,9 @@ class LoadTransformer(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="Whether the weights were trained with a noise level of each frame, for Mochi Image to Video. auto "
-                    "looks for pusa in the name of the file, or a note in it; on suits a LoRA that was trained so.",
+                    tooltip="Whether the weights were trained with a noise level for each frame, for Mochi Image to Video. "
+                    "auto looks for pusa in the file's name, or for a note in the file; on is for a LoRA that was "
+                    "trained this way.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="Works with every sampler, LoRA loader and model patch of ComfyUI.")],
@@ -156,7 +158,7 @@ class LoadVAE(io.ComfyNode):
                     "dtype",
                     options=list(DTYPE_CHOICES),
                     default="auto",
-                    tooltip="Precision of the autoencoder. fp32 is the most exact; auto takes bf16 where the device can.",
+                    tooltip="Precision of the autoencoder. fp32 is the most exact; auto uses bf16 if the device supports it.",
                 ),
                 io.Combo.Input(
                     "second_file",

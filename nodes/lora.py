@@ -16,8 +16,9 @@ class LoadLoRA(io.ComfyNode):
             node_id="Mochi1LoadLoRA",
             display_name="Load Mochi LoRA",
             category=CATEGORY,
-            description="Adds a LoRA of any kind: Genmo's trainer with its alphas, diffusers and PEFT, kohya, DoRA. Several "
-            "may follow each other. ComfyUI's own LoRA loaders know Mochi's own names only, and not Genmo's alphas.",
+            description="Adds a LoRA of any kind: from Genmo's trainer with its alphas, diffusers and PEFT, kohya, DoRA. "
+            "Several can be chained. ComfyUI's own LoRA loaders know only Mochi's own names, and ignore Genmo's "
+            "alphas.",
             search_aliases=["mochi lora", "lora loader", "LoraLoaderModelOnly", "dora"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load Mochi Transformer, or any other Mochi MODEL."),

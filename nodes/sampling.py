@@ -17,8 +17,8 @@ DENOISE = io.Float.Input(
     step=0.01,
     display_mode=io.NumberDisplay.slider,
     optional=True,
-    tooltip="Share of the schedule that is run, its last part: 0.3 starts at 81 % noise, 0.1 at 35 %. Less noise keeps more "
-    "of the video that comes in.",
+    tooltip="How much of the schedule is run, counted from its end: 0.3 starts at 81 % noise, 0.1 at 35 %. Less noise keeps "
+    "more of the video that comes in.",
 )
 
 
@@ -79,7 +79,7 @@ class Sigmas(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="How many steps are linear before the quadratic ones: 0 is half of all, 6 (of 8) for FastMochi.",
+                    tooltip="How many linear steps come before the quadratic ones: 0 is half of all; 6 (of 8) for FastMochi.",
                 ),
                 DENOISE,
             ],
@@ -129,7 +129,7 @@ class Sampler(io.ComfyNode):
                     tooltip="Frames at 30 per second, always 6k + 1: 31 is one second, 163 is what Mochi was trained for.",
                 ),
                 io.Int.Input(
-                    "steps", default=64, min=1, max=1000, tooltip="More steps are slower and finer; Genmo takes 64."
+                    "steps", default=64, min=1, max=1000, tooltip="More steps are slower and finer; Genmo uses 64."
                 ),
                 io.Float.Input(
                     "cfg",
@@ -171,11 +171,11 @@ class Sampler(io.ComfyNode):
                     "sampler",
                     optional=True,
                     lazy=True,
-                    tooltip="Another way to go along the noise levels than Euler's, which is Genmo's: Mochi Invert, Mochi RF "
-                    "Edit, or one from KSamplerSelect.",
+                    tooltip="A sampler to use instead of Euler, which is Genmo's: Mochi Invert, Mochi RF Edit, or one from "
+                    "KSamplerSelect.",
                 ),
             ],
-            outputs=[io.Latent.Output(tooltip="The video as latents; Tiled VAE Decode (Mochi) makes frames of it.")],
+            outputs=[io.Latent.Output(tooltip="The video as latents; Tiled VAE Decode (Mochi) turns it into frames.")],
         )
 
     @classmethod

@@ -25,8 +25,8 @@ class Cache(io.ComfyNode):
             node_id="Mochi1Cache",
             display_name="Mochi Cache",
             category=CATEGORY,
-            description="Faster: leaves out the blocks of the transformer in steps where little changes. The video changes "
-            "somewhat. The console says how often it did.",
+            description="Faster: skips the blocks of the transformer in steps where little changes. The video changes "
+            "somewhat. The console says how often blocks were skipped.",
             search_aliases=["teacache", "first block cache", "fbcache", "mochi speed", "MochiFasterCache"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load Mochi Transformer."),
@@ -42,11 +42,11 @@ class Cache(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.005,
-                    tooltip="The change up to which blocks are left out: 0 is off and exact. TeaCache's authors give, for 64 "
-                    "steps, 0.06 for 1.5 times the speed and 0.09 for 2.1 times.",
+                    tooltip="The change up to which blocks are skipped: 0 is off and exact. For 64 steps, TeaCache's authors "
+                    "give 0.06 for 1.5 times the speed and 0.09 for 2.1 times.",
                 ),
-                share("start", 0.0, "Share of the steps after which blocks may be left out; in the first step, never."),
-                share("end", 1.0, "Share of the steps up to which blocks may be left out; in the last step, never."),
+                share("start", 0.0, "Share of the steps after which blocks may be skipped; never in the first step."),
+                share("end", 1.0, "Share of the steps up to which blocks may be skipped; never in the last step."),
             ],
             outputs=[io.Model.Output(tooltip="The MODEL with the cache; the one that came in stays as it was.")],
         )
@@ -63,8 +63,8 @@ class Guider(io.ComfyNode):
             node_id="Mochi1Guider",
             display_name="Mochi Guider",
             category=CATEGORY,
-            description="Guidance on a part of the steps, or one that changes from step to step. A step without guidance "
-            "takes half the time.",
+            description="Guidance in only some of the steps, or with a scale that changes from step to step. A step without "
+            "guidance takes half the time.",
             search_aliases=[
                 "cfg zero star",
                 "guidance interval",
@@ -94,15 +94,15 @@ class Guider(io.ComfyNode):
                     max=30.0,
                     step=0.1,
                     optional=True,
-                    tooltip="Guidance in the last guided step, reached from cfg by equal differences; 0 is the same as cfg.",
+                    tooltip="Guidance in the last guided step, reached from cfg in equal increments; 0 means the same as cfg.",
                 ),
                 io.Boolean.Input(
                     "cfg_zero",
                     default=False,
                     optional=True,
                     advanced=True,
-                    tooltip="CFG-Zero*: the negative prompt counts as far as it goes the way of the other, and the first 4 % of "
-                    "the steps are left out.",
+                    tooltip="CFG-Zero*: the negative prompt counts only as far as it agrees with the positive one, and the "
+                    "first 4 % of the steps are skipped.",
                 ),
             ],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
@@ -120,8 +120,8 @@ class Parallel(io.ComfyNode):
             node_id="Mochi1Parallel",
             display_name="Mochi Parallel",
             category=CATEGORY,
-            description="Several GPUs make one video, each a share of every step; the video is the same. With one GPU, the "
-            "MODEL passes through. It has not yet been run on two GPUs.",
+            description="Several GPUs make one video, each computing a share of every step; the video is the same. With one "
+            "GPU, the MODEL passes through. It has not yet been run on two GPUs.",
             search_aliases=[
                 "multigpu",
                 "multi gpu",
@@ -133,21 +133,22 @@ class Parallel(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="From Load Mochi Transformer; put this node behind LoRAs, Mochi Cache and other patches.",
+                    tooltip="From Load Mochi Transformer; put this node after LoRAs, Mochi Cache and other patches.",
                 ),
                 io.Int.Input(
                     "gpus",
                     default=0,
                     min=0,
                     max=64,
-                    tooltip="How many GPUs work on it: 0 is all that there are. Each holds the transformer.",
+                    tooltip="How many GPUs to use: 0 is all of them. Each holds the transformer.",
                 ),
                 io.Combo.Input(
                     "split",
                     options=list(SPLITS),
                     default="auto",
-                    tooltip="What is shared out: guidance, the prompt and the negative prompt to two GPUs, which then exchange "
-                    "next to nothing; sequence, the tokens of the video to any number; auto, first the one and then the other.",
+                    tooltip="What is shared out. guidance: the prompt and the negative prompt, to two GPUs, which then "
+                    "exchange next to nothing. sequence: the tokens of the video, to any number of GPUs. auto: first "
+                    "the prompts, then the tokens.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The MODEL on several GPUs; the one that came in stays as it was.")],

@@ -33,8 +33,8 @@ class TiledVAEDecode(io.ComfyNode):
                     step=0.1,
                     optional=True,
                     advanced=True,
-                    tooltip="GiB to use besides the weights and the finished frames; 0 takes what is free. Less is slower, the "
-                    "video is the same. Has no effect on a VAE from Load VAE.",
+                    tooltip="GiB to use besides the weights and the finished frames; 0 takes what is free. Less is slower; "
+                    "the video is the same. Has no effect on a VAE from Load VAE.",
                 ),
             ],
             outputs=[io.Image.Output(tooltip="Frames at 30 per second.")],
@@ -56,18 +56,19 @@ class VAEEncode(io.ComfyNode):
             node_id="Mochi1VAEEncode",
             display_name="VAE Encode (Mochi)",
             category=CATEGORY,
-            description="Frames to latents, for video to video; with a mask, only what it covers is made anew.",
+            description="Frames to latents, for video to video; with a mask, only what it covers is regenerated.",
             search_aliases=["mochi encode", "MochiImageEncode"],
             inputs=[
                 io.Image.Input(
                     "pixels",
-                    tooltip="Frames at 30 per second. Those beyond 6k + 1 are left out, and pixels beyond multiples of 8.",
+                    tooltip="Frames at 30 per second. Frames beyond 6k + 1 are left out, and so are pixels beyond multiples "
+                    "of 8.",
                 ),
                 io.Vae.Input("vae", tooltip="From Load Mochi VAE, with an encoder."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="What is made anew: one mask for all frames, or one for each. It becomes the noise mask of the "
+                    tooltip="What is regenerated: one mask for all frames, or one for each. It becomes the noise mask of the "
                     "latents, each of which takes the largest value of its 8 x 8 pixels and 6 frames.",
                 ),
             ],
