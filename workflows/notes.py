@@ -12,11 +12,11 @@ CARDS = f"""
 |---|---|
 | 24 GB and more | **auto** |
 | 16 GB | **int8** |
-| 12 GB | **int8** up to 85 frames, **q4_0** above; T5 on the **cpu** |
-| 8 GB | **q4_0** up to 85 frames; T5 on the **cpu** |
+| 12 GB | **int8** up to 85 frames, **q4_0** above; Load Mochi T5 with **device** = cpu |
+| 8 GB | **q4_0** up to 85 frames; Load Mochi T5 with **device** = cpu |
 
-Computed, not yet tried on such cards: [speed and memory]({PAGE}/performance.md#what-to-choose). Longer on 8 or 12 GB: the
-template *Long video*.
+Computed, not yet tried on such cards: [speed and memory]({PAGE}/performance.md#what-to-choose). For longer
+videos on 8 or 12 GB, use the template *Long video*.
 """
 
 TEXT_TO_VIDEO = ("Text to video", "text_to_video.md")
@@ -51,7 +51,7 @@ def files_note(template: Template) -> str:
     wanted = [name for name in dict.fromkeys(named) if name in PUBLIC_FILES]
     if not wanted:
         return ""
-    half = f"[{FP8}]({PUBLIC_FILES[FP8].url}) is half the size ({PUBLIC_FILES[FP8].size}) and rounds more. "
+    half = f"[{FP8}]({PUBLIC_FILES[FP8].url}) is half the size ({PUBLIC_FILES[FP8].size}) and less precise. "
     return f"""# Files: where from, where to
 {folder_tree(wanted)}
 

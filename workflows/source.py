@@ -349,7 +349,7 @@ TEXT_TO_VIDEO = Subgraph(
 SECOND_PASS = Subgraph(
     "Text to Video, larger (Mochi 1)",
     TEXT_TO_VIDEO.category,
-    "Makes a video from a prompt with Genmo's Mochi 1, and the last steps of it once more at a larger size.",
+    "Makes a video from a prompt with Genmo's Mochi 1, then runs the last steps again at a larger size.",
     (
         *TEXT_TO_VIDEO.ports[:-3],
         Port("larger", "width", "larger_width"),
@@ -429,7 +429,7 @@ EDITING = (
 VIDEO_TO_VIDEO = Subgraph(
     "Video to Video (Mochi 1)",
     "Video generation and editing/Video to video",
-    "Makes another video from one and a prompt with Genmo's Mochi 1; less noise keeps more of it, first of all its motion.",
+    "Makes another video from one and a prompt with Genmo's Mochi 1; less noise keeps more of it, above all its motion.",
     (*EDITING, *FILE_PORTS),
     ("load", "save"),
 )
@@ -440,7 +440,7 @@ EDIT_PROMPTS = (
 EDIT_VIDEO = Subgraph(
     "Edit Video (Mochi 1)",
     "Video generation and editing/Video to video",
-    "Changes what two prompts say differently about a video with Genmo's Mochi 1.",
+    "Changes what differs between two prompts in a video, with Genmo's Mochi 1.",
     (
         EDITING[0],
         *EDIT_PROMPTS,
@@ -454,7 +454,7 @@ EDIT_VIDEO = Subgraph(
 EDIT_INVERTED = Subgraph(
     "Edit Video by inversion (Mochi 1)",
     EDIT_VIDEO.category,
-    "Brings a video back to noise and makes it anew from there by another prompt, with Genmo's Mochi 1.",
+    "Brings a video back to noise and remakes it from there under another prompt, with Genmo's Mochi 1.",
     (
         EDITING[0],
         *EDIT_PROMPTS,
@@ -472,7 +472,7 @@ EDIT_INVERTED = Subgraph(
 MASKED = Subgraph(
     "Masked Video to Video (Mochi 1)",
     "Video generation and editing/Video to video",
-    "Makes a rectangle of a video anew with Genmo's Mochi 1; the rest stays.",
+    "Regenerates a rectangle of a video with Genmo's Mochi 1; the rest stays.",
     (
         *EDITING,
         Port("mask", "x", "x", "area's left edge"),
@@ -491,14 +491,13 @@ TEMPLATES = [
         "Mochi 1 - Text to Video",
         """# Text to video
 
-Write what the video shows into **prompt** and press Run. Every run has another seed, and makes another video.
+Describe in **prompt** what the video shows, and press Run. Every run uses a new seed and makes a different video.
 
-**Worth changing:** the prompt, the seed, and **frames** (6k + 1; 163 are 5.4 seconds, and 85 take about half the time).
-Mochi likes one scene, described in plain words, with what the camera does. Sensible values
-of **cfg** are 3 to 6.
+**Worth changing:** the prompt, the seed, and **frames** (6k + 1; 163 make 5.4 seconds, and 85 take about half the time).
+Mochi likes one scene, described in plain words, with what the camera does. Sensible values of **cfg** are 3 to 6.
 
-The node holds the whole graph: its button at the top right opens it, and everything inside can be changed. In the node
-search it is **Text to Video (Mochi 1)**. **App** (top left, beside *Graph*) shows only prompt, length, seed and video.
+The node holds the whole graph: its button at the top right opens it, and everything inside can be changed. In the node search
+it is **Text to Video (Mochi 1)**. **App** (top left, next to *Graph*) shows only prompt, length, seed and video.
 """,
         text_to_video(WAVES),
         subgraph=TEXT_TO_VIDEO,
@@ -508,8 +507,8 @@ search it is **Text to Video (Mochi 1)**. **App** (top left, beside *Graph*) sho
         "Mochi 1 - Tiny demo, no download",
         """# Tiny Mochi
 
-A Mochi of 22 MB that comes with this pack: nothing to download, a video in seconds, also without a GPU. It was trained on
-drawn shapes, and they are all that it knows.
+A Mochi of 22 MB that comes with this pack: nothing to download, a video in seconds, even without a GPU. It was trained on
+drawn shapes, and they are all it knows.
 
 Try *“a blue square growing larger”* or *“A yellow circle falling over a gray background.”*: red, green, blue, yellow, white;
 circles, squares, triangles, stars; moving left, right, up, down or in a circle, growing, standing still.
@@ -523,10 +522,11 @@ The files have the form of the real ones, and the nodes are the same: what works
         "Mochi 1 - Quick draft",
         """# Quick draft
 
-A small, short, coarse video to try prompts with: 1.2 seconds of 432 x 240 in 16 steps, about a sixtieth of the work of the
+A small, short, coarse video for trying out prompts: 1.2 seconds of 432 x 240 in 16 steps, about a sixtieth of the work of the
 full video.
 
-The full video from the same seed is **another** video: noise of another size is other noise. Prompts and **cfg** carry over.
+The full video from the same seed is a **different** video, because noise of another size is different noise. Prompts and
+**cfg** carry over.
 """,
         text_to_video(WAVES, width=432, height=240, steps=16, num_frames=Link("length"))
         | {"length": Node("Mochi1Length", {"seconds": 1.2})},
@@ -540,12 +540,13 @@ Choose an image in **Your image**: the video begins with it. Describe in **promp
 cropped in the middle and resized.
 
 **Genmo's weights were not trained for this.** With them it is inpainting in time: the first frame is kept, and its neighbours
-are released late. In the tiny model that comes with this pack it keeps place, colour and motion; with the released weights it is
-**untested**, and may stand still or drift.
+are released late. With the tiny model that comes with this pack, this keeps place, colour and motion; with the released
+weights it is **untested**, and the video may stand still or drift.
 
-**Weights that were trained for it:** [Pusa V0.5](https://huggingface.co/RaphaelLiu/Pusa-V0.5), Mochi with a noise level of each
-frame; see there for its licence. Choose the file as **transformer**; *pusa* in its name tells the node. **Untested** here as
-well; colours of new frames may differ from the image's. Its authors give **first frames' noise** as 0 to 0.4, 30 steps.
+**Weights that were trained for it:** [Pusa V0.5](https://huggingface.co/RaphaelLiu/Pusa-V0.5), Mochi with a noise level for
+each frame; see there for its licence. Choose the file as **transformer**; *pusa* in its name tells the node. **Untested**
+here as well; colours of new frames may differ from the image's. Its authors use 0 to 0.4 for **first frames' noise**, and 30
+steps.
 """,
         image_to_video(),
         subgraph=IMAGE_TO_VIDEO,
@@ -555,13 +556,13 @@ well; colours of new frames may differ from the image's. Its authors give **firs
         "Mochi 1 - First and last frame",
         """# First and last frame
 
-A video that begins with one image and ends with another. Best if both show the same scene: the prompt says how one becomes the
-other.
+A video that begins with one image and ends with another. It works best if both show the same scene; the prompt says how one
+becomes the other.
 
-**The last image stands still for 6 frames**, a fifth of a second: every latent but the first holds 6.
+**The last image stands still for 6 frames**, a fifth of a second: every latent but the first holds 6 frames.
 
-**Untested** with released weights. Genmo's were not trained for this: inpainting in time, see *Image to Video*. The authors of
-[Pusa V0.5](https://huggingface.co/RaphaelLiu/Pusa-V0.5) give the noise of the first frames as 0.3, of the last as 0.7.
+**Untested** with released weights. Genmo's were not trained for this: inpainting in time, see *Image to Video*. The authors
+of [Pusa V0.5](https://huggingface.co/RaphaelLiu/Pusa-V0.5) use 0.3 for the noise of the first frames, and 0.7 for the last.
 """,
         first_last_frame(),
         subgraph=FIRST_LAST_FRAME,
@@ -571,14 +572,14 @@ other.
         "Mochi 1 - Extend a video",
         """# Extend a video
 
-Choose a video of 30 frames per second in **Your video**: its last 19 frames (4 latents) begin a new one, whose other frames are
-put behind it. Both get **width** and **height**.
+Choose a video of 30 frames per second in **Your video**: its last 19 frames (4 latents) begin a new one, whose other frames
+are appended to it. Both get **width** and **height**.
 
-**Worth changing:** **frames to keep** (6k + 1): more carry more of the motion, and leave fewer new ones. For a longer
-video, extend the result once more.
+**Worth changing:** **frames to keep** (6k + 1): more frames carry over more of the motion, and leave room for fewer new ones.
+For a longer video, extend the result again.
 
 **Untested** with released weights. Genmo's were not trained for this: inpainting in time, see *Image to Video*. Each round
-loses a little: what is kept goes through the autoencoder, and colours may drift. Sound is left out.
+loses a little: kept frames go through the autoencoder, and colours may drift. Sound is left out.
 """,
         extend_video(),
         subgraph=EXTEND_VIDEO,
@@ -588,12 +589,12 @@ loses a little: what is kept goes through the autoencoder, and colours may drift
         "Mochi 1 - Video to Video",
         """# Video to video
 
-Choose your video in **Your video**, and describe in **prompt** what it shall become.
+Choose your video in **Your video**, and describe in **prompt** what it should become.
 
-The autoencoder file must hold the **encoder**, too (**mochi_vae.safetensors** does).
+The autoencoder file must also hold the **encoder** (**mochi_vae.safetensors** does).
 
 **Worth changing:** **denoise**. 0.3 starts at 81 % noise, 0.2 at 62 %, 0.1 at 35 %, 0.5 at 97 %: less noise keeps more of
-your video, first of all its motion. The first 163 frames are taken, of those 6k + 1, and scaled to 848 x 480.
+your video, above all its motion. The first 163 frames are used (of a shorter video, 6k + 1), scaled to 848 x 480.
 """,
         video_to_video(),
         subgraph=VIDEO_TO_VIDEO,
@@ -603,16 +604,16 @@ your video, first of all its motion. The first 163 frames are taken, of those 6k
         "Mochi 1 - Video to Video, masked",
         """# Video to video, masked
 
-Choose your video in **Your video**. A rectangle of it is made anew as the prompt says; the rest stays. Left edge, top edge, width
-and height of the area are in pixels of the scaled video.
+Choose your video in **Your video**. A rectangle of it is regenerated as the prompt says; the rest stays. Left edge, top edge,
+width and height of the area are in pixels of the scaled video.
 
-**What it costs:** as much as the whole video: all of it is sampled, and the rest put back at each step.
+**What it costs:** as much as the whole video: all of it is sampled, and the rest is put back at each step.
 
-**A mask that moves:** connect any mask with as many frames as the video to **mask** of *VAE Encode (Mochi)*, inside. A latent is
-made anew if any of its 8 x 8 pixels and 6 frames is in the mask.
+**A mask that moves:** connect any mask with as many frames as the video to **mask** of *VAE Encode (Mochi)*, inside. A latent
+is regenerated if any of its 8 x 8 pixels, in any of its 6 frames, is in the mask.
 
 **Untested** with the released weights. The autoencoder mixes neighbours: at the edges of the area a few pixels of the rest
-change. **denoise** 0.6 starts at nearly pure noise inside of the area.
+change. **denoise** 0.6 starts at nearly pure noise inside the area.
 """,
         masked(),
         subgraph=MASKED,
@@ -622,16 +623,16 @@ change. **denoise** 0.6 starts at nearly pure noise inside of the area.
         "Mochi 1 - Edit video",
         """# Edit video
 
-Choose your video in **Your video**. Describe it in **what it shows**, its motion too, and copy that text to **what it becomes**
-with other words where it shall change: the video moves by the difference of the two (FlowEdit).
+Choose your video in **Your video**. Describe it in **what it shows**, including its motion, and copy that text to **what it
+becomes** with other words where it should change: the video moves by the difference between the two (FlowEdit).
 
-**Worth changing:** **start_noise** (how much may change) and **cfg** (how strongly). 1.5 and 5.5 are what FlowEdit's authors take
-for another model.
+**Worth changing:** **start_noise** (how much may change) and **cfg** (how strongly). FlowEdit's authors use 1.5 and 5.5 for
+another model.
 
-**What it costs:** four forwards a step: 30 steps are as long as 60 of *Text to Video*.
+**What it costs:** four forwards a step: 30 steps take as long as 60 of *Text to Video*.
 
-**Untested** with the released weights. With the tiny model it was no better than *Video to Video* with less noise, and that
-is cheaper. What the prompts do not say may be lost: without words for the motion, shapes stood still.
+**Untested** with the released weights. With the tiny model it was no better than *Video to Video* with less noise, which is
+cheaper. What the prompts do not say may be lost: without words for the motion, shapes stood still.
 """,
         edit_video(),
         subgraph=EDIT_VIDEO,
@@ -641,13 +642,13 @@ is cheaper. What the prompts do not say may be lost: without words for the motio
         "Mochi 1 - Edit video by inversion",
         """# Edit video by inversion
 
-Choose your video in **Your video**. **Mochi Invert** brings it back to the noise that it could come from, under **what it shows**
-and without guidance; **Mochi RF Edit** makes a video of that noise under **what it becomes**, pulled towards yours while there is
-much noise. The settings are those of the example of MochiEdit, with its window of steps in noise levels.
+Choose your video in **Your video**. **Mochi Invert** brings it back to noise that it could have come from, under **what it
+shows** and without guidance; **Mochi RF Edit** makes a video from that noise under **what it becomes**, pulled towards yours
+while there is much noise. The settings are those of MochiEdit's example, with its window of steps given in noise levels.
 
 **Worth changing:** **end** (lower keeps more of your video) and **eta** (1 pulls fully).
 
-**What it costs:** one forward a step up, two a step down: 50 steps are as long as 75 of *Text to Video*.
+**What it costs:** one forward a step up, two a step down: 50 steps take as long as 75 of *Text to Video*.
 
 **Untested** with the released weights, and *Edit video* is simpler. With the tiny model it was no better than *Video to Video*
 with less noise. Users of MochiEdit have reported blur.
@@ -663,11 +664,11 @@ with less noise. Users of MochiEdit have reported blur.
 10 seconds with 8-bit weights, the text encoder on the CPU, and the denoiser in overlapping windows of the length that Mochi
 was trained for.
 
-ComfyUI streams the weights that do not fit. If memory runs out all the same: make **context_length** smaller (22 or 16
-latents; 6 frames each), then width and height. The decode needs the same memory however long the video is.
+ComfyUI streams the weights that do not fit. If memory still runs out, make **context_length** smaller (22 or 16 latents; 6
+frames each), then width and height. The decode needs the same memory however long the video is.
 
 **What to expect:** the windows share their overlaps, not a plot; describe one continuing motion. The other way is *Extend a
-video*, round after round: with the tiny model both kept colour and motion, and one shape in about half of the videos.
+video*, round after round: with the tiny model, both kept colour and motion, and kept one shape in about half of the videos.
 """,
         long_video(),
     ),
@@ -690,9 +691,9 @@ the run.
         "Mochi 1 - LoRA",
         """# LoRA
 
-Put a LoRA into **models/loras** and choose it in **Load Mochi LoRA**. Every kind works: Genmo's trainer with its alphas,
-diffusers, PEFT, kohya, DoRA. The one that is linked was made for landscapes of video games; a browser saves it as
-*pytorch_lora_weights.safetensors*, as most are called: rename it. Or make your own with this pack's
+Put a LoRA into **models/loras** and choose it in **Load Mochi LoRA**. Every kind works: from Genmo's trainer with its alphas,
+diffusers, PEFT, kohya, DoRA. The one linked here was made for video game landscapes; a browser saves it as
+*pytorch_lora_weights.safetensors*, the name most of them have: rename it. Or make your own with this pack's
 [trainer](https://github.com/mochi-nodes/mochi-nodes/blob/main/docs/train.md).
 
 **Worth changing:** **strength** (1 is as trained, 0 is off). Several LoRAs: one node after the other.
@@ -704,10 +705,10 @@ diffusers, PEFT, kohya, DoRA. The one that is linked was made for landscapes of 
         "Mochi 1 - Second pass, larger",
         """# Second pass, larger
 
-The video of *Text to Video*, its latents scaled to 1280 x 720, and the last 30 % of the steps once more at that size.
+The video of *Text to Video* with its latents scaled to 1280 x 720, and the last 30 % of the steps run again at that size.
 
-**What it costs:** a step of the second pass has 2.3 times the tokens, and more than that in attention; 19 of them. It needs the
-memory of 1280 x 720, too: make **num_frames** smaller first.
+**What it costs:** each of the 19 steps of the second pass has 2.3 times the tokens, and attention costs more than that. It
+also needs the memory of 1280 x 720: make **num_frames** smaller first.
 
 **Untested:** Mochi was trained for 848 x 480, nobody has published settings for this, and it has
 only been run with the tiny model.
@@ -723,28 +724,28 @@ and **Create Video**.
         "Mochi 1 - Sharper",
         """# Sharper: skip-layer guidance
 
-Each step is computed once more without block 34, and the video pushed away from that worse one. Block **34**, scale **1.0** and
-the whole schedule are what the authors of spatiotemporal skip guidance (STG) publish for Mochi; the node's own defaults are for
-another model.
+Each step is computed once more without block 34, and the video is pushed away from that worse result. Block **34**, scale
+**1.0** and the whole schedule are what the authors of spatiotemporal skip guidance (STG) publish for Mochi; the node's own
+defaults are for another model.
 
-**What it costs:** three forwards a step where there were two: half as much time again.
+**What it costs:** three forwards a step where there were two: it takes 50 % longer.
 
-**Untested** with the released weights. Too strong looks burnt: lower **scale**.
+**Untested** with the released weights. If it looks burnt, it is too strong: lower **scale**.
 """,
         sharper(),
     ),
     Template(
         "faster",
         "Mochi 1 - Faster",
-        """# Faster, with another result
+        """# Faster, with a different result
 
-**Mochi Cache** leaves out the blocks of the transformer where little changes; **Mochi Guider** guides from the tenth part of
-the steps on, and a step without guidance takes half the time. The console says how much was left out.
+**Mochi Cache** skips the blocks of the transformer where little changes; **Mochi Guider** starts guidance after the first
+tenth of the steps, and a step without guidance takes half the time. The console says how much was skipped.
 
-The video is **not** the one that *Text to Video* makes from the same seed, only one like it. For that one, set **threshold**
-to 0 and **start** to 0.
+The video is **not** the one that *Text to Video* makes from the same seed, only similar to it. For the same one, set
+**threshold** to 0 and **start** to 0.
 
-**Worth changing:** **threshold** 0 is exact, more is faster and further from that.
+**Worth changing:** **threshold** 0 is exact; more is faster and further from exact.
 """,
         faster(),
     ),
@@ -753,13 +754,13 @@ to 0 and **start** to 0.
         "Mochi 1 - FastMochi, 8 steps",
         """# FastMochi: 8 steps
 
-Distilled weights: **dit.safetensors** from FastVideo's FastMochi; rename it to **fastmochi.safetensors**. It is 40 GB in fp32:
-**python -m mochi_core convert** makes 20 GB of it, or 10. Text encoder and VAE as always.
+Distilled weights: **dit.safetensors** from FastVideo's FastMochi; rename it to **fastmochi.safetensors**. It is 40 GB in
+fp32: **python -m mochi_core convert** makes 20 GB of it, or 10. Text encoder and VAE are the usual ones.
 
 Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cfg 1.5.** Ordinary Mochi weights need the
 64 steps and cfg 4.5 of the template *Text to Video*.
 
-**Mochi Parallel** has all GPUs of the computer make the video together; with one, it does nothing.
+**Mochi Parallel** has all GPUs of the computer make the video together; with one GPU, it does nothing.
 """,
         fastmochi(),
     ),
@@ -771,8 +772,8 @@ Its settings belong together: **8 steps, threshold noise 0.1, 6 linear steps, cf
 The precision and the settings of Genmo's own code: T5 and autoencoder in fp32, denoiser in bf16, 163 frames of 848 x 480 in
 64 steps, guidance 6.0 (4.5 in Genmo's first release). Genmo's own **dit.safetensors** and **decoder.safetensors** work as well.
 
-Noise comes from a generator on the CPU, so that a seed means the same video on every machine. Genmo's code draws it on the
-GPU: its seeds are other noise, but the same noise gives the same video.
+Noise comes from a generator on the CPU, so a seed means the same video on every machine. Genmo's code draws it on the GPU, so
+its seeds give different noise, but the same noise gives the same video.
 """,
         text_to_video(
             WAVES, transformer={"weight_dtype": "bf16"}, t5={"dtype": "fp32"}, vae={"dtype": "fp32"}, cfg=6.0
@@ -784,10 +785,10 @@ GPU: its seeds are other noise, but the same noise gives the same video.
         "Mochi 1 - KSampler and stock nodes",
         """# With ComfyUI's own nodes
 
-Only the loaders are from this pack; prompt, sampler, decoder and everything else are ComfyUI's. All types are native: put
-any other sampler, LoRA loader, guider, cache or patch for models in between.
+Only the loaders are from this pack; prompt, sampler, decoder and everything else are ComfyUI's. All types are native: put any
+other sampler, LoRA loader, guider, cache or model patch in between.
 
-What differs from *Text to Video*: ComfyUI's text encode gives an empty prompt one token, Genmo gives it none. With the
+What differs from *Text to Video*: ComfyUI's text encoder node gives an empty prompt one token, Genmo gives it none. With the
 prompts encoded by **T5 Encode (Mochi)**, KSampler makes the same video as **Mochi Sampler**.
 """,
         stock_nodes(),
