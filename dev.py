@@ -60,7 +60,9 @@ def main() -> int:
         if name:
             print(f"Stopped: there is no command {name}; use {', '.join(commands)}.", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for request in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, request):
+            signal.signal(getattr(signal, request), lambda number, _: sys.exit(128 + number))
     try:
         return command(sys.argv[2:])
     except SetupError as error:

@@ -20,7 +20,7 @@ from .checkpoints import load_vae
 from .checkpoints.convert import plan_conversion, write_conversion
 from .checkpoints.inspect import inspect as inspect_file
 from .checkpoints.inspect import render
-from .devices import check_device, default_device
+from .devices import check_device, default_device, named_device
 from .doctor import examine, failures
 from .doctor import render as render_report
 from .dtypes import DTYPES
@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
     if "device" in options and options.device is None:
         options.device = default_device()
     try:
-        return COMMANDS[options.command](options) or 0
+        with interrupts.ended_in_order():
+            return COMMANDS[options.command](options) or 0
     except (ValueError, OSError, SafetensorError, OutOfMemory, MemberError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
@@ -135,6 +136,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def doctor(options: argparse.Namespace) -> int:
+    named_device(options.device)
     report = examine(options.device, options.files)
     print(json.dumps(report, indent=2) if options.json else render_report(report))
     return int(bool(failures(report)))

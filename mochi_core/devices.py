@@ -14,17 +14,25 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_device(name: torch.device | str) -> None:
-    """Raise a ValueError if this machine has no such device."""
+def named_device(name: torch.device | str | int) -> torch.device:
+    """The device of that name, wherever it is; ValueError if it is the name of none."""
     try:
-        device = torch.device(name)
+        return torch.device(name)
     except RuntimeError:
         raise ValueError(
             f"device is {shown(str(name))}, which is not a device; use cpu, cuda, cuda:1 or mps."
         ) from None
-    if (device.index or 0) >= _count(device.type):
+
+
+def check_device(name: torch.device | str | int) -> None:
+    """Raise a ValueError if this machine has no such device; a number is a card, as PyTorch counts them."""
+    device = named_device(name)
+    # PyTorch keeps the index in 8 bits with a sign.
+    if not 0 <= (device.index or 0) < _count(device.type):
         there = ", ".join(kind for kind in KINDS if _count(kind))
-        raise ValueError(f"device is {device}, which is not on this machine or cannot be computed on; it has {there}.")
+        raise ValueError(
+            f"device is {shown(str(name))}, which is not on this machine or cannot be computed on; it has {there}."
+        )
 
 
 def _count(kind: str) -> int:

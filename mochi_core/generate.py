@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .autoencoder.model import OnProgress
-from .checkpoints import empty_transformer, load_transformer, load_vae, merge, open_checkpoint, open_part
+from .checkpoints import empty_transformer, load_transformer, load_vae, merge, open_part
 from .checkpoints.names.detect import FRAME_LEVELS_CHOICES
 from .devices import check_device
 from .dtypes import DTYPES
@@ -20,7 +20,7 @@ from .geometry import VideoSize, seconds_to_frames
 from .io.latent_files import save_latents
 from .io.read_frames import read_frames, read_image
 from .io.video import save_video
-from .lora import load_lora
+from .lora import load_lora, read_lora
 from .options import LATENT_SUFFIXES
 from .parallel.plan import Plan
 from .pipeline import MochiPipeline
@@ -127,7 +127,7 @@ def load_pipeline(
 
 
 def check_models(options: argparse.Namespace, *, text: bool) -> None:
-    """Look at the headers of all files of the models, without T5 if not `text`.
+    """Look at the headers of all files of the models, without T5 if not `text`, and at LoRAs.
 
     Raises:
         ValueError, OSError: one is missing, holds something else, or lacks a block that is to be skipped.
@@ -135,10 +135,10 @@ def check_models(options: argparse.Namespace, *, text: bool) -> None:
     if text:
         open_part(options.t5, "t5")
         find_tokenizer(options.t5, options.tokenizer)
-    depth = empty_transformer(open_part(options.transformer, "transformer")).config.depth
-    Guidance(tuple(getattr(options, "skip_block", ()))).check_depth(depth)  # which edits do not have
+    config = empty_transformer(open_part(options.transformer, "transformer")).config
+    Guidance(tuple(getattr(options, "skip_block", ()))).check_depth(config.depth)  # which edits do not have
     for path, _ in options.lora:
-        open_checkpoint(path)
+        read_lora(path, config).report()
     merge([open_part(file, "vae") for file in options.vae])
 
 

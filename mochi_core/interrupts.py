@@ -1,10 +1,15 @@
-"""Ctrl-C while a command is still imported, which takes seconds: it ends like any other program, and shows no code."""
+"""Ctrl-C while a command is still imported, which takes seconds: it ends like any other program, and shows no code.
+
+And a request to end while it runs (kill, a scheduler, a terminal that was closed), which leaves no half file behind.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE, COMMANDS = "mochi_core", ("mochi", "mochi.exe")
@@ -22,9 +27,27 @@ def raise_again() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _handler_is(handler: object) -> bool:
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Have a request to end raise SystemExit, so that what was begun is cleaned up; the status is that of other programs."""
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    changed = [number for number in signals if _handler_is(signal.SIG_DFL, number)]  # nohup has SIGHUP ignored
+    for number in changed:
+        signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _handler_is(handler: object, number: int = signal.SIGINT) -> bool:
     # Other threads may not set one.
-    return threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is handler
+    return threading.current_thread() is threading.main_thread() and signal.getsignal(number) is handler
 
 
 def is_command() -> bool:

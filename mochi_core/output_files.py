@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
+UNFINISHED: set[Path] = set()
+"""Temporary files of this process that are being written."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -47,6 +49,7 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     check_writable(path)
     temporary = temporary_file(path)
+    UNFINISHED.add(temporary)
     try:
         yield temporary
         if not overwrite and path.exists():
@@ -60,6 +63,14 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         raise OSError(f"There is no room for {path} ({error.strerror}); free some, or choose another place.") from error
     finally:
         temporary.unlink(missing_ok=True)
+        UNFINISHED.discard(temporary)
+
+
+def remove_unfinished() -> None:
+    """Remove what is not complete, for a process that is about to end at once."""
+    for temporary in (*UNFINISHED,):
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..devices import check_device
 from ..transformer.block import AsymmetricJointBlock
 from ..transformer.model import AsymmDiT
 
@@ -12,10 +13,20 @@ Place = int | str
 """A device as accelerate names them: the number of a card, "cpu" or "disk"."""
 
 
+def check_places(device_map: str | Mapping[str, Place]) -> None:
+    """Raise a ValueError if `device_map` names a device that this machine does not have, or none at all."""
+    if isinstance(device_map, str):
+        if device_map != "auto":
+            raise ValueError(f'device_map is {device_map!r}; use "auto", or the device of each module by its name.')
+        return
+    for place in {*device_map.values()} - {"disk"}:
+        check_device(place)
+
+
 def place_on_devices(
     dit: AsymmDiT, device_map: str | Mapping[str, Place], max_memory: Mapping[Place, int | str] | None = None
 ) -> AsymmDiT:
-    """Move the parts of `dit` to devices, between which accelerate moves what they are called with.
+    """Move the parts of `dit` to devices that `check_places` has seen; accelerate moves what they are called with between them.
 
     Args:
         device_map: the device of each module by name; or "auto", for as much on each card as `max_memory` allows.
@@ -30,8 +41,6 @@ def place_on_devices(
         raise ValueError("device_map needs a package: python -m pip install accelerate.") from None
     places: Mapping[str, Any] = {}
     if isinstance(device_map, str):
-        if device_map != "auto":
-            raise ValueError(f'device_map is {device_map!r}; use "auto", or the device of each module by its name.')
         memory: Any = None if max_memory is None else dict(max_memory)
         whole = [AsymmetricJointBlock.__name__]
         places = infer_auto_device_map(dit, max_memory=memory, no_split_module_classes=whole)

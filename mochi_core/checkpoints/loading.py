@@ -18,7 +18,7 @@ from ..mapped_files import copy_mapped, is_much_mapped, remember
 from ..quantization.weights import QuantizedLinear, QuantizedWeight
 from ..shown import shown, shown_names
 from ..transformer.model import AsymmDiT
-from .device_map import Place, place_on_devices
+from .device_map import Place, check_places, place_on_devices
 from .formats.reader import open_checkpoint
 from .names.detect import PARTS, has_frame_levels, select_part
 from .names.quantized import quantize_block_matrices
@@ -66,6 +66,7 @@ def load_transformer(
             of them is not there.
         FileNotFoundError: there is no such file.
     """
+    check_places("auto" if device_map is None else device_map)
     check_device(device)
     checkpoint = quantize_block_matrices(open_part(path, "transformer"), quantize)
     dit = empty_transformer(checkpoint, dtype)

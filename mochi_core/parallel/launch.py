@@ -16,6 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ..devices import check_device
+from ..output_files import remove_unfinished
 from .group import MEETING_TIMEOUT, Group, Processes
 from .team import agree
 
@@ -42,10 +44,12 @@ def launched() -> bool:
 
 
 def own_device(device: str) -> torch.device:
-    """The device of this process: "cuda" means the card that the launcher gave it."""
+    """The device of this process: "cuda" means the card that the launcher gave it; ValueError if it is not there."""
+    check_device(device)
     found = torch.device(device)
     if found.type == "cuda" and found.index is None and launched():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        check_device(found)
     return found
 
 
@@ -157,6 +161,7 @@ def _end(said: str) -> None:
     """End the process at once, with a sentence if there is one, from a thread: the main one may be waiting and cannot."""
     if said:
         print(f"error: {said}", file=sys.stderr, flush=True)  # noqa: T201 - nobody else can
+    remove_unfinished()
     os._exit(2)
 
 

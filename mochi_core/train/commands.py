@@ -33,7 +33,8 @@ def run(options: argparse.Namespace) -> int:
     interrupts.raise_again()
     warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {sentence(message)}", file=sys.stderr)
     try:
-        return COMMANDS[options.command](options)
+        with interrupts.ended_in_order():
+            return COMMANDS[options.command](options)
     except (ValueError, OSError, SafetensorError, OutOfMemory) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2

@@ -25,6 +25,7 @@ from ...mochi_core.checkpoints import (
     is_block_matrix,
     quantize_block_matrices,
 )
+from ...mochi_core.checkpoints.names.detect import FRAME_LEVELS_KEY
 from ...mochi_core.config import MAX_TEXT_TOKENS
 from ...mochi_core.dtypes import dtype_name
 from ...mochi_core.ops import Ops
@@ -152,6 +153,13 @@ class HostMochi(comfy.model_base.GenmoMochi):
         """Only what is an attribute in the model: the host merges by it, and saves what is inside of the model."""
         prefix = named.get("prefix") or "".join(args[1:2])
         return attributes_only(self, super().state_dict(*args, **named), prefix)
+
+    def state_dict_for_saving(self, unet_state_dict, *args, **named):
+        """What the host's save nodes write, with a mark that our loaders read: they have no place for metadata."""
+        state = super().state_dict_for_saving(unet_state_dict, *args, **named)
+        return state | (
+            {f"model.diffusion_model.{FRAME_LEVELS_KEY}": torch.tensor([])} if self.has_frame_levels else {}
+        )
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
         """Add what the run has prepared, in the last step before the denoiser: wrappers of other nodes may change prompts."""

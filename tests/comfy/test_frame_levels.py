@@ -51,6 +51,9 @@ latents["heun"] = sample(trained, frames, "heun")
 latents |= {"inside": sample(trained, inside), "inside, other": sample(other, inside), "other": sample(other, frames)}
 latents["chosen"] = sample(load("mochi.safetensors", frame_levels=True), frames)
 latents["refused"] = sample(load("Pusa.safetensors", frame_levels=False), frames)
+for name, model in (("saved", trained), ("saved, other", other)):
+    comfy.sd.save_checkpoint(folder + "/saved.safetensors", model)
+    latents[name] = sample(load("saved.safetensors"), frames)
 logging.warning = lambda text, *values: said.append(text % values)
 latents["lcm"] = sample(trained, frames, "lcm")
 seen = []
@@ -114,6 +117,8 @@ def test_modulation_is_prepared_once_for_a_run(made):
 def test_the_name_of_the_file_or_the_person_says_which_weights_these_are(made):
     torch.testing.assert_close(made["chosen"], made["frames"], rtol=0, atol=0)
     torch.testing.assert_close(made["refused"], made["other"], rtol=0, atol=0)
+    torch.testing.assert_close(made["saved"], made["frames"], rtol=0, atol=0)
+    torch.testing.assert_close(made["saved, other"], made["other"], rtol=0, atol=0)
     assert (made["other"] - made["frames"]).norm() > 0.1 * made["frames"].norm()
 
 

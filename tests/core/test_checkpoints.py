@@ -241,6 +241,18 @@ def test_a_file_that_was_chosen_by_mistake_is_not_to_be_downloaded_again(tmp_pat
         open_checkpoint(tmp_path / name)
 
 
+def test_an_empty_tensor_says_that_a_transformer_has_frame_levels(dit, tmp_path):
+    prefix, marks = "model.diffusion_model.", {}
+    weights = {prefix + name: tensor.bfloat16() for name, tensor in dit.state_dict().items()}
+    for name, mark in (("plain", {}), ("marked", {f"{prefix}frame_levels": torch.tensor([])})):
+        path = save(tmp_path / f"{name}.safetensors", {**weights, **mark})
+        loaded = load_transformer(path)
+        marks[name] = loaded.has_frame_levels
+        assert torch.equal(loaded.t5_yproj.weight, dit.t5_yproj.weight.bfloat16())
+        assert describe(open_checkpoint(path)) == "a Mochi transformer, 3 blocks, bfloat16"
+    assert marks == {"plain": False, "marked": True}
+
+
 def test_a_t5_is_found_beside_another_encoder_that_begins_like_one(tmp_path):
     t5 = random_t5()
     bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"

@@ -24,6 +24,12 @@ def file(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("place", ["gpu", "meta", "cpu:1", 64])
+def test_a_device_that_is_not_there_is_told_before_weights_are_read(tmp_path, place):
+    with pytest.raises(ValueError, match=f"device is {place}, which is not"):
+        load_transformer(tmp_path / "gone", device_map={"blocks": "cpu", "": place})
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_run_goes_from_device_to_device(cached, monkeypatch):
     """The second step leaves blocks out, if there is a cache; fake tensors have no values to compare."""

@@ -305,6 +305,15 @@ def test_settings_are_looked_at_before_anything_is_loaded(tmp_path, capsys, opti
     assert f"error: {message}" in capsys.readouterr().err
 
 
+def test_a_lora_of_another_model_is_told_before_anything_is_loaded(models, tokenizer, tmp_path, capsys):
+    files = {**models, "--tokenizer": tokenizer, "--lora": models["--vae"], "-o": tmp_path / "x.mp4"}
+    options = [str(word) for option in files.items() for word in option]
+    assert main(["generate", *options, "--prompt", "a kite", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "choose a LoRA made for Mochi" in said
+    assert "loading" not in said
+
+
 def test_a_block_to_skip_is_looked_for_before_anything_is_loaded(models, tokenizer, tmp_path, capsys):
     options = [
         str(word)
@@ -319,8 +328,7 @@ def test_a_block_to_skip_is_looked_for_before_anything_is_loaded(models, tokeniz
 
 @pytest.mark.parametrize("missing", ["--transformer", "--t5", "--tokenizer", "--lora", "--vae"])
 def test_files_of_models_are_looked_at_before_one_is_loaded(models, tokenizer, tmp_path, capsys, missing):
-    lora = tmp_path / "lora.safetensors"
-    save_file({"x": torch.zeros(1)}, lora)
+    lora = write_adapter(tmp_path / "lora.safetensors", random_adapter(random_dit().state_dict()), "comfyui")
     files = {**models, "--tokenizer": tokenizer, "--lora": lora}
     files[missing] = tmp_path / "gone"
     options = [str(word) for option in files.items() for word in option]
@@ -354,6 +362,7 @@ def test_the_name_of_an_output_says_what_is_written(capsys, command, name, endin
         ("", "device is , which is not a device"),
         ("cud\x1b", "device is cud\\x1b, which is not a device"),
         ("meta", "device is meta, which is not on this machine"),
+        ("cpu:128", "device is cpu:128, which is not on this machine"),
         ("cpu:1", "device is cpu:1, which is not on this machine or cannot be computed on; it has cpu"),
         (f"cuda:{torch.cuda.device_count()}", "which is not on this machine"),
     ],
@@ -361,7 +370,7 @@ def test_the_name_of_an_output_says_what_is_written(capsys, command, name, endin
 def test_a_device_is_one_of_the_machine(tmp_path, capsys, device, message):
     save_file({"latents": torch.zeros(1, 12, 1, 2, 2)}, tmp_path / "x.safetensors")
     generate = ["generate", "--transformer", "none", "--t5", "none", "--prompt", "a kite"]
-    for command in (generate, ["decode", str(tmp_path / "x.safetensors")]):
+    for command in (generate, [*generate, "--parallel", "auto"], ["decode", str(tmp_path / "x.safetensors")]):
         output = ["--vae", "none", "-o", str(tmp_path / "x.mp4"), "--device", device]
         assert main([*command, *output]) == 2
         assert message in capsys.readouterr().err

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import webbrowser
@@ -33,23 +34,38 @@ PROMPTS = (
 )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python dev.py", description=__doc__)
     commands = parser.add_subparsers(required=True)
     commands.add_parser("demo", help="make three tiny videos").set_defaults(use=make_videos, port=None)
     serve = commands.add_parser("serve", help="open the editor")
-    serve.add_argument("--port", type=int, help="of the server (default: one that is free)")
+    serve.add_argument("--port", type=free, help="of the server (default: one that is free)")
     serve.set_defaults(use=keep_open)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the server ends, too
     trained.install(BASE / "models")
     print("Starting ComfyUI (10 to 60 seconds) ...", flush=True)
     comfyui = Path(os.environ["COMFYUI_PATH"])
-    with ComfyServer(comfyui, BASE, arguments=SERVER, threads=None, port=options.port) as server:
-        options.use(server)
+    try:
+        with ComfyServer(comfyui, BASE, arguments=SERVER, threads=None, port=options.port) as server:
+            return options.use(server) or 0
+    except KeyboardInterrupt:
+        return 130
 
 
-def keep_open(server: ComfyServer) -> None:
+def free(text: str) -> int:
+    """The number of a port on which nobody listens."""
+    if not text.isdecimal() or not 1 <= (port := int(text)) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is not a port; use a number from 1 to 65535.")
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise argparse.ArgumentTypeError(
+                f"{port} is taken by another program, perhaps your own ComfyUI; use another."
+            )
+    return port
+
+
+def keep_open(server: ComfyServer) -> int:
     link = template_link(server.url, TINY)
     print(f"The editor, with a workflow that runs at once:\n\n    {link}\n", flush=True)
     print(f"For the API, the address is {server.url}. Ctrl+C ends it.", flush=True)
@@ -58,6 +74,9 @@ def keep_open(server: ComfyServer) -> None:
         server.process.wait()
     except KeyboardInterrupt:
         print("\nStopping.")
+        return 0
+    print(f"ComfyUI has ended by itself; its log says:\n{server.log_tail()}", file=sys.stderr)
+    return 1
 
 
 def template_link(url: str, title: str) -> str:
@@ -106,4 +125,4 @@ def small_prompt(**inputs: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

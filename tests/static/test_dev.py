@@ -1,9 +1,11 @@
 """The set-up that a developer's checkouts share."""
 
+import argparse
 import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import dev
+from tests.harness import demo
 
 ROOT = Path(dev.__file__).parent
 
@@ -62,3 +65,17 @@ def test_what_a_command_has_started_ends_with_it(tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=20) == ("", "told\n")
     assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_port_for_the_server_is_a_free_one():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for text, wrong in (
+            (str(port), "is taken"),
+            ("0", "is not a port"),
+            ("70000", "is not a port"),
+            ("x", "is not a port"),
+        ):
+            with pytest.raises(argparse.ArgumentTypeError, match=f"{text} {wrong}"):
+                demo.free(text)
+    assert demo.free(str(port)) == port

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...shown import sentence, shown, shown_names
 from ..tensors import Checkpoint, LazyStateDict, LazyTensor
@@ -21,7 +21,8 @@ WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_modu
 TRAINING_STATE = re.compile(r"(.*\.)?(n_averaged|num_updates|decay|initted|step|global_step|num_batches_tracked)")
 QUOTED_NAMES = 3
 FRAME_LEVELS_KEY = "frame_levels"
-"""Entry of a file's metadata: "true" for a transformer that was trained with a noise level of each latent frame."""
+"""Entry of a file's metadata: "true" for a transformer that was trained with a noise level of each latent frame. An empty tensor
+of that name says the same."""
 FRAME_LEVELS_CHOICES = {"auto": None, "on": True, "off": False}
 """How a person says whether a transformer was trained so; auto leaves it to the file."""
 TRAINED_FOR_FRAME_LEVELS = "pusa"
@@ -83,6 +84,8 @@ def select_part(checkpoint: Checkpoint, part: str) -> Checkpoint:
         holds, wanted, name = content(checkpoint), PARTS[part], checkpoint.name
         message = f"{name} holds {holds.phrase}, not {wanted.phrase}; choose a file such as {wanted.example}."
         raise OtherModelError(message, name, holds)
+    if found.pop(FRAME_LEVELS_KEY, None):  # ComfyUI's save nodes write tensors, and no metadata of others
+        checkpoint = replace(checkpoint, metadata={**checkpoint.metadata, FRAME_LEVELS_KEY: "true"})
     found = _without_companions(checkpoint, found, PARTS[part])
     if formats := unknown_formats(found):
         raise checkpoint.error(
@@ -148,7 +151,7 @@ def _describe_part(part: str, tensors: LazyStateDict) -> str:
     layout = " in diffusers layout" if any("resnets." in n or n.startswith("time_embed.") for n in tensors) else ""
     blocks = count_numbers(tensors, r"(?:transformer_blocks|blocks|encoder\.block|enc\.blk)\.(\d+)\..*")
     depth = f", {blocks} blocks" if part in ("transformer", "t5") else ""
-    dtypes = sorted({tensor.stored_dtype for tensor in tensors.values()})
+    dtypes = sorted({tensor.stored_dtype for tensor in tensors.values() if tensor.numel})
     return f"{PARTS[part].phrase}{layout}{depth}, {' and '.join(dtypes)}"
 
 
