@@ -1,4 +1,4 @@
-"""The nodes: schemas and thin translation; the work is done in bridge/ and in mochi_core."""
+"""The nodes: schemas and thin translation; bridge/ and mochi_core do the work."""
 
 from __future__ import annotations
 

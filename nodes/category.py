@@ -1,3 +1,3 @@
-"""The group that all nodes of the pack have in ComfyUI's menu."""
+"""The menu group of all nodes of the pack."""
 
 CATEGORY = "Mochi"

@@ -1,4 +1,4 @@
-"""Mochi Edit, Mochi Invert and Mochi RF Edit: a given video, changed."""
+"""Mochi Edit, Mochi Invert and Mochi RF Edit: change a given video."""
 
 from __future__ import annotations
 

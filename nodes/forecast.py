@@ -1,4 +1,4 @@
-"""What the editor asks before a run: how many tokens a prompt has, and how much memory a video takes."""
+"""What the editor requests before a run: how many tokens a prompt has, and how much memory a video takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .loaders import DTYPE_CHOICES, QUANTIZED, LoadTransformer, full_path
 
 MAX_BYTES = 200_000
 NUMBERS = {"width": 848, "height": 480, "num_frames": 163, "batch_size": 1, "window": 0}
-"""Inputs of a memory request with their defaults; window 0 is no window."""
+"""Inputs of a memory request with their defaults; window 0 means no window."""
 
 
 def register() -> None:
@@ -25,10 +25,10 @@ def register() -> None:
 
 
 def answering(describe: Callable[[dict[str, Any]], str]):
-    """A handler that answers JSON with `describe` of it, {"text"}, or with what is wrong with it, {"error"}.
+    """A handler that answers JSON with `describe` of it as {"text"}, or with what is wrong with it as {"error"}.
 
-    Both are answers: a file that is not there yet or a size that is being typed is no failure that a browser has to report.
-    A body that is no question is one: status 400.
+    Both have status 200: a file that is not there yet, or a size still being typed, is not a failure for the browser to report. A
+    malformed body has status 400.
     """
 
     async def handle(request: web.Request) -> web.Response:
@@ -46,15 +46,15 @@ def answering(describe: Callable[[dict[str, Any]], str]):
 
 
 async def read_object(request: web.Request) -> dict[str, Any]:
-    """The JSON object of a short request; ValueError if it is none."""
+    """The JSON object in a short request; ValueError if it is not one."""
     if not (request.content_length or MAX_BYTES + 1) <= MAX_BYTES:
-        raise ValueError(f"A question of more than {MAX_BYTES:,} bytes is not answered.")
+        raise ValueError(f"Requests of more than {MAX_BYTES:,} bytes are refused.")
     try:
         asked = await request.json()
-    except (LookupError, RecursionError):  # an unknown charset, too deep
+    except (LookupError, RecursionError):  # unknown charset, nested too deeply
         asked = None
     if not isinstance(asked, dict):
-        raise ValueError("The question is not a JSON object.")
+        raise ValueError("The request is not a JSON object.")
     return asked
 
 
@@ -66,7 +66,7 @@ def tokens(asked: dict[str, Any]) -> str:
 
 
 def memory(asked: dict[str, Any]) -> str:
-    """`model_name` and `weight_dtype` are those of Load Mochi Transformer; without a name, any Mochi is meant."""
+    """`model_name` and `weight_dtype` are those of Load Mochi Transformer; without a name, the released model is assumed."""
     numbers = NUMBERS | {name: asked[name] for name in NUMBERS if name in asked}
     for name, number in numbers.items():
         if not isinstance(number, int) or number < 0:

@@ -23,31 +23,31 @@ from .category import CATEGORY
 
 DTYPE_CHOICES = {"auto": None, **DTYPES}
 DTYPE_CHOICES_WITH_FP8 = {**DTYPE_CHOICES, "fp8_e4m3fn": torch.float8_e4m3fn}
-# Values of weight_dtype that quantise the matrices of the blocks, and what the core calls them.
+# Values of weight_dtype that quantise the matrices of the blocks, and the core's names for them.
 QUANTIZED = {"fp8_e4m3fn": "fp8", "fp8_rowwise": "fp8_rowwise", "int8": "int8", "q4_0": "q4_0"}
 UNLISTED = ("*.gguf", INDEX_PATTERN)
 NO_SECOND_FILE = "none"
-# Where an entry of the host's cache has the time at which it was made.
+# Index of the creation time in an entry of the host's cache.
 WALKED_AT = 2
-# The tiny Mochi that comes with the pack: only these loaders list it, so that other nodes' lists stay as they are.
+# The tiny Mochi that comes with the pack: only these loaders list it; other nodes' lists stay unchanged.
 OWN_MODELS = Path(__file__).parents[1] / "models"
 
 
 def files(*kinds: str) -> list[str]:
-    """What the host lists in its model folders, what it does not (GGUF, indices of sharded files), and the tiny Mochi.
+    """Files in the host's model folders, including those it does not list (GGUF, indices of sharded files), and the tiny Mochi.
 
-    Schemas, and with them these lists, are made many times for a prompt; the host walks through a folder only if it has changed.
+    Schemas, and with them these lists, are built many times per prompt, so folders are only walked again if the host did so.
     """
     for kind in kinds:
         folder_paths.get_filename_list(kind)
     walks = folder_paths.filename_list_cache
-    # Another pack lists the files in a way of its own, or has cleared the cache.
+    # Another pack lists files in its own way, or has cleared the cache.
     if any(kind not in walks for kind in kinds):
         return _listed(kinds)
     return [*_listed_once(kinds, tuple(walks[kind][WALKED_AT] for kind in kinds))]
 
 
-@lru_cache(maxsize=4)  # as many loaders
+@lru_cache(maxsize=4)  # one per loader
 def _listed_once(kinds: tuple[str, ...], _walked_at: tuple[float, ...]) -> list[str]:
     return _listed(kinds)
 
@@ -68,7 +68,7 @@ def unlisted_files(kind: str) -> list[str]:
 
 
 def full_path(name: str, *kinds: str) -> str:
-    """The file of that name in the host's model folders, or in the pack's own; ValueError if it is in neither."""
+    """The path of a file in the host's model folders or the pack's own; ValueError if it is in neither."""
     for kind in kinds:
         if path := folder_paths.get_full_path(kind, name):
             return path

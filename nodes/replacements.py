@@ -1,7 +1,7 @@
-"""Workflows of others.
+"""Other packs' workflows.
 
-For MochiWrapper's, the editor offers to replace nodes, and prompts are converted on arrival. The editor's command converts
-those and, as only a person who chose the command wants it, graphs for the built-in Mochi.
+For MochiWrapper's, the editor offers to replace nodes, and prompts are converted on arrival. The editor's command converts those
+and, because only users who chose the command want it, graphs for the built-in Mochi.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ..migrate.shown import sentence
 from ..migrate.tables import WRAPPER, ReplacementRule
 
 CONVERTED: ContextVar[tuple[object, object]] = ContextVar("CONVERTED", default=(None, None))
-"""The prompt of the request that is being answered, as it has arrived and converted; None for both if it is none."""
+"""The prompt of the current request, as it arrived and as converted; None for both if there is none."""
 
 
 async def register() -> None:
-    """The editor's offer comes for nodes that become one of ours; the server itself would stop at a missing input."""
+    """Offer replacements only for nodes that become a single one of ours; the server itself would stop at a missing input."""
     api = ComfyAPI()
     for old, rule in WRAPPER.items():
         if len(rule.parts) == 1:
@@ -44,7 +44,7 @@ async def register() -> None:
 
 def replacement(old: str, rule: ReplacementRule) -> io.NodeReplace:
     (part,) = rule.parts
-    mappings: Any = [mapping(new, old) for new, old in part.carry.items()]  # the host's hint has no dict
+    mappings: Any = [mapping(new, old) for new, old in part.carry.items()]  # the host's type hint does not allow a dict
     return io.NodeReplace(
         new_node_id=part.node,
         old_node_id=old,
@@ -55,7 +55,7 @@ def replacement(old: str, rule: ReplacementRule) -> io.NodeReplace:
 
 
 def mapping(new: str, old: str) -> dict[str, Any]:
-    """The host copies values as they are, and the loader has not all of the wrapper's precisions: the file's own will do."""
+    """The host copies values verbatim, and the loader lacks some of the wrapper's precisions: use the file's own."""
     return {"new_id": new, "set_value": "auto"} if new == "weight_dtype" else {"new_id": new, "old_id": old}
 
 
@@ -63,36 +63,36 @@ def mapping(new: str, old: str) -> dict[str, Any]:
 async def convert_in_a_thread(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Convert a prompt before the host's handler reads it: a large one would keep every other client waiting there."""
+    """Convert a prompt before the host's handler reads it: there, a large one would block every other client."""
     if request.method == "POST" and request.path in ("/prompt", "/api/prompt"):
-        CONVERTED.set(await asyncio.to_thread(read_and_convert, await request.read()))  # the request keeps what is read
+        CONVERTED.set(await asyncio.to_thread(read_and_convert, await request.read()))  # the request caches its body
     return await handler(request)
 
 
 def read_and_convert(body: bytes) -> tuple[object, object]:
     try:
         prompt = json.loads(body)["prompt"]
-    except (ValueError, LookupError, TypeError, RecursionError):  # the host says what is wrong with it
+    except (ValueError, LookupError, TypeError, RecursionError):  # the host reports what is wrong with it
         return None, None
     return (prompt, converted(prompt)) if is_prompt(prompt) else (None, None)
 
 
 def on_prompt(request: Any) -> Any:
-    """Convert the old nodes of a prompt that nothing here runs; every other request stays as it is."""
+    """Convert a prompt's old nodes that nothing installed runs; every other request stays as it is."""
     prompt = request.get("prompt") if isinstance(request, dict) else None
     if not is_prompt(prompt):
         return request
     arrived, done = CONVERTED.get()
-    if arrived != prompt:  # another handler has changed it
+    if arrived != prompt:  # another handler changed it
         done = converted(prompt)
     return {**request, "prompt": done}
 
 
 def converted(prompt: Prompt) -> Prompt:
-    """The prompt with our nodes in the place of old ones, of which it may have none."""
+    """The prompt with any old nodes replaced by ours."""
     try:
-        migration = migrate_prompt(prompt, runs=host.NODE_CLASS_MAPPINGS)  # pyright: ignore[reportAttributeAccessIssue] - a type checker takes our folder for it
-    except ValueError:  # nothing of the wrapper's in it
+        migration = migrate_prompt(prompt, runs=host.NODE_CLASS_MAPPINGS)  # pyright: ignore[reportAttributeAccessIssue] - resolved to our own folder
+    except ValueError:  # none of the wrapper's nodes in it
         return prompt
     for note in migration.notes:
         logging.info("Old Mochi workflow: %s", sentence(note))
@@ -103,7 +103,7 @@ async def migrate_request(request: web.Request) -> web.Response:
     """The editor's command to convert: a workflow in, {"workflow", "notes"} or {"error"} out."""
     try:
         workflow = await request.json()
-    except (ValueError, LookupError, RecursionError):  # no JSON, an unknown charset, too deep
+    except (ValueError, LookupError, RecursionError):  # not JSON, unknown charset, nested too deeply
         return refused("The workflow cannot be read: send it as JSON in UTF-8, as the editor saves it.")
     try:
         migration = await asyncio.to_thread(migrate, workflow, stock=True)

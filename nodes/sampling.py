@@ -180,10 +180,10 @@ class Sampler(io.ComfyNode):
 
     @classmethod
     def check_lazy_status(cls, width, height, num_frames, steps, cfg, denoise=1.0, **inputs):
-        """Refuse what the host's ranges let pass while nothing is loaded yet; then ask for all that is connected.
+        """Refuse what the host's ranges let through before anything is loaded; then request all connected inputs.
 
-        Not in `validate_inputs`: of inputs named there, the host no longer checks type and range, and one that is wrong is
-        reported for all of them.
+        Not done in `validate_inputs`: the host no longer checks the type and range of inputs named there, and blames all of them
+        if one is wrong.
         """
         check_guidance("cfg", cfg)
         if "latent" not in inputs:

@@ -1,4 +1,4 @@
-"""Mochi Cache and Mochi Guider: faster, with another result. Mochi Parallel: faster on several GPUs, with the same."""
+"""Mochi Cache and Mochi Guider: faster, with a different result. Mochi Parallel: faster on several GPUs, with the same result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which the editor lists this pack's templates: the server reads a folder as the disk has it."""
+"""The order in which the editor lists this pack's templates: the server lists them in the disk's order."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ ORDER = (
     "Genmo exact",
     "KSampler and stock nodes",
 )
-"""For beginners first, then by what a video is made of: text, images, a video; then by how. The order of `TEMPLATES` in
-workflows/source.py, which is not published."""
+"""Beginners' first, then by input (text, images, a video), then by technique. The order of `TEMPLATES` in workflows/source.py,
+which is not published."""
 
 
 def register() -> None:
@@ -43,7 +43,7 @@ def register() -> None:
 
 @web.middleware
 async def ordering(request: web.Request, handler) -> web.StreamResponse:
-    """Sorts this pack's titles in the host's answer, and leaves every other answer alone."""
+    """Sorts this pack's titles in the host's response, and leaves every other response alone."""
     response = await handler(request)
     if request.path in ROUTES and isinstance(response, web.Response) and response.status == 200 and response.text:
         titles = json.loads(response.text)

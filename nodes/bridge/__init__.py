@@ -1,1 +1,1 @@
-"""Where the host's world and the model core meet: AsymmDiT as MODEL, AsymmVAE as VAE, T5 as CLIP."""
+"""The bridge between the host (ComfyUI) and the model core: AsymmDiT as MODEL, AsymmVAE as VAE, T5 as CLIP."""

@@ -1,6 +1,6 @@
-"""The attention function of the denoiser: the host's, or one of the core's set as the host's override.
+"""The attention function of the denoiser: the host's own, or one of the core's, set as the host's override.
 
-The override is one of the MODEL's options, which the host passes to every call; one that another node sets later replaces it.
+The override is in the MODEL's options, which the host passes to every call; an override that another node sets later replaces it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ FLAGS = (
     "sage_attention",
     "flash_attention",
 )
-"""The server's options for attention, each after `use_`."""
+"""The server's attention options, without their prefix `use_`."""
 MEMORY_EFFICIENT_ON = ("cpu", "cuda")
-"""Devices for which PyTorch has attention that never holds the whole matrix of tokens by tokens."""
+"""Device types on which PyTorch's attention never materialises the whole tokens x tokens matrix."""
 OVERRIDE = "optimized_attention_override"
-"""Key of the host's options for an attention function that replaces its own."""
+"""Key in the host's options for an attention function that replaces its own."""
 CALL_KEYS = {"skip_reshape", "skip_output_reshape", "transformer_options", "_inside_attn_wrapper"}
-"""Named arguments with which the host's attention is called for the denoiser, one of them added by the host."""
+"""Keyword arguments of the host's attention when called for the denoiser; the host adds one of them."""
 
 
 def set_attention(model, name: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Set the attention of a MODEL by `name`, one of `CHOICES`; returns what was chosen and why, for the log.
+    """Set a MODEL's attention by `name`, one of `CHOICES`; returns the choice and its reason, for the log.
 
-    "auto" is the fastest exact attention of the core. It is the host's if the server was started with an option for attention,
-    or if PyTorch's attention would hold the whole matrix of tokens by tokens on this device.
+    "auto" is the core's fastest exact attention; it is the host's if the server was started with an attention option, or if
+    PyTorch's attention would materialise the whole tokens x tokens matrix on this device.
 
     Raises:
-        ValueError: that attention cannot be used here.
+        ValueError: this attention cannot be used here.
     """
     server = host.optimized_attention.__name__.removeprefix("attention_")
     if name == HOST or (name == "auto" and _server_was_asked()):
@@ -54,7 +54,7 @@ def _server_was_asked() -> bool:
 
 def _override(attend: Attention):
     def override(function, *arguments, **named):
-        """`function` for calls that are not like `host_attention`'s, such as those of a node that brings its own."""
+        """Calls `function` unless the call looks like `host_attention`'s; other nodes make calls of their own."""
         q, k, v, *rest = arguments
         own = (
             len(rest) == 1
@@ -68,7 +68,7 @@ def _override(attend: Attention):
 
 
 def host_attention(transformer_options: dict) -> Attention:
-    """The host's attention, or what overrides it in these options, as the core's `Attention`."""
+    """The host's attention, or its override in these options, as the core's `Attention`."""
 
     def attend(q, k, v):
         return host.optimized_attention(

@@ -23,29 +23,29 @@ KEY = "mochi_cache"
 
 @dataclass
 class RunCache:
-    """The cache of one run of a sampler, in the options that the host passes to every forward of that run.
+    """The cache of one sampling run, kept in the options that the host passes to every forward of the run.
 
-    With several GPUs the host calls the denoiser from one thread for each, so what they share is kept under a lock.
+    With several GPUs the host calls the denoiser from one thread per GPU, so shared state is guarded by a lock.
     """
 
     settings: BlockCache
     num_videos: int
     last_used: dict[tuple[Any, ...], int] = field(default_factory=dict)
-    """The last step in which each of `states` was asked for."""
+    """The last step in which each of `states` was requested."""
     states: dict[tuple[Any, ...], CacheState] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
-    """Held while `last_used` and `states` are read or changed; a state itself is used by one thread."""
+    """Guards `last_used` and `states`; each state itself is used by one thread only."""
     counts: list[BlockCache] = field(default_factory=list)
-    """What each forward has counted."""
+    """The counters of each forward."""
     batch_was_split: bool = False
-    """Whether another node has split a batch, so that nothing says which prompt a forward is for."""
+    """Whether another node has split a batch, so that the prompt of a forward is unknown."""
     was_patched: bool = False
-    """Whether another node's patches saw the samples of a batch, which the cache would have taken some out of."""
+    """Whether another node's patches see whole batches, from which the cache would remove samples."""
 
     def use_states(self, keys: list[tuple[Any, ...]], step: int) -> list[CacheState]:
-        """The states of videos, each under one prompt in one context window, for use in `step`.
+        """The states for `keys` (video, prompt and context window each), for use in `step`.
 
-        Those not used since the step before are forgotten: context windows may lie elsewhere in every step, and never come back.
+        States not used in the previous step either are dropped: context windows may move in every step and never come back.
         """
         with self.lock:
             self.last_used |= dict.fromkeys(keys, step)
@@ -54,7 +54,7 @@ class RunCache:
             return [self.states[key] for key in keys]
 
     def forward_cache(self, *, counted: bool = True) -> BlockCache:
-        """The settings for one forward, with counters of its own, which the report adds up if they are `counted`."""
+        """The settings for one forward, with its own counters, which are included in the report if `counted`."""
         cache = replace(self.settings)
         if counted:
             self.counts.append(cache)
@@ -67,14 +67,14 @@ class RunCache:
 
 
 def add_cache(model, cache: BlockCache):
-    """A copy of a MODEL that skips blocks, as `cache` says; it replaces a cache that the MODEL has already.
+    """A copy of a MODEL that skips blocks as `cache` says; replaces any cache that the MODEL already has.
 
     Raises:
         ValueError: the MODEL is not from our loader.
     """
     if not isinstance(model.model.diffusion_model, AsymmDiT):
         raise ValueError(
-            f"The MODEL is {type(model.model).__name__} from another loader, whose blocks Mochi Cache cannot leave out; "
+            f"The MODEL is {type(model.model).__name__} from another loader, whose blocks Mochi Cache cannot skip; "
             "connect Load Mochi Transformer."
         )
     patched = model.clone()
@@ -84,7 +84,7 @@ def add_cache(model, cache: BlockCache):
 
 
 def _with_cache(settings: BlockCache, executor, noise, *arguments, **named):
-    """Wraps the host's sampling, whose options belong to this run alone: the host has copied them."""
+    """Wraps the host's sampling; its options are the host's copy for this run, so they can be changed."""
     run = RunCache(settings, len(noise))
     options = executor.class_obj.model_options.setdefault("transformer_options", {})
     options[KEY] = run
@@ -102,9 +102,9 @@ def _with_cache(settings: BlockCache, executor, noise, *arguments, **named):
 def cached_run_block(
     run_block: RunBlock, x: torch.Tensor, options: dict, depth: int, group: TokenSplit | None = None
 ) -> RunBlock:
-    """How to call blocks in a forward of latents `x` (B, 12, T, H, W): by the run's cache, or if it has none by `run_block`.
+    """How to call blocks in a forward of latents `x` (B, 12, T, H, W): through the run's cache if any, else by `run_block`.
 
-    With a `group`, blocks see this member's share of the tokens, and its members decide together.
+    With a `group`, blocks see this member's share of the tokens, and the members decide together.
     """
     run: RunCache | None = options.get(KEY)
     if run is None:
@@ -116,7 +116,7 @@ def cached_run_block(
     if mixes_samples(options):
         run.was_patched = True
         return run_block
-    # A forward may differ from that of the same prompt in the step before in its window, patches, size, device or tokens.
+    # A prompt's forward may differ from the previous step's in its window, patches, size, device or tokens.
     window = getattr(options.get("context_window"), "index_list", ())
     replaced = options.get("patches_replace", {}).get("dit", {})
     share = group and (group.size, group.rank)

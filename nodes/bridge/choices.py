@@ -12,7 +12,7 @@ from ...mochi_core.dtypes import dtype_name
 
 
 def log_choice(model: str, *choices: str) -> None:
-    """Log what was chosen for a model, or for a decode, in one line."""
+    """Log in one line what was chosen for a model or a decode."""
     logging.info("Mochi %s: %s.", model, "; ".join(choices))
 
 
@@ -23,7 +23,7 @@ def stored_name(checkpoint: Checkpoint) -> str:
 
 
 def weights_choice(stored: str, held: str, asked: bool, device: torch.device) -> str:
-    """`stored` is what the file holds, `held` what is kept in memory; `asked` if a person chose it."""
+    """`stored` is the file's format, `held` the one in memory; `asked` if the user chose it."""
     if asked:
         return f"weights {held}, as asked for"
     return f"weights {held}, as in the file" if held == stored else f"weights {held}, which suits {device} best"
@@ -34,6 +34,6 @@ def arithmetic_choice(compute: torch.dtype, device: torch.device) -> str:
 
 
 def kernels_choice(device: torch.device, dtype: torch.dtype) -> str:
-    """Whose kernels work between matrix products, and why not the fused ones."""
+    """Which kernels run between matrix products, and why not the fused ones."""
     reason = kernels.reason(device, dtype)
     return "kernels fused (Triton)" if reason is None else f"kernels plain ({reason})"

@@ -13,17 +13,17 @@ from ...mochi_core.doctor import examine, render
 VARIABLE = "MOCHI_DOCTOR"
 """Environment variable that asks for the report.
 
-Bug reports hold the console from its start, so the report belongs there. A route would let every page of the browser start
-work on the device, in the middle of a run.
+Bug reports include the console from its start, so the report belongs there. A route would let any page in the browser start work
+on the device, even during a run.
 """
 
 
 async def log_report_if_asked() -> None:
-    """Log what `python -m mochi_core doctor` prints, for the device of the transformer, if the environment asks for it."""
+    """Log what `python -m mochi_core doctor` prints for the transformer's device, if the environment asks for it."""
     if os.environ.get(VARIABLE, "0") in ("", "0"):
         return
     try:
         device = mm.get_torch_device()
         logging.info("%s", await asyncio.to_thread(lambda: render(examine(device))))
-    except Exception:  # the nodes are there without it
+    except Exception:  # the nodes work without it
         logging.exception("The report that %s asks for could not be made.", VARIABLE)

@@ -1,7 +1,7 @@
-"""Editing through the host: FlowEdit as a guider and a sampler of its own, inversion and RF editing as samplers for any guider.
+"""Editing through the host: FlowEdit as a guider with its own sampler, inversion and RF editing as samplers for any guider.
 
-A sampler here starts from the LATENT itself, whatever noise the run brings: the video, or what inversion has made of it. The
-core's velocities are the host's predictions of the clean video, (denoised - x) / sigma.
+These samplers start from the LATENT itself, the video or its inverted noise, whatever noise the run passes in. The core's
+velocities are derived from the host's predictions of the clean video: (denoised - x) / sigma.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .sampling import mochi_latents, noise_mask, unscaled_noise, without_sizes
 
 SOURCE, TARGET = "source", "target"
 SMALLEST_LEVEL = 1e-4
-"""Noise level at which velocities are asked for where a schedule says 0, at which the host's prediction holds none."""
+"""Noise level used in place of 0, where the velocity cannot be derived from the host's prediction."""
 
 
 def with_unscaled_noise(executor, guider, sigmas, extra_args, callback, noise, *arguments, **named):
-    """Wraps a run of the host's sampler, outside of wrappers that change its noise."""
+    """Wraps a run of the host's sampler, outside the wrappers that change its noise."""
     with unscaled_noise(guider.inner_model.model_sampling, noise):
         return executor(guider, sigmas, extra_args, callback, noise, *arguments, **named)
 
 
 class InversionSampler(comfy.samplers.KSAMPLER):
-    """A sampler that ends at noise, with a MODEL of any loader."""
+    """A sampler that ends at noise; works with a MODEL from any loader."""
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, *arguments, **named):
         with unscaled_noise(model_wrap.inner_model.model_sampling, noise):
@@ -43,10 +43,10 @@ class InversionSampler(comfy.samplers.KSAMPLER):
 
 
 class EditGuider(comfy.samplers.CFGGuider):
-    """Two guided predictions, under the prompt of the video and under that of the edited one."""
+    """Guided predictions for two prompts: the video's and the edited video's."""
 
     def set_prompts(self, source, target, negative, source_cfg: float, cfg: float) -> None:
-        # A negative prompt for each, so that a cache keeps the two apart.
+        # Two entries for the negative prompt, so that a cache keeps them apart.
         self.inner_set_conds({SOURCE: source, TARGET: target, "from " + SOURCE: negative, "from " + TARGET: negative})
         self.scales = {SOURCE: source_cfg, TARGET: cfg}
         self.set_cfg(cfg)
@@ -69,12 +69,12 @@ class EditGuider(comfy.samplers.CFGGuider):
 def edit_video(
     model, source, target, negative, latent: dict, steps: int, start: float, scales: tuple[float, float], seed: int
 ):
-    """A LATENT like `latent`, edited by FlowEdit from noise level `start`; `scales` are those of source and target.
+    """A LATENT like `latent`, edited by FlowEdit from noise level `start`; `scales` are the guidance scales of source and target.
 
-    Equal prompts and scales give the samples back bit for bit; so does everything outside of its noise mask.
+    With equal prompts and scales the samples are returned bit for bit, as they always are outside the noise mask.
 
     Raises:
-        ValueError: the LATENT is empty or none of Mochi's, or numbers that make no sense.
+        ValueError: the LATENT is empty or not Mochi's, or a number is out of range.
     """
     for name, scale in zip(("source_cfg", "cfg"), scales, strict=True):
         check_guidance(name, scale)
@@ -96,7 +96,7 @@ def edit_video(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    # The same way into the denoiser's space and back, so that its rounding is no difference.
+    # The unedited samples take the same way into the denoiser's space and back, so that rounding cancels out.
     base = model.model
     unedited = base.process_latent_out(base.process_latent_in(samples.float()))
     moved = edited.to(unedited) - unedited
@@ -104,7 +104,7 @@ def edit_video(
 
 
 def _flow_edit_sampler(guider: EditGuider, noise: Callable[[], Tensor], mask: Tensor | None):
-    """The host's form of a sampler function, for this guider."""
+    """FlowEdit with this guider, as a sampler function of the host's."""
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **_):  # noqa: ARG001 - the host's signature
         clean = model.latent_image
@@ -124,7 +124,7 @@ def _flow_edit_sampler(guider: EditGuider, noise: Callable[[], Tensor], mask: Te
 
 
 def velocity_of(model, sigmas: Tensor, extra_args: dict | None) -> Velocity:
-    """What the host's model, a KSamplerX0Inpaint, predicts at the levels of `sigmas` (steps + 1,), as the core's velocity."""
+    """Predictions of the host's model, a KSamplerX0Inpaint, at the levels of `sigmas` (steps + 1,), as the core's velocity."""
 
     def velocity(latents: Tensor, step: int) -> Tensor:
         sigma = sigmas[step].clamp(min=SMALLEST_LEVEL)
@@ -135,7 +135,7 @@ def velocity_of(model, sigmas: Tensor, extra_args: dict | None) -> Velocity:
 
 
 def reporting(callback, sigmas: Tensor):
-    """The host's callback after each step, as the core calls one."""
+    """The host's step callback, with the signature that the core calls."""
 
     def on_step(step: int, latents: Tensor) -> None:
         if callback is not None:
@@ -146,7 +146,7 @@ def reporting(callback, sigmas: Tensor):
 
 
 def inversion_sampler(gamma: float, seed: int) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER that goes from a video to noise along rising sigmas, see `invert`; `seed` is of the noise that gamma leads to."""
+    """A SAMPLER from a video to noise along rising sigmas, see `invert`; `seed` makes the noise that gamma pulls towards."""
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma is {gamma:g}, but it goes from 0 (follows the model) to 1 (straight to noise).")
 
@@ -166,10 +166,10 @@ def inversion_sampler(gamma: float, seed: int) -> comfy.samplers.KSAMPLER:
 def rf_edit_sampler(latent: dict, eta: float, start: float, end: float, trend: str, steps: tuple[int, int]):
     """A SAMPLER that goes from inverted noise to a video pulled towards `latent`, see `rf_edit`.
 
-    `steps`, unless it ends at 0, says in steps of the run what `start` and `end` say in noise levels, which do not count then.
+    `steps` is a range of steps that replaces the noise levels `start` and `end`; it is ignored if it ends at 0.
 
     Raises:
-        ValueError: see `pulls`; when it samples, sigmas that do not fall, or a video of another size.
+        ValueError: see `pulls`; while sampling, if the sigmas do not fall or the video has another size.
     """
     if steps[1]:
         start, end = 1.0, 0.0

@@ -1,4 +1,4 @@
-"""What a run will take, told before it begins: tokens of a prompt, memory of a video."""
+"""Forecasts shown before a run: a prompt's tokens, a video's memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .model import choose_dtypes
 from .other_files import naming_loaders
 from .text import TOKENS_KEY, count_tokens, expect_any_length, spell
 
-_TOKENIZER_LOCK = threading.Lock()  # those of `transformers` refuse to be used by two threads at once
+_TOKENIZER_LOCK = threading.Lock()  # tokenizers of `transformers` cannot be used by two threads at once
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def _tokenizer():
 
 
 def describe_prompt(prompt: str) -> str:
-    """How many of the 256 tokens a prompt takes, or what of it is cut off.
+    """How many of the 256 tokens a prompt takes, or what will be cut off.
 
     Raises:
         ValueError: the prompt cannot be read.
@@ -49,7 +49,7 @@ def describe_prompt(prompt: str) -> str:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A transformer's file, and how it is loaded: arguments of `load_model`."""
+    """A transformer file and how to load it: arguments of `load_model`."""
 
     path: str
     dtype: torch.dtype | None = None
@@ -57,13 +57,13 @@ class ModelFile:
 
 
 def describe_memory(size: VideoSize, videos: int, window: int | None, file: ModelFile | None) -> str:
-    """About how much memory denoising takes on the host's device, and how much that has.
+    """Roughly how much memory denoising takes on the host's device, and how much the device has.
 
-    `videos` are made at once, `window` is the number of latent frames that are denoised together, None for all. Without a
-    `file` the model is the released one in 16 bits, and nothing is said of its weights.
+    `videos` are made at once; `window` is the number of latent frames denoised together, None for all. Without a `file`, the
+    model is the released one in 16 bits, and its weights are not mentioned.
 
     Raises:
-        FileNotFoundError, ValueError: the file cannot be read, or is no Mochi transformer.
+        FileNotFoundError, ValueError: the file cannot be read, or is not a Mochi transformer.
     """
     config, itemsize, weights = AsymmDiTConfig(), 2, None
     if file is not None:
@@ -73,5 +73,5 @@ def describe_memory(size: VideoSize, videos: int, window: int | None, file: Mode
         config, itemsize = dit_config(checkpoint.tensors), (cast or held).itemsize
         weights = loaded_bytes(checkpoint, held.itemsize, file.quantize)
     device = mm.get_torch_device()
-    total: Any = mm.get_total_memory(device)  # a number, as long as nobody asks for two
+    total: Any = mm.get_total_memory(device)  # a single number unless `torch_total_too` is set
     return memory_sentence(denoising_bytes(config, size, videos, window, itemsize), weights, total, str(device))

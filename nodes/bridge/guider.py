@@ -17,7 +17,7 @@ class ScheduledGuider(comfy.samplers.CFGGuider):
     """Whether guidance is CFG-Zero*."""
 
     def set_schedule(self, scale: float, end_scale: float | None, start: float, end: float) -> None:
-        """Set the arguments of `guidance_schedule`, which raises a ValueError for those that make no schedule."""
+        """Set the arguments of `guidance_schedule`, which raises a ValueError if they make no valid schedule."""
         guidance_schedule(1, scale, end_scale, start, end)
         self.set_cfg(scale)
         self.schedule = scale, end_scale, start, end
@@ -38,9 +38,9 @@ class ScheduledGuider(comfy.samplers.CFGGuider):
 
 
 def scaled_to_projection(given: dict):
-    """CFG-Zero*'s correction of the host's guided prediction: uncond scaled to its projection on cond, as velocities.
+    """CFG-Zero*'s correction of the host's guided prediction: uncond scaled to its projection onto cond, as velocities.
 
-    The host predicts videos, and x minus one is a velocity times the noise level.
+    The host predicts the video; x minus the video is the velocity times the noise level.
     """
     if given["uncond_denoised"] is None:  # a step without guidance
         return given["denoised"]
@@ -51,7 +51,7 @@ def scaled_to_projection(given: dict):
 def make_guider(
     model, positive, negative, cfg: float, cfg_end: float, start: float, end: float, cfg_zero: bool = False
 ) -> ScheduledGuider:
-    """A GUIDER whose scale is `cfg` from fraction `start` to `end` of the steps; or moves to `cfg_end`, unless that is 0."""
+    """A GUIDER with scale `cfg`, moving to `cfg_end` unless that is 0, from fraction `start` to `end` of the steps."""
     guider = ScheduledGuider(model)
     guider.cfg_zero = cfg_zero
     guider.set_conds(positive, negative)

@@ -1,7 +1,7 @@
-"""Images and masks as the LATENT that a video is sampled from.
+"""Images and masks as the LATENT that sampling starts from.
 
-Weights with a noise level of each frame are told them by `frame_levels`. With any others, the host's inpainting holds the given
-frames, and a function of the MODEL releases each frame of the mask when the noise has fallen to its value.
+Weights with a noise level for each frame receive them through `frame_levels`. With any others, the host's inpainting holds the
+given frames, and a function of the MODEL releases each frame of the mask once the noise has fallen to its value.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .vae import checked_frames, crop_frames, encode_frames, require_mochi_vae
 def image_to_video(
     model, vae, size: VideoSize, start: Tensor | None, end: Tensor | None, keep: int, **noise: float
 ) -> tuple[Any, dict[str, Any], int]:
-    """A MODEL and a LATENT for any sampler, and how many frames of `start` the video begins with.
+    """A MODEL and a LATENT for any sampler, and the number of frames of `start` that the video begins with.
 
-    `start` and `end` are IMAGEs, `keep` and `noise` as for `given_frames`.
+    `start` and `end` are IMAGEs; `keep` and `noise` are as in `given_frames`.
 
     Raises:
         ValueError: see `given_frames` and `checked_frames`; or the VAE is not Mochi's.
@@ -39,15 +39,15 @@ def image_to_video(
     if held:
         model = model.clone()
         model.set_model_denoise_mask_function(released)
-    mask = given.levels.view(1, 1, -1, 1, 1)  # (1, 1, T, 1, 1), the host stretches it over a frame
+    mask = given.levels.view(1, 1, -1, 1, 1)  # (1, 1, T, 1, 1), the host expands it over each frame
     latent = {"samples": given.latents.to(mm.intermediate_device()), "noise_mask": mask}
     return model, latent, 0 if start is None else kept_frames(len(start), keep)
 
 
 def released(sigma: Tensor, denoise_mask: Tensor, extra_options: dict[str, Any]) -> Tensor:  # noqa: ARG001 - the host's
-    """What is denoised at the noise level `sigma` (B,), which is above 0: whatever it has fallen to.
+    """The part to denoise at noise level `sigma` (B,) > 0: wherever the noise has fallen to the mask's value.
 
-    In a schedule from 1 to 0, that is the host's Differential Diffusion (arXiv 2306.00950).
+    In a schedule from 1 to 0, this equals the host's Differential Diffusion (arXiv 2306.00950).
     """
     return (denoise_mask >= sigma[0]).to(denoise_mask)
 
@@ -55,11 +55,11 @@ def released(sigma: Tensor, denoise_mask: Tensor, extra_options: dict[str, Any])
 def with_kept_parts(
     executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *arguments, **named
 ):
-    """Wraps a run of the host's sampler that stops above noise level 0, or goes on from there without noise of its own.
+    """Wraps a run of the host's sampler that stops above noise level 0, or continues from there without noise of its own.
 
-    What its mask keeps comes out of the first as the given picture, as which the second would take it anyway, and gets noise
-    there, of the second's seed: with the one of the first, both make the video of a single run. The host itself hands on the
-    noisy state, and in the end that is what the second keeps.
+    The first run returns the parts that its mask keeps as in the given picture, which is how the second takes its input anyway;
+    the second adds noise of its own seed there. With equal seeds, the two together make the video of a single run. The host
+    itself passes on the noisy state, which the second run would keep to the end.
     """
     if denoise_mask is None or latent_image is None:
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *arguments, **named)
@@ -84,7 +84,7 @@ def latent_mask(mask: Tensor, pixels: Tensor) -> Tensor:
     A latent is denoised if any of the pixels and frames in it is: pooled by maximum over 8 x 8 pixels and 1, 6, 6 ... frames.
 
     Raises:
-        ValueError: the mask has another number of frames, or none, or values that are no numbers.
+        ValueError: the mask has another number of frames, or none, or values that are not numbers.
     """
     frames, height, width = checked_frames(pixels).shape[-4:-1]
     mask = checked_mask(mask)
@@ -95,7 +95,7 @@ def latent_mask(mask: Tensor, pixels: Tensor) -> Tensor:
         )
     if mask.shape[2:] != (height, width):
         mask = F.interpolate(mask, (height, width), mode="nearest-exact")
-    # Cropped as the frames are: some at the end, and a margin.
+    # Cropped like the frames: at the end of the clip, and at the margins.
     whole = crop_frames(mask.expand(frames, -1, -1, -1).movedim(1, -1))[..., 0]  # (6k + 1, H, W)
     video = torch.cat([whole[:1].expand(TEMPORAL_COMPRESSION - 1, -1, -1), whole])[None, None]
     pooled = F.max_pool3d(video, (TEMPORAL_COMPRESSION, SPATIAL_COMPRESSION, SPATIAL_COMPRESSION))

@@ -17,7 +17,7 @@ from .other_files import naming_loaders
 
 
 class DoRAAdapter(LoRAAdapter):
-    """The host's LoRA, with DoRA as published; the host's own measures the rows before the low-rank change, not after it."""
+    """The host's LoRA, with DoRA as published; the host's own takes the row norms before the low-rank update, not after it."""
 
     def calculate_weight(
         self, weight, _key, strength, _strength_model, _offset, function, dtype=torch.float32, _original=None
@@ -31,16 +31,16 @@ class DoRAAdapter(LoRAAdapter):
 
 
 def add_lora(model, path: str, strength: float):
-    """A copy of a Mochi MODEL from any loader, with a LoRA file added to the patches that it has already.
+    """A copy of a Mochi MODEL from any loader, with a LoRA file added to its patches.
 
     Raises:
-        ValueError: the file is no LoRA for this MODEL, the MODEL is not Mochi, or `strength` is not finite.
+        ValueError: the file is not a LoRA for this MODEL, the MODEL is not Mochi, or `strength` is not finite.
     """
-    finite_strength(strength)  # which the host lets through where it is NaN or comes from another node
+    finite_strength(strength)  # the host does not check for NaN, or values from another node
     if not isinstance(model.model, comfy.model_base.GenmoMochi):
         raise ValueError(f"The MODEL is {type(model.model).__name__}, not Mochi; connect Load Mochi Transformer.")
     denoiser = model.model.diffusion_model
-    # The stock loader's denoiser has the same tensors, but no configuration.
+    # The stock loader's denoiser has the same tensors but no configuration.
     config = getattr(denoiser, "config", None) or dit_config(from_state_dict(denoiser.state_dict()))
     file = read_lora(path, config)
     adapters, read_by_host = _host_adapters(file, lora_targets(config))
@@ -54,7 +54,7 @@ def add_lora(model, path: str, strength: float):
 
 
 def _patch(delta: LoraDelta | ParameterDelta):
-    """A delta as the host's patch: the key of a parameter with a range of its rows, and what changes them."""
+    """A delta as the host's patch: the key of a parameter with a range of its rows, and the adapter for them."""
     if isinstance(delta, ParameterDelta):
         return _key(delta.parameter, *delta.rows), ("diff", (delta.change,))
     adapter = LoRAAdapter if delta.magnitude is None else DoRAAdapter
@@ -68,11 +68,11 @@ def _key(parameter: str, first: int, end: int):
 
 
 def _host_adapters(file: LoraFile, targets: dict[str, TargetRows]) -> tuple[dict, set[str]]:
-    """LoHa, LoKr and whatever else the host can read of what the core cannot: its patches, and the names that it read."""
+    """The host's patches for kinds that only the host can read, such as LoHa and LoKr, and the names that it read."""
     unread = {name for name in file.checkpoint.tensors if name in file.unmatched}
     layers = {".".join(name.split(".")[:-count]) for name in unread for count in (1, 2)}
     found = {layer: target for layer in layers if (target := find_target(targets, layer)) is not None}
-    # Rows in another order would need adapters in another order; only the core's own forms know how.
+    # Reordered rows would need reordered adapters, which only the core's own kinds support.
     keys = {
         layer: _key(target.parameter, target.first_row, target.first_row + target.rows)
         for layer, target in found.items()

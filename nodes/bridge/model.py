@@ -66,11 +66,11 @@ class HostAsymmDiT(AsymmDiT):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the host keeps weights in; single ones may be in another, and are cast when they are used."""
+        """The dtype that the host keeps weights in; some may have another, and are cast when used."""
         return self._host_dtype
 
     def _add_stock_attributes(self) -> None:
-        """What nodes read of the host's own class for Mochi, under its names."""
+        """Attributes of the host's own Mochi class that nodes read, under the same names."""
         config = self.config
         self.in_channels = self.out_channels = config.in_channels
         self.patch_size, self.num_heads, self.head_dim = config.patch_size, config.num_heads, config.head_dim
@@ -80,7 +80,7 @@ class HostAsymmDiT(AsymmDiT):
         self.posenc_preserve_area, self.rope_theta = True, 10000.0
 
     def _keep_small_parts_exact(self) -> None:
-        """Have only the large matrices of the blocks in 8 bits."""
+        """Keep everything but the large matrices of the blocks out of 8 bits."""
         for name, parameter in self.named_parameters():
             if parameter.dtype.itemsize == 1 and not is_block_matrix(name, parameter):
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -91,14 +91,14 @@ class HostAsymmDiT(AsymmDiT):
     ):  # fmt: skip
         """`x` (B, 12, T, H, W), `timestep` = sigma (B,) or (B, T), `context` (B, L, width); returns noise - data.
 
-        `conditioning` is what a run has prepared for these inputs, or None; `frame_levels` scale the result. The host also
-        passes what other models need (ControlNets and the like).
+        `conditioning` is prepared by the run for these inputs, or None; `frame_levels` scale the result. The host also
+        passes arguments for other models (ControlNets and the like).
         """
         options = transformer_options if transformer_options is not None else {}
         given = (x, timestep, context, attention_mask)
 
         def run(x, timestep, context, attention_mask=None, transformer_options=None):
-            """The forward itself, inside the wrappers of other nodes, which may have changed what was prepared for."""
+            """The forward itself, inside the wrappers of other nodes, which may have replaced the prepared inputs."""
             inputs = x, timestep, context, attention_mask
             unchanged = all(map(operator.is_, inputs, given))
             ready = conditioning if conditioning is not None and unchanged else conditioning_of(self, *inputs)
@@ -118,7 +118,7 @@ class HostAsymmDiT(AsymmDiT):
         return -velocity  # the host's flow models return noise - data
 
     def velocity(self, x, conditioning: Conditioning, transformer_options, group: TokenSplit | None = None):
-        """data - noise; with a `group`, its members compute it together, see `AsymmDiT.denoise_each`."""
+        """data - noise; with a `group`, its members compute it together; see `AsymmDiT.denoise_each`."""
         run = host_run_block(transformer_options, self.config.depth, x)
         return self.denoise(
             x,
@@ -132,25 +132,25 @@ class HostAsymmDiT(AsymmDiT):
 
 
 class HostMochi(comfy.model_base.GenmoMochi):
-    """The host's Mochi with our denoiser; the base class is what LoRA loaders and merges know it by."""
+    """The host's Mochi with our denoiser; LoRA loaders and merges recognise it by its base class."""
 
     has_frame_levels = False
-    """Whether the weights were trained with a noise level of each latent frame."""
+    """Whether the weights were trained with a noise level for each latent frame."""
     shared_by = 1
-    """Devices that share the memory of a forward just now."""
+    """Number of devices that a forward's memory is currently spread over."""
 
     def __init__(self, model_config, device=None) -> None:
-        network: Any = HostAsymmDiT  # the host's hint names the first of its many networks
+        network: Any = HostAsymmDiT  # the host's type hint only allows the first of its many networks
         comfy.model_base.BaseModel.__init__(
             self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=network
         )
 
     def memory_required(self, *args, **named):
-        """Bytes that the host leaves free on a device for a forward, and by which it decides how many prompts share one."""
+        """Bytes that the host leaves free on a device for a forward; also how it decides the number of prompts per forward."""
         return super().memory_required(*args, **named) / self.shared_by
 
     def state_dict(self, *args, **named):
-        """Only what is an attribute in the model: the host merges by it, and saves what is inside of the model."""
+        """Only attributes of the model: the host merges by these entries, and saves what is inside the model."""
         prefix = named.get("prefix") or "".join(args[1:2])
         return attributes_only(self, super().state_dict(*args, **named), prefix)
 
@@ -162,7 +162,7 @@ class HostMochi(comfy.model_base.GenmoMochi):
         )
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
-        """Add what the run has prepared, in the last step before the denoiser: wrappers of other nodes may change prompts."""
+        """Add the prepared conditioning as late as possible, because wrappers of other nodes may change the prompts."""
         options = transformer_options if transformer_options is not None else {}
         levels = FrameLevels(conds["frame_levels"].flatten(1)) if "frame_levels" in conds else None
         conds["frame_levels"] = levels
@@ -171,14 +171,14 @@ class HostMochi(comfy.model_base.GenmoMochi):
             return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def process_timestep(self, timestep, frame_levels: FrameLevels | None = None, **_):
-        """Noise levels as the denoiser takes them: settings by other nodes count in thousandths (ModelSamplingSD3)."""
+        """Noise levels as the denoiser takes them: other nodes' settings may scale them by 1000 (ModelSamplingSD3)."""
         sigma = timestep / getattr(self.model_sampling, "multiplier", 1.0)
         return sigma if frame_levels is None else frame_levels.sigma(sigma)
 
     def extra_conds(self, **kwargs):
-        """Text and mask at full length, so that prompts of any lengths may share a batch: the denoiser crops each.
+        """Text and mask at full length, so that prompts of different lengths can share a batch: the denoiser crops each.
 
-        A conditioning without text, as guiders make one in place of a negative prompt, is an empty prompt.
+        A conditioning without text, which some guiders use as the negative prompt, is an empty prompt.
         """
         out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
         context, mask = kwargs.get("cross_attn"), kwargs.get("attention_mask")
@@ -194,7 +194,7 @@ class HostMochi(comfy.model_base.GenmoMochi):
 
 
 class MochiConfig(comfy.supported_models.GenmoMochi):
-    """What the host wants to know of a model before it is built."""
+    """What the host needs to know about a model before building it."""
 
     latent_format = MochiLatents
 
@@ -212,11 +212,11 @@ def load_model(
 ):
     """A MODEL from a Mochi transformer file in any known layout.
 
-    `quantize` as in `mochi_core.load_transformer`, `attention` one of `attention.CHOICES`. `frame_levels` says whether the
-    weights were trained with a noise level of each latent frame, None that the file's metadata or name does.
+    `quantize` is as in `mochi_core.load_transformer`, `attention` one of `attention.CHOICES`. `frame_levels` says whether the
+    weights were trained with a noise level for each latent frame; None decides by the file's metadata or name.
 
     Raises:
-        ValueError: the file is no whole Mochi transformer, or the attention cannot be used here.
+        ValueError: the file is not a complete Mochi transformer, or the attention cannot be used here.
     """
     stored = read_part(path, "transformer")
     checkpoint = quantize_block_matrices(stored, quantize)
@@ -234,7 +234,7 @@ def load_model(
 
 
 def _add_wrappers(patcher) -> None:
-    """Wrap what the host does in a run; the first of several is the outermost."""
+    """Add our wrappers to the host's sampling; the first of several is the outermost."""
     wrappers: dict[str, Any] = {"mochi_inversion": with_unscaled_noise}
     if patcher.model.has_frame_levels:
         wrappers["mochi_frame_levels"] = with_frame_levels
@@ -264,13 +264,13 @@ def _build(config: AsymmDiTConfig, checkpoint: Checkpoint, dtype: torch.dtype | 
         model_config.custom_operations = quantized_operations(operations)
     model_config.set_inference_dtype(held, cast, device=load_device)
     model = model_config.get_model({}, device=offload_device)
-    # Looked up now: the host replaces CoreModelPatcher at start-up when it manages memory dynamically.
+    # Looked up late: the host replaces CoreModelPatcher at start-up if it manages memory dynamically.
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     return patcher_class(model, load_device=load_device, offload_device=offload_device)
 
 
 def choose_dtypes(checkpoint: Checkpoint, asked: torch.dtype | None) -> tuple[torch.dtype, torch.dtype | None]:
-    """The dtype of the weights that are not quantised, and the one that they are cast to for the arithmetic, if another."""
+    """The dtype of weights that are not quantised, and the one that they are cast to for computing, or None."""
     device = mm.get_torch_device()
     supported = [torch.float16, *COMPUTE_DTYPES] if asked == torch.float16 else COMPUTE_DTYPES
     if is_quantized(checkpoint):
@@ -281,9 +281,11 @@ def choose_dtypes(checkpoint: Checkpoint, asked: torch.dtype | None) -> tuple[to
 
 
 def _load_weights(network: HostAsymmDiT, tensors: LazyStateDict, plain: AsymmDiT, *, assign: bool) -> None:
-    """Layer by layer; `plain` tells which layers are linear. With `assign`, tensors that need no conversion stay a map of the
-    file."""
-    # The one parameter that belongs to no layer.
+    """Load layer by layer; `plain` tells which layers are linear.
+
+    With `assign`, tensors that need no conversion stay memory-mapped.
+    """
+    # The only parameter outside the layers.
     network.pos_frequencies.data.copy_(tensors["pos_frequencies"].read())
     for layer, part in by_layer({name: tensor for name, tensor in tensors.items() if "." in name}):
         state = {name.removeprefix(layer + "."): value for name, value in host_weights(part, plain).items()}
@@ -291,10 +293,10 @@ def _load_weights(network: HostAsymmDiT, tensors: LazyStateDict, plain: AsymmDiT
 
 
 def _suitable_dtype(checkpoint: Checkpoint, supported: list[torch.dtype]) -> torch.dtype:
-    """The file's own precision where the device can work with it."""
+    """The file's own precision if the device supports it."""
     stored, _ = checkpoint.main_dtype()
     count = sum(tensor.numel for tensor in checkpoint.tensors.values())
     dtype = mm.unet_dtype(model_params=count, supported_dtypes=supported, weight_dtype=stored)
     upcast = dtype.itemsize > stored.itemsize and stored in supported
-    # Upcast layer by layer while it computes, a model that would not fit still runs.
+    # If upcast layer by layer during the computation, a model that would not fit still runs.
     return stored if upcast and count * dtype.itemsize > mm.get_free_memory(mm.unet_offload_device()) else dtype

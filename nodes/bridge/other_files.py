@@ -1,4 +1,4 @@
-"""Which loader takes a file that was given to another one, ours or the host's, and the model folder that it lists."""
+"""Names the right loader, ours or the host's, and its model folder for a file that was given to the wrong one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import folder_paths
 from ...mochi_core.checkpoints.names import others
 from ...mochi_core.checkpoints.names.detect import OtherModelError
 
-# What a file holds: the name of a node, and of the folder in models.
+# What a file holds -> name of the node that loads it, and its folder in models.
 LOADERS = {
     "transformer": ("Load Mochi Transformer", "diffusion_models"),
     "vae": ("Load Mochi VAE", "vae"),
@@ -32,12 +32,12 @@ HOST_LOADERS = {
     others.LORA_OF_BOTH: ("Load LoRA (Model and CLIP)", "loras"),
 }
 WHOLE = "checkpoints"
-"""The folder of files that hold several models, which all loaders list."""
+"""Folder of files that hold several models; all loaders list it."""
 
 
 @contextmanager
 def naming_loaders() -> Iterator[None]:
-    """Have errors about a file that holds something else say which loader takes it, and from where."""
+    """Make errors about a file that holds something else say which loader takes it, and from where."""
     try:
         yield
     except OtherModelError as error:
@@ -45,10 +45,10 @@ def naming_loaders() -> Iterator[None]:
 
 
 def taken_by(file: str, sorts: tuple[str, ...]) -> str:
-    """A clause for what takes a file with these contents; empty if nothing here does."""
+    """A clause naming what loads a file with these contents; empty if nothing here does."""
     if sorts == (others.LATENTS,):
         return ", which Load Latent takes from the folder input if its name ends in .latent"
-    by_host = Path(file).suffix.lower() in folder_paths.supported_pt_extensions  # it lists neither GGUF nor indices
+    by_host = Path(file).suffix.lower() in folder_paths.supported_pt_extensions  # not GGUF or indices
     loaders = LOADERS | HOST_LOADERS if by_host else LOADERS
     taken = dict(loaders[sort] for sort in sorts if sort in loaders)
     if len(taken) > 1:

@@ -1,8 +1,8 @@
-"""One video on several devices, by the host's own means: its clones of a MODEL, and a thread for each device.
+"""One video on several devices, with the host's own means: its clones of a MODEL, and a thread for each device.
 
-The host hands whole prompts to the clones. Here it calls the denoiser of the first device only, as if there were no others, so
-that guiders, LoRAs, hooks, context windows and what wraps the denoiser are what they are on one device; the denoiser hands
-shares of its work to the clones.
+The host distributes whole prompts over the clones. Here it calls the denoiser of the first device only, as if there were no
+others, so that guiders, LoRAs, hooks, context windows and wrappers of the denoiser work as on one device; the denoiser
+distributes its work over the clones.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from .prepared import Conditioning
 KEY = "mochi_parallel"
 SPLITS = ("auto", "guidance", "sequence")
 CLONES, POOL = "multigpu_clones", "multigpu_thread_pool"
-"""The host's options of a run for the MODEL of each device and for their threads."""
+"""Keys of the host's options in a run for the MODEL of each device and for their threads."""
 OTHERS = "multigpu"
-"""The additional models of a MODEL that are its clones for other devices."""
+"""Key of a MODEL's clones for other devices among its additional models."""
 
 
 def add_devices(model, gpus: int, split: str):
-    """A copy of a MODEL that works on `gpus` devices, 0 for all that there are; `split` is one of `SPLITS`.
+    """A copy of a MODEL that runs on `gpus` devices, 0 for all of them; `split` is one of `SPLITS`.
 
     Raises:
         ValueError: the MODEL is not from our loader.
@@ -50,9 +50,9 @@ def add_devices(model, gpus: int, split: str):
             "Load Mochi Transformer, or use MultiGPU CFG Split."
         )
     available = len(mm.get_all_torch_devices())
-    mm.cleanup_models_gc()  # the host looks for clones among models that are loaded, and stumbles over those that are gone
+    mm.cleanup_models_gc()  # the host looks for clones among loaded models, and fails on those already freed
     mm.cleanup_models()
-    all_there = all(loaded is not None for loaded in mm.loaded_models())  # a network stays that something else holds
+    all_there = all(loaded is not None for loaded in mm.loaded_models())  # a network used elsewhere stays loaded
     shared = comfy.multigpu.create_multigpu_deepclones(model, gpus or available, reuse_loaded=all_there)
     wrappers = {
         comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING: partial(_with_shared_memory, split),
@@ -69,12 +69,12 @@ def add_devices(model, gpus: int, split: str):
 
 
 def _patchers(model) -> list:
-    """The MODEL of each device, its own first."""
+    """The MODEL for each device, its own first."""
     return [model, *model.get_additional_models_with_key(OTHERS)]
 
 
 def _with_shared_memory(split: str, executor, model, *arguments, **named):
-    """Wraps the host's loading of a MODEL, which leaves memory free for the arithmetic: a device needs that of its share."""
+    """Wraps the host's loading of a MODEL, which leaves memory free for computing: each device needs it for its share only."""
     devices = tuple(patcher.load_device for patcher in _patchers(model))
     with_guidance, without = (str(plan_for(split, devices, prompts)) for prompts in (2, 1))
     log_choice("parallel", ", ".join(map(str, devices)), f"{with_guidance} where there is guidance", f"else {without}")
@@ -83,14 +83,14 @@ def _with_shared_memory(split: str, executor, model, *arguments, **named):
 
 
 def _with_threads(executor, guider, sigmas, extra_args, *arguments, **named):
-    """Wraps a run of the host's sampler, for which it has started its threads."""
+    """Wraps a run of the host's sampler, for which the host has started its threads."""
     if (pool := extra_args["model_options"].get(POOL)) is not None:
         _check_threads(pool)
     return executor(guider, sigmas, extra_args, *arguments, **named)
 
 
 def _check_threads(pool) -> None:
-    """Raise the error with which a thread could not set its device: it runs nothing, and gives that for everything."""
+    """Raise the error of a thread that could not set its device: it runs nothing and returns that error for all work."""
     for device in pool.devices:
         pool.submit(device, int)
         with _named_errors(device):
@@ -99,7 +99,7 @@ def _check_threads(pool) -> None:
 
 
 def _with_devices(split: str, executor, model, conds, x, timestep, model_options):
-    """Wraps the host's call of the denoiser for some prompts, in which it is told of one device."""
+    """Wraps the host's call of the denoiser for some prompts; the host sees only one device."""
     clones, pool = model_options.get(CLONES), model_options.get(POOL)
     if not clones or pool is None or torch.is_grad_enabled():
         return executor(model, conds, x, timestep, model_options)
@@ -116,7 +116,7 @@ def _with_devices(split: str, executor, model, conds, x, timestep, model_options
 
 @contextmanager
 def _one_device(model_options: dict, devices: Devices) -> Iterator[None]:
-    """Take the other devices out of the host's options, and put them where the denoiser finds them."""
+    """Move the other devices from the host's options to where the denoiser finds them."""
     options = model_options["transformer_options"]
     taken = {key: model_options.pop(key) for key in (CLONES, POOL)}
     options[KEY] = devices
@@ -129,7 +129,7 @@ def _one_device(model_options: dict, devices: Devices) -> Iterator[None]:
 
 @contextmanager
 def _shared_memory(model, split: str, devices: tuple[torch.device, ...]) -> Iterator[None]:
-    """Have the host count the memory that a prompt and a negative one need on one device."""
+    """Make the host count the memory that a positive and a negative prompt need on one device."""
     model.shared_by = plan_for(split, devices, 2).size
     try:
         yield
@@ -139,9 +139,9 @@ def _shared_memory(model, split: str, devices: tuple[torch.device, ...]) -> Iter
 
 @contextmanager
 def uncompiled(model, options: dict) -> Iterator[None]:
-    """Have the host call the network itself where another node has compiled it as a whole: that code is for one device."""
+    """Make the host bypass a network that another node compiled as a whole: the compiled code is for one device."""
     compiled = model.diffusion_model
-    network = getattr(compiled, "_orig_mod", None)  # of what `torch.compile` gives for a module
+    network = getattr(compiled, "_orig_mod", None)  # set by `torch.compile` on a compiled module
     if KEY not in options or network is None:
         yield
         return
@@ -155,13 +155,13 @@ def uncompiled(model, options: dict) -> Iterator[None]:
 
 @lru_cache
 def _warn_of_compiled() -> None:
-    logging.warning("Mochi parallel: the compiled transformer is left out, because the compiled code is for one GPU.")
+    logging.warning("Mochi parallel: the compiled transformer is not used, because the compiled code is for one GPU.")
 
 
 def plan_for(split: str, devices: tuple[torch.device, ...], prompts: int, heads: int = HEADS) -> Plan:
-    """What each device does of a forward for so many prompts.
+    """Which part of a forward for `prompts` prompts each device computes.
 
-    `auto` shares out pairs of prompts first, then tokens; `guidance` leaves devices idle instead of sharing out tokens.
+    `auto` splits pairs of prompts first, then tokens; `guidance` leaves devices idle instead of splitting tokens.
     """
     pairs = prompts % 2 == 0 and split != "sequence"
     if split == "guidance":
@@ -171,30 +171,30 @@ def plan_for(split: str, devices: tuple[torch.device, ...], prompts: int, heads:
 
 @lru_cache
 def reach_each_other(devices: tuple[torch.device, ...]) -> bool:
-    """Whether all read each other's memory, for all that is known."""
+    """Whether all can access each other's memory, as far as PyTorch reports it."""
     pairs = permutations([device for device in devices if device.type == "cuda"], 2)
     return all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Several devices in one call of the host's, for the denoiser of the first."""
+    """The devices of one call by the host, for the denoiser on the first of them."""
 
     split: str
     patchers: tuple
-    """The host's MODEL of each, loaded."""
+    """The host's loaded MODEL for each device."""
     pool: Any
-    """The host's threads of the others."""
+    """The host's threads for the other devices."""
 
     @property
     def names(self) -> tuple[torch.device, ...]:
         return tuple(patcher.load_device for patcher in self.patchers)
 
     def velocity(self, network: Any, x: Tensor, conditioning: Conditioning, options: dict) -> Tensor:
-        """What `network`, the `HostAsymmDiT` of the first device, gives for these arguments of its own `velocity`.
+        """The result of `network.velocity`, where `network` is the `HostAsymmDiT` of the first device, computed by all devices.
 
         Raises:
-            The first error of a device; all have ended then.
+            The first error on any device, once all devices have stopped.
         """
         prompts = 1 if mixes_samples(options) or len(x) % len(options["uuids"]) else len(options["uuids"])
         plan = plan_for(self.split, self.names, prompts, network.config.num_heads)
@@ -213,14 +213,14 @@ class Devices:
         return torch.cat([velocity.to(x.device) for velocity in velocities])
 
     def _start(self, rank: int, work: Callable[[], None]) -> Callable[[], object]:
-        """Begin the work of a member in its device's thread; what is returned waits for its end."""
+        """Start a member's work in its device's thread; returns a function that waits for it to finish."""
         device = self.patchers[rank].load_device
         self.pool.submit(device, work)
         return partial(self.pool.get_result, device)
 
 
 def _share(x: Tensor, conditioning: Conditioning, options: dict, members: Members, device: torch.device):
-    """Arguments of `HostAsymmDiT.velocity` for one member: its samples of the batch, on its device."""
+    """`HostAsymmDiT.velocity`'s arguments for one member: its samples of the batch, on its device."""
     count, index = members.guidance.size, members.guidance.rank
     samples = slice(index * len(x) // count, (index + 1) * len(x) // count)
     own = comfy.patcher_extension.copy_nested_dicts(options)
@@ -237,7 +237,7 @@ def _share(x: Tensor, conditioning: Conditioning, options: dict, members: Member
 
 @contextmanager
 def _named_errors(device: torch.device) -> Iterator[None]:
-    """Say in the console on which device an error was the first."""
+    """Log which device failed first."""
     try:
         yield
     except Stopped:

@@ -1,9 +1,9 @@
-"""Patches that other nodes set on a MODEL's transformer: which are called for a block of Mochi's, and with what.
+"""Patches that other nodes set on a MODEL's transformer: which ones Mochi's blocks call, and with what.
 
-The host's own class for Mochi calls those that replace a block, and no others. Beside them, blocks here call two that the
-host's transformers of joint attention (Flux, Qwen-Image) call: `attn1_output_patch`, with what attention gave for both streams
-(normalised attention guidance), and `double_block`, with both streams after the block. Patches that change what goes into
-attention are not called: the host's transformers have several calling conventions for them, and position tables of other kinds.
+The host's own Mochi class calls only the patches that replace a block. In addition, blocks here call two that the host's
+joint-attention transformers (Flux, Qwen-Image) call: `attn1_output_patch`, with the output of attention for both streams
+(normalised attention guidance), and `double_block`, with both streams after the block. Patches that change the inputs of
+attention are not called: the host's transformers have several calling conventions for them, and other kinds of position tables.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ BLOCK_PATCH = "double_block"
 
 
 def host_run_block(transformer_options: dict, depth: int, latents: torch.Tensor) -> RunBlock:
-    """How a block is called: the host is told which one it is, and its patches replace it or follow it.
+    """How to call a block: its index is recorded in the host's options, and the host's patches replace or follow it.
 
-    `latents` (B, 12, T, H, W) are what the forward is for.
+    `latents` (B, 12, T, H, W) are the forward's input.
     """
     replacements = transformer_options.get("patches_replace", {}).get("dit", {})
     patches = transformer_options.get("patches", {}).get(BLOCK_PATCH, ())
@@ -55,7 +55,7 @@ def _run_or_replace(call: BlockCall, replacement, transformer_options: dict) -> 
 
 
 def _with_output_patches(call: BlockCall, transformer_options: dict) -> BlockCall:
-    """`call` with an attention whose output (B, N + L, K * D) goes through the patches, the visual tokens at `img_slice`."""
+    """`call` with the patches applied to attention's output (B, N + L, K * D); `img_slice` marks the visual tokens."""
     patches = _output_patches(transformer_options)
     if not patches:
         return call
@@ -71,9 +71,9 @@ def _with_output_patches(call: BlockCall, transformer_options: dict) -> BlockCal
 
 
 def _output_patches(transformer_options: dict) -> list:
-    """The patches of attention's output that are called.
+    """The output patches of attention that are called.
 
-    Left out are those that come with an input patch and would undo what that has not done (token merging, HyperTile).
+    Without those that come with an input patch and would undo something it has not done (token merging, HyperTile).
     """
     patches = transformer_options.get("patches", {})
     pairs = {patch.__module__ for patch in patches.get(INPUT_PATCH, ())}
@@ -81,16 +81,16 @@ def _output_patches(transformer_options: dict) -> list:
 
 
 def mixes_samples(transformer_options: dict) -> bool:
-    """Whether a patch is called, which may need all samples of a batch together."""
+    """Whether any patch is called; patches may need all samples of a batch together."""
     return bool(_output_patches(transformer_options) or transformer_options.get("patches", {}).get(BLOCK_PATCH))
 
 
 def warn_of_patches_left_out(transformer_options: dict) -> None:
-    """Say which patches of a MODEL are not called in this run."""
+    """Log which patches of a MODEL are not called in this run."""
     replaced = transformer_options.get("patches_replace", {}).keys() - {"dit"}
     called = {BLOCK_PATCH, *([OUTPUT_PATCH] if _output_patches(transformer_options) else [])}
     names = {*(transformer_options.get("patches", {}).keys() - called), *replaced}
     if "rope_options" in transformer_options:
         names.add("rope_options")
     if names:
-        logging.warning("Mochi patches: %s left out; the node that sets it has no effect.", ", ".join(sorted(names)))
+        logging.warning("Mochi patches: %s ignored; the node that sets it has no effect.", ", ".join(sorted(names)))

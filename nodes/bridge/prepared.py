@@ -1,9 +1,9 @@
-"""Text, modulation and rotary table, which do not depend on the latents, computed once for a sampling run of the host's.
+"""Text, modulation and rotary table, which do not depend on the latents, computed once per sampling run of the host's.
 
-`with_run` puts a `SamplingRun` into the options that the host makes for one run and drops after it, finished or not.
-`prepared` asks it before every call of the denoiser, outside of what may be compiled. Prompts are told apart by their values,
-so it does not matter how the host batches, windows or repeats them. The modulation of noise levels outside of the run's
-schedule is computed for each call; so is everything where hooks change the weights that it is computed from.
+`with_run` puts a `SamplingRun` into the options that the host makes for one run and drops afterwards, even if it fails.
+`prepared` queries it before every call of the denoiser, outside of what may be compiled. Prompts are identified by their values,
+so it does not matter how the host batches, windows or repeats them. The modulation of noise levels outside the run's schedule is
+computed for each call; so is everything if hooks change the weights that it depends on.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .patches import warn_of_patches_left_out
 
 OPTION = "mochi_run"
 SIGMA_CHUNK = 64
-"""Noise levels whose modulation is computed and kept at a time; for one prompt it takes 113 MB in bf16."""
+"""Number of noise levels whose modulation is computed and kept at a time; for one prompt it takes 113 MB in bf16."""
 MAX_PROMPT_BATCHES = 8
-"""Batches of prompts that are kept."""
+"""Number of prompt batches that are kept."""
 CONDITIONING_WEIGHTS = {"pos_frequencies", "t_embedder", "t5_y_embedder", "t5_yproj", "mod_x", "mod_y", "mod"}
-"""Parts of the names of all weights that the conditioning is computed from."""
+"""Substrings of the names of all weights that the conditioning is computed from."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """All arguments of `AsymmDiT.denoise` besides the latents."""
+    """All inputs of `AsymmDiT.denoise` besides the latents."""
 
     text: TextConditioning
     modulation: Modulation
@@ -62,7 +62,7 @@ def conditioning_of(
 
 
 class PreparedPrompts:
-    """A batch of prompts, prepared for the denoiser, and its modulation for some noise levels of the schedule."""
+    """A batch of prompts prepared for the denoiser, and their modulation for some noise levels of the schedule."""
 
     def __init__(
         self, network: AsymmDiT, context: Tensor, mask: Tensor, device: torch.device, dtype: torch.dtype
@@ -72,9 +72,9 @@ class PreparedPrompts:
         self.text = network.prepare_text(context.to(device, dtype), mask.to(device).bool())
         self.sigmas: list[float] = []
         self.modulations: ScheduleModulation | None = None
-        """The modulations at `sigmas`; by frame where `shares` are set."""
+        """The modulations at `sigmas`; per frame if `shares` is set."""
         self.shares: tuple[float, ...] | None = None
-        """Noise level of each frame as a share of that in `sigmas`, for which `modulations` are; None where all are equal."""
+        """Share of the noise level in `sigmas` for each frame of `modulations`; None if all are equal."""
 
     def matches(self, context: Tensor, mask: Tensor) -> bool:
         """Whether these are the same prompts, on the same device."""
@@ -82,9 +82,9 @@ class PreparedPrompts:
         return all(ours.device == theirs.device and torch.equal(ours, theirs) for ours, theirs in pairs)
 
     def modulation(self, timestep: Tensor, schedule: list[float], levels: FrameLevels | None) -> Modulation:
-        """Modulation for `timestep` = sigma (B,); prepared with those that follow if it is a noise level of `schedule`.
+        """Modulation for `timestep` = sigma (B,); prepared along with the following levels if it is in `schedule`.
 
-        Where frames have `levels` of their own, the first that are asked for are prepared: context windows have several.
+        If frames have their own `levels`, only the first ones requested are prepared: context windows have several.
         """
         sigma, *others = set(timestep.tolist())
         shares, *other_shares = [None] if levels is None else {*map(tuple, levels.shares.tolist())}
@@ -101,7 +101,7 @@ class PreparedPrompts:
 
 
 class DeviceConditioning:
-    """What a run has prepared for the network on one device; each of several devices has its own network."""
+    """What a run has prepared for the network on one device; every device has its own network."""
 
     def __init__(self, network: AsymmDiT, schedule: list[float], dtype: torch.dtype) -> None:
         self.network, self.schedule, self.dtype = network, schedule, dtype
@@ -113,7 +113,7 @@ class DeviceConditioning:
     def conditioning(
         self, x: Tensor, timestep: Tensor, context: Tensor, mask: Tensor, levels: FrameLevels | None
     ) -> Conditioning:
-        """Conditioning for one call, with arguments as `conditioning_of` has them, prepared or taken from an earlier call."""
+        """Conditioning for one call, computed or reused; the arguments are those of `conditioning_of`."""
         prompts = next((known for known in self.prompts if known.matches(context, mask)), None)
         if prompts is None:
             prompts = PreparedPrompts(self.network, context, mask, x.device, self.dtype)
@@ -124,9 +124,9 @@ class DeviceConditioning:
 
 
 class SamplingRun:
-    """What is prepared for one run of a sampler along `schedule`, its noise levels, on all devices.
+    """What is prepared on all devices for one sampling run along the noise levels `schedule`.
 
-    The host may call it from a thread for each device, which meet in `by_network` alone.
+    The host may call it from one thread per device; they share only `by_network`.
     """
 
     def __init__(self, schedule: list[float]) -> None:
@@ -153,10 +153,10 @@ def _changed_by_hooks(patcher) -> bool:
 def prepared(
     model, x: Tensor, t: Tensor, context: Tensor | None, mask: Tensor | None, options: dict, levels: FrameLevels | None
 ):
-    """Conditioning for a call of the host's model from the run that `options` belong to, or None outside of such a run.
+    """Conditioning for a call of the host's model from the run that `options` belong to, or None outside such a run.
 
-    The arguments are those of the host's `apply_model`. With gradients nothing is prepared: what is computed in one call has a
-    graph that the next could not go through again.
+    The arguments are those of the host's `apply_model`. Nothing is prepared if gradients are on: what one call computes belongs
+    to a graph that the next could not backpropagate through again.
     """
     run: SamplingRun | None = options.get(OPTION)
     if run is None or context is None or torch.is_grad_enabled():
@@ -166,9 +166,9 @@ def prepared(
 
 
 def full_mask(context: Tensor, mask: Tensor | None) -> Tensor:
-    """`mask` (B, L) of the tokens of `context` (B, L, width) that count; it may be shorter, or missing.
+    """Mask (B, L) of the valid tokens of `context` (B, L, width); the given `mask` may be shorter, or missing.
 
-    Of tokens without one, which other nodes append, those count that are not zero: our T5 leaves padding so.
+    Tokens beyond the mask, which other nodes append, are valid if they are not zero: our T5 sets padding to zero.
     """
     known = context.new_zeros(len(context), 0) if mask is None else mask
     appended = context[:, known.shape[1] :].ne(0).any(dim=-1)

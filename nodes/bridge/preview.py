@@ -1,4 +1,4 @@
-"""Animated previews of the video while it is sampled."""
+"""Animated previews of the video during sampling."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ MAX_TIME_FRACTION = 0.01
 """Fraction of the sampling time that making previews may take."""
 WEBP_QUALITY = 70
 SHOWN_SIDE = 128
-"""About the longer side, in pixels, to which smaller previews are enlarged; 106 x 60, of 848 x 480, stay as they are."""
+"""Approximate longer side, in pixels, to which smaller previews are enlarged; 106 x 60, from 848 x 480, stays as it is."""
 TINY_FILES = "taem1"
-"""How the names of files of the tiny autoencoder begin."""
+"""Prefix of the names of the tiny autoencoder's files."""
 CALLBACK_ARGUMENT = 5
 """Position of the callback among the arguments of the host's `outer_sample`."""
 
 
 class MochiLatents(comfy.latent_formats.Mochi):
-    """The host's latent format, without `latent_rgb_factors`, with which the host shows the first frame only."""
+    """The host's latent format without `latent_rgb_factors`, with which the host would show the first frame only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,10 +38,10 @@ class MochiLatents(comfy.latent_formats.Mochi):
 
 
 class AnimatedPreview:
-    """An animated WebP that has the `save` of an image, which is all that the host calls."""
+    """An animated WebP with an image's `save`, the only method that the host calls."""
 
     def __init__(self, frames: torch.Tensor) -> None:
-        """`frames` (T, H, W, 3) uint8 on the CPU, one for every latent frame."""
+        """`frames` (T, H, W, 3) uint8 on the CPU, one per latent frame."""
         first, *others = [Image.fromarray(frame.numpy()) for frame in frames]
         file = BytesIO()
         first.save(
@@ -51,7 +51,7 @@ class AnimatedPreview:
         self.content = file.getvalue()
 
     def save(self, file, **_) -> None:
-        """Write the WebP, whatever format the host asks for: browsers go by the content."""
+        """Write the WebP whatever format the host asks for: browsers detect it from the content."""
         file.write(self.content)
 
 
@@ -75,13 +75,13 @@ def decoded_frames(latents: torch.Tensor, decoder: TinyDecoder) -> torch.Tensor:
 
 
 def enlarged(frames: torch.Tensor) -> torch.Tensor:
-    """Small frames (T, H, W, 3), every pixel of which becomes a square, so that a node shows more than a dot."""
+    """Small frames (T, H, W, 3) with every pixel enlarged to a square, so that a node shows more than a dot."""
     factor = max(1, round(SHOWN_SIDE / max(frames.shape[1:3])))
     return frames.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
 
 
 def tiny_decoder(device: torch.device) -> TinyDecoder | None:
-    """TAEM1 from models/vae_approx, if the server's way of previewing is taesd and there is one."""
+    """TAEM1 from models/vae_approx, if there is one and the server's preview method is taesd."""
     if args.preview_method != LatentPreviewMethod.TAESD:
         return None
     names = (name for name in folder_paths.get_filename_list("vae_approx") if name.lower().startswith(TINY_FILES))
@@ -90,16 +90,16 @@ def tiny_decoder(device: torch.device) -> TinyDecoder | None:
         return None
     try:
         return load_tiny_vae(path, torch.float32 if device.type == "cpu" else torch.float16, device)
-    except Exception as error:  # also for lack of memory: see `Previewer.show`
+    except Exception as error:  # including out of memory: see `Previewer.show`
         logging.warning("Mochi preview: %s The linear fit is shown.", sentence(error))
         return None
 
 
 class Previewer:
-    """Sends a preview after a step, as long as all previews together take at most a hundredth of the time."""
+    """Sends a preview after a step, as long as previews take at most 1 % of the time in total."""
 
     def __init__(self, latent_format: MochiLatents, decoder: TinyDecoder | None = None) -> None:
-        """With a `decoder`, frames are decoded, otherwise they are a linear fit to the latents."""
+        """With a `decoder`, frames are decoded; otherwise they are a linear fit to the latents."""
         self.latent_format, self.decoder = latent_format, decoder
         self.started, self.spent = time.perf_counter(), 0.0
         self.failed = False
@@ -107,14 +107,14 @@ class Previewer:
     def show(self, step: int, denoised: torch.Tensor, total: int) -> None:
         """Send a preview of `denoised` (B, 12, T, H, W), latents in DiT space, after `step` of `total` steps.
 
-        Where one cannot be made, such as for lack of memory, the next are made more simply or not at all: nothing is raised.
+        If one cannot be made, for example for lack of memory, the next are simpler or left out; nothing is raised.
         """
         if self.failed or self.spent > MAX_TIME_FRACTION * (time.perf_counter() - self.started):
             return
         try:
             preview = self._make(denoised)
-        except Exception as error:  # whatever it is, the video is worth more than its preview
-            follows = "The linear fit is shown." if self.decoder is not None else "There are no more in this run."
+        except Exception as error:  # of any kind: the video matters more than its preview
+            follows = "The linear fit is shown." if self.decoder is not None else "There will be no more in this run."
             logging.warning("Mochi preview: %s %s", sentence(error), follows)
             self.failed, self.decoder = self.decoder is None, None
             return
@@ -122,7 +122,7 @@ class Previewer:
 
     def _make(self, denoised: torch.Tensor) -> AnimatedPreview:
         frames = latents_to_rgb(denoised, self.latent_format)
-        # The copy before this waits for the device's step, which is no cost of the preview.
+        # The copy above waits for the device to finish the step, which is not a cost of the preview.
         start = time.perf_counter()
         if self.decoder is not None:
             frames = decoded_frames(denoised, self.decoder)
@@ -132,7 +132,7 @@ class Previewer:
 
 
 def with_previews(executor, *arguments, **named):
-    """Wraps the host's sampling: the caller's callback is called as before, and the preview is sent after it."""
+    """Wraps the host's sampling: calls the caller's callback as before, then sends the preview."""
     if args.preview_method == LatentPreviewMethod.NoPreviews:
         return executor(*arguments, **named)
     callback = arguments[CALLBACK_ARGUMENT]

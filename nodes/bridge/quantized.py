@@ -1,4 +1,4 @@
-"""Quantised weights as the host's own quantised tensors, so that it casts, patches, offloads and multiplies with them."""
+"""Quantised weights as the host's own quantised tensors, so that the host casts, patches, offloads and multiplies them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HOST_FORMATS = {dtype: name for name, dtype in STORED_AS.items()}
 
 
 class BlockLayout(QuantizedLayout):
-    """Blocks, (rows, bytes of a row) uint8, all times `scale`; dequantised in float32 and rounded once to `orig_dtype`."""
+    """Blocks, (rows, bytes per row) uint8, all times `scale`; dequantised in float32 and rounded once to `orig_dtype`."""
 
     @dataclass(frozen=True)
     class Params:
@@ -62,7 +62,7 @@ class BlockLayout(QuantizedLayout):
 
     @classmethod
     def quantize(cls, tensor, **kwargs):
-        raise NotImplementedError("A weight in blocks that a patch changes is kept in full precision.")
+        raise NotImplementedError("A block-quantised weight is kept in full precision once it is patched.")
 
     @classmethod
     def get_plain_tensors(cls, qtensor):
@@ -74,7 +74,7 @@ class BlockLayout(QuantizedLayout):
 
 
 class RowwiseLayout(QuantizedLayout):
-    """A matrix in float8_e4m3fn with a float32 scale per row; the layout of weights and, while they are multiplied, of inputs."""
+    """A matrix in float8_e4m3fn with a float32 scale per row; the layout of weights and, during the product, of inputs."""
 
     Params = TensorCoreFP8Layout.Params  # pyright: ignore[reportAttributeAccessIssue] - missing where comfy_kitchen is a stub
 
@@ -104,14 +104,14 @@ register_layout_class(ROWWISE_LAYOUT, RowwiseLayout)
 
 
 def read_part(path: str, part: str) -> Checkpoint:
-    """One part of a file, as `select_part(open_checkpoint(path), part)` gives it; errors say which loader takes another file.
+    """One part of a file, like `select_part(open_checkpoint(path), part)`; errors about other files name the right loader.
 
-    Safetensors files are mapped by the host instead: its dynamic memory management needs a map of its own.
+    Safetensors files are mapped by the host instead: its dynamic memory management needs its own mapping.
 
     Raises:
-        ValueError: the file holds no such model, or cannot be read.
+        ValueError: the file holds no such part, or cannot be read.
     """
-    file = open_checkpoint(path)  # a broken file gets our sentence, before the host reads it
+    file = open_checkpoint(path)  # a broken file gets our message, before the host reads it
     if file.path.suffix.lower() in HOST_SUFFIXES:
         (opened,) = file.files
         state_dict: Any = comfy.utils.load_torch_file(str(file.path), safe_load=True)
@@ -120,14 +120,14 @@ def read_part(path: str, part: str) -> Checkpoint:
         file = file.with_tensors(file.tensors | guarded)
     with naming_loaders():
         found = select_part(file, part)
-    # With the host's dynamic memory, weights are read when they are first used: nothing may touch all of them now.
+    # With the host's dynamic memory, weights are read on first use: nothing may touch them all now.
     return found if comfy.memory_management.aimdo_enabled else checked_when_read(found)
 
 
 def by_layer(tensors: LazyStateDict) -> Iterator[tuple[str, LazyStateDict]]:
-    """One layer after the other: its name, and its tensors under their full names.
+    """Yields each layer: its name, and its tensors under their full names.
 
-    What a conversion makes is then copied or kept before the next layer's is made, so it is never there twice.
+    Each layer's converted tensors can be copied or kept before the next are made, so that they are never held twice.
     """
     for layer, names in groupby(sorted(tensors, key=_owner), key=_owner):
         yield layer, {name: tensors[name] for name in names}
@@ -138,9 +138,9 @@ def _owner(name: str) -> str:
 
 
 def attributes_only(module: nn.Module, state_dict: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The entries of a state dict of `module` that are its parameters and buffers; scales of quantised layers are not.
+    """The entries of a state dict of `module` that are its parameters and buffers; the scales of quantised layers are not.
 
-    The host looks for an attribute of every entry when it merges models.
+    The host looks up an attribute for every entry when it merges models.
     """
     places = {prefix + name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     return {name: value for name, value in state_dict.items() if name in places}
@@ -151,7 +151,7 @@ def is_quantized(checkpoint: Checkpoint) -> bool:
 
 
 def host_weights(tensors: LazyStateDict, module: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict for the host's quantised operations; only the linear layers of `module` can be quantised."""
+    """A state dict for the host's quantised operations; only linear layers of `module` can be quantised."""
     weights = {}
     for name, tensor in tensors.items():
         layer = name.removesuffix(".weight")
@@ -180,11 +180,11 @@ def _host_entries(layer: str, weight: QuantizedWeight) -> dict[str, torch.Tensor
 
 
 def quantized_operations(operations: type) -> type:
-    """A subclass of the host's mixed-precision operations whose linear layers know the layouts of this module.
+    """A subclass of the host's mixed-precision operations whose linear layers support the layouts of this module.
 
-    `quant_format` is set for both layouts, because the host saves weights under it. With `RowwiseLayout` the host also
-    quantises inputs, and the layer multiplies them in fp8. A layer that is to multiply in full precision dequantises its
-    weight, so that the host's int8 product, which rounds the input, is never used.
+    `quant_format` is set for both layouts, because the host saves weights under it. With `RowwiseLayout` the host also quantises
+    inputs, and the layer multiplies in fp8. A layer that is to multiply in full precision dequantises its weight, so that the
+    host's int8 product, which rounds the input, is never used.
     """
 
     class Operations(operations):
@@ -194,7 +194,7 @@ def quantized_operations(operations: type) -> type:
                 given = state_dict.get(name)
                 if _layout(given) not in OWN_LAYOUTS:
                     return super()._load_from_state_dict(state_dict, prefix, *args)
-                # In inference mode, where nodes run, the host's own cast would dequantise it.
+                # In inference mode, in which nodes run, the host's own cast would dequantise it.
                 super()._load_from_state_dict(state_dict | {name: torch.empty(0)}, prefix, *args)
                 self.weight = nn.Parameter(_on(given, **self.factory_kwargs), requires_grad=False)
                 if _layout(given) == BLOCK_LAYOUT:
@@ -214,7 +214,7 @@ def quantized_operations(operations: type) -> type:
 
 
 def describe_matmul(network: nn.Module) -> str:
-    """A clause for the console on how a network multiplies by fp8 weights with scales per row; empty if it has none."""
+    """A clause for the console on how a network multiplies fp8 weights with row-wise scales; empty if it has none."""
     if not any(getattr(layer, "layout_type", None) == ROWWISE_LAYOUT for layer in network.modules()):
         return ""
     reason = rowwise_unsupported_reason()
@@ -224,7 +224,7 @@ def describe_matmul(network: nn.Module) -> str:
 
 
 def rowwise_unsupported_reason() -> str | None:
-    """Reason why the host's compute device cannot multiply in fp8 with scales per row, or None if it can."""
+    """Reason why the host's compute device cannot multiply in fp8 with row-wise scales, or None if it can."""
     return fp8.unsupported_reason(comfy.model_management.get_torch_device())
 
 

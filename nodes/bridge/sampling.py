@@ -1,4 +1,4 @@
-"""Sampling through the host, so that its previews, patches, offloading and cancel work."""
+"""Sampling through the host, so that its previews, patches, offloading and cancelling work."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ...mochi_core.autoencoder.latents import latents_problem
 from ...mochi_core.sampling.schedule import check_guidance, check_schedule
 
 RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
-"""Keys of an empty LATENT made for another model, whose latents are of other sizes: pixels and frames per latent."""
+"""Keys of an empty LATENT made for another model with other latent sizes: pixels and frames per latent."""
 SIGMA_TOLERANCE = 1e-6
-"""Largest relative difference of noise levels that counts as rounding."""
+"""Largest relative difference between noise levels that counts as rounding."""
 
 
 def make_sigmas(steps: int, denoise: float, threshold_noise: float = 0.025, linear_steps: int = 0) -> torch.Tensor:
-    """Linear-quadratic noise levels (steps + 1,); with `denoise` < 1, the last `steps` steps of a proportionally longer schedule.
+    """Linear-quadratic noise levels (steps + 1,); if `denoise` < 1, the last `steps` steps of a proportionally longer schedule.
 
     `linear_steps` 0 means half of the steps.
 
     Raises:
-        ValueError: a share outside its range, or numbers that make no schedule.
+        ValueError: `denoise` is out of range, or the numbers make no valid schedule.
     """
     if not 0 < denoise <= 1:
         raise ValueError(f"denoise is {denoise}, but it is a share of the schedule; use a value above 0 and up to 1.")
@@ -40,7 +40,7 @@ def make_sigmas(steps: int, denoise: float, threshold_noise: float = 0.025, line
 def step_at(sigmas: torch.Tensor, sigma: torch.Tensor) -> int:
     """The step of the schedule `sigmas` (steps + 1,) to which the noise level `sigma` (B,) belongs.
 
-    Samplers also ask for noise levels between those of the schedule. Schedules that lead from a video back to noise rise.
+    Samplers also evaluate noise levels between those of the schedule. Schedules from a video back to noise rise.
     """
     starts, level = sigmas[:-1], sigma[0]
     rising = sigmas[0] < sigmas[-1]
@@ -54,23 +54,23 @@ def empty_latent(width: int, height: int, num_frames: int, batch_size: int) -> d
     """A LATENT of zeros.
 
     Raises:
-        ValueError: Mochi cannot make that size; names the nearest that it can.
+        ValueError: Mochi cannot make that size; the message names the nearest that it can.
     """
     shape = VideoSize(height, width, num_frames).latent_shape(batch_size)
     return {"samples": torch.zeros(shape, device=mm.intermediate_device())}
 
 
 def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: float, seed: int, sampler=None) -> dict:
-    """Steps along `sigmas`, Euler's or those of a SAMPLER; returns a LATENT like `latent`.
+    """Sample along `sigmas` with Euler steps or a SAMPLER; returns a LATENT like `latent`.
 
     Raises:
-        ValueError: the LATENT is none of Mochi's, its mask is none, there is no step, or numbers are not finite.
+        ValueError: the LATENT is not Mochi's, its mask is invalid, there is no step, or a number is not finite.
     """
     check_schedule(sigmas)
     check_guidance("cfg", cfg)
     image, mask = mochi_latents(model, latent), noise_mask(latent)
     noise: Any = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))  # the host's hint allows several
-    # Here, as only a MODEL of our loader has a wrapper for it; another would end in infinities where a schedule rises to 1.
+    # Needed here because only MODELs from our loader wrap it; others would end in infinities if a schedule rises to 1.
     with unscaled_noise(model.get_model_object("model_sampling"), noise):
         samples = comfy.sample.sample_custom(
             model,
@@ -91,18 +91,18 @@ def sample(model, positive, negative, latent: dict, sigmas: torch.Tensor, cfg: f
 
 @contextmanager
 def unscaled_noise(sampling, brought: torch.Tensor) -> Iterator[None]:
-    """Have a run of the host's leave latents at noise level 1 as they are: they have no part of a video to scale by.
+    """Make a run of the host's leave latents at noise level 1 as they are: no part of a video is left to scale by.
 
-    The host divides what a run gives by 1 - sigma, and multiplies it by that where the next run starts without noise.
-    `sampling` is the model's, or what another node has put in its place; `brought` is the noise of the run, to which other
-    wrappers may add that of what a mask keeps.
+    The host divides the result of a run by 1 - sigma, and multiplies by it where the next run starts without noise. `sampling` is
+    the model's, or another node's replacement; `brought` is the noise of the run, to which other wrappers may add noise for the
+    parts that a mask keeps.
     """
     begin, end = sampling.noise_scaling, sampling.inverse_noise_scaling
     goes_on = not brought.any()
 
     def noise_scaling(sigma, noise, latent_image, max_denoise=False):
         scaled = begin(sigma, noise, latent_image, max_denoise)
-        # By element, as nothing here may wait for the device: with a mask this is called at every step.
+        # Elementwise, so that nothing waits for the device: with a mask, this is called at every step.
         return torch.where((sigma >= 1) & (noise == 0), latent_image, scaled) if goes_on else scaled
 
     own, before = vars(sampling), dict(vars(sampling))
@@ -111,18 +111,18 @@ def unscaled_noise(sampling, brought: torch.Tensor) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in ("noise_scaling", "inverse_noise_scaling"):  # of the class, unless this is a run inside of a run
+        for name in ("noise_scaling", "inverse_noise_scaling"):  # the class's, unless this run is inside another
             own.pop(name)
             own.update({name: before[name]} if name in before else {})
 
 
 def noise_mask(latent: dict) -> torch.Tensor | None:
-    """What of a LATENT is made anew, if it says so; see `checked_mask`."""
+    """The part of a LATENT to regenerate, or None if it has no mask; see `checked_mask`."""
     return checked_mask(latent["noise_mask"]) if latent.get("noise_mask") is not None else None
 
 
 def checked_mask(mask: torch.Tensor) -> torch.Tensor:
-    """A mask (..., H, W) in float32, from 0 (kept) to 1 (made anew).
+    """A mask (..., H, W) in float32, from 0 (kept) to 1 (regenerated).
 
     Raises:
         ValueError: it is empty, or has values that are not finite.
@@ -132,27 +132,25 @@ def checked_mask(mask: torch.Tensor) -> torch.Tensor:
             f"The mask has shape {(*mask.shape,)}; it has to be (frames, height, width), at least one of each."
         )
     if not mask.isfinite().all():
-        raise ValueError("The mask has values that are infinite or not a number; use 0 (kept) to 1 (made anew).")
+        raise ValueError("The mask has values that are infinite or not a number; use 0 (kept) to 1 (regenerated).")
     return mask.float().clamp(0, 1)
 
 
 def without_sizes(latent: dict) -> dict:
-    """A LATENT without what says that its sizes are another model's."""
+    """A LATENT without the keys that mark its sizes as another model's."""
     return {key: value for key, value in latent.items() if key not in RATIOS}
 
 
 def mochi_latents(model, latent: dict) -> torch.Tensor:
-    """The samples of a LATENT (B, 12, T, H, W); empty ones made for another model get the channels and sizes of `model`'s.
+    """The samples of a LATENT (B, 12, T, H, W); empty ones made for another model get the channels and sizes of `model`.
 
     Raises:
-        ValueError: they are another model's, have no frames or rows, or values that are not finite.
+        ValueError: they are another model's, have no frames or rows, or hold values that are not finite.
     """
     samples = latent["samples"]
     if samples.is_nested:
-        raise ValueError(
-            "The LATENT holds several tensors, as models of video with sound use it; connect one of Mochi's."
-        )
-    if samples.ndim > 3 and samples.numel():  # for others the host has errors of its own
+        raise ValueError("The LATENT holds several tensors, as for models of video with sound; connect one of Mochi's.")
+    if samples.ndim > 3 and samples.numel():  # the host has its own errors for others
         samples = comfy.sample.fix_empty_latent_channels(model, samples, *(latent.get(key) for key in RATIOS))
     if problem := latents_problem(samples):
         raise ValueError(problem)

@@ -1,4 +1,4 @@
-"""T5 as the host's CLIP, and prompts as Genmo conditions on them."""
+"""T5 as the host's CLIP, and prompts encoded as Genmo's code does."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
 from .quantized import attributes_only, host_weights, is_quantized, quantized_operations, read_part
 
 TOKENS_KEY = "t5xxl"
-END_TOKEN = 1  # of T5's vocabulary; what follows is padding
+END_TOKEN = 1  # in T5's vocabulary; only padding follows
 
 
 class MochiT5(comfy.text_encoders.genmo.MochiT5XXL):
-    """The host's T5, whose padding is zero: nodes that lose the mask, or append to the text, leave it to be found again."""
+    """The host's T5 with padding set to zero, so that it can be told apart after nodes drop the mask or append to the text."""
 
     def encode_token_weights(self, token_weight_pairs):
         embeds, pooled, extra = super().encode_token_weights(token_weight_pairs)
@@ -37,7 +37,7 @@ class MochiT5(comfy.text_encoders.genmo.MochiT5XXL):
 
 
 class MochiTokenizer(comfy.text_encoders.genmo.MochiT5Tokenizer):
-    """The host's T5 tokenizer, held to the 256 tokens that Mochi was trained with."""
+    """The host's T5 tokenizer, limited to the 256 tokens that Mochi was trained with."""
 
     def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
         text, rest = cut_text(text)
@@ -47,15 +47,15 @@ class MochiTokenizer(comfy.text_encoders.genmo.MochiT5Tokenizer):
 
 
 def expect_any_length(tokenizer) -> None:
-    """Have transformers not warn of more tokens than T5 was pre-trained with: what is too long for Mochi is cut here."""
+    """Silence transformers' warning about more tokens than T5 was pre-trained with: we cut what is too long for Mochi."""
     if getattr(tokenizer, "clip", None) == f"clip_{TOKENS_KEY}":
         getattr(tokenizer, tokenizer.clip).tokenizer.model_max_length = sys.maxsize
 
 
 def limit_tokens(batches: list[list[tuple]], tokenizer, rest: str = "") -> list[list[tuple]]:
-    """The host's token batches, tuples of an id and a weight each, cut to 256 tokens with a warning in the console.
+    """The host's token batches, of tuples (id, weight), cut to 256 tokens with a warning in the console.
 
-    `rest` is text that was cut off before.
+    `rest` is text that was already cut off.
     """
     limited = []
     for tokens in batches:
@@ -67,12 +67,12 @@ def limit_tokens(batches: list[list[tuple]], tokenizer, rest: str = "") -> list[
 
 
 def spell(tokenizer, tokens: list[tuple]) -> str:
-    """The text of the host's tokens, without embeddings, which are tensors."""
+    """The text of the host's tokens; embeddings, which are tensors, are left out."""
     return tokenizer.decode([token for token, *_ in tokens if isinstance(token, int)])
 
 
 class HostCLIP(comfy.sd.CLIP):
-    """The host's CLIP, which computes with the model of the patcher that it has: Select CLIP Device gives it another."""
+    """The host's CLIP, computing with the model of its current patcher: Select CLIP Device replaces the patcher."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -80,7 +80,7 @@ class HostCLIP(comfy.sd.CLIP):
             self.cond_stage_model = value.model
 
     def get_key_patches(self):
-        """What nodes merge with another CLIP; in the host's own, a quantised layer's scale is an AttributeError."""
+        """What nodes merge with another CLIP; the host's own raises an AttributeError for the scale of a quantised layer."""
         patcher = self.patcher.clone()
         patcher.model_state_dict = lambda *_, **__: attributes_only(patcher.model, patcher.model.state_dict())
         return patcher.get_key_patches()
@@ -95,10 +95,10 @@ class HostCLIP(comfy.sd.CLIP):
 def load_clip(
     path: str, dtype: torch.dtype | None = None, device: str = "default", disable_dynamic: bool = False
 ) -> HostCLIP:
-    """A CLIP from a T5 encoder of any size, on the host's own T5 classes (so that it is cast and offloaded by it).
+    """A CLIP from a T5 encoder of any size, on the host's own T5 classes, so that the host casts and offloads it.
 
     Raises:
-        ValueError: the file is no T5 encoder.
+        ValueError: the file is not a T5 encoder.
     """
     checkpoint = read_part(path, "t5")
     config = host_config(checkpoint)
@@ -107,7 +107,7 @@ def load_clip(
     weights = host_weights(checkpoint.tensors, module)
     options: dict[str, Any] = {"t5xxl_model_config": config, "dtype": dtype or _norm_dtype(checkpoint)}
     if is_quantized(checkpoint):
-        if options["dtype"].itemsize == 1:  # of what is not quantised
+        if options["dtype"].itemsize == 1:  # the dtype of weights that are not quantised
             options["dtype"] = torch.bfloat16
         operations = comfy.ops.mixed_precision_ops({}, options["dtype"], full_precision_mm=True)
         options["custom_operations"] = quantized_operations(operations)
@@ -129,23 +129,23 @@ def load_clip(
 
 
 def load_clip_patcher(path: str, dtype: torch.dtype | None, device: str, disable_dynamic: bool = False):
-    """What the host loads once more for another device."""
+    """What the host reloads for another device."""
     return load_clip(path, dtype, device, disable_dynamic).patcher
 
 
 def host_config(checkpoint: Checkpoint) -> dict:
-    """The sizes of a T5 v1.1 encoder in the words of the host's T5."""
+    """The sizes of a T5 v1.1 encoder as a configuration of the host's T5."""
     fixed = {"dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True, "model_type": "t5"}
     return {**hugging_face_entries(t5_config(checkpoint)), **fixed}
 
 
 def _norm_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The stored dtype of what is never quantised, as the host loads T5 too; the arithmetic is float32 either way."""
+    """The stored dtype of the norms, which are never quantised; the host uses it too. Either way it computes in float32."""
     return checkpoint.tensors["encoder.final_layer_norm.weight"].dtype
 
 
 def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:
-    """CONDITIONING exactly as Genmo's: plain text, at most 256 tokens, and no token at all for an empty prompt.
+    """CONDITIONING exactly as Genmo's: plain text, at most 256 tokens, and no tokens at all for an empty prompt.
 
     Raises:
         ValueError: `clip` is not a T5 for Mochi, or the prompt cannot be read.
@@ -156,7 +156,7 @@ def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:
         return [_with_mask(embeds, extra, tokens[TOKENS_KEY]) for embeds, extra in conditioning]
     width = clip.cond_stage_model.t5xxl.transformer.get_input_embeddings().embedding_dim
     embeds, mask = empty_prompts(1, width, device=mm.intermediate_device())
-    # Hooks and schedules of the CLIP are in what it encodes, so it is asked for them; without, that would take time for nothing.
+    # Hooks and schedules of the CLIP come with its encodings, so an empty prompt is only encoded if there are any.
     hooked = clip.encode_from_tokens_scheduled(tokens) if clip.patcher.forced_hooks else [[embeds, {}]]
     return [[embeds, {**extra, "attention_mask": mask.long(), "pooled_output": None}] for _, extra in hooked]
 

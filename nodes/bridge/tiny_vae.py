@@ -1,4 +1,4 @@
-"""TAEM1, a tiny autoencoder, as the host's VAE: it decodes, in the quality of a preview."""
+"""TAEM1, a tiny autoencoder, as the host's VAE: decodes in preview quality."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .quantized import by_layer, read_part
 from .vae import WORKING_DTYPES, HostVAE, host_progress
 
 COPIES = 6
-"""Tensors of the size of the largest one that a decode holds at once: input, past, both together and what becomes of them."""
+"""Number of tensors of the largest size held at once in a decode: input, past, their concatenation and its results."""
 
 
 class HostTinyDecoder(TinyDecoder):
@@ -35,8 +35,8 @@ class HostTinyDecoder(TinyDecoder):
     def decode_output_shape(self, shape):
         return self.decoded_shape(shape)
 
-    def decode(self, latents, output_buffer=None, memory_limit=None):  # noqa: ARG002 - it takes a latent frame at a time
-        """Latents on the working device to video in `output_buffer`, in [-1, 1] as the host expects it, not clamped."""
+    def decode(self, latents, output_buffer=None, memory_limit=None):  # noqa: ARG002 - it decodes one latent frame at a time
+        """Decode latents on the working device into `output_buffer`, in [-1, 1] as the host expects it, not clamped."""
         video = super().decode(latents, host_progress()).mul_(2).sub_(1)
         if output_buffer is None:
             return video.to(mm.intermediate_device())
@@ -47,10 +47,10 @@ class HostTinyDecoder(TinyDecoder):
 
 
 class HostTinyVAE(HostVAE):
-    """The host's VAE around it."""
+    """The host's VAE around the tiny decoder."""
 
     def memory_used_decode(self, shape, _dtype) -> int:
-        """Bytes for latents (B, 12, T, H, W): some copies of six frames in the last width, and the videos in float32."""
+        """Bytes for latents (B, 12, T, H, W): some copies of six frames in the last layer's width, and the videos in float32."""
         module, latent_pixels = self.first_stage_model, prod(shape[-2:])
         widest = COPIES * 6 * module.config.decoder_channels[-1] * next(module.parameters()).element_size()
         return 8 * 8 * latent_pixels * widest + 4 * prod(module.decoded_shape(shape))
@@ -64,10 +64,10 @@ def is_tiny_vae(path: str) -> bool:
 
 
 def load_tiny_vae(path: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False) -> HostTinyVAE:
-    """A VAE that decodes, from TAEM1.
+    """A decode-only VAE from a TAEM1 file.
 
     Raises:
-        ValueError: the file is no whole TAEM1.
+        ValueError: the file is not a complete TAEM1.
     """
     checkpoint, device = read_part(path, "tiny_vae"), mm.vae_device()
     chosen = dtype or mm.vae_dtype(device, WORKING_DTYPES)
@@ -86,5 +86,5 @@ def load_tiny_vae(path: str, dtype: torch.dtype | None = None, disable_dynamic: 
 
 
 def load_tiny_patcher(path: str, dtype: torch.dtype | None, disable_dynamic: bool = False):
-    """What the host loads once more for another device."""
+    """What the host reloads for another device."""
     return load_tiny_vae(path, dtype, disable_dynamic).patcher

@@ -33,12 +33,12 @@ from .choices import arithmetic_choice, log_choice, stored_name, weights_choice
 from .quantized import by_layer, read_part
 
 WORKING_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# In latents; the host's own autoencoder needs tiles to fit at all, and generous ones to hide their seams.
+# In latents; the host's own autoencoder needs tiles to fit at all, and a large overlap to hide the seams.
 HOST_TILES = {"tile_x": 32, "tile_y": 32, "overlap": 8, "tile_t": 8, "overlap_t": 2}
 
 
 class HostAsymmVAE(AsymmVAE):
-    """The autoencoder under the host's calling convention. It streams, also when the host asks for tiles."""
+    """The autoencoder under the host's calling convention. It streams even if the host asks for tiles."""
 
     comfy_has_chunked_io = True
 
@@ -48,7 +48,7 @@ class HostAsymmVAE(AsymmVAE):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the arithmetic: the host may keep weights as their file has them and cast them for every product."""
+        """The dtype used for computing: the host may keep weights in their file's dtype and cast them for every product."""
         return self.compute_dtype
 
     def decode_output_shape(self, shape):
@@ -56,7 +56,7 @@ class HostAsymmVAE(AsymmVAE):
         return self.decoded_shape(shape)
 
     def decode(self, latents, output_buffer=None, memory_limit=None):
-        """Latents on the working device to video in `output_buffer`, not clamped; with progress and cancel."""
+        """Decode latents on the working device into `output_buffer`, not clamped; reports progress and can be cancelled."""
         if output_buffer is None:
             output_buffer = torch.empty(self.decoded_shape(latents.shape), device=mm.intermediate_device())
         limit = free_or_evictable_memory(latents.device) if memory_limit is None else memory_limit
@@ -72,12 +72,12 @@ class HostAsymmVAE(AsymmVAE):
         log_choice("decode", needs, f"{limit / GIB:.2f} GiB {reason}")
 
     def encode(self, pixels, device=None):
-        """Float32 pixels in [0, 1], (B, 3, F, H, W) on any device, to the mean of their latents."""
+        """Encode float32 pixels (B, 3, F, H, W) in [0, 1], on any device, to the mean of their latents."""
         device = device or pixels.device
         return super().encode(pixels, free_or_evictable_memory(device), host_progress(), device).mean
 
     def encoder_steps(self, encoder):
-        """The core's steps behind one that scales the host's pixels: a scaled copy of the whole clip need not exist."""
+        """The core's steps after one that scales the host's pixels, so that no scaled copy of the whole clip is needed."""
         return [strip_step(lambda pixels: pixels * 2 - 1), *super().encoder_steps(encoder)]
 
     # The host falls back to these when it runs out of memory.
@@ -90,18 +90,18 @@ class HostAsymmVAE(AsymmVAE):
 
 
 def free_or_evictable_memory(device: torch.device) -> int:
-    """Bytes that are free, or held by weights that the host gives up on demand."""
+    """Bytes that are free, or held by weights that the host frees on demand."""
     evictable = 0
     if comfy.memory_management.aimdo_enabled:
-        import comfy_aimdo.model_vbar  # only where the host manages memory dynamically
+        import comfy_aimdo.model_vbar  # present only if the host manages memory dynamically
 
         evictable = comfy_aimdo.model_vbar.vbars_analyze(device.index if device.type == "cuda" else None)
-    free: Any = mm.get_free_memory(device)  # a number, as long as nobody asks for two
+    free: Any = mm.get_free_memory(device)  # a single number unless `torch_free_too` is set
     return free + evictable
 
 
 def host_progress():
-    """Progress for the node that runs now; every call is a chance to cancel."""
+    """Progress of the running node; every call also checks for cancellation."""
     bar = comfy.utils.ProgressBar(1)
 
     def report(done: int, total: int) -> None:
@@ -113,12 +113,12 @@ def host_progress():
 
 
 class HostVAE(comfy.sd.VAE):
-    """The host's VAE around our module. Its own constructor detects models from weights, so it is not called."""
+    """The host's VAE around our module. The host's constructor detects models from weights, so it is not called."""
 
     def __init__(self, module: HostAsymmVAE, device: torch.device, *, disable_dynamic: bool = False) -> None:
         self.first_stage_model = module
         self.device, self.output_device = device, mm.intermediate_device()
-        # Pixels and latents are handed over in float32: the Fourier features need unrounded pixels.
+        # Pixels and latents are passed in float32: the Fourier features need unrounded pixels.
         self.vae_dtype = torch.float32
         self.working_dtypes = WORKING_DTYPES
         self.latent_channels, self.latent_dim, self.output_channels = module.config.latent_channels, 3, 3
@@ -126,23 +126,23 @@ class HostVAE(comfy.sd.VAE):
         self.upscale_ratio = (lambda t: max(0, latents_to_frames(t)), space, space)
         self.downscale_ratio = (lambda f: max(0, (f + time - 1) // time), space, space)
         self.upscale_index_formula = self.downscale_index_formula = (time, space, space)
-        self.process_input = lambda image: image  # the module scales it, see encoder_steps
+        self.process_input = lambda image: image  # the module scales it: see encoder_steps
         self.process_output = lambda image: image.mul_(0.5).add_(0.5).clamp_(0, 1)
         self.handles_tiling = self.crop_input = True
         self.disable_offload = self.not_video = False
         self.pad_channel_value = self.extra_1d_channel = self.format_encoded = self.size = None
         self.audio_sample_rate = 44100
-        # Looked up now: the host replaces CoreModelPatcher at start-up when it manages memory dynamically.
+        # Looked up late: the host replaces CoreModelPatcher at start-up if it manages memory dynamically.
         patcher = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
         self.patcher = patcher(module, load_device=device, offload_device=mm.vae_offload_device())
         self.model_size()
 
     def vae_encode_crop_pixels(self, pixels):
-        """What the host encodes of IMAGE frames ([B,] F, H, W, C): it crops sizes, and of lengths knows nothing."""
+        """The part of IMAGE frames ([B,] F, H, W, C) that is encoded; the host's own crops only height and width, not length."""
         return crop_frames(checked_frames(pixels))[..., : self.output_channels]
 
     def decode(self, samples_in, vae_options={}):  # noqa: B006 - the host's signature
-        self.first_stage_model.check_decoder(samples_in.shape)  # before the host asks for the memory that it needs
+        self.first_stage_model.check_decoder(samples_in.shape)  # before the host asks how much memory it needs
         return super().decode(samples_in, vae_options)
 
     def decode_tiled(self, samples, *_, **__):
@@ -152,14 +152,14 @@ class HostVAE(comfy.sd.VAE):
         return self.encode(pixel_samples)
 
     def memory_used_decode(self, shape, _dtype) -> int:
-        """Bytes that the fastest plan for latents (B, 12, T, H, W) uses; videos of a batch are decoded one after the other."""
+        """Bytes that the fastest plan for latents (B, 12, T, H, W) uses; the videos of a batch are decoded one after another."""
         module, (height, width) = self.first_stage_model, shape[-2:]
         return self._fastest(
             module.decoder, decoder_memory_estimate(module.config, height, width, module.dtype.itemsize)
         )
 
     def memory_used_encode(self, shape, _dtype) -> int:
-        """Bytes that the fastest plan for pixels (B, 3, F, H, W) uses; videos of a batch are encoded one after the other."""
+        """Bytes that the fastest plan for pixels (B, 3, F, H, W) uses; the videos of a batch are encoded one after another."""
         module, (frames, height, width) = self.first_stage_model, shape[-3:]
         estimate = encoder_memory_estimate(module.config, frames, height, width, module.dtype.itemsize)
         return self._fastest(module.encoder, estimate)
@@ -174,7 +174,7 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None, disable_dynamic
     """A VAE from one file, or from separate encoder and decoder files, in any known layout.
 
     Raises:
-        ValueError: the files are no Mochi autoencoder or halves of one.
+        ValueError: the files are not a Mochi autoencoder or halves of one.
     """
     checkpoint = merge([read_part(path, "vae") for path in paths])
     expected = empty_vae(checkpoint)
@@ -201,14 +201,14 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None, disable_dynamic
 
 
 def load_vae_patcher(paths: list[str], dtype: torch.dtype | None, disable_dynamic: bool = False):
-    """What the host loads once more for another device."""
+    """What the host reloads for another device."""
     return load_vae(paths, dtype, disable_dynamic).patcher
 
 
 def decode_video(vae: comfy.sd.VAE, latents: torch.Tensor, memory_limit: int | None) -> torch.Tensor:
-    """Latents to IMAGE frames: streamed through our autoencoder, or in the host's tiles through the host's.
+    """Latents to IMAGE frames: streamed through our autoencoder, or tiled through the host's.
 
-    `memory_limit` is in bytes, besides the weights; None for what is free.
+    `memory_limit` is in bytes, not counting the weights; None uses what is free.
 
     Raises:
         ValueError: the VAE is not Mochi's, or the latents are not.
@@ -233,21 +233,21 @@ def encode_frames(vae: comfy.sd.VAE, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def checked_frames(pixels: torch.Tensor) -> torch.Tensor:
-    """`pixels`; ValueError unless they are frames ([B,] F, H, W, C) of numbers, none of which would spoil the others."""
+    """`pixels`; ValueError unless they are frames ([B,] F, H, W, C) of finite values: any other would spoil the whole video."""
     if pixels.ndim not in (4, 5):
         raise ValueError(f"The frames have shape {(*pixels.shape,)}; they have to be (frames, height, width, 3).")
     if pixels.numel() and not all(map(math.isfinite, pixels.aminmax())):
         raise ValueError(
-            "The frames hold values that are infinite or not a number, which would spoil the whole video; make them again."
+            "The frames hold values that are infinite or not a number, which would spoil the whole video; regenerate them."
         )
     return pixels
 
 
 def crop_frames(pixels: torch.Tensor) -> torch.Tensor:
-    """The first 6k + 1 frames of `pixels` ([B,] F, H, W, C) and the middle of each, as the host crops: multiples of 8 pixels.
+    """The first 6k + 1 frames of `pixels` ([B,] F, H, W, C), centre-cropped to multiples of 8 pixels as by the host.
 
     Raises:
-        ValueError: not even one latent would be left.
+        ValueError: there is not enough for a single latent.
     """
     frames, *size = pixels.shape[-4:-1]
     height, width = (length // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION for length in size)

@@ -1,4 +1,4 @@
-"""Mochi Cache: in a process of ComfyUI's, where blocks can be counted, and in a real server beside the host's own nodes."""
+"""Mochi Cache: in a ComfyUI process, where blocks can be counted, and in a real server with the host's own nodes."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.harness.numbers import relative_error
 
 STEPS = 24
 LOOSE = {"teacache": 0.09, "first_block": 0.03}
-# Two videos at once, prompts of unequal lengths.
+# Two videos at once, with prompts of unequal lengths.
 PREAMBLE = f"""
 import gc, logging
 import comfy.sample, comfy.samplers, comfy.model_management
@@ -184,18 +184,18 @@ def test_a_node_that_splits_batches_turns_it_off(runs_of):
 
 
 def test_windows_that_move_are_not_kept(runs_of):
-    """Eight windows a step and two prompts; in the next step most windows are others, in a whole run there are 22."""
+    """Eight windows per step and two prompts; most windows change from step to step, and a whole run has 22."""
     out, _ = runs_of(WINDOWS, "teacache", 0.06)
-    assert out["held"].max() <= 2 * 8 * 2  # those of two steps
+    assert out["held"].max() <= 2 * 8 * 2  # the states of two steps
     assert (out["cached"] - out["exact"]).norm() < 0.1 * out["exact"].norm()
     assert out["states"] == 0
 
 
 @pytest.mark.parametrize("method", LOOSE)
 def test_beside_easycache_both_leave_out_what_they_do_alone(runs_of, method):
-    """With this threshold, EasyCache leaves out the last three steps, the first for which it may; the others are ours.
+    """With this threshold, EasyCache skips the last three steps, the first that it may skip; the others are ours.
 
-    Videos are no measure: in those steps it carries on what it saw last, and so makes more of any difference.
+    Videos cannot be compared: in those steps it extrapolates what it saw last, which amplifies any difference.
     """
     states, log = runs_of(EASY, method, LOOSE[method])
     first_other = lambda one, other: (one != other).flatten(1).any(1).int().argmax().item()  # noqa: E731
@@ -207,7 +207,7 @@ def test_beside_easycache_both_leave_out_what_they_do_alone(runs_of, method):
 
 
 def test_only_what_belongs_to_a_forward_is_used_again(runs_of):
-    """A state under another prompt, or with other blocks replaced, would be far off: 0.6 and more of the video's size."""
+    """A state of another prompt, or with other blocks replaced, would be far off: by 0.6 or more of the video's norm."""
     out, _ = runs_of(BESIDE, "teacache", 0.06)
     changes = {name: relative_error(out[f"{name} cached"], out[name]) for name in out if f"{name} cached" in out}
     assert len(changes) == 4
@@ -235,7 +235,7 @@ def sampled(graph, model):
 
 def test_in_a_graph(latents_of, comfy_server):
     graph = upto_sampler(steps=12)
-    # The share ends before it begins, so nothing is left out whatever the threshold.
+    # The range ends before it begins, so nothing is skipped whatever the threshold.
     graph |= {"off": cache(), "on": cache(threshold=1.0), "never": cache(threshold=1.0, start=0.6, end=0.4)}
     graph |= {"twice": cache("on")}
     graph |= {f"with {name}": sampled(graph, name) for name in ("off", "on", "never", "twice")}
@@ -253,7 +253,7 @@ def test_in_a_graph(latents_of, comfy_server):
 
 @pytest.mark.parametrize("patch", sorted(PATCHES.keys() - {"LoraLoaderModelOnly"}))
 def test_with_the_hosts_own_patches(latents_of, comfy_client, patch):
-    """EasyCache skips whole forwards, skip-layer guidance asks twice in a step, context windows ask for each window."""
+    """EasyCache skips whole forwards, skip-layer guidance adds a forward per step, context windows one per window."""
     graph = upto_sampler(steps=12)
     graph["patch"] = with_defaults(comfy_client, patch, model=[MODEL, 0], **PATCHES[patch])
     graph |= {"exact": cache("patch"), "loose": cache("patch", 0.1)}
@@ -293,5 +293,5 @@ except ValueError as error:
     print(error)
 """
     assert run_in_comfyui(comfy_path, code).stdout.splitlines()[-1] == (
-        "The MODEL is GenmoMochi from another loader, whose blocks Mochi Cache cannot leave out; connect Load Mochi Transformer."
+        "The MODEL is GenmoMochi from another loader, whose blocks Mochi Cache cannot skip; connect Load Mochi Transformer."
     )

@@ -15,7 +15,7 @@ LONG = "a red kite over the sea " * 60
 
 @pytest.fixture
 def ask(comfy_server):
-    """The server's sentence, or what it says is wrong with the question."""
+    """The server's answer, or its error."""
 
     def ask(route, question, content=None):
         body = json.dumps(question).encode() if content is None else content
@@ -36,7 +36,7 @@ def test_tokens_are_those_that_the_node_reads(ask, comfy_client, comfy_server):
     before = comfy_server.log.stat().st_size
     cut = ask("tokens", {"prompt": LONG})
     assert re.match("The prompt has 481 tokens and Mochi reads 256; cut off: “.*sea”$", cut)
-    assert cut not in comfy_server.log.read_bytes()[before:].decode()  # counting is no encoding
+    assert cut not in comfy_server.log.read_bytes()[before:].decode()  # counting tokens does not encode
     t5 = node("Mochi1LoadT5", t5_name="t5xxl_fp16.safetensors", dtype="auto")
     encoded = node("Mochi1T5Encode", clip=["t5", 0], prompt=LONG)
     comfy_client.run({"t5": t5, "text": encoded, "show": node("PreviewAny", source=["text", 0])})
@@ -44,7 +44,7 @@ def test_tokens_are_those_that_the_node_reads(ask, comfy_client, comfy_server):
 
 
 def sampled(sentence):
-    """Bytes to sample and of the weights, as a sentence has them."""
+    """Bytes for sampling and for the weights, read from a sentence."""
     numbers = re.match(r"about (\S+) (.)iB to sample, beside (\S+) (.)iB of weights; cpu has \S+ GiB$", sentence)
     assert numbers, sentence
     unit = {"M": 2**20, "G": 2**30}
@@ -82,7 +82,7 @@ def test_questions_that_have_no_answer(ask, route, question, problem):
     assert ask(route, question).startswith(problem)
 
 
-NO_OBJECT = "The question is not a JSON object."
+NO_OBJECT = "The request is not a JSON object."
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ NO_OBJECT = "The question is not a JSON object."
         (b"[" * 50_000, NO_OBJECT),
         (b"\xff", ""),
         (b'["a"]', NO_OBJECT),
-        (b'"' + b"a" * 200_000 + b'"', "A question of more than 200,000 bytes is not answered."),
+        (b'"' + b"a" * 200_000 + b'"', "Requests of more than 200,000 bytes are refused."),
     ],
     ids=["nothing", "cut", "deep", "no text", "list", "long"],
 )

@@ -104,7 +104,7 @@ print("TOLD " + json.dumps(told))
 SIZE = {"height": 64, "width": 64, "num_frames": 25}
 LEVELS = {"False": [0, 0.8, 0.95, 0.8, 0.2], "True": [0.1, 1, 1, 1, 0.2]}
 MOVED = 20
-"""The frame from which on the mask is at the right."""
+"""The first frame with the mask at the right."""
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +151,13 @@ def test_every_sampler_and_the_pipeline_make_the_same_video(made, given, levels)
 
 @pytest.mark.parametrize("levels", [False, True])
 def test_two_runs_one_after_the_other_make_the_video_of_one(made, levels):
-    """The host hands on the noisy state of what a mask keeps, as if it were the given picture."""
+    """The host itself would pass on the noisy state of masked parts as if it were the given picture."""
     tensors, _ = made
     torch.testing.assert_close(tensors[f"two runs {levels}"], tensors[f"custom {levels}"], rtol=0, atol=1e-4)
 
 
 def test_two_runs_with_other_seeds_keep_what_the_mask_keeps(made):
-    """DisableNoise has the seed 0. Frames with levels of their own have no noise that the first run does not hand on."""
+    """DisableNoise has the seed 0. Frames with their own levels have no noise besides what the first run passes on."""
     tensors, _ = made
     torch.testing.assert_close(tensors["another seed True"], tensors["custom True"], rtol=0, atol=1e-4)
     found, single = tensors["another seed False"], tensors["custom False"]
@@ -170,7 +170,7 @@ def test_two_videos_begin_with_one_image(made, levels):
     tensors, _ = made
     two = tensors[f"two {levels}"]
     torch.testing.assert_close(two[:1], tensors[f"ours {levels}"], rtol=0, atol=1e-4)
-    if not levels:  # where the first frame has no noise
+    if not levels:  # in that case the first frame has no noise
         torch.testing.assert_close(two[1:, :, 0], tensors[f"given {levels}"][:, :, 0], rtol=0, atol=1e-5)
     assert (two[0, :, 2] - two[1, :, 2]).abs().mean() > 0.01
 
@@ -218,7 +218,7 @@ def test_what_is_wrong_is_one_sentence(made):
     assert told["frames of a mask"].startswith("The mask has 3 frames and the video 26; give one mask")
     assert tensors["values of a mask"].eq(1).all(), "a mask is from 0 to 1"
     for name in ("no number in a mask", "no number in a noise mask"):
-        assert told[name] == "The mask has values that are infinite or not a number; use 0 (kept) to 1 (made anew)."
+        assert told[name] == "The mask has values that are infinite or not a number; use 0 (kept) to 1 (regenerated)."
     assert told["no pixel in a mask"].startswith("The mask has shape (26, 0, 64); it has to be")
     for name in ("no number in an image", "no frames"):
         assert told[name].startswith("The frames hold values that are infinite or not a number")

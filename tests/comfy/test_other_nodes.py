@@ -1,4 +1,4 @@
-"""What other nodes do to a MODEL, in a process of ComfyUI's: patches, guiders, sampling settings and merges take effect."""
+"""What other nodes do to a MODEL, in a ComfyUI process: patches, guiders, sampling settings and merges take effect."""
 
 import json
 
@@ -173,12 +173,12 @@ def test_patches_know_the_block_and_the_batch(found):
 
 def test_patches_that_have_no_place_are_named_and_change_nothing(found, done):
     assert found["token merging"] == 0
-    assert done.stderr.count("attn1_output_patch, attn1_patch left out") == 1
+    assert done.stderr.count("attn1_output_patch, attn1_patch ignored") == 1
     assert "off where another node's patches work" in done.stderr
 
 
 def test_the_hosts_cfg_zero_is_not_the_published_one(found):
-    """docs/guidance.md says so: it scales the predicted video, not the velocity."""
+    """As docs/guidance.md says, it scales the predicted video, not the velocity."""
     assert min(found["CFG-Zero*"]) > 0.01
 
 

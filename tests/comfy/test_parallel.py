@@ -1,6 +1,6 @@
-"""Several devices inside ComfyUI, in a process of its: two that the host takes for different ones, `cpu` and `cpu:0`.
+"""Several devices in a ComfyUI process: `cpu` and `cpu:0`, which the host takes for different devices.
 
-Each case samples on one device and on both; which networks ran in which threads is noted in hooks on their blocks.
+Each case samples on one device and on both; hooks on the blocks record which networks ran in which threads.
 """
 
 import json
@@ -226,9 +226,9 @@ RAN = {
     "KSampler": PAIR,
     "context windows": sorted([[0, True, 1, 30], [1, False, 1, 30], *PAIR]),
     "EasyCache": PAIR,
-    "attention guidance": TWO_BY_TOKENS,  # which needs both prompts
+    "attention guidance": TWO_BY_TOKENS,  # needs both prompts
     "LoRA": PAIR,
-    "hooks": ONE_BY_TOKENS,  # the host runs prompts with different weights one after the other
+    "hooks": ONE_BY_TOKENS,  # the host runs prompts with different weights one after another
     "teacache, auto": PAIR,
     "teacache, sequence": TWO_BY_TOKENS,
     "first_block, auto": PAIR,
@@ -243,7 +243,7 @@ RAN = {
 }
 CACHED = [name for name in RAN if "cache" in name]
 ROUNDED = {"CFG split", "ring"}
-"""Cases that add up in another order than one device."""
+"""Cases that sum in another order than a single device."""
 ERRORS = ["InterruptProcessingException", "OutOfMemoryError", "ValueError"]
 
 
@@ -286,7 +286,7 @@ def test_what_the_console_says(found):
         "Mochi parallel: cpu, cpu:0; guidance=2 where there is guidance; else ulysses=2."
     ]
     assert found["compiled"]["said"][1:] == [
-        "Mochi parallel: the compiled transformer is left out, because the compiled code is for one GPU."
+        "Mochi parallel: the compiled transformer is not used, because the compiled code is for one GPU."
     ]
     assert found["ring"]["said"] == ["Mochi parallel: cpu, cpu:0; ring=2 where there is guidance; else ring=2."]
 

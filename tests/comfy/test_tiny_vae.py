@@ -1,4 +1,4 @@
-"""TAEM1 in ComfyUI: Load Mochi VAE recognises it, the host's decode gives what the core decodes, and previews use it."""
+"""TAEM1 in ComfyUI: Load Mochi VAE recognises it, the host's decode equals the core's, and previews use it."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def done(comfy_path, tmp_path_factory):
     decoder = TinyDecoder()
     with torch.no_grad():
         for parameter in decoder.parameters():
-            parameter.mul_(2)  # or all frames look the same, and are one in a WebP
+            parameter.mul_(2)  # otherwise all frames look alike, and WebP merges them
     save_file(decoder.state_dict(), folder / "taem1.safetensors")
     latents = torch.randn(1, 12, 3, 4, 6)
     save_file({"latents": latents}, folder.parent / "in.safetensors")
@@ -96,7 +96,7 @@ def test_previews_are_decoded_and_a_broken_file_is_no_end(done):
 def test_without_memory_previews_are_simpler_and_then_none(done):
     assert "SHOWN 1 120 80\nSHOWN 2 126 84\n" in done[0].stdout
     said = [line.partition("Mochi preview: ")[2] for line in done[0].stderr.splitlines() if "Out of memory" in line]
-    assert said == ["Out of memory. The linear fit is shown.", "Out of memory. There are no more in this run."]
+    assert said == ["Out of memory. The linear fit is shown.", "Out of memory. There will be no more in this run."]
 
 
 def test_the_estimate_counts_all_videos_of_a_batch(done):
