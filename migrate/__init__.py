@@ -1,4 +1,4 @@
-"""Old workflows: graphs made for other Mochi nodes, with ours in their place. Knows ComfyUI's JSON, but imports nothing of it."""
+"""Old workflows: graphs made for other Mochi nodes, converted to ours. Knows ComfyUI's JSON but imports nothing from ComfyUI."""
 
 from .migration import Migration, migrate, migrate_prompt
 

@@ -1,4 +1,4 @@
-"""`python -m migrate old.json`: put our nodes into a workflow made for other Mochi nodes."""
+"""`python -m migrate old.json`: convert a workflow made for other Mochi nodes to ours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .shown import sentence, without_advice
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert one file; 0 if it worked, 2 with one sentence on stderr if the person has to change something, 130 on Ctrl-C."""
+    """Convert one file; returns 0, 2 with one sentence on stderr if the user has to change something, or 130 on Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         output = options.output or options.workflow.with_stem(f"{options.workflow.stem}-mochi1")
@@ -43,7 +43,7 @@ def migrate_file(path: Path, *, stock: bool) -> Migration:
     """`migrate` for a JSON file.
 
     Raises:
-        ValueError: the file is no JSON, or no workflow with nodes to replace; names the file.
+        ValueError: the file is not JSON, or not a workflow with nodes to replace; the message names the file.
         FileNotFoundError: there is no such file.
     """
     try:
@@ -59,14 +59,14 @@ def migrate_file(path: Path, *, stock: bool) -> Migration:
 
 
 def write_workflow(workflow: dict[str, Any], path: Path) -> None:
-    """Write a JSON file, which is there when it is complete; a link stays, and the file that it leads to is replaced."""
+    """Write a JSON file atomically; through a symbolic link, the file that it points to is replaced."""
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a file that can be replaced; choose another name with -o.")
     text = json.dumps(workflow, indent=2, ensure_ascii=False) + "\n"
     target = Path(os.path.realpath(path))
     partial = target.with_name(f".{token_hex(4)}.part")
     try:
-        # UTF-8 has no bytes for one half of a pair of surrogates, but JSON writes it as this does: \ud800.
+        # UTF-8 cannot encode a lone surrogate, but JSON can, in the form that this writes: \ud800.
         partial.write_bytes(text.encode("utf-8", "backslashreplace"))
         partial.replace(target)
     finally:
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m migrate", description="Put Mochi Nodes into an old workflow.")
     add = parser.add_argument
     add("workflow", type=Path, help=".json file, saved in the editor or exported for the API")
-    add("-o", "--output", type=Path, help="(default: the same name with -mochi1 behind)")
+    add("-o", "--output", type=Path, help="(default: the same name with -mochi1 appended)")
     add("--stock", action="store_true", help="also replace ComfyUI's own nodes in a graph for its built-in Mochi")
     add("--force", action="store_true", help="overwrite the output")
     return parser

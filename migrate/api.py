@@ -1,4 +1,4 @@
-"""Workflows in API form: {id: {"class_type", "inputs"}}, where a link is [id, output] among the inputs."""
+"""Workflows in API form: {id: {"class_type", "inputs"}}, where an input that is a link is [id, output]."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from .graph import Link, Node, Nodes
 from .our_nodes import AFTER_SEED
 
 Prompt = dict[str, Any]
-"""{id: node}; among the nodes of a file there may be anything, see `is_node`."""
+"""{id: node}; the values in a file may be anything, see `is_node`."""
 
 
 def is_prompt(workflow: object) -> TypeGuard[Prompt]:
-    """Whether it is a workflow in API form: at least one of its values is a node."""
+    """Whether this is a workflow in API form: at least one of its values is a node."""
     return isinstance(workflow, dict) and any(map(is_node, workflow.values()))
 
 
 def is_node(raw: object) -> TypeGuard[dict[str, Any]]:
-    """Whether a value of a prompt has what every node has."""
+    """Whether a value of a prompt has the fields of a node."""
     return isinstance(raw, dict) and isinstance(raw.get("class_type"), str) and isinstance(raw.get("inputs"), dict)
 
 
 def read(prompt: Prompt) -> Nodes:
-    """The nodes by id; values of the prompt that are no nodes are left out."""
+    """The nodes by id; values of the prompt that are not nodes are left out."""
     return {name: _node(name, raw) for name, raw in prompt.items() if is_node(raw)}
 
 
@@ -39,7 +39,7 @@ def is_link(value: object) -> TypeGuard[list[Any]]:
 
 
 def write(prompt: Prompt, nodes: Nodes) -> Prompt:
-    """The prompt with `nodes` in the place of those that it had; what is no node stays, and so does the order."""
+    """The prompt with its nodes replaced by `nodes`; other values and the order stay."""
     kept = {name: raw for name, raw in prompt.items() if name in nodes or not is_node(raw)}
     return kept | {str(name): _written(node) for name, node in nodes.items()}
 
@@ -50,7 +50,7 @@ def _written(node: Node) -> dict[str, Any]:
 
 
 def _inputs(node: Node) -> dict[str, object]:
-    """Values and links in the order that the node had."""
+    """Values and links in the node's original order."""
     links = {name: [link.origin, link.slot] for name, link in node.links.items()}
     values = {name: value for name, value in node.by_name().items() if not is_link(value)}
     if node.was is not None:

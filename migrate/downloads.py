@@ -1,4 +1,4 @@
-"""Public files of Mochi: what the editor offers to fetch when a workflow names a file that a computer lacks."""
+"""Public files of Mochi: what the editor offers to download if a workflow names a missing file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WRAPPERS = "https://huggingface.co/Kijai/Mochi_preview_comfy/resolve/main"
 
 
 class PublicFile(NamedTuple):
-    """A file that anyone may download."""
+    """A file that anyone can download."""
 
     folder: str
     """Below ComfyUI's models/."""
@@ -19,7 +19,7 @@ class PublicFile(NamedTuple):
     url: str
 
 
-# By the name that workflows have for it. Sizes are those that Hugging Face lists.
+# By the name that workflows use. Sizes are as listed by Hugging Face.
 PUBLIC_FILES = {
     "mochi_preview_bf16.safetensors": PublicFile(
         "diffusion_models", "20.1 GB", f"{REPACKAGED}/diffusion_models/mochi_preview_bf16.safetensors"
@@ -58,7 +58,7 @@ PUBLIC_FILES = {
 def downloads(values: Iterable[object]) -> list[dict[str, str]]:
     """The property `models` of a node with these values: one entry for each public file among them.
 
-    A file in a folder of its own, such as mochi/NAME, is known by its last part.
+    A file in a subfolder, such as mochi/NAME, is recognised by its last part.
     """
     named = [(str(value), PUBLIC_FILES.get(re.split(r"[\\/]", str(value))[-1])) for value in values]
     return [{"name": name, "url": file.url, "directory": file.folder} for name, file in named if file]

@@ -1,6 +1,6 @@
 """Workflows in the editor's form: graphs of nodes with values by position, and a list of links with ids.
 
-A workflow is a graph and holds others, its subgraphs. Files are checked first (`is_workflow`): code below that relies on it.
+A workflow is a graph that may hold others, its subgraphs. The code below relies on files having been checked (`is_workflow`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .tables import MODEL_TYPES
 from .unseen import add_unseen_links
 
 Json = dict[str, Any]
-"""An object of a file."""
+"""A JSON object in a file."""
 LINK_FIELDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-# Fields that have to be of these types, for a file to be read.
+# Required types of the fields in a readable file.
 LIST, ID = (list, NoneType), (int, str)
 GRAPH = {"nodes": list, "links": LIST, "inputs": LIST, "outputs": LIST, "state": (dict, NoneType)}
 NODE = {
@@ -32,17 +32,17 @@ NODE = {
 SLOT = {"name": str, "link": (*ID, NoneType), "links": LIST, "linkIds": LIST}
 LINK = {"id": ID, "origin_id": ID, "origin_slot": ID, "target_id": ID, "target_slot": ID, "type": object}
 INSIDE, OUTSIDE = -10, -20
-"""Ids of the nodes where a subgraph's inputs come in and its outputs go out."""
+"""Ids of the nodes that stand for a subgraph's inputs and outputs."""
 PACK = "mochi-nodes"
 FOREIGN_PROPERTIES = ("aux_id", "ver", "models")
-"""Properties that name the pack which an old node came from, and its files."""
+"""Properties that name an old node's pack and files."""
 SLOT_LOOKS = ("label", "shape", "dir")
 OPTIONAL_SHAPE = 7
-"""How the editor draws an input that may stay empty."""
+"""How the editor draws an optional input."""
 GAP = 60
-"""Pixels between the two nodes that one old node becomes, and around them."""
+"""Pixels between and around the two nodes that replace an old one."""
 NOTE_WIDTH, NOTE_LETTERS = 460, 60
-"""Width of a note in pixels, and about how many letters fit into it."""
+"""Width of a note in pixels, and about how many characters fit into a line."""
 
 
 def graphs(workflow: Json) -> list[Json]:
@@ -51,7 +51,7 @@ def graphs(workflow: Json) -> list[Json]:
 
 
 def group_nodes(workflow: Json) -> dict[str, set[str]]:
-    """The group nodes in use, an older kind of subgraph: the types of the nodes in each."""
+    """The types of the nodes in each group node in use; group nodes are an older kind of subgraph."""
     extra = workflow.get("extra")
     groups = extra.get("groupNodes") if isinstance(extra, dict) else None
     used = {node["type"] for graph in graphs(workflow) for node in graph["nodes"]}
@@ -91,17 +91,17 @@ def _has(value: object, fields: Json) -> TypeGuard[Json]:
 
 
 def _links(graph: Json) -> list[Any]:
-    """The links of a graph; in old files there are nulls among them."""
+    """The links of a graph; in old files, some are null."""
     return [link for link in graph.get("links") or [] if link is not None]
 
 
 def _record(link: Any) -> Json:
-    """A link as an object; in old files it is a list of the fields."""
+    """A link as an object; old files have a list of the fields."""
     return link if isinstance(link, dict) else dict(zip(LINK_FIELDS, link, strict=False))
 
 
 def read(graph: Json) -> Nodes:
-    """The nodes by id; what a subgraph's outputs are linked to is a node OUTSIDE."""
+    """The nodes by id; a node OUTSIDE stands for a subgraph's outputs."""
     records = {record["id"]: record for record in map(_record, _links(graph))}
     where = f" in {graph['name']}" if "name" in graph else ""
     nodes = {raw["id"]: _node(raw, records, where) for raw in graph["nodes"]}
@@ -128,7 +128,7 @@ def _link(record: Json) -> Link:
 
 
 def write(graph: Json, nodes: Nodes) -> None:
-    """Change the graph so that its nodes are `nodes`, with links that agree at both ends."""
+    """Replace the graph's nodes by `nodes`, with links that agree at both ends."""
     made = {key: _written(node) for key, node in nodes.items() if node.was is not None}
     for key, node in made.items():
         if nodes[key].raw["id"] != key:
@@ -144,7 +144,7 @@ def write(graph: Json, nodes: Nodes) -> None:
 
 
 def _written(node: Node) -> Json:
-    """A new node as the editor saves it: where the old one was, with its title and colours."""
+    """A new node as the editor saves it, with the old one's position, title and colours."""
     raw, output = node.raw, NEW_NODES[node.type].output
     properties = {key: value for key, value in (raw.get("properties") or {}).items() if key not in FOREIGN_PROPERTIES}
     if raw["id"] != node.id:
@@ -161,19 +161,19 @@ def _written(node: Node) -> Json:
 
 
 def _files(node: Node) -> Json:
-    """The property that has the editor offer the node's files for download."""
+    """The property that makes the editor offer the node's files for download."""
     files = downloads(node.by_name().values())
     return {"models": files} if files else {}
 
 
 def _below(raw: Json) -> list[float]:
-    """The position right below a node."""
+    """The position directly below a node."""
     (x, y), (_, height) = _pair(raw.get("pos")), _pair(raw.get("size"))
     return [x, y + height + GAP]
 
 
 def _free_place(raw: Json, others: list[Json]) -> list[float]:
-    """The position of a node, or the first one below it where it covers no other node."""
+    """The position of a node, or the first one below it that overlaps no other node."""
     (x, y), (width, height) = _pair(raw.get("pos")), _pair(raw.get("size"))
     boxes = sorted((_pair(other.get("pos")) + _pair(other.get("size")) for other in others), key=lambda box: box[1])
     for left, top, wide, high in boxes:
@@ -183,7 +183,7 @@ def _free_place(raw: Json, others: list[Json]) -> list[float]:
 
 
 def add_note(workflow: Json, title: str, text: str) -> None:
-    """Add a note in Markdown, left of all nodes."""
+    """Add a Markdown note to the left of all nodes."""
     places = [_pair(node.get("pos")) for node in workflow["nodes"]] or [(0, 0)]
     lines = sum(1 + len(line) // NOTE_LETTERS for line in text.splitlines())
     number = max([0, *(node["id"] for node in workflow["nodes"] if isinstance(node["id"], int))]) + 1
@@ -206,14 +206,14 @@ def add_note(workflow: Json, title: str, text: str) -> None:
 
 
 def _pair(value: object) -> tuple[float, float]:
-    """A position or size, which is a list or an object with the keys 0 and 1; 0 for what is not there."""
+    """A position or size, a list or an object with the keys 0 and 1; missing numbers are 0."""
     values = list(value.values()) if isinstance(value, dict) else value
     first, second, *_ = [*(values if isinstance(values, list) else []), 0, 0]
     return first if isinstance(first, int | float) else 0, second if isinstance(second, int | float) else 0
 
 
 def _inputs(node: Node) -> list[Json]:
-    """The inputs of a new node as the editor saves them: all that take a link only, and the widgets that have one."""
+    """The inputs of a new node as the editor saves them: all that only take links, and widgets that have one."""
     new, was = NEW_NODES[node.type], node.was or {}
     old = {slot["name"]: slot for slot in node.raw.get("inputs") or []}
     inputs = []
@@ -229,7 +229,7 @@ def _inputs(node: Node) -> list[Json]:
 
 
 def _relinked(link: Any, node: Node, name: str) -> Any:
-    """A link of the graph, list or object as it was, that goes from its source to the input `name` of `node`."""
+    """A link of the graph, still a list or an object, redirected to the input `name` of `node`."""
     record, source = _record(link), node.links[name]
     record |= {"origin_id": source.origin, "origin_slot": source.slot}
     if node.was is not None:
@@ -239,14 +239,14 @@ def _relinked(link: Any, node: Node, name: str) -> Any:
 
 
 def _use_todays_type(link_or_slot: Json) -> None:
-    """Replace the wrapper's types of links by ComfyUI's."""
+    """Replace the wrapper's link types by ComfyUI's."""
     kind = link_or_slot.get("type")
     if isinstance(kind, str) and kind in MODEL_TYPES:
         link_or_slot["type"] = MODEL_TYPES[kind]
 
 
 def _agree(graph: Json) -> None:
-    """Have inputs and outputs name exactly the links that there are, with ComfyUI's types."""
+    """Make inputs and outputs list exactly the existing links, with ComfyUI's types."""
     numbers, starts, ends = set(), defaultdict(list), defaultdict(list)
     for record in map(_record, graph["links"]):
         numbers.add(record["id"])
@@ -263,7 +263,7 @@ def _agree(graph: Json) -> None:
 
 
 def _list_links(slots: Any, key: str, by_slot: dict[tuple[NodeId, int], list[NodeId]], node_id: NodeId) -> None:
-    """Set `key` of each slot to the ids of its links, in the order that they had."""
+    """Set `key` of each slot to the ids of its links, in their previous order."""
     for i, slot in enumerate(slots or []):
         _use_todays_type(slot)
         numbers = dict.fromkeys(by_slot.get((node_id, i), ()))
@@ -275,7 +275,7 @@ def _list_links(slots: Any, key: str, by_slot: dict[tuple[NodeId, int], list[Nod
 
 
 def _count_nodes(graph: Json) -> None:
-    """Raise the graph's counters of ids, where it has them, to the highest id of a node."""
+    """Raise the graph's id counters, if any, to the highest node id."""
     last = max((node["id"] for node in graph["nodes"] if isinstance(node["id"], int)), default=0)
     for counters, name in ((graph, "last_node_id"), (graph.get("state") or {}, "lastNodeId")):
         if isinstance(counters.get(name), int):

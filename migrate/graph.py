@@ -1,4 +1,4 @@
-"""Workflows as nodes with values and links, whatever form they come in; here the old nodes are replaced."""
+"""Workflows as nodes with values and links, independent of their form; replaces the old nodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tables import CLIP_LOADERS, DROPPED, PASSES_ALL_ON, PASSES_ON, REMOVED, SE
 NodeId: TypeAlias = int | str
 Nodes: TypeAlias = dict[NodeId, "Node"]
 Rules: TypeAlias = dict[NodeId, ReplacementRule]
-"""The rule for each node that is to be replaced."""
+"""The rule for each node to be replaced."""
 
 
 @dataclass(frozen=True)
@@ -21,26 +21,26 @@ class Link:
 
     origin: NodeId
     slot: NodeId
-    """Output of that node, counted from 0; what a file says, checked to be a number or a name."""
+    """Output of that node, counted from 0; from the file, and only checked to be a number or a name."""
     number: NodeId | None = None
-    """The link's id in the editor's form; None in the API's."""
+    """The link's id in the editor's form; None in API form."""
 
 
 @dataclass
 class Node:
-    """A node of a workflow, or a new one that takes an old one's place."""
+    """A node of a workflow, or a new one that replaces it."""
 
     id: NodeId
     type: str
-    """What it is; "" is no type that a rule is for."""
+    """The node's type; no rule matches ""."""
     values: list[object] | dict[str, object]
-    """By name, or in the editor's order."""
+    """Values by name, or in the editor's order."""
     links: dict[str, Link]
-    """By the name of the input."""
+    """Links by input name."""
     raw: dict[str, Any]
-    """The node as the file has it; for a new one, the node whose place it takes."""
+    """The node as in the file; for a new node, the one that it replaces."""
     label: str
-    """How notes name it."""
+    """The node's name in notes."""
     was: dict[str, str] | None = None
     """For a new node: {its input: the old node's input}."""
 
@@ -61,16 +61,16 @@ def named_values(node: Node, names: tuple[str, ...]) -> dict[str, object]:
 
 
 def sources(nodes: Nodes) -> Callable[[Link | None], Link | None]:
-    """A function from a link to where it comes from in the end, through nodes and outputs that only pass an input on.
+    """A function that traces a link to its origin, through nodes and outputs that only pass an input on.
 
-    It gives None for a circle, and for an end without a link. Each output is looked at once, however many links come from it.
+    It returns None for a cycle and for a dead end. Each output is visited once, however many links come from it.
     """
     known: dict[tuple[NodeId, NodeId], Link | None] = {}
 
     def source(link: Link | None) -> Link | None:
         way = []
         while link is not None and (link.origin, link.slot) not in known:
-            known[link.origin, link.slot] = None  # until the end is found, which a circle has not
+            known[link.origin, link.slot] = None  # until the origin is found, which a cycle lacks
             way.append((link.origin, link.slot))
             name = _passed_input(nodes, link)
             if name is None:
@@ -85,7 +85,7 @@ def sources(nodes: Nodes) -> Callable[[Link | None], Link | None]:
 
 
 def _passed_input(nodes: Nodes, link: Link) -> str | None:
-    """The input that the output which `link` comes from only passes on; None if it gives something of its own."""
+    """The input that is passed on by the output which `link` comes from; None if that output makes something itself."""
     node = nodes.get(link.origin)
     if node is not None and node.type in PASSES_ALL_ON:
         return next(iter(node.links), "")
@@ -93,13 +93,13 @@ def _passed_input(nodes: Nodes, link: Link) -> str | None:
 
 
 def convert(nodes: Nodes, rules: Rules, new_id: Callable[[], NodeId]) -> list[str]:
-    """Replace the nodes that have a rule, changing `nodes`; returns notes, one sentence for each thing that is not as it was.
+    """Replace the nodes that have a rule, changing `nodes` in place; returns notes, one sentence for each change.
 
-    `new_id` gives the id of a node that an old one becomes besides the first.
+    `new_id` makes ids for additional nodes, if an old one becomes several.
     """
     notes = _use_mochi_clip(nodes, rules)
     notes += _shorten_links(nodes)
-    moved: dict[tuple[NodeId, NodeId], Link] = {}  # from an old node's output to a new one's
+    moved: dict[tuple[NodeId, NodeId], Link] = {}  # old node's output -> new node's
     for key, rule in rules.items():
         notes += _replace(nodes, nodes[key], rule, moved, new_id)
     removed = {key: nodes.pop(key) for key in list(nodes) if nodes[key].type in REMOVED}
@@ -114,7 +114,7 @@ def convert(nodes: Nodes, rules: Rules, new_id: Callable[[], NodeId]) -> list[st
 
 
 def _cut(nodes: Nodes, node: Node, name: str, removed: Node) -> str:
-    """Remove the link of the input `name`, or the whole node if it showed nothing but the removed node's output."""
+    """Remove the link of the input `name`, or the whole node if it only showed the removed node's output."""
     if node.type == "PreviewImage":
         nodes.pop(node.id, None)
         return f"{node.label} is removed with it; it showed nothing else."
@@ -123,7 +123,7 @@ def _cut(nodes: Nodes, node: Node, name: str, removed: Node) -> str:
 
 
 def _use_mochi_clip(nodes: Nodes, rules: Rules) -> list[str]:
-    """Have CLIP loaders in front of MochiTextEncode load for Mochi: the wrapper took T5 out of any CLIP, mostly one for sd3."""
+    """Set CLIP loaders for MochiTextEncode to mochi: the wrapper extracted T5 from any CLIP, usually one for sd3."""
     notes: list[str] = []
     loaders: Nodes = {}
     source = sources(nodes)
@@ -139,7 +139,7 @@ def _use_mochi_clip(nodes: Nodes, rules: Rules) -> list[str]:
 
 
 def _other_users(nodes: Nodes, rules: Rules) -> dict[NodeId, str]:
-    """{node: the label of a node that uses it}, where the user is neither replaced nor a node of this pack."""
+    """{node: label of a node that uses it}, for users that are neither replaced nor nodes of this pack."""
     users: dict[NodeId, str] = {}
     source = sources(nodes)
     for node in nodes.values():
@@ -150,7 +150,7 @@ def _other_users(nodes: Nodes, rules: Rules) -> dict[NodeId, str]:
 
 
 def _set_clip_type(loader: Node, other_user: str | None) -> list[str]:
-    """Set a CLIP loader's type to mochi, unless another node uses it, too; returns notes."""
+    """Set a CLIP loader's type to mochi, unless another node uses it too; returns notes."""
     names = CLIP_LOADERS[loader.type]
     old = named_values(loader, names).get("type")
     if old == "mochi" or (isinstance(loader.values, list) and len(loader.values) < len(names)):
@@ -166,7 +166,7 @@ def _set_clip_type(loader: Node, other_user: str | None) -> list[str]:
 
 
 def passes_on(nodes: Nodes) -> list[tuple[Node, str]]:
-    """(node, input) for inputs that are linked to an output which only passes an input on, see `PASSES_ON`."""
+    """(node, input) for inputs linked to an output that only passes an input on, see `PASSES_ON`."""
     return [
         (node, name)
         for node in nodes.values()
@@ -176,7 +176,7 @@ def passes_on(nodes: Nodes) -> list[tuple[Node, str]]:
 
 
 def _shorten_links(nodes: Nodes) -> list[str]:
-    """Link what used an output that only passes an input on to that input's source: the new nodes have no such outputs."""
+    """Relink the users of outputs that only pass an input on to that input's source: the new nodes have no such outputs."""
     notes: list[str] = []
     source = sources(nodes)
     for node, name in passes_on(nodes):
@@ -225,7 +225,7 @@ def _values(part: Part, values: dict[str, object], links: dict[str, Link]) -> tu
 
 
 def _dropped(rule: ReplacementRule, values: dict[str, object], links: dict[str, Link]) -> list[str]:
-    """Remarks on links without a counterpart, and on values without one that differ from the old node's defaults."""
+    """Remarks on links without a counterpart, and on such values if they differ from the old node's defaults."""
     carried = {old for part in rule.parts for old in part.carry.values()}
     notes = [
         f"the link to {name} is dropped; {DROPPED.get(name, 'it has no counterpart')}"

@@ -1,4 +1,4 @@
-"""Convert a workflow: nodes of MochiWrapper and MochiEdit and, if asked for, of ComfyUI's built-in Mochi become ours."""
+"""Convert a workflow: nodes of MochiWrapper and MochiEdit, and on request those of ComfyUI's built-in Mochi, become ours."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ STOCK_HINT = "The nodes for ComfyUI's built-in Mochi stay as they are, and work;
 
 @dataclass(frozen=True)
 class Migration:
-    """What a conversion gives."""
+    """The result of a conversion."""
 
     workflow: dict[str, Any]
-    """In the form that it had."""
+    """In its original form."""
     notes: list[str]
-    """One sentence for each thing that is not as it was."""
+    """One sentence for each change."""
 
 
 def migrate(workflow: object, *, stock: bool = False) -> Migration:
-    """Convert a workflow in the editor's or the API form; the one that is given stays as it is.
+    """Convert a workflow in the editor's or the API form; the given one is not changed.
 
     Args:
-        workflow: as `json.loads` gives it.
+        workflow: as returned by `json.loads`.
         stock: also replace ComfyUI's own nodes in graphs for its built-in Mochi.
 
     Raises:
-        ValueError: it is no workflow, or has nothing to convert.
+        ValueError: not a workflow, or nothing to convert.
     """
     try:
         workflow = deepcopy(workflow)
@@ -53,10 +53,10 @@ def migrate(workflow: object, *, stock: bool = False) -> Migration:
 
 
 def migrate_prompt(prompt: api.Prompt, *, stock: bool = False, runs: Collection[str] = ()) -> Migration:
-    """Convert a workflow in API form, without a copy of what stays.
+    """Convert a workflow in API form, without copying what stays.
 
     Args:
-        runs: types of nodes that the server has: old nodes among them stay as they are.
+        runs: node types that the server has: old nodes of these types stay as they are.
 
     Raises:
         ValueError: there is nothing to convert.
@@ -64,13 +64,13 @@ def migrate_prompt(prompt: api.Prompt, *, stock: bool = False, runs: Collection[
     nodes = api.read(prompt)
     for node in nodes.values():
         if node.type in runs and (node.type in WRAPPER or node.type in REMOVED):
-            node.type = ""  # no rule is for it
+            node.type = ""  # no rule matches it
     notes = _convert([nodes], map(str, _ids_above(prompt)), stock, [])
     return Migration(api.write(prompt, nodes), notes)
 
 
 def _group_hint(workflow: editor.Json, stock: bool) -> list[str]:
-    """A sentence on group nodes with old nodes inside, if there are any."""
+    """A sentence about group nodes that contain old nodes, if there are any."""
     old = {*WRAPPER, LATENT} if stock else WRAPPER.keys()
     names = [name for name, types in editor.group_nodes(workflow).items() if types & old]
     hint = f"Group nodes are not looked into; ungroup those with old nodes first: {', '.join(names)}."
@@ -78,12 +78,12 @@ def _group_hint(workflow: editor.Json, stock: bool) -> list[str]:
 
 
 def _ids_above(ids: Iterable[NodeId]) -> Iterator[int]:
-    """Ids for new nodes, above all that are numbers."""
+    """Ids for new nodes, above all numeric ones."""
     return count(1 + max((int(key) for key in ids if str(key).isdecimal()), default=0))
 
 
 def _convert(graphs: list[Nodes], ids: Iterator[NodeId], stock: bool, hints: list[str]) -> list[str]:
-    """Convert all graphs of a workflow; returns notes. `hints` are said in any case, in the error too."""
+    """Convert all graphs of a workflow; returns notes. `hints` are always included, even in the error."""
     rules = [_wrapper_rules(nodes) for nodes in graphs]
     if any(map(has_mochi, graphs)):
         if stock:

@@ -1,7 +1,7 @@
-"""The nodes of this pack that old ones become: names, orders and defaults of their inputs.
+"""The nodes of this pack that replace old ones: names, order and defaults of their inputs.
 
-A file in the editor's form has values by position, so the order belongs to it. A test compares this table with what a server
-says of the nodes.
+A file in the editor's form stores values by position, so the order matters. A test compares this table with what a server reports
+about the nodes.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 AFTER_SEED = "control_after_generate"
-"""The widget that the editor puts behind every seed: a value in the editor's form, no input of the node."""
+"""The widget that the editor adds after every seed: a value in the editor's form, not an input of the node."""
 
 
 @dataclass(frozen=True)
 class NewNode:
-    """A node of Mochi Nodes, as far as a workflow file says what it is."""
+    """A node of Mochi Nodes, as far as a workflow file describes it."""
 
     slots: dict[str, str]
-    """Inputs that take a link only, with their types, in the editor's order."""
+    """Inputs that only take links, with their types, in the editor's order."""
     widgets: dict[str, object]
     """Inputs with a value, in the editor's order, with their defaults ("" for the name of a file)."""
     output: str
     """Type of the only output."""
     optional: tuple[str, ...] = ()
-    """Inputs in `slots` that may stay empty."""
+    """Optional inputs in `slots`."""
 
 
 NEW_NODES = {

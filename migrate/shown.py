@@ -1,4 +1,4 @@
-"""Text of a workflow, made fit for a terminal."""
+"""Text from a workflow, made safe to show in a terminal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ SENTENCE_LENGTH = 2000
 
 
 def sentence(message: object) -> str:
-    """`message` on one line, with at most `SENTENCE_LENGTH` characters of it; what does not show itself is escaped.
+    """`message` on one line, at most `SENTENCE_LENGTH` characters of it; unprintable characters are escaped.
 
-    As in `mochi_core.shown`, which cannot be imported here: this package is top-level in the shell and a subpackage in
-    ComfyUI, so no single import finds it in both.
+    Same as in `mochi_core.shown`, which cannot be imported here: this package is top-level in the shell and a subpackage in
+    ComfyUI, so no single import works in both.
     """
     text = str(message)
     more = f" ... ({len(text):,} characters)" if len(text) > SENTENCE_LENGTH else ""
@@ -18,8 +18,8 @@ def sentence(message: object) -> str:
 
 
 def without_advice(error: object) -> str:
-    """What Python says of a number of thousands of digits, without the way to switch its limit off; other errors whole.
+    """An error's text, without Python's advice to raise its limit if a number has thousands of digits.
 
-    As in `mochi_core.shown`, too.
+    Same as in `mochi_core.shown`.
     """
     return str(error).partition("; use sys.")[0]

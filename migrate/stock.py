@@ -1,4 +1,4 @@
-"""Which of ComfyUI's own nodes work for its built-in Mochi, in a graph that may hold other models, too."""
+"""Finds ComfyUI's own nodes that belong to its built-in Mochi, in a graph that may hold other models too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _names_mochi(node: Node) -> bool:
 
 
 def stock_rules(nodes: Nodes) -> tuple[Rules, list[str]]:
-    """The rules for Mochi's loaders and what is linked to them, and a note for each loader that stays as it is."""
+    """The rules for Mochi's loaders and the nodes linked to them, and a note for each loader that stays as it is."""
     loaders = _mochi_loaders(nodes)
     links = _loaded_from(nodes, [node for node in nodes.values() if node.type in LOADED_INPUTS])
     chosen = loaders | {key for key, origin in links.items() if origin in loaders}
@@ -34,8 +34,8 @@ def stock_rules(nodes: Nodes) -> tuple[Rules, list[str]]:
 
 
 def _mochi_loaders(nodes: Nodes) -> set[NodeId]:
-    """Loaders of Mochi's models: by the name of the file, for a transformer also by Mochi's latent behind it, for a VAE by the
-    samples that it decodes."""
+    """Loaders of Mochi's models: by file name, a transformer also if Mochi's latent is used with it, a VAE also if it decodes
+    Mochi's samples."""
     named = {key for key, node in nodes.items() if node.type in LOADER_FILES and _names_mochi(node)}
     unets = {key for key, node in nodes.items() if node.type == "UNETLoader"}
     latents = _reached(nodes, {key for key, node in nodes.items() if node.type == LATENT})
@@ -52,14 +52,14 @@ def _is_for_mochi(loader: Node) -> bool:
 
 
 def _loaded_from(nodes: Nodes, users: list[Node]) -> dict[NodeId, NodeId | None]:
-    """{node: the loader of what it uses} for nodes that have a place in `LOADED_INPUTS`; None where nothing is linked."""
+    """{node: loader of the model that it uses} for nodes listed in `LOADED_INPUTS`; None if nothing is linked."""
     source = sources(nodes)
     links = {node.id: source(node.links.get(LOADED_INPUTS[node.type])) for node in users}
     return {key: link.origin if link else None for key, link in links.items()}
 
 
 def _reached(nodes: Nodes, start: set[NodeId]) -> set[NodeId]:
-    """`start` and all nodes behind them, but for those behind a decode: its frames may go to any model."""
+    """`start` and all nodes downstream, except downstream of a decode: its frames may go to any model."""
     targets = defaultdict[NodeId, set[NodeId]](set)
     for node in nodes.values():
         for link in node.links.values():

@@ -1,6 +1,6 @@
 """What old nodes become: rules for the nodes of MochiWrapper, of MochiEdit and for ComfyUI's own, as data.
 
-Facts on MochiEdit: logtd/ComfyUI-MochiEdit, nodes/ and sampling/sampling_functions.py.
+Facts about MochiEdit: logtd/ComfyUI-MochiEdit, nodes/ and sampling/sampling_functions.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .values import (
 )
 
 MODEL_TYPES = {"MOCHIMODEL": "MODEL", "MOCHIVAE": "VAE"}
-"""The wrapper's types of links, and ComfyUI's that take their place."""
+"""The wrapper's link types -> ComfyUI's."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class Part:
     node: str
     """Type of the new node, one of `NEW_NODES`."""
     carry: dict[str, str]
-    """{its input: the old node's input that the value or link comes from}"""
+    """{input: the old node's input that the value or link comes from}"""
     adapt: dict[str, Callable[[object, dict[str, object]], Adapted]] = field(default_factory=dict)
-    """{its input: what changes the value on the way}, see values.py"""
+    """{input: the function that adapts the value}, see values.py"""
 
 
 @dataclass(frozen=True)
 class ReplacementRule:
-    """What one type of old node becomes."""
+    """How one type of old node is replaced."""
 
     widgets: dict[str, object]
     """The old node's widgets in the editor's order, with their defaults."""
     parts: tuple[Part, ...]
     """The new nodes; output i of the old node is the output of part i."""
     remark: str = ""
-    """The end of a sentence that begins with the node's name, said whenever the rule is used."""
+    """The end of a sentence that begins with the node's name, added to the notes whenever the rule is used."""
 
 
 LOADER_OPTIONS = {"attention_mode": "sdpa", "cublas_ops": False, "rms_norm_func": "default"}
@@ -218,8 +218,8 @@ DROPPED = {
     "normalize": "LATENTs are always in the autoencoder's space",
     "add_noise": "Mochi Invert and Mochi RF Edit start from the LATENT itself",
 }
-"""Old inputs without a counterpart, and why they are not missed. Values of inputs that are neither carried nor listed here are
-dropped without a word."""
+"""Old inputs without a counterpart, and why they are not missed. Values of inputs neither carried over nor listed here are
+dropped silently."""
 REMOVED = {
     "MochiTorchCompileSettings": DROPPED["compile_args"],
     "MochiFasterCache": DROPPED["fastercache"],
@@ -232,12 +232,12 @@ PASSES_ON: dict[tuple[str, int | str], str] = {
     ("Mochi1T5Encode", 1): "clip",
     ("MochiPrepareSigmas", 0): "sigmas",
 }
-"""{(type, output): the input that this output only passes on}. T5 Encode has none, but for links that stay behind when the editor
-puts it in MochiTextEncode's place."""
+"""{(type, output): the input that this output only passes on}. T5 Encode has no such output, but links to it remain if the editor
+replaced MochiTextEncode."""
 SETTERS, GETTERS = ("SetNode", "easy setNode"), ("GetNode", "easy getNode")
-"""Nodes of KJNodes and Easy-Use that link without a line: a getter gives what the setter of the same name takes."""
+"""Nodes of KJNodes and Easy-Use that link without a line: a getter outputs the input of the setter with the same name."""
 PASSES_ALL_ON = ("Reroute", "Reroute (rgthree)", *SETTERS, *GETTERS)
-"""Nodes whose only input comes out again."""
+"""Nodes that output their only input."""
 SENDERS = (
     "Anything Everywhere",
     "Anything Everywhere3",
@@ -245,6 +245,6 @@ SENDERS = (
     "Prompts Everywhere",
     "Seed Everywhere",
 )
-"""Nodes of Use Everywhere: what they take goes to inputs of that type which have no link."""
+"""Nodes of Use Everywhere: their inputs are sent to all unlinked inputs of the same type."""
 CLIP_LOADERS = {"CLIPLoader": ("clip_name", "type"), "CLIPLoaderGGUF": ("clip_name", "type")}
-"""Widgets of ComfyUI's loaders of text encoders, in the editor's order, up to the one that says for which model."""
+"""Widgets of ComfyUI's text encoder loaders, in the editor's order, up to the one that selects the model."""

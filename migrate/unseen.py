@@ -1,7 +1,8 @@
-"""Links that a file of the editor has no line for: between nodes of KJNodes and Easy-Use, and those of Use Everywhere.
+"""Links without a line in the editor's files: those between nodes of KJNodes or Easy-Use, and of Use Everywhere.
 
-They are for finding out where something comes from, and are never written. Facts: kijai/ComfyUI-KJNodes, web/js/setgetnodes.js;
-chrisgoringe/cg-use-everywhere, js/use_everywhere_graph_analysis.js, which saves what it has found as extra.ue_links.
+They are only used to trace where something comes from, and are never written. Facts: kijai/ComfyUI-KJNodes,
+web/js/setgetnodes.js; chrisgoringe/cg-use-everywhere, js/use_everywhere_graph_analysis.js, which saves what it has found as
+extra.ue_links.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ ACTIVE = 0
 
 
 def add_unseen_links(graph: dict[str, Any], nodes: Nodes) -> None:
-    """Add such links to the nodes of a graph, which are linked as far as there are lines."""
+    """Add these links to a graph's nodes, which so far have only the links with lines."""
     _link_getters(nodes)
     _link_saved(graph, nodes)
     _link_by_type(nodes)
 
 
 def _link_getters(nodes: Nodes) -> None:
-    setters = {_name(node): node.id for node in reversed(nodes.values()) if node.type in SETTERS}  # the first of a name
+    setters = {_name(node): node.id for node in reversed(nodes.values()) if node.type in SETTERS}  # first of each name
     for node in nodes.values():
         if node.type in GETTERS and _name(node) in setters:
             node.links["value"] = Link(setters[_name(node)], 0)
 
 
 def _name(node: Node) -> str:
-    """The name that links a getter to its setter, the only value of both."""
+    """The name that links a getter to its setter; it is the only value of both."""
     values = node.values if isinstance(node.values, list) else list(node.values.values())
     return str(next(iter(values), ""))
 
 
 def _link_saved(graph: dict[str, Any], nodes: Nodes) -> None:
-    """What Use Everywhere has saved of the links that it makes; ids may be numbers or text."""
+    """Add the links that Use Everywhere has saved; ids may be numbers or text."""
     extra = graph.get("extra")
     saved = extra.get("ue_links") if isinstance(extra, dict) else None
     by_text = {str(key): node for key, node in nodes.items()}
@@ -54,7 +55,7 @@ def _is_saved_link(link: object) -> TypeGuard[dict[str, Any]]:
 
 
 def _link_by_type(nodes: Nodes) -> None:
-    """What Use Everywhere would link, where only one of its nodes sends a type: older versions have saved nothing."""
+    """Add what Use Everywhere would link where only one of its nodes sends a type: older versions save no links."""
     source = sources(nodes)
     sent = defaultdict[str, list[Link]](list)
     for node in nodes.values():
@@ -69,7 +70,7 @@ def _link_by_type(nodes: Nodes) -> None:
 
 
 def _type(nodes: Nodes, link: Link) -> str:
-    """What type the output is that a link comes from; "" if the file does not say."""
+    """The type of the output that a link comes from; "" if the file does not say."""
     outputs = (nodes[link.origin].raw.get("outputs") or []) if link.origin in nodes else []
     return (
         str(outputs[link.slot].get("type")) if isinstance(link.slot, int) and link.slot in range(len(outputs)) else ""
