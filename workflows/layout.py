@@ -1,4 +1,4 @@
-"""Where the nodes, groups and notes of a graph are: columns from left to right, as the data flows, so that no link runs back."""
+"""Layout of a graph's nodes, groups and notes: columns from left to right along the data flow; no link runs backwards."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .source import Link, Node, Nodes
 Json = dict[str, Any]
 GAP = 28
 TITLE = 30
-"""Height of a node's title, which lies above its position."""
+"""Height of a node's title, which is above its position."""
 MOST_WIDE = 1728
-"""Width of a graph at most, if its columns can be so narrow: the editor has it fill three quarters of the window, and below 57 %
-of their size nodes are drawn without text. This is 60 % in a window of 1400 pixels."""
+"""Maximum width of a graph, if its columns allow it: the editor fits it into three quarters of the window, and below 57 % of
+their size nodes are drawn without text. This gives 60 % in a window of 1400 pixels."""
 MOST_HIGH = 1150
 LOADERS = ("Mochi1LoadTransformer", "Mochi1LoadT5", "Mochi1LoadVAE")
 SAMPLERS = ("Mochi1Sampler", "Mochi1Edit", "KSampler", "SamplerCustomAdvanced")
 TEXTS = ("Mochi1T5Encode", "CLIPTextEncode", "PrimitiveStringMultiline")
-"""All have one width: the default renderer gives a text that of one with its id in a subgraph that was opened before."""
+"""All have the same width: the default renderer reuses a text's width for the same id in other subgraphs."""
 WIDTHS = {
     **dict.fromkeys(LOADERS, 280),
     "Mochi1Sampler": 300,
@@ -30,20 +30,20 @@ WIDTHS = {
     "LoadImage": 300,
 }
 WIDTH = 230
-"""No node is narrower in the default renderer."""
+"""Minimum width of a node in the default renderer."""
 SUBGRAPH = 440
 RESULT = "SaveVideo"
 RESULT_WIDTHS = (300, 460)
 VIEWER = 340
-"""Height of the player: as large as a square video makes it in the narrower of these widths."""
+"""Height of the player: that of a square video at the smaller of these widths."""
 PREVIEW = 230
-"""What a preview adds to the height of a sampler."""
+"""Height that a preview adds to a sampler."""
 NOTE = 440
 LETTER = 5
-"""Width of a letter in a note, on average."""
+"""Average width of a character in a note."""
 NOTE_LINES = {"|": 27, "-": 24, "": 7}
-"""Heights of a row of a table, of an item of a list and of nothing; text has 16."""
-# Groups: a title for each step, and its colour.
+"""Heights of a table row, a list item and an empty line; a line of text has 16."""
+# Groups: the title and colour of each step.
 STEPS = (("Files", "#3f789e"), ("Prompt and settings", "#8a6d3b"), ("Video", "#5b7f4f"), ("Result", "#7a4f8f"))
 
 
@@ -55,8 +55,8 @@ class Box(NamedTuple):
 
 
 def columns(nodes: Nodes) -> list[list[str]]:
-    """Names by column: the loaders and what takes only from outside of a subgraph first, everything else right of all that it is
-    linked to, settings right before their user.
+    """Names by column: loaders, and nodes that only have links from outside a subgraph, first; every other node right of all its
+    inputs; settings directly left of the node that uses them.
     """
     depth: dict[str, int] = {}
 
@@ -82,10 +82,10 @@ def links_of(node: Node) -> list[Link]:
 
 
 def place(nodes: Nodes, heights: dict[str, int], notes: Sequence[str]) -> tuple[dict[str, Box], list[Box], list[Json]]:
-    """Boxes of the nodes, of the notes, and the groups.
+    """Boxes of the nodes and of the notes, and the groups.
 
-    The first note stands above all that comes before the sampler, the second below the sampler; both are there if the graph
-    would be too high, and on the left of a subgraph's node.
+    The first note is above the nodes before the sampler, the second below the sampler. If that makes the graph too tall, both are
+    below the sampler; next to a subgraph's node, both are on its left.
     """
     names = columns(nodes)
     around = "subgraph" in nodes
@@ -120,7 +120,7 @@ def place(nodes: Nodes, heights: dict[str, int], notes: Sequence[str]) -> tuple[
 
 
 def _fitting(widths: list[int], least: list[int], most: int) -> list[int]:
-    """The widths of columns, nearer to the least if all of them together would be too wide."""
+    """The widths of columns, reduced towards `least` if their sum would exceed `most`."""
     excess = sum(widths) + GAP * (len(widths) - 1) - most
     share = min(1.0, max(0.0, excess / max(1, sum(widths) - sum(least))))
     return [math.floor(width - share * (width - low)) for width, low in zip(widths, least, strict=True)]
@@ -147,7 +147,7 @@ def _below(notes: Sequence[str], left: float, top: float, width: float) -> list[
 
 
 def note_height(text: str, width: float) -> float:
-    """What a note's text takes, without its title: addresses of links do not show, and the lines of a paragraph run on."""
+    """Height of a note's text, without its title: URLs of links are not shown, and lines of a paragraph are joined."""
     shown = re.sub(r"\]\(.+?\)|\*", "", text.partition("\n")[2])
     lines = re.sub(r"(?<=[^\s|])\n(?=[^\s|-])", " ", shown).splitlines()
     in_line = (width - 30) / LETTER
@@ -159,7 +159,7 @@ def _width(name: str, node: Node) -> int:
 
 
 def _sampler(nodes: Nodes, names: list[list[str]]) -> int:
-    """The first column that has a sampler."""
+    """Index of the first column with a sampler."""
     return min(number for number, column in enumerate(names) if any(nodes[name].type in SAMPLERS for name in column))
 
 
@@ -168,7 +168,7 @@ def _right(boxes: list[Box]) -> float:
 
 
 def _groups(steps: list[list[list[str]]], boxes: dict[str, Box], preview: float) -> list[Json]:
-    """Numbered steps: the loaders, what comes before the sampler, the rest with room below for a preview, the result."""
+    """Numbered steps: loaders, nodes before the sampler, the rest with room for a preview below, and the result."""
     groups = []
     for number, (step, (title, color)) in enumerate(zip(steps, STEPS, strict=True), 1):
         inside = [boxes[name] for column in step for name in column]

@@ -1,4 +1,4 @@
-"""The note on files that stands beside a template's graph."""
+"""The note about files next to a template's graph."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PAGES = {
     "lora": ("LoRA training", "train.md"),
     "prompt_list": ("Many prompts through the API", "api.md"),
 }
-"""By the template's name, the page of the documentation about its task, and what to call it."""
+"""Template name -> title and file of the documentation page about its task."""
 
 
 def task_note(template: Template) -> str:
@@ -46,7 +46,7 @@ def task_note(template: Template) -> str:
 
 
 def files_note(template: Template) -> str:
-    """Which files the template wants, where they come from, where they go and what fits a card; "" if it wants none."""
+    """Files that the template needs: where from, where to, and what suits which card; "" if it needs none."""
     named = [value for node in template.nodes.values() for value in node.inputs.values() if isinstance(value, str)]
     wanted = [name for name in dict.fromkeys(named) if name in PUBLIC_FILES]
     if not wanted:
@@ -61,7 +61,7 @@ After a download press **R**.
 
 
 def folder_tree(files: list[str]) -> str:
-    """The model folders and what goes into them, as a list of lists: each file a link with its size."""
+    """The model folders and their files, as a nested list; each file is a link with its size."""
     lines = ["**ComfyUI/models/**", ""]
     for folder in sorted({PUBLIC_FILES[name].folder for name in files}):
         inside = (name for name in files if PUBLIC_FILES[name].folder == folder)

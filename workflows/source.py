@@ -1,4 +1,4 @@
-"""What the templates are: the one source of both of their forms.
+"""The templates: the single source of both of their forms.
 
 `python dev.py generate templates` writes <title>.json, which the editor opens, and api/<name>.json, which the server runs.
 """
@@ -24,7 +24,7 @@ BF16, FP8 = "mochi_preview_bf16.safetensors", "mochi_preview_fp8_scaled.safetens
 T5, T5_FP8 = "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors"
 VAE = "mochi_vae.safetensors"
 YOUR_FILES = YOUR_VIDEO, YOUR_IMAGE, YOUR_LAST_IMAGE = "your_video.mp4", "your_image.png", "your_last_image.png"
-"""What the person brings: in API form names to replace; in the editor nothing is chosen yet."""
+"""Files that the user provides: in API form, names to replace; in the editor, nothing is chosen yet."""
 
 
 class Link(NamedTuple):
@@ -36,20 +36,20 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True)
 class Node:
-    """A node; inputs that it does not name have their defaults."""
+    """A node; inputs not named have their defaults."""
 
     type: str
     inputs: dict[str, Any]
     title: str = ""
-    """If it says more than the node's own name."""
+    """Only if it says more than the node's own name."""
 
 
 Nodes = dict[str, Node]
-"""By a name that links use. The order gives the ids 1, 2, 3 ..."""
+"""Nodes by the names that links use. Their order gives the ids 1, 2, 3 ..."""
 
 
 class Port(NamedTuple):
-    """An input of a node inside a subgraph that the subgraph has, too."""
+    """An input of a node inside a subgraph that the subgraph exposes."""
 
     node: str
     input: str
@@ -66,30 +66,30 @@ class Subgraph:
     description: str
     ports: tuple[Port, ...]
     outside: tuple[str, ...]
-    """Nodes of the template that are not inside; the last one saves the video."""
+    """Nodes of the template outside the subgraph; the last one saves the video."""
     blueprint: bool = True
-    """Whether the editor offers it among the nodes, too."""
+    """Whether the editor also lists it among the nodes."""
 
 
 @dataclass(frozen=True)
 class Template:
     name: str
-    """Name of the file in API form, for those who type it."""
+    """Name of the API-form file, made for typing."""
     title: str
-    """Name of the file that the editor opens, which shows no other title, and finds no other words."""
+    """Name of the file that the editor opens; the editor shows and searches nothing else."""
     note: str
-    """Markdown; stands beside the graph, its first line as the title."""
+    """Markdown; shown next to the graph, with its first line as the title."""
     nodes: Nodes
     after_run: str = "randomize"
-    """What becomes of seeds after a run, as the editor calls it."""
+    """What happens to seeds after a run, as a value of the editor's control_after_generate."""
     subgraph: Subgraph | None = None
-    """How the editor shows the nodes; in API form they stay as they are."""
+    """How the editor shows the nodes; the API form is not affected."""
 
 
 def text_to_video(
     prompt: str, *, transformer: dict | None = None, t5: dict | None = None, vae: dict | None = None, **sampler: Any
 ) -> Nodes:
-    """The common graph; the dictionaries are inputs of the loaders, `sampler` those of Mochi Sampler."""
+    """The common graph; the dictionaries are the loaders' inputs, `sampler` those of Mochi Sampler."""
     models = {"model": Link("transformer"), "positive": Link("positive"), "negative": Link("negative")}
     return {
         "transformer": Node("Mochi1LoadTransformer", {"model_name": BF16} | (transformer or {})),
@@ -160,7 +160,7 @@ def first_last_frame() -> Nodes:
 
 
 def extend_video() -> Nodes:
-    """The given video at the size of the new one, and behind it the new frames that come after the kept ones."""
+    """The given video at the size of the new one, followed by the new frames after the kept ones."""
     nodes = image_to_video(WAVES, start_image=Link("frames"), keep=19)
     size = {"upscale_method": "lanczos", "width": Link("size"), "height": Link("size", 1), "crop": "center"}
     new = {"image": Link("decode"), "batch_index": Link("given", 2), "length": 4096}
@@ -193,7 +193,7 @@ def fastmochi() -> Nodes:
 
 
 def faster() -> Nodes:
-    """The sampler in parts, for the guider."""
+    """The sampler split into its parts, for the guider."""
     nodes = text_to_video(WAVES)
     guided = {"model": Link("cache"), "positive": Link("positive"), "negative": Link("negative")}
     sampler = {
@@ -250,7 +250,7 @@ def second_pass() -> Nodes:
 
 
 def prompt_list() -> Nodes:
-    """T5 Encode, the sampler and all behind them run once for each item of the list."""
+    """T5 Encode, the sampler and everything after them run once for each item of the list."""
     nodes = text_to_video(WAVES)
     prompts = {
         f"prompt{i}": Node("PrimitiveStringMultiline", {"value": text}, f"Prompt {i}") for i, text in enumerate(LIST, 1)
@@ -270,7 +270,7 @@ def sharper() -> Nodes:
 
 
 def masked() -> Nodes:
-    """A rectangle of the video is made anew, the rest stays."""
+    """A rectangle of the video is regenerated, the rest stays."""
     nodes = video_to_video()
     area = {"source": Link("area"), "destination": Link("frame"), "x": 424, "y": 0, "operation": "add"}
     return nodes | {
@@ -283,7 +283,7 @@ def masked() -> Nodes:
 
 
 def edit_prompts() -> Nodes:
-    """Two prompts of which only the colour differs, and the negative one."""
+    """Two prompts that differ only in the colour, and the negative one."""
     t5 = {"clip": Link("t5")}
     return {
         "source": Node("Mochi1T5Encode", t5 | {"prompt": CAR}, "Source prompt"),
@@ -300,7 +300,7 @@ def edit_video() -> Nodes:
 
 
 def edit_inverted() -> Nodes:
-    """MochiEdit's example: 50 steps, and a pull of 0.8 that falls from step 5 to step 20, which are noise 0.992 to 0.956."""
+    """MochiEdit's example: 50 steps, and a pull of 0.8 that falls from step 5 to step 20, which is noise 0.992 to 0.956."""
     nodes = {name: node for name, node in video_to_video().items() if name not in ("positive", "negative")}
     common = {"model": Link("transformer"), "negative": Link("negative")}
     upwards = {

@@ -18,9 +18,9 @@ except ModuleNotFoundError:
 
 
 def run(graph, server, folder="."):
-    """Queue a workflow, show its progress, and return the paths of the files that it made, downloaded into `folder`.
+    """Queue a workflow, show its progress, and download the files that it made into `folder`; returns their paths.
 
-    RuntimeError: the server refused it, or it failed on the way. OSError: the server is not there, or went away.
+    RuntimeError: the server refused it, or the run failed. OSError: the server cannot be reached, or went away.
     """
     server = (server if "://" in server else f"http://{server}").rstrip("/")
     with connected(server) as events:
@@ -38,16 +38,16 @@ def connected(server):
 
 
 def queue(graph, server, client_id):
-    """Hand a workflow to the server; returns the id of the run."""
+    """Queue a workflow on the server; returns the id of the run."""
     body = json.dumps({"prompt": graph, "client_id": client_id}).encode()
     try:
         answer = json.load(request.urlopen(f"{server}/prompt", body))
     except error.HTTPError as refusal:
         try:
             answer = json.load(refusal)
-        except ValueError:  # a proxy's page
+        except ValueError:  # an error page of a proxy
             raise RuntimeError(f"{server} answers {refusal.code} {refusal.reason}.") from None
-    # Problems can come with a run, too: the server makes those outputs that it can.
+    # Even an accepted run can have problems: the server makes the outputs that it can.
     problems = [problem for node in answer["node_errors"].values() for problem in node["errors"]]
     if problems or "error" in answer:
         raise RuntimeError("\n".join(f"{p['message']}: {p['details']}" for p in problems or [answer["error"]]))
@@ -55,12 +55,12 @@ def queue(graph, server, client_id):
 
 
 def follow(events, prompt_id, graph):
-    """Show the steps of a run until it ends. What comes as bytes are pictures of previews."""
+    """Show the steps of a run until it ends. Binary messages are preview images, and skipped."""
     shown = None
     try:
         for event in (json.loads(text) for text in events if isinstance(text, str) and prompt_id in text):
             data = event["data"]
-            if event["type"] == "progress" and data != shown:  # ComfyUI says some steps twice
+            if event["type"] == "progress" and data != shown:  # ComfyUI reports some steps twice
                 shown = data
                 show(title(graph.get(data["node"])), data["value"], data["max"])
             elif event["type"] == "executing" and data["node"] is None:
@@ -71,7 +71,7 @@ def follow(events, prompt_id, graph):
 
 
 def show(name, value, total):
-    """In a terminal, one line that changes with every step; elsewhere, such as in a log, a line for every node that is done."""
+    """In a terminal, update one line with every step; elsewhere, such as in a log, print a line when a node is done."""
     step = f"{name}: {value} of {total}" if total else ""
     if sys.stdout.isatty():
         print(f"\r{step:<78}", end="\r", flush=True)
@@ -80,7 +80,7 @@ def show(name, value, total):
 
 
 def made_files(prompt_id, server):
-    """The files of a run that has ended, as the server names them."""
+    """The files of a finished run, as the server describes them."""
     done = json.load(request.urlopen(f"{server}/history/{prompt_id}"))[prompt_id]
     if not done["status"]["completed"]:
         raise RuntimeError(done["status"]["messages"][-1][1].get("exception_message", "The run was cancelled.").strip())
@@ -92,7 +92,7 @@ def download(file, server, folder):
 
 
 def read(path):
-    """A workflow in API form from a file."""
+    """Read a workflow in API form from a file."""
     try:
         graph = json.loads(Path(path).read_text(encoding="utf-8"))
         assert all("class_type" in node for node in graph.values())
@@ -104,7 +104,7 @@ def read(path):
 
 
 def change(graph, text):
-    """Set an input of a workflow, said as NODE.INPUT=VALUE: texts as they are, everything else as JSON."""
+    """Set an input of a workflow from NODE.INPUT=VALUE: text is taken verbatim, everything else is JSON."""
     place, equals, value = text.partition("=")
     node, dot, name = place.partition(".")
     if not (equals and dot):
@@ -122,7 +122,7 @@ def change(graph, text):
 
 
 def title(node):
-    """What the editor calls a node; those that the server added on the way are not in the workflow."""
+    """A node's title in the editor; nodes that the server added during the run are not in the workflow."""
     return node.get("_meta", {}).get("title", node["class_type"]) if node else "..."
 
 
