@@ -1,7 +1,7 @@
-"""Time of the denoiser's attention: our choice beside ComfyUI's, and every backend by itself.
+"""Time of the denoiser's attention: our choice, ComfyUI's, and every backend by itself.
 
-On a CPU: 256, 1,024 and 2,048 visual tokens and 77 of text. On a GPU: 25, 85 and 163 frames of 480 x 848; a backend that
-cannot be used there says why.
+On a CPU: 256, 1,024 and 2,048 visual tokens and 77 text tokens. On a GPU: 25, 85 and 163 frames of 480 x 848; a backend that is
+unavailable there says why.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FASTEST: Column = ("fastest ms", lambda _case, m, _ours: f"{min(m.seconds) * 1e3
 
 
 def qkv(case: dict) -> list[Tensor]:
-    """(1, heads, length, head_dim) each, one token after the other in memory, as the denoiser has them."""
+    """q, k and v, (1, heads, length, head_dim) each, stored token by token as in the denoiser."""
     shape = 3, 1, case["length"], HEADS, HEAD_DIM
     return list(torch.randn(shape, device=DEVICE, dtype=getattr(torch, case["dtype"])).transpose(2, 3))
 
@@ -61,19 +61,19 @@ def describe(case: dict) -> str:
 
 
 def errors() -> list[tuple[str, str]]:
-    """Error of every contender that can be used, in bf16, relative to attention in float64."""
+    """Error of every available contender in bf16, relative to attention in float64."""
     case, rows = {"length": 1024 + TEXT_TOKENS, "dtype": "bfloat16"}, []
     q, k, v = (tensor.double() for tensor in seeded(qkv, case))
     exact = sdpa(q, k, v).transpose(1, 2).flatten(2)
     for name, build in CONTENDERS.items():
-        with suppress(ValueError):  # the table of times says why
+        with suppress(ValueError):  # the table of times gives the reason
             difference = seeded(build, case)() - exact
             rows.append((name, f"{difference.norm() / exact.norm():.2%}"))
     return rows
 
 
 def seeded(function, case: dict):
-    """With the same q, k and v for all."""
+    """Run it on the same q, k and v for all contenders."""
     torch.manual_seed(0)
     return function(case)
 

@@ -1,4 +1,4 @@
-"""Time and memory of the denoiser, ours beside diffusers and ComfyUI's own class: a forward, a guided step, a whole run.
+"""Time and memory of the denoiser, ours next to diffusers and ComfyUI's own class: a forward, a guided step, a whole run.
 
 On a CPU: full width, depth 2, 256 to 2,048 visual tokens. On a GPU: full depth, 480 x 848, 25, 85 and 163 frames.
 """
@@ -26,27 +26,27 @@ DEPTH = 48 if GPU else 2
 TEXT_TOKENS, STEPS, STEP, GUIDANCE = 77, 64, 20, 4.5
 SIGMAS = linear_quadratic_schedule(STEPS)
 OTHER_ATTENTION = "cudnn" if GPU else "flash"
-"""For ComfyUI's class beside the host's choice: PyTorch's with flash first on NVIDIA cards, its sub-quadratic one on CPUs."""
+"""Also used for ComfyUI's class, whose default is PyTorch's, flash first, on NVIDIA cards and sub-quadratic on CPUs."""
 EIGHT_BITS = [name for name in ("fp8", "fp8_rowwise") if name in QUANTIZERS]
 OPEN = ExitStack()
-"""What stays as it is until the process ends."""
+"""Contexts that stay open until the process ends."""
 atexit.register(OPEN.close)
 NOTE = (
     f"{TEXT_TOKENS} valid text tokens of 256, random weights. `ours` is a step inside a sampling run, where the text, the "
     "rotary table and the modulation of all steps have been prepared once, with the attention that `auto` chooses; `ours, "
-    "unprepared` is a lone call of the model, which does what the peers do at every step, and `ours, compiled` is `ours` "
+    "unprepared` is a single call of the model, which does what the peers do at every step, and `ours, compiled` is `ours` "
     "after `compile_blocks`. `ComfyUI` is its class with the "
     f"attention that the host chooses, `ComfyUI, {OTHER_ATTENTION}` the same with PyTorch's {OTHER_ATTENTION} kernel in the "
-    "host's override. fp8 names keep the matrices in 8 bits. The share is that of what the step needs at least (products of "
-    "matrices and attention, over valid tokens) in what a large square product reaches in the same process and dtype, bf16 "
+    "host's override. Names with fp8 keep the matrices in 8 bits. The share relates the least that the step needs (matrix "
+    "products and attention, over valid tokens) to the rate of a large square product in the same process and dtype, bf16 "
     "for 8 bits. Weights are those on the device between calls."
 )
 GUIDED = (
-    "Both conditions, the negative prompt empty (for ComfyUI one token). Ours takes the conditions block by block in one "
-    "pass over the weights, or one after the other; `streamed` keeps the weights in main memory and has two blocks at a "
-    f"time on the device, which on a CPU is a copy. {STEPS} steps are {STEPS} times the median."
+    "Both conditions, with an empty negative prompt (for ComfyUI one token). Ours takes the conditions block by block in one "
+    "pass over the weights, or one after the other; `streamed` keeps the weights in main memory and two blocks at a time on "
+    f"the device, which on a CPU is a copy. {STEPS} steps are {STEPS} times the median."
 )
-WHOLE = f"A run that was made: `sample`, {STEPS} steps, guidance {GUIDANCE}, once."
+WHOLE = f"A complete run: `sample`, {STEPS} steps, guidance {GUIDANCE}, once."
 WHOLE_COLUMNS = [
     ("seconds", lambda _case, m, _ours: f"{m.median:.1f}"),
     ("weights, MiB", lambda _case, m, _ours: f"{m.largest('weights_mib'):.0f}"),
@@ -56,7 +56,7 @@ ON_DEVICE: Column = ("all at the peak, GB", lambda _case, m, _ours: f"{m.largest
 
 
 def forward_flops(config: AsymmDiTConfig, tokens: int, text_tokens: int) -> int:
-    """What one step needs for one condition, once all is prepared that can be; a product and a sum are two."""
+    """FLOPs of one step for one condition, with everything prepared that can be; a multiply-add counts as two."""
     x, y = config.hidden_size_x, config.hidden_size_y
     patch = config.in_channels * config.patch_size**2
     visual = tokens * x * (3 * x + x + 3 * config.mlp_size_x)
@@ -67,7 +67,7 @@ def forward_flops(config: AsymmDiTConfig, tokens: int, text_tokens: int) -> int:
 
 
 def inputs(case: dict) -> tuple[Tensor, list[EncodedPrompts]]:
-    """Latents, and the prompt; for a guided step also the empty one."""
+    """Latents and the prompt; for a guided step, also the empty prompt."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 12, *case["latent"], generator=generator).to(DEVICE)
     embeds = torch.randn(1, 256, 4096, generator=generator).to(DEVICE)
@@ -78,7 +78,7 @@ def inputs(case: dict) -> tuple[Tensor, list[EncodedPrompts]]:
 def ours(
     case: dict, quantize: str | None = None, stream: bool = False, together: bool = True, compiled: bool = False
 ) -> Timed:
-    """A step of a prepared run, or the whole run; `together` is for both conditions in one pass."""
+    """A step of a prepared run, or the whole run; `together` runs both conditions in one pass."""
     dtype = getattr(torch, case["dtype"])
     dit = our_dit(AsymmDiTConfig(depth=case["depth"]), dtype, quantize, "cpu" if stream else DEVICE)
     if compiled:
@@ -114,7 +114,7 @@ def diffusers(case: dict) -> Timed:
 
 
 def comfyui(case: dict, attention: str | None = None) -> Timed:
-    """`attention` is one of ours, in the host's override."""
+    """`attention` is one of ours, set as the host's override."""
     dtype, (latents, conditions) = getattr(torch, case["dtype"]), inputs(case)
     model, latents, noise_level = comfy_dit(case["depth"], dtype), latents.to(dtype), sigma()
     options = {}
@@ -126,7 +126,7 @@ def comfyui(case: dict, attention: str | None = None) -> Timed:
 
 
 def override(attend: Attention):
-    """As the host calls it for Mochi: heads first, and the result with the heads joined."""
+    """Called as by the host for Mochi: heads first, and the heads joined in the result."""
     return lambda _function, q, k, v, *_, **__: attend(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -136,7 +136,7 @@ STREAMED = {
     "ours, streamed, two passes": partial(ours, stream=True, together=False),
 }
 COMFYUI = {"ComfyUI": comfyui, f"ComfyUI, {OTHER_ATTENTION}": partial(comfyui, attention=OTHER_ATTENTION)}
-# Where nothing multiplies in 8 bits they only cost time; the guided step shows how much.
+# Without 8-bit products they only cost time; the guided step shows how much.
 FORWARD = {
     "ours": ours,
     "ours, compiled": partial(ours, compiled=True),

@@ -1,9 +1,9 @@
-"""All that only a GPU can show, in calls of ten minutes: `COMFYUI_PATH=... python -m benchmarks.gpu`.
+"""Everything that only a GPU can show, in calls of ten minutes: `COMFYUI_PATH=... python -m benchmarks.gpu`.
 
-The most important parts come first, each in a process of its own with a time limit, so that one that fails or hangs does not
-end the rest; all limits together fit into one call. Every contender's result is kept as soon as there is one, and what a file
-has already is skipped, so what did not fit is measured by the next call. `--device cpu --tiny` shows on any machine that
-every part runs; its figures mean nothing.
+The most important parts come first, each in its own process with a time limit, so that one that fails or hangs does not stop the
+rest; all limits together fit into one call. Each contender's result is saved at once, and units already in the file are skipped,
+so that the next call measures what is missing. `--device cpu --tiny` shows on any machine that every part runs; its figures are
+meaningless.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from benchmarks.gpu_results import Part, Results, write_page
 PAGE = Path(__file__).parent / "results" / "gpu.md"
 TINY_PAGE = Path(tempfile.gettempdir()) / "mochi_gpu_tiny.md"
 MINUTES = 10
-"""Length of a call for which the limits of the parts are given."""
+"""Length of a call that the parts' limits are given for."""
 SHOWN_LINES = 15
-"""Lines that are shown of what a failed part said last."""
+"""Number of a failed part's last output lines that are shown."""
 
 
 def run_parts(
     parts: dict[str, Part], commands: dict[str, Sequence[str]], page: Path, machine: str, minutes: float = MINUTES
 ) -> Results:
-    """Run the command of each part that is not all measured, and write the page after each; `minutes` are for all of them.
+    """Run the command of each part that is not complete, and write the page after each; all of them share `minutes`.
 
-    A part's limit grows with `minutes`, and it is not begun when less than that is left.
+    A part's limit scales with `minutes`; it is not started if less time is left.
 
     Raises:
         ValueError: the page's results are from another machine or other versions, which `machine` names.
@@ -55,10 +55,10 @@ def run_parts(
 
 
 def run_part(command: Sequence[str], limit: float) -> str | None:
-    """Run a command for at most `limit` seconds; what was wrong with it, if anything was."""
+    """Run a command for at most `limit` seconds; returns what went wrong, or None."""
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,  # a part that is killed cleans nothing up
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,  # a killed part does not clean up
     ):
         process = subprocess.Popen(
             command, stdout=said, stderr=said, start_new_session=True, env={**os.environ, "TMPDIR": scratch}
@@ -76,7 +76,7 @@ def run_part(command: Sequence[str], limit: float) -> str | None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a part and the processes that it has started."""
+    """Kill a part and the processes that it started."""
     if hasattr(os, "killpg"):
         os.killpg(process.pid, signal.SIGKILL)
     else:
@@ -85,22 +85,22 @@ def end(process: subprocess.Popen) -> None:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Variables for the parts; on the CPU, no GPU is seen."""
+    """Environment variables for the parts; with `cpu`, GPUs are hidden."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     return {**os.environ, **hidden}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="which, by the names that it prints (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run, by the printed names (default: all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: %(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--again", action="store_true", help="forget what the file has of these parts")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all together (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to check that everything runs")
+    parser.add_argument("--again", action="store_true", help="discard the file's results for these parts")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together (default: %(default)s)")
     parser.add_argument("--output", type=Path, help=f"(default: {PAGE.name} in results, tiny in the temporary folder)")
     options = parser.parse_args()
     os.environ.update(environment(options.device))
-    from benchmarks import gpu_parts  # PyTorch sees the GPU, or none, by what was just set
+    from benchmarks import gpu_parts  # PyTorch sees a GPU or none depending on the environment just set
 
     page = options.output or (TINY_PAGE if options.tiny else PAGE)
     parts, results = gpu_parts.parts(options.tiny), Results(page.with_suffix(".jsonl"))

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` measures: `python -m benchmarks.gpu_parts forward-25 FILE` adds to a file what it lacks of a part."""
+"""What `benchmarks.gpu` measures: `python -m benchmarks.gpu_parts forward-25 FILE` adds a part's missing results to a file."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ PEERS = ["ours", *dit.COMFYUI, "diffusers"]
 LIMITS_GIB = (5, 3)
 MEMBERS = {f"one of {count}": count for count in (1, 2, 4, 8)}
 SHARES = (
-    "Members share the tokens outside attention and the heads inside it. Each exchange of one for the other is a copy on this "
-    "card instead, so this is what is left to gain before communication. Each member has whole latent frames, of 28 for 8 "
-    "members 4, and text of its own."
+    "Members share the tokens outside attention and the heads inside it. Each exchange between the two is only a copy on this "
+    "card here, so this is the most that can be gained before communication. Each member has whole latent frames, of 28 for 8 "
+    "members 4, and its own text."
 )
 
 
 def parts(tiny: bool) -> dict[str, Part]:
-    """By name, in the order of importance; their seconds leave half a minute of ten for the rest."""
+    """Parts by name, most important first; their seconds leave half a minute of the ten for overhead."""
     forwards = {frames: new_case(frames, tiny) for frames in (25, 85, 163)}
     seconds = {25: 56, 85: 60, 163: 94}
     return {
@@ -60,7 +60,7 @@ def parts(tiny: bool) -> dict[str, Part]:
 
 
 def new_case(frames: int, tiny: bool, **more: bool) -> dict:
-    """A case of `benchmarks.dit` at 848x480 and full depth; or one block and a few tokens, in what every CPU multiplies."""
+    """A case of `benchmarks.dit` at 848x480 and full depth; if `tiny`, one block and a few tokens in a dtype for any CPU."""
     (latent,) = dit.on_gpu([frames])
     if tiny:
         return dit.new_case((latent[0] // 3, 4, 4), dtype="float32", depth=1, **more)
@@ -99,7 +99,7 @@ def shares(tiny: bool) -> Part:
 
 
 def member(case: dict, members: int) -> Timed:
-    """A step of one of several members: its share of the tokens, with an exchange that goes nowhere."""
+    """A step of one of several members: its share of the tokens, with a dummy exchange."""
     dtype, (frames, *size) = getattr(torch, case["dtype"]), case["latent"]
     case = {**case, "latent": (-(-frames // members), *size)}
     model, (latents, conditions) = our_dit(AsymmDiTConfig(depth=case["depth"]), dtype), dit.inputs(case)
@@ -120,7 +120,7 @@ def null_exchange(attend: Attention, members: int) -> Attention:
 
 
 def loaded(case: dict, loader: Callable[[dict], Callable[[], object]]) -> Callable[[], object]:
-    """The call of a contender of `benchmarks.load`; the file is made by the first one, and goes with the part's folder."""
+    """The call of a contender of `benchmarks.load`; the first one makes the file, which is deleted with the part's folder."""
     path = Path(tempfile.gettempdir()) / "released.safetensors"
     if not path.exists():
         written = load.write_original(path.parent, "unfinished", AsymmDiTConfig(depth=case["depth"]))
@@ -152,7 +152,7 @@ def run_tests() -> dict:
 
 
 def measure(part: Part, results: Results, about: dict) -> None:
-    """Measure what the file lacks of a part; what is at work when the process is ended stays there as stopped."""
+    """Measure a part's missing results; a unit running when the process is killed stays recorded as stopped."""
     for unit in results.missing(part):
         results.add(unit, {"failure": STOPPED}, about)
         results.add(unit, run(unit), about)
@@ -165,7 +165,7 @@ def run(unit: Unit) -> dict:
 
 
 def about(device: str) -> dict[str, str]:
-    """The commit, and card, driver and versions in one line."""
+    """The commit; and card, driver and versions in one line."""
     if device == "cuda" and DEVICE != "cuda":
         raise SystemExit("There is no GPU here; --device cpu --tiny shows that every part runs.")
     found = attempt(driver)

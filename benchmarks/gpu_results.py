@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` has measured: one line of JSON for each contender and case, and the page that is made of them."""
+"""Results of `benchmarks.gpu`: a file with one line of JSON per contender and case, and the page made from it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from benchmarks.measure import OUT_OF_MEMORY, Column, Measurement, markdown, tab
 STOPPED = "stopped before it was done"
 COMMIT: Column = ("commit", lambda _case, m, _ours: m.runs[-1].get("commit", ""))
 NOTE = (
-    "What has failed, other than for want of memory, and what is missing is measured by the next call. `ours` is a step inside "
-    "a prepared run, random weights of the released sizes, bf16, 848x480, where nothing else is said. Each line of the file "
-    "beside this page is one result, with commit, versions, device and time."
+    "Anything missing, or failed other than by running out of memory, is measured by the next call. Unless stated otherwise, "
+    "`ours` is a step inside a prepared run, with random weights of the released sizes, in bf16, at 848x480. Each line of the "
+    "file next to this page is one result, with commit, versions, device and time."
 )
 
 
@@ -39,9 +39,9 @@ class Part:
 
     title: str
     seconds: float
-    """That it may take in a call of ten minutes."""
+    """Time limit within a call of ten minutes."""
     cases: Sequence[tuple[str, dict, Sequence[str]]]
-    """Name, case, and contenders, the first of which is ours."""
+    """Name, case and contenders; the first contender is ours."""
     columns: Sequence[Column] = ()
     module: str = "benchmarks.dit"
     calls: int = 3
@@ -55,20 +55,20 @@ class Part:
 
 
 class Results:
-    """The file, to which every process adds lines; of two results of one unit the later one counts."""
+    """The file that every process appends to; if a unit has several results, the last one counts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def add(self, unit: Unit, run: dict, about: dict) -> None:
-        """`about` is commit and machine, as `gpu_parts.about` gives them."""
+        """`about` is the commit and the machine, as from `gpu_parts.about`."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         line = {"unit": unit.key, "run": run, **about, "time": now}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def read(self) -> dict[str, dict]:
-        """Lines by the key of their unit; one that was cut off counts as none."""
+        """Lines by their unit's key; truncated lines are ignored."""
         found = {}
         for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:
@@ -84,17 +84,17 @@ class Results:
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def missing(self, part: Part) -> list[Unit]:
-        """What of a part is still to be measured; what was tried in vain comes last, so that it stops nothing else."""
+        """Units of a part still to be measured; failed ones come last, so that they block nothing else."""
         found = self.read()
         units = [unit for unit in part.units() if unit.key not in found or not is_result(found[unit.key]["run"])]
         return sorted(units, key=lambda unit: unit.key in found)
 
     def check(self, machine: str) -> None:
-        """Raises ValueError if the file has results of another machine, or with other versions."""
+        """Raises ValueError if the file has results from another machine or other versions."""
         others = {line["machine"] for line in self.read().values()} - {machine}
         if others:
             raise ValueError(
-                f"{self.path} has results of another machine or other versions ({others.pop()}); use another --output, or "
+                f"{self.path} has results from another machine or other versions ({others.pop()}); use another --output, or "
                 "remove it."
             )
 
@@ -114,7 +114,7 @@ def write_page(parts: dict[str, Part], machine: str, results: Results) -> str:
 
 
 def section(part: Part, found: dict[str, dict]) -> list[str]:
-    """The table of a part, and under it what its contenders have said, if they say something."""
+    """The table of a part, followed by its contenders' output, if any."""
     measured = [
         {contender: Measurement([run_of(found.get(part.unit(case, contender).key))]) for contender in contenders}
         for _, case, contenders in part.cases

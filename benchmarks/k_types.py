@@ -1,6 +1,6 @@
-"""Plain quantisers for two of GGML's K types, which the gguf package can read but not write.
+"""Plain quantisers for two of GGML's K types, which the gguf package reads but does not write.
 
-Scales come from the extremes of each group, without the search for better ones that llama.cpp makes.
+Scales come from the extremes of each group; llama.cpp searches for better ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TINY = 1e-7
 
 
 def quantize_q6_k(weight: Tensor) -> Tensor:
-    """(rows, columns) to (rows, bytes) uint8: 16 groups of 16 weights, each with a signed scale of 8 bits."""
+    """(rows, columns) to (rows, bytes) uint8: 16 groups of 16 weights, each with a signed 8-bit scale."""
     groups = weight.float().reshape(-1, 16, 16)
     scale = groups.abs().amax(2) / 31
     step, multiples = _in_steps(scale, 127)
@@ -28,7 +28,7 @@ def quantize_q6_k(weight: Tensor) -> Tensor:
 
 
 def quantize_q4_k(weight: Tensor) -> Tensor:
-    """(rows, columns) to (rows, bytes) uint8: 8 groups of 32 weights, each with a scale and a minimum of 6 bits."""
+    """(rows, columns) to (rows, bytes) uint8: 8 groups of 32 weights, each with a 6-bit scale and a 6-bit minimum."""
     groups = weight.float().reshape(-1, 8, 32)
     low = groups.amin(2).clamp(max=0)
     (step, scales), (low_step, lows) = _in_steps((groups.amax(2) - low) / 15, 63), _in_steps(-low, 63)
@@ -37,14 +37,14 @@ def quantize_q4_k(weight: Tensor) -> Tensor:
     pairs = values.reshape(-1, 4, 2, 32)
     nibbles = pairs[:, :, 0] | pairs[:, :, 1] << 4
     scales, lows = scales.to(torch.uint8), lows.to(torch.uint8)
-    # The last four of both are split: four bits in bytes of their own, two on top of the first four.
+    # The last four scales and minimums are split: four bits in bytes of their own, two in the top bits of the first four.
     first = torch.cat((scales[:, :4] | scales[:, 4:] >> 4 << 6, lows[:, :4] | lows[:, 4:] >> 4 << 6), 1)
     last = scales[:, 4:] & 15 | (lows[:, 4:] & 15) << 4
     return _packed(weight, _half_bytes(step), _half_bytes(low_step), first, last, nibbles.flatten(1))
 
 
 def _in_steps(scale: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """(N, groups) as whole multiples, from 1 to `largest`, of one float16 step per block."""
+    """`scale` (N, groups) as integer multiples, 1 to `largest`, of one float16 step per block."""
     step = (scale.amax(1) / largest).clamp(min=TINY).half().float()
     return step, (scale / step[:, None]).round().clamp(1, largest)
 

@@ -1,8 +1,8 @@
-"""Time and memory of loading a transformer in bf16, ours beside diffusers, ComfyUI's own loader and its class.
+"""Time and memory of loading a transformer in bf16, ours next to diffusers, ComfyUI's own loader and its class.
 
-ComfyUI's class knows the released width only, and diffusers' loader of single files 48 blocks only; so one model is wide and
-the other one is deep. ComfyUI's loader takes 48 blocks for granted, too, and is told the depth here. On a GPU the released
-size comes first; the files are made in the folder for temporary files, where it needs 26 GB then.
+ComfyUI's class supports only the released width, and diffusers' single-file loader only 48 blocks; so one model is wide and the
+other deep. ComfyUI's loader assumes 48 blocks too, and is told the depth here. On a GPU, the released size comes first; the files
+are made in the temporary folder, which then needs 26 GB.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ DEEP = AsymmDiTConfig(
     hidden_size_x=768, hidden_size_y=384, num_heads=6, text_width=1024, mlp_size_x=2048, mlp_size_y=1024
 )
 NOTE = (
-    "From a file in the page cache to a model of which every weight is on the device and was read once; median over two "
+    "From a file in the page cache to a model with every weight on the device and read once; median over two "
     "processes of one thread each. `wide` is 4 blocks of the released width (1.8 GB), `deep` 48 blocks of a quarter of it "
-    "(1.3 GB). Peak memory is resident main memory, mapped pages of the file included, which the system can drop. Ours "
+    "(1.3 GB). Peak memory is resident main memory, including mapped pages of the file, which the system can drop. Ours "
     "compares every name and shape and looks for NaN; it maps the original layout and merges the diffusers layout tensor by "
     "tensor."
 )
@@ -58,7 +58,7 @@ def from_single_file(case: dict):
 
 
 def comfyui(case: dict):
-    """The steps that count: map the file, build the class, copy the weights."""
+    """Only the essential steps: map the file, build the class, copy the weights."""
     one_thread()
     use_comfyui()
     import comfy.utils
@@ -72,7 +72,7 @@ def comfyui(case: dict):
 
 
 def comfyui_loader(case: dict):
-    """All of it: detection, model and patcher, too."""
+    """The whole loader, including detection, model and patcher."""
     one_thread()
     use_comfyui()
     import comfy.model_detection
@@ -91,7 +91,7 @@ def comfyui_loader(case: dict):
 
 
 def one_thread() -> None:
-    """Loading moves memory; more threads add little but noise."""
+    """Loading moves memory; more threads mostly add noise."""
     torch.set_num_threads(1)
 
 
@@ -118,14 +118,14 @@ def write_original(folder: Path, name: str, config: AsymmDiTConfig) -> str:
 
 
 def write_converted(original: str) -> str:
-    """The same model in a folder of diffusers."""
+    """Write the same model as a diffusers folder."""
     folder = Path(original).with_suffix("")
     write_conversion(plan_conversion([Path(original)], "diffusers", "keep"), folder)
     return str(folder)
 
 
 def measure_all(folder: Path, calls: int) -> list[str]:
-    """A table: ours first, then the peers that know the layout."""
+    """A table: ours first, then the peers that support the layout."""
     wide, deep = write_original(folder, "wide", WIDE), write_original(folder, "deep", DEEP)
     wide_folder, deep_folder = write_converted(wide), write_converted(deep)
     native = ("ComfyUI's class", "ComfyUI's loader")
@@ -145,7 +145,7 @@ def measure_all(folder: Path, calls: int) -> list[str]:
 
 
 def megabytes(path: str) -> float:
-    """MiB of a file, or of the files of a folder."""
+    """MiB of a file, or of all files in a folder."""
     files = [Path(path)] if Path(path).is_file() else Path(path).iterdir()
     return sum(file.stat().st_size for file in files) / MIB
 

@@ -1,8 +1,8 @@
-"""Run each contender in a process of its own, turn about, and tabulate.
+"""Run each contender in its own process, taking turns, and tabulate the results.
 
-A contender is a function `(case) -> callable`: it builds a model and its inputs, and returns what is to be timed. Every
-process reports the seconds of several calls and the peak memory above what was held before the first of them. One that runs
-out of memory, or is refused, is a row that says so.
+A contender is a function `(case) -> callable`: it builds a model and its inputs, and returns the call to be timed. Every process
+reports the seconds of several calls, and the peak memory above what was held before the first. One that runs out of memory, or is
+refused, gets a row that says so.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass
 class Timed:
-    """A call, and the model whose weights are counted."""
+    """A call, and the model whose weights are measured."""
 
     model: nn.Module
     call: Callable[[], object]
     warm_up: Callable[[], object] | None = None
-    """A shorter call before the first one, for what is built once, such as kernels."""
+    """A shorter call before the first one, to build things once, such as kernels."""
 
     def __call__(self) -> object:
         return self.call()
@@ -48,7 +48,7 @@ class Timed:
 
 @dataclass
 class Measurement:
-    """What the processes of one contender say of one case."""
+    """The reports of one contender's processes on one case."""
 
     runs: list[dict] = field(default_factory=list)
 
@@ -58,7 +58,7 @@ class Measurement:
 
     @property
     def seconds(self) -> list[float]:
-        """Infinite if it failed."""
+        """Seconds of all calls; infinite if one failed."""
         return [math.inf] if self.failure else [second for run in self.runs for second in run["seconds"]]
 
     @property
@@ -66,12 +66,12 @@ class Measurement:
         return statistics.median(self.seconds)
 
     def largest(self, figure: str) -> float:
-        """The largest of one of the figures that `measure` gives; infinite if it failed."""
+        """The largest value of one of `measure`'s figures; infinite if a run failed."""
         return math.inf if self.failure else max(run[figure] for run in self.runs)
 
 
 Column = tuple[str, Callable[[dict, Measurement, Measurement], str]]
-"""A title, and the cell for a case, what was measured and what was measured of ours."""
+"""A title, and a function (case, measurement, our measurement) -> cell."""
 MEDIAN: Column = ("median s", lambda _case, m, _ours: f"{m.median:.3f}")
 FASTEST: Column = ("fastest s", lambda _case, m, _ours: f"{min(m.seconds):.3f}")
 RATIO: Column = ("time / ours", lambda _case, m, ours: "" if ours.failure else f"{m.median / ours.median:.2f}")
@@ -84,9 +84,9 @@ def peak(above: str, figure: str = "peak_mib") -> Column:
 def compare(
     module: str, contenders: list[str], cases: list[dict], calls: int, rounds: int = ROUNDS, **environment: str
 ) -> list[dict[str, Measurement]]:
-    """Measure every contender on every case; contenders take turns so that a slow minute hits all of them.
+    """Measure every contender on every case; contenders take turns, so that a slow minute affects all of them.
 
-    `environment` holds variables that the processes are to see.
+    `environment` holds extra variables for the processes.
     """
     results = [{name: Measurement() for name in contenders} for _ in cases]
     for _ in range(rounds):
@@ -100,13 +100,13 @@ def compare(
 
 
 def in_process(module: str, contender: str, case: dict, calls: int, **environment: str) -> dict:
-    """`attempt` in a process of its own, which sees the variables of `environment`, too."""
-    # Not with -m: contenders import this module, and would get a second one.
+    """`attempt` in its own process, with the extra variables `environment`."""
+    # Not with -m: contenders import this module, and would get a second copy.
     program = "from benchmarks.measure import main; main()"
     command = [sys.executable, "-c", program, module, contender, json.dumps(case), str(calls)]
     variables = {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
-    if done.returncode:  # what Python cannot report itself, such as a kill for want of memory
+    if done.returncode:  # what Python cannot report itself, such as being killed for lack of memory
         return {"failure": f"ended with {done.returncode}: {done.stderr[-FAILURE_LENGTH:].strip()}"}
     run = json.loads(done.stdout.splitlines()[-1])
     if "failure" in run:
@@ -115,7 +115,7 @@ def in_process(module: str, contender: str, case: dict, calls: int, **environmen
 
 
 def attempt(build: Callable[[dict], Callable[[], object]], case: dict, calls: int) -> dict:
-    """`measure`, or why that was not possible."""
+    """`measure`'s result, or why it failed."""
     try:
         return measure(build, case, calls)
     except torch.OutOfMemoryError:
@@ -128,11 +128,11 @@ def attempt(build: Callable[[dict], Callable[[], object]], case: dict, calls: in
 
 @torch.inference_mode()
 def measure(build: Callable[[dict], Callable[[], object]], case: dict, calls: int) -> dict:
-    """Seconds per call after a first one, or of that one if `calls` is 0, and what memory that one took.
+    """Seconds per call after a first one, or of the first if `calls` is 0, and the memory that the first took.
 
-    weights_mib is what there is of a `Timed` model on the device between calls. peak_mib is above what was held before the
-    first call, of the device's memory; host_mib the same of the process; device_mib all that was held at the peak. On a CPU
-    all three are of the process. A case with a tflop comes with the rate of a matrix product in its dtype, in FLOP/s.
+    weights_mib counts the weights of a `Timed` model that are on the device between calls. peak_mib is the device's memory above
+    what was held before the first call; host_mib the same for the process; device_mib the total held at the peak. On a CPU, all
+    three are the process's. If a case has a tflop, the rate of a matrix product in its dtype is added, in FLOP/s.
     """
     call = build(case)
     if isinstance(call, Timed) and call.warm_up is not None:
@@ -158,7 +158,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product."""
+    """FLOP/s of a large square matrix product."""
     size, device = (8192, "cuda") if torch.cuda.is_available() else (2048, "cpu")
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     torch.matmul(a, b)
@@ -179,8 +179,8 @@ def _synchronize() -> None:
 
 
 def _reset_peaks() -> tuple[int, int]:
-    """Forget earlier peaks; returns what is held now, as `_peaks` does."""
-    _synchronize()  # also so that what CUDA itself takes is there
+    """Reset the peaks; returns what is held now, like `_peaks`."""
+    _synchronize()  # also so that CUDA's own memory is allocated
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     clear = Path("/proc/self/clear_refs")
@@ -190,7 +190,7 @@ def _reset_peaks() -> tuple[int, int]:
 
 
 def _peaks() -> tuple[int, int]:
-    """Bytes, of the device's memory and of the process; on a CPU they are the same."""
+    """Peak bytes of the device's memory and of the process; on a CPU they are the same."""
     host = _host_peak()
     return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else host), host
 
@@ -206,7 +206,7 @@ def _host_peak() -> int:
 def table(
     describe: Callable[[dict], str], cases: list[dict], results: list[dict[str, Measurement]], columns: Sequence[Column]
 ) -> list[str]:
-    """One row for each case and contender, the first of which is ours."""
+    """One row for each case and contender; the first contender is ours."""
     rows = []
     for case, measured in zip(cases, results, strict=True):
         ours = next(iter(measured.values()))
@@ -219,12 +219,12 @@ def table(
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table."""
+    """Lines of a Markdown table."""
     return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def page(title: str, note: str, *lines: str) -> str:
-    """A report in markdown, with the hardware and the versions."""
+    """A report in Markdown, with hardware and versions."""
     return "\n".join([f"# {title}", "", environment(), "", note, "", *lines]) + "\n"
 
 
@@ -245,12 +245,12 @@ def comfyui_version() -> str:
 
 
 def write_report(name: str, page: str) -> None:
-    """Print the page and keep it beside the script, one file per kind of device."""
+    """Print the page and save it in `results`, one file per kind of device."""
     keep(f"{name}_{'gpu' if torch.cuda.is_available() else 'cpu'}", page)
 
 
 def keep(name: str, page: str) -> None:
-    """Print the page and keep it beside the script."""
+    """Print the page and save it in `results`."""
     path = Path(__file__).parent / "results" / f"{name}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(page)

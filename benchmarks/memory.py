@@ -1,7 +1,7 @@
-"""Working memory of one forward of the denoiser at real sizes, ours beside ComfyUI's own class and diffusers.
+"""Working memory of one forward of the denoiser at real sizes, ours next to ComfyUI's own class and diffusers.
 
-Attention takes hours at these sizes on a CPU and gives nothing to see here: it is replaced by an empty result, for all alike.
-What it would hold beside its result, a float32 for each token and head, is 4 MiB for 163 frames.
+At these sizes attention takes hours on a CPU, and would show nothing here: it is replaced by an empty result for all. The memory
+that it would hold besides its result, a float32 for each token and head, is 4 MiB for 163 frames.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from benchmarks.measure import Timed, compare, markdown, page, write_report
 
 CASES = [dit.new_case((t, 60, 106)) for t in (5, 15, 28)]
 NOTE = (
-    f"Released width, {CASES[0]['depth']} blocks (more hold no more: blocks follow one another), bf16, 480 x 848. Peak of a "
-    f"forward above the weights, prepared conditioning and inputs; {dit.TEXT_TOKENS} text tokens. Attention is replaced by an "
-    "empty result, for all alike: on a CPU it would take hours. `guided pair` is the conditional forward and that of an empty "
+    f"Released width, {CASES[0]['depth']} blocks (more would not hold more: blocks run one after another), bf16, 480 x 848. Peak "
+    f"of a forward above the weights, prepared conditioning and inputs; {dit.TEXT_TOKENS} text tokens. Attention is replaced by "
+    "an empty result for all: on a CPU it would take hours. `guided pair` is the conditional forward and that of an empty "
     "prompt in one pass over the blocks, which the peers do not have."
 )
 
@@ -28,7 +28,7 @@ NOTE = (
 def without_attention(build: Callable[[dict], Timed], guided: bool = False) -> Callable[[dict], Timed]:
     def contender(case: dict) -> Timed:
         timed = build({**case, "guided": guided})
-        # In the layout of PyTorch's flash attention, that of q.
+        # In the layout of PyTorch's flash attention: the same as q's.
         F.scaled_dot_product_attention = lambda q, *_, **__: torch.empty_like(q)
         return timed
 

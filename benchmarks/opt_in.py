@@ -1,4 +1,4 @@
-"""What every option that changes the result saves, and how far the video is then from the exact one.
+"""What every option that changes the result saves, and how far its video is from the exact one.
 
 The trained tiny model, 25 frames of 64 x 64, 64 steps, guidance 4.5; the same noise and prompts throughout.
 """
@@ -37,7 +37,7 @@ from mochi_core.sampling.sample import EncodedPrompts
 TINY = Path(__file__).parents[1] / "models"
 ROUNDS = 3
 FAST = {"sigmas": linear_quadratic_schedule(8, threshold_noise=0.1, linear_steps=6), "scale": 1.5}
-"""What FastMochi was trained for."""
+"""The settings that FastMochi was trained for."""
 STEPS, SCALE, SHAPE = 64, 4.5, VideoSize(64, 64, 25).latent_shape()
 SIGMAS = linear_quadratic_schedule(STEPS)
 PROMPTS = (
@@ -61,20 +61,20 @@ WAYS: dict[str, dict[str, Any]] = {
 NOTE = (
     f"Means over {len(PROMPTS)} prompts; {STEPS} steps, guidance {SCALE}, 25 frames of 64 x 64, float32. Errors are relative "
     "(root of the summed squares) to the exact run on the same noise: of the final latents, and of the decoded pixels in "
-    "[-1, 1]. Blocks left out are those of all blocks that the exact run calls. Time is that of the denoising alone, the "
-    f"fastest of {ROUNDS} rounds, in each of which all take turns.\n\n"
+    "[-1, 1]. Blocks skipped are a share of all blocks that the exact run calls. Time is that of the denoising alone, the "
+    f"fastest of {ROUNDS} rounds, in each of which all contenders take turns.\n\n"
     "**This is a model of 6 narrow blocks that draws coloured shapes. It shows that the criteria work and what they cost "
     "there; it says little about the released model**, which has 48 blocks, has not been run here, and for which TeaCache's "
-    "polynomial was fitted: its authors give 1.5 times the speed at 0.06, and 2.1 at 0.09. Whether the result is good enough "
-    "there has to be looked at. Matrices in fewer bits save memory; so small ones cost time, because they are dequantized for "
-    "every product. The 8 steps are with the same weights, which were not trained for them as FastMochi's were."
+    "polynomial was fitted: its authors give 1.5 times the speed at 0.06, and 2.1 at 0.09. Whether its results are good "
+    "enough has yet to be seen. Matrices in fewer bits save memory; ones this small cost time, because they are dequantized "
+    "for every product. The 8 steps are with the same weights, which were not trained for them as FastMochi's were."
 )
 
 
 @dataclass
 class Setup:
     dits: dict[str | None, AsymmDiT]
-    """By the form of their matrices."""
+    """By the quantisation of their matrices."""
     vae: AsymmVAE
     prompts: list[EncodedPrompts]
     uncond: EncodedPrompts
@@ -82,7 +82,7 @@ class Setup:
 
 @dataclass
 class Outcome:
-    """What one way to sample gave for all prompts."""
+    """The results of one way of sampling for all prompts."""
 
     latents: list[Tensor]
     seconds: float
@@ -132,7 +132,7 @@ def error(results: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def row(name: str, rounds: list[Outcome], exact: list[Outcome], pixels: float) -> tuple[str, ...]:
-    """`pixels` is their error."""
+    """`pixels` is the error of the pixels."""
     one, reference = rounds[0], exact[0]
     return (
         name,
@@ -149,11 +149,11 @@ def fastest(rounds: list[Outcome]) -> float:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    torch.set_num_threads(1)  # at this size more of them only wait for each other
+    torch.set_num_threads(1)  # at this size, more threads only wait for each other
     setup = prepare()
     rounds = [{name: run(setup, **options) for name, options in WAYS.items()} for _ in range(ROUNDS)]
     outcomes = {name: [one[name] for one in rounds] for name in WAYS}
-    head = ("", "blocks left out", "time / exact", "error of latents", "error of pixels")
+    head = ("", "blocks skipped", "time / exact", "error of latents", "error of pixels")
     videos = {name: decoded(setup, one[0]) for name, one in outcomes.items()}
     errors = {name: error(video, videos["exact"]) for name, video in videos.items()}
     rows = [row(name, found, outcomes["exact"], errors[name]) for name, found in outcomes.items()]

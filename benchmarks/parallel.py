@@ -1,7 +1,7 @@
-"""What one of several GPUs does for a forward: its share, without the others, who would send what this one makes up.
+"""One GPU's share of a forward on several GPUs, computed without the others; what they would send is made up.
 
-Kernels, bytes sent and peak of live memory are counted on a simulated GPU, at the released sizes and 848 x 480. Where there is a
-GPU, the share is timed on it, too: a forward of several GPUs takes that and the time of the bytes over their link. Takes minutes.
+Kernels, bytes sent and peak live memory are counted on a simulated GPU, at the released sizes and 848 x 480. If there is a GPU,
+the share is also timed: a forward on several GPUs takes that time plus the transfer of the bytes. Takes minutes.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ CALLS = 5
 
 NOTE = (
     "The share of one member of a Ulysses group in a forward under one condition, with an exchange that sends nothing and "
-    "receives memory that nobody has written. bf16, released sizes, 848 x 480, "
+    "receives uninitialised memory. bf16, released sizes, 848 x 480, "
     f"{CONFIG.depth} blocks, {TEXT_TOKENS} text tokens. "
-    "**Kernels, bytes and the peak are counted, not measured** (on fake CUDA tensors, attention left out); seconds, where there "
-    "are any, were measured on the GPU of this machine. What several GPUs would take is not here: no pair has been timed."
+    "**Kernels, bytes and the peak are counted, not measured** (on fake CUDA tensors, attention left out); seconds, if any, "
+    "were measured on the GPU of this machine. How long several GPUs would take is not here: no pair has been timed."
 )
 
 
 class Absent(Group):
-    """The other members are not there."""
+    """A group whose other members do not exist."""
 
     def _start(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> Wait:
         received = [parts[0].new_empty(tuple(shape)) for shape in shapes]
@@ -48,7 +48,7 @@ class Absent(Group):
 
 
 def share(frames: int, members: int, attend: Attention) -> tuple[Callable[[], object], Group]:
-    """A forward of the first of so many members, and its group."""
+    """A forward of the first of `members` members, and its group."""
     dit, group = AsymmDiT(CONFIG, device="cuda", dtype=DTYPE), Absent(0, members)
     x = torch.empty(1, 12, (frames + 5) // 6, 60, 106, device="cuda", dtype=DTYPE)
     text = text_of_lengths(dit, TEXT_TOKENS)
@@ -67,7 +67,7 @@ def counts(frames: int, members: int) -> tuple[str, ...]:
 
 @torch.no_grad()
 def seconds(frames: int, members: int) -> str:
-    """Median of several calls on the GPU of this machine."""
+    """Median of several calls on this machine's GPU; "" if there is none."""
     if not torch.cuda.is_available():
         return ""
     attend = choose_attention("auto", "cuda", DTYPE, CONFIG.head_dim).run

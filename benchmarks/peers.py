@@ -1,4 +1,4 @@
-"""Ours, and the models that it is measured against, all with random weights of the released sizes."""
+"""Our models and the peers that they are compared with, all with random weights of the released sizes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def use_pack() -> None:
 
 @torch.no_grad()
 def fill(module: nn.Module) -> nn.Module:
-    """Random weights that keep activations in range."""
+    """Fill in random weights that keep activations in range."""
     for parameter in module.parameters():
         parameter.uniform_(*_range(parameter))
     return module.requires_grad_(False).eval()
@@ -53,7 +53,7 @@ def _range(parameter: Tensor) -> tuple[float, float]:
 
 
 def our_dit(config: AsymmDiTConfig, dtype: torch.dtype, quantize: str | None = None, home: str = DEVICE) -> AsymmDiT:
-    """Ours with its weights at `home`, where never more than one of them is in another form."""
+    """Our denoiser with its weights on `home`; at most one weight at a time exists unconverted."""
     model = AsymmDiT(config, device="meta", dtype=dtype)
 
     def stored(like: Tensor) -> LazyTensor:
@@ -105,7 +105,7 @@ def diffusers_vae(dtype: torch.dtype, device: str = DEVICE) -> nn.Module:
 
 
 def built(model: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> nn.Module:
-    """With random weights, and never in another dtype or on another device."""
+    """The model with random weights, created directly in `dtype` on `device`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,4 +1,4 @@
-"""What a moving preview costs, alone and as a share of the step that it is made after, for 480 x 848."""
+"""What an animated preview costs, alone and as a share of the step before it, for 480 x 848."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mochi_core import AsymmDiTConfig
 LATENTS, CALLS, BLOCKS = (5, 15, 28), 9, 48
 CONTENTS = ("noise", "smooth")
 FROM_ONE = (
-    f"The step is {BLOCKS} times what one block took for 25 frames, and for more frames as much longer as it has more to "
-    "compute: attention, of which the share grows, is slower than that, so longer steps are at least so long. "
+    f"The step is {BLOCKS} times what one block took for 25 frames, scaled by FLOPs for more frames: attention, whose share "
+    "grows, is slower than that, so longer steps take at least this long. "
 )
 
 
 def latents(count: int, content: str) -> Tensor:
-    """Noise is the hardest to compress; smooth is noise on a grid of every eighth place, frame to frame the same."""
+    """Noise is the hardest to compress; smooth is noise on an 8 times coarser grid, the same in every frame."""
     generator = torch.Generator().manual_seed(0)
     if content == "noise":
         return torch.randn(1, 12, count, 60, 106, generator=generator).to(DEVICE)
@@ -46,7 +46,7 @@ def median_seconds(call: Callable[[], Any]) -> float:
 
 
 def step_seconds() -> dict[int, float]:
-    """Seconds of a guided step, by latent frames; on a CPU from one block and the shortest video."""
+    """Seconds of a guided step by latent frames; on a CPU, extrapolated from one block and the shortest video."""
     if GPU:
         return {t: measure(ours, new_case((t, 60, 106), guided=True), calls=1)["seconds"][0] for t in LATENTS}
     shortest, config = (LATENTS[0], 60, 106), AsymmDiTConfig()
@@ -59,7 +59,7 @@ def step_seconds() -> dict[int, float]:
 
 
 def cost(count: int, content: str) -> tuple[float, float, int]:
-    """Seconds for the colours and for the file, and its bytes."""
+    """Seconds for the colours and for the file, and the file's bytes."""
     from pack.nodes.bridge.preview import AnimatedPreview, MochiLatents, latents_to_rgb
 
     denoised, latent_format = latents(count, content), MochiLatents()
@@ -82,13 +82,13 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     use_pack()
     steps = step_seconds()
-    torch.set_num_threads(1)  # so little work only waits for more of them
+    torch.set_num_threads(1)  # more threads would only wait for each other
     rows = [row(count, content, steps[count]) for count in LATENTS for content in CONTENTS]
     note = (
         "A preview is one frame for every latent frame, 106 x 60, in an animated WebP file. Its cost is a linear fit of colours "
         "and the file; noise is the hardest to compress, as in the first steps. A step is guided, at the released size in "
         f"bf16. {'' if GPU else FROM_ONE}The pack makes a preview after a step unless the files of all earlier ones took more "
-        "than a hundredth of the time: then it is made once in so many steps."
+        "than 1 % of the time: otherwise it is made only once in several steps, as given in the last column."
     )
     head = ("video", "colours, ms", "file, ms", "kB", "step, s", "share of a step", "made once in steps")
     write_report("preview", page("Moving previews", note, *markdown(head, rows)))

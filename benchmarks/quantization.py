@@ -1,4 +1,4 @@
-"""What each quantised form of the denoiser costs in size, and what it does to one forward.
+"""Size of each quantised form of the denoiser, and its effect on one forward.
 
 Full width, depth 2, one latent frame on the 30 x 53 patch grid of 480 x 848 pixels, 77 text tokens, Gaussian weights.
 """
@@ -25,14 +25,14 @@ Quantize = Callable[[Tensor], QuantizedWeight]
 ROWWISE = "fp8 e4m3fn, scales per row and token, multiplied in fp8"
 TEXT_TOKENS, TOKENS = 77, 256
 NOTE = (
-    "Errors are those of the velocity, Gaussian weights (real ones have outliers, which one scale per layer or row feels more "
-    "than blocks do). Computing in bf16, as one would: relative to the model with bf16 matrices, and to the float32 model; "
-    "and, all in float32, what the quantisation does alone. Quantised are the matrices of the blocks; everything else is "
-    "bf16, and where products are in fp8, mod_x and mod_y, too. Results of such products are bfloat16 in all columns. Seconds "
+    "Errors are those of the velocity, with Gaussian weights (real ones have outliers, which hurt one scale per layer or row "
+    "more than blocks). First in bf16, as in practice: relative to the model with bf16 matrices, and to the float32 model; "
+    "then all in float32, the error of the quantisation alone. Only the matrices of the blocks are quantised; everything else "
+    "is bf16, and if products are in fp8, so are mod_x and mod_y. Results of such products are bfloat16 in all columns. Seconds "
     "are those of a second forward in bf16. Sizes are those of the released model, computed from its shapes; file and memory "
-    "are the same, because weights are dequantized only while a layer works. Q6_K and Q4_K are written by a plain quantiser of "
-    "the tests, where llama.cpp searches for better scales; the gguf package cannot write K types, so of the others only the "
-    "sizes are given."
+    "are the same, because weights are dequantized only while a layer works. Q6_K and Q4_K are written by the plain quantisers "
+    "in `benchmarks/k_types.py`, while llama.cpp searches for better scales; the gguf package cannot write K types, so only "
+    "the sizes of the others are given."
 )
 
 
@@ -83,7 +83,7 @@ def random_dit() -> AsymmDiT:
 
 
 def quantized(dit: AsymmDiT, quantize: Quantize | None, dtype: torch.dtype, chosen: Callable[[str], bool]) -> AsymmDiT:
-    """The same model with the chosen matrices quantised and everything else in `dtype`."""
+    """The same model with the chosen matrices quantised, and everything else in `dtype`."""
 
     def store(name: str, tensor: LazyTensor) -> LazyTensor:
         if quantize is None or not (is_block_matrix(name, tensor) and chosen(name)):
@@ -98,7 +98,7 @@ def quantized(dit: AsymmDiT, quantize: Quantize | None, dtype: torch.dtype, chos
 
 @torch.inference_mode()
 def forward(dit: nn.Module) -> Tensor:
-    """The velocity."""
+    """The velocity for fixed random inputs."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 12, 1, 60, 106, generator=generator).to(DEVICE)
     embeds = torch.randn(1, TOKENS, 4096, generator=generator).to(DEVICE)
@@ -121,7 +121,7 @@ def everything(_: str) -> bool:
 
 
 def taking_part(form: str) -> Callable[[str], bool]:
-    """What the form is for, of the matrices of the blocks."""
+    """Predicate for the block matrices that a form quantises."""
     return (lambda name: not is_modulation(name)) if form == ROWWISE else everything
 
 

@@ -1,4 +1,4 @@
-"""Random weights of any module, scaled so that signals neither vanish nor explode."""
+"""Random weights for any module, scaled so that signals neither vanish nor explode."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int) -> None:
-    """Norm weights around 1, small biases, everything else scaled to keep the variance."""
+    """Set norm weights to around 1, small biases, and everything else scaled to keep the variance."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=generator)

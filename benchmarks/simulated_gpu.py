@@ -1,10 +1,10 @@
-"""A GPU in simulation: what a call would start, move, hold and wait for on one, counted on any machine.
+"""A simulated GPU: counts, on any machine, what a call would start, move, hold and wait for on a GPU.
 
 PyTorch's fake tensors have a device, a shape and strides, but no memory: a forward of the released model takes seconds and
-computes nothing. They refuse operations on tensors of different devices, as a GPU would. What happens inside an operation
-(workspaces, several kernels for one call) and time cannot be seen.
+computes nothing. They refuse operations across devices, as a GPU would. What happens inside an operation (workspaces, several
+kernels for one call) and time are not visible.
 
-It lies here because benchmarks import no tests, while tests may import benchmarks.
+It is in this folder because benchmarks must not import tests, while tests may import benchmarks.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from mochi_core import AsymmDiT
 from mochi_core.transformer.conditioning import TextConditioning
 
 PRODUCTS = ("mm", "convolution", "linear")
-"""Parts of the names of operations that multiply matrices."""
+"""Substrings of the names of operations that multiply matrices."""
 NO_KERNEL = ("aten.empty", "aten.new_empty", "aten.detach", "prim.")
-"""Beginnings of the names of operations that start nothing on a device."""
+"""Name prefixes of operations that start nothing on a device."""
 OVERWRITING = ("aten.copy_.", "aten.fill_.", "aten.zero_.")
-"""Beginnings of the names of operations that do not read what they change."""
+"""Name prefixes of operations that do not read what they change."""
 COPIES = ("aten.copy_.", "aten._to_copy.")
-"""Beginnings of the names of operations that may copy from one device to another."""
+"""Name prefixes of operations that may copy between devices."""
 WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-"""Tags of operations that give the host a number or a shape which depends on what the device computed."""
+"""Tags of operations that give the host a number or a shape depending on what the device computed."""
 KERNELS = ("triton", "plain") if find_spec("mochi_core.kernels") else ("plain",)
-"""The ways in which ours can compute what stands between matrix products."""
+"""Our implementations of the operations between matrix products."""
 PROJECT = f"{Path(__file__).parents[1]}{os.sep}"
 ELSEWHERE = (__file__.removeprefix(PROJECT), ".")
-"""Beginnings of paths in the project that call no operation of a model: this file, and installed packages."""
+"""Path prefixes in the project that never call a model's operations: this file, and installed packages."""
 
 
 @contextmanager
 def simulated_gpu() -> Iterator[None]:
-    """Within it, tensors are fake, those on "cuda" too, and without gradients; real ones become fake when they are used."""
+    """Within it, tensors are fake, even on "cuda", and without gradients; real ones become fake on use."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         yield
 
 
 def using(kernels: str) -> AbstractContextManager:
-    """Have ours use one of `KERNELS`."""
+    """Make our models use one of `KERNELS`."""
     if KERNELS == ("plain",):
         return nullcontext()
     from mochi_core.kernels import using  # pyright: ignore[reportMissingImports]
@@ -64,25 +64,25 @@ def using(kernels: str) -> AbstractContextManager:
 
 
 class GpuCounter(TorchDispatchMode):
-    """Counts what is called while it is entered, within `simulated_gpu`.
+    """Counts the operations called while active, within `simulated_gpu`.
 
-    Every operation counts as one kernel, and each of its operands once; views and allocations count as nothing.
+    Every operation counts as one kernel, and each of its operands once; views and allocations are not counted.
     """
 
     def __init__(self, numbers: Iterable[float] = ()) -> None:
-        """`numbers` are what the host gets one after the other when it asks the device for one; without, that is an error."""
+        """`numbers` are returned in turn when the host reads a number from the device; running out is an error."""
         super().__init__()
         self._numbers = iter(numbers)
         self.starts = 0
-        """Kernels started, matrix products among them."""
+        """Kernels started, including matrix products."""
         self.moved: Counter[str] = Counter()
-        """Bytes read and written outside of matrix products, by operation."""
+        """Bytes read and written outside matrix products, by operation."""
         self.products: list[tuple[int, int]] = []
         """FLOPs and bytes of each matrix product or convolution."""
         self.waits: list[str] = []
-        """Operations for which the host waits until the device has done its work, and where they are called."""
+        """Operations for which the host waits for the device, and where they are called."""
         self.peak = 0
-        """Most bytes on the device at once, of what was made while counting."""
+        """Peak bytes on the device, of tensors made while counting."""
         self._live = 0
         self._storages: dict[int, weakref.ref] = {}
 
@@ -92,7 +92,7 @@ class GpuCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if str(func).startswith("prim."):  # questions about a tensor
+        if str(func).startswith("prim."):  # queries about a tensor
             return func(*args, **kwargs)
         given = _tensors((args, kwargs))
         if any(tensor.is_cuda for tensor in given) and WAITING & {*func.tags} and not _takes_indices(func, given):
@@ -150,28 +150,28 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _takes_indices(func: OpOverload, given: Sequence[Tensor]) -> bool:
-    """Whether it is `tensor[indices]`, whose shape the host knows, and not `tensor[mask]`."""
+    """Whether this is `tensor[indices]`, whose shape the host knows, and not `tensor[mask]`."""
     return func is torch.ops.aten.index.Tensor and all(index.dtype == torch.int64 for index in given[1:])
 
 
 def _crosses(given: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
-    """Whether a copy has something to bring from one kind of device to another."""
+    """Whether a copy moves any data between device types."""
     return len({tensor.device.type for tensor in (*given, *made)}) > 1 and given[-1].numel() > 0 and given[-1].ndim > 0
 
 
 def _queued(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a copy may go on while the host does; without `non_blocking` PyTorch waits, in both directions."""
+    """Whether a copy may overlap with the host; without `non_blocking`, PyTorch waits, in both directions."""
     return kwargs.get("non_blocking", False) or (len(args) > 2 and args[2])
 
 
 def _alike(source: Tensor, made: Tensor) -> bool:
-    """Whether two tensors lie in memory alike, in one piece each; else PyTorch goes through memory that is not pinned."""
-    dense = torch.empty_like(source, device="meta").stride()  # of one without gaps in the same order
+    """Whether both tensors are dense with the same strides; otherwise PyTorch copies through unpinned memory."""
+    dense = torch.empty_like(source, device="meta").stride()  # strides of a dense tensor in the same order
     return source.stride() == made.stride() == dense
 
 
 def _touched(tensor: Tensor) -> int:
-    """Bytes of a tensor, an expanded axis counted as one."""
+    """Bytes of a tensor, with expanded axes counted as 1."""
     axes = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(size for size, stride in axes if stride or not size) * tensor.element_size()
 
@@ -185,12 +185,12 @@ def _flops(name: str, args: Sequence[Any], out: Tensor) -> int:
 
 
 def no_attention(q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
-    """An empty result in the layout of q, as flash attention gives it: PyTorch would count a matrix of all pairs of tokens."""
+    """An empty result in the layout of q, as from flash attention: PyTorch would count a matrix of all token pairs."""
     return torch.empty_like(q)
 
 
 def text_of_lengths(dit: AsymmDiT, *lengths: int) -> TextConditioning:
-    """What `prepare_text` makes of prompts of so many tokens; it reads their mask, and fake tensors have no values."""
+    """The result of `prepare_text` for prompts of these lengths; it reads their mask, and fake tensors have no values."""
     weight = dit.t5_y_embedder.to_out.bias
     features = weight.new_empty(len(lengths), max(lengths), dit.config.text_width)
     mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)

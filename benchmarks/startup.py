@@ -1,6 +1,6 @@
-"""What the pack adds to ComfyUI's start: `COMFYUI_PATH=... python -m benchmarks.startup`.
+"""What the pack adds to ComfyUI's start-up time: `COMFYUI_PATH=... python -m benchmarks.startup`.
 
-Starts ComfyUI with the pack and with an empty pack in turn, in fresh processes, and writes results/startup_cpu.md.
+Starts ComfyUI with the pack and with an empty pack by turns, each in a fresh process, and writes results/startup_cpu.md.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def start(comfyui: Path, base: Path) -> tuple[float, float]:
-    """Seconds of the whole start, and of the pack's import as ComfyUI logs it."""
+    """Seconds of the whole start, and of the pack's import as logged by ComfyUI."""
     command = [
         sys.executable, str(comfyui / "main.py"), "--cpu", "--quick-test-for-ci", "--base-directory", str(base),
         "--database-url", "sqlite:///:memory:",

@@ -1,7 +1,7 @@
-"""What the denoiser and the decoder ask of a GPU, ours beside ComfyUI's own classes and diffusers, counted without a GPU.
+"""The load of denoiser and decoder on a GPU, ours next to ComfyUI's own classes and diffusers, counted without a GPU.
 
-Kernels started, bytes moved, peak of live memory, at the released sizes and 848 x 480; and from these the least time that a
-step can take on some cards, by their published rates. Takes minutes on any machine, and measures no time.
+Kernels started, bytes moved and peak live memory, at the released sizes and 848 x 480; and from these, the least time of a step
+on some cards, by their published rates. Takes minutes on any machine, and measures no time.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ CONFIG, DTYPE, TEXT_TOKENS = AsymmDiTConfig(), torch.bfloat16, 256
 FRAMES = (25, 85, 163)
 LIMITS = (3, 5, 24)
 LARGEST = 5
-"""Operations outside of matrix products that are listed, of those that move most."""
+"""Number of operations outside matrix products that are listed, those that move most."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """Published peak rates, dense and with sums in float32."""
+    """Published peak rates: dense, accumulating in float32."""
 
     name: str
     flops: float
-    """Rate of products in bf16, FLOP/s."""
+    """Peak rate of bf16 products, FLOP/s."""
     bandwidth: float
-    """Rate of its memory, bytes/s."""
+    """Memory bandwidth, bytes/s."""
 
 
 CARDS = (
@@ -46,28 +46,28 @@ CARDS = (
     Card("RTX 3090", 71e12, 936e9),
 )
 """Sources, all NVIDIA's: the datasheet of the H100 Tensor Core GPU, and appendix A of the whitepapers on the Ada and the Ampere
-GA102 GPU architecture."""
+GA102 GPU architectures."""
 
 NOTE = (
-    "**Counted, not measured**: the calls were made on fake CUDA tensors, which have sizes and no memory. bf16, released sizes, "
+    "**Counted, not measured**: the calls were made on fake CUDA tensors, which have sizes but no memory. bf16, released sizes, "
     f"848 x 480, {CONFIG.depth} blocks, {TEXT_TOKENS} text tokens; conditioning is prepared for ours, as in a sampling run. One "
-    "operation counts as one kernel, and each operand once, in full; views and allocations count as nothing, and neither does "
-    "what happens inside an operation. Attention is replaced by an empty result, for all alike, and diffusers' search for valid "
-    "text tokens by its result. Per block is a whole forward, divided by the blocks; per frame a whole decode. The peak is above "
-    "weights, inputs and prepared conditioning. A decode of ours is one under a memory limit, the video included; the peers have "
-    "none, and take the whole clip at once."
+    "operation counts as one kernel, and each operand once, in full; views, allocations and what happens inside an operation "
+    "are not counted. Attention is replaced by an empty result for all, and diffusers' search for valid text tokens by its "
+    "result. Per block is a whole forward, divided by the blocks; per frame, a whole decode. The peak is above weights, inputs "
+    "and prepared conditioning. Our decode runs under a memory limit, the video included; the peers have none, and decode the "
+    "whole clip at once."
 )
 ROOFLINE = (
     "**Computed from published rates, not measured**; no card reaches them. One forward, one condition, as if the weights were "
     "on the card. Each matrix product takes the longer of its FLOPs at the peak rate of dense bf16 products with float32 sums "
-    "and its bytes at the memory's bandwidth, attention its FLOPs, everything else its bytes; none of it at the same time, and "
-    "starting a kernel costs nothing. In brackets what is outside of products and attention. Rates: "
+    "and its bytes at the memory's bandwidth, attention its FLOPs, everything else its bytes; nothing overlaps, and starting a "
+    "kernel costs nothing. In brackets: the time outside products and attention. Rates: "
     + "; ".join(f"{card.name} {card.flops / 1e12:.0f} TFLOP/s and {card.bandwidth / 1e9:.0f} GB/s" for card in CARDS)
-    + " (NVIDIA's H100 datasheet, and the tables in appendix A of its whitepapers on the Ada and the Ampere GA102 architecture)."
+    + " (NVIDIA's H100 datasheet, and the tables in appendix A of its whitepapers on the Ada and the Ampere GA102 architectures)."
 )
 Call = Callable[[], object]
 Contender = Callable[[int], Call]
-"""Frames -> the call that is counted."""
+"""Frames -> the call to count."""
 
 
 def latents(frames: int) -> Tensor:
@@ -75,7 +75,7 @@ def latents(frames: int) -> Tensor:
 
 
 def prompt() -> tuple[Tensor, Tensor, Tensor]:
-    """Noise level, text features and the mask of a prompt of full length."""
+    """Noise level, text features and mask of a full-length prompt."""
     features = torch.empty(1, TEXT_TOKENS, CONFIG.text_width, device="cuda", dtype=DTYPE)
     mask = torch.ones(1, TEXT_TOKENS, device="cuda", dtype=torch.bool)
     return torch.ones(1, device="cuda", dtype=DTYPE), features, mask
@@ -93,7 +93,7 @@ def comfyui_forward(frames: int) -> Call:
     import comfy.ldm.genmo.joint_model.asymm_models_joint as host
 
     def attention(q: Tensor, _k: Tensor, _v: Tensor, *_: object, **__: object) -> Tensor:
-        return torch.empty_like(q.transpose(1, 2).flatten(2))  # as the host's: heads last, and joined
+        return torch.empty_like(q.transpose(1, 2).flatten(2))  # like the host's: heads last, and joined
 
     call = partial(dit, x, sigma, features, mask, num_tokens=TEXT_TOKENS)
     return patch.object(host, "optimized_attention", attention)(lambda: call())
@@ -155,13 +155,13 @@ DECODES: dict[str, Contender] = {
 def count(contender: Contender, frames: int) -> GpuCounter:
     with simulated_gpu():
         call = contender(frames)
-        with GpuCounter([latents(frames).numel()]) as counter:  # our decode asks how many of its latents are finite
+        with GpuCounter([latents(frames).numel()]) as counter:  # our decode reads the number of finite latents
             call()
     return counter
 
 
 def counted(contenders: dict[str, Contender], frames: tuple[int, ...]) -> dict[tuple[int, str], GpuCounter]:
-    """By frames and the contender's name."""
+    """Counters by frames and contender."""
     counters = {}
     for many in frames:
         for name, contender in contenders.items():
@@ -171,7 +171,7 @@ def counted(contenders: dict[str, Contender], frames: tuple[int, ...]) -> dict[t
 
 
 def row(case: str, name: str, counter: GpuCounter, parts: int) -> tuple[str, ...]:
-    """Counts for each of so many parts."""
+    """Counts divided by `parts`."""
     kinds = counter.moved.most_common(LARGEST)
     return (
         case,
@@ -186,18 +186,18 @@ def row(case: str, name: str, counter: GpuCounter, parts: int) -> tuple[str, ...
 
 
 HEAD = (
-    "what", "contender", "kernels", "of them products", "GB outside of products", "most of it by", "GB in products", "peak, MiB",
+    "what", "contender", "kernels", "of which products", "GB outside of products", "most of it by", "GB in products", "peak, MiB",
 )  # fmt: skip
 
 
 def attention_flops(frames: int) -> int:
-    """FLOPs of the attention of a forward: the products of q and k, and of their softmax and v, over visual and text tokens."""
+    """FLOPs of attention in a forward: the products of q and k, and of the softmax and v, over visual and text tokens."""
     tokens = latents(frames).shape[2:].numel() // CONFIG.patch_size**2 + TEXT_TOKENS
     return CONFIG.depth * 2 * 2 * tokens**2 * CONFIG.hidden_size_x
 
 
 def roofline(card: Card, counter: GpuCounter, flops_of_attention: int) -> str:
-    """Seconds, and of these outside of products and attention."""
+    """Seconds in total, and in brackets outside products and attention."""
     products = sum(max(flops / card.flops, moved / card.bandwidth) for flops, moved in counter.products)
     outside = counter.moved.total() / card.bandwidth
     return f"{products + flops_of_attention / card.flops + outside:.3f} ({outside:.3f})"

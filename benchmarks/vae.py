@@ -1,7 +1,7 @@
-"""Time, memory and exactness of the autoencoder, ours beside diffusers and ComfyUI's own class, and a picture of the seams.
+"""Time, memory and exactness of the autoencoder, ours next to diffusers and ComfyUI's own class, and a picture of the seams.
 
 On a CPU: small frames. On a GPU: 480 x 848 with 25, 85 and 163 frames, and larger frames (a peer that runs out of memory is
-reported so).
+reported as such).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mochi_core.autoencoder.plan import CPU, Plan
 from mochi_core.autoencoder.steps import decoder_steps
 from mochi_core.autoencoder.streaming import OomRetry, stream
 
-# In latents, for both peers: what fits twice into the smaller frame.
+# In latents, for both peers: two tiles fit into the smaller frame.
 TILE, OVERLAP = 24, 8
 ONE_PIECE = "ours, in one piece"
 # Factor of the random output layer, so that its pixels stay in range.
@@ -32,7 +32,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "images" / "seams.png"
 
 
 def latents(case: dict) -> Tensor:
-    """Noise that differs from place to place, so that statistics of a tile are not those of the frame."""
+    """Noise that varies across the frame, so that a tile's statistics differ from the frame's."""
     t, h, w = case["latent"]
     noise = torch.randn(1, 12, t, h, w, generator=torch.Generator().manual_seed(0))
     brightness = torch.linspace(-2, 2, w) + torch.linspace(-1, 1, h)[:, None]
@@ -58,7 +58,7 @@ def our_vae(case: dict) -> AsymmVAE:
 
 
 def kept(case: dict, name: str, decode):
-    """Decode, and leave the video where the differences are taken, if they are."""
+    """Decode, and save the video if differences will be computed from it."""
 
     def call():
         decoded = decode()
@@ -146,11 +146,11 @@ def decode_cases() -> list[dict]:
 
 
 def memory_cases() -> list[dict]:
-    """Lengths at one size, then sizes and limits at one length."""
+    """Several lengths at one size, then sizes and limits at one length."""
     if DEVICE == "cuda":
         limits = [{"latent": (28, 60, 106), "memory_limit": gib * 2**30} for gib in (4, 2, 1)]
         return [{**case, "dtype": "bfloat16"} for case in limits]
-    # With a limit, or a short clip of small frames would not fill a working set, and a longer one would use more of it.
+    # With a limit: otherwise a short clip of small frames would not fill the working set, and a longer one would use more of it.
     lengths = [{"latent": (t, 16, 16), "memory_limit": 3 * 2**26} for t in (5, 15, 28)]
     sizes = [{"latent": (2, h, w)} for h, w in ((16, 16), (32, 32), (60, 106))]
     limits = [{"latent": (2, 32, 32), "memory_limit": gib * 2**28} for gib in (3, 2, 1)]
@@ -184,7 +184,7 @@ def header(*more: str) -> list[str]:
 
 
 def decode_table(folder: Path) -> list[str]:
-    """One decode of each contender, and how far its pixels are from those of a decode in one piece."""
+    """One decode by each contender, and how far its pixels are from those of a decode in one piece."""
     lines = header("time / ours", "frames", "largest pixel difference, of 255")
     for i, case in enumerate(decode_cases()):
         case["keep"] = str(folder / str(i))
@@ -201,13 +201,13 @@ def decode_table(folder: Path) -> list[str]:
 
 
 def pixels(case: dict, name: str) -> Tensor:
-    """In [0, 1], as they would be saved."""
+    """Pixels in [0, 1], as they would be saved."""
     decoded = load_file(Path(case["keep"]) / f"{name}.safetensors")["video"].float()
     return (decoded / 2 + 0.5).clamp(0, 1)
 
 
 def memory_table() -> list[str]:
-    """Peaks of ours alone, with an allocator that gives back what is freed: its hoard would hide what is held."""
+    """Peaks of ours alone, with an allocator that returns freed memory to the system: memory that it keeps would distort them."""
     give_back = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     cases = memory_cases()
     results = compare("benchmarks.vae", ["ours"], cases, calls=0, rounds=1, **give_back)
@@ -227,7 +227,7 @@ def plain_table(cases: list[dict], contenders: list[str]) -> list[str]:
 
 
 def draw_seams(case: dict) -> None:
-    """The last frame untiled, through ComfyUI's tiles and through ours; below, what differs, times 8."""
+    """The last frame untiled, with ComfyUI's tiles and from ours; below, the difference times 8."""
     names = (ONE_PIECE, "ComfyUI, tiled", "ours")
     captions = ("in one piece", f"ComfyUI, tiles of {TILE * 8} pixels", "ours, streamed")
     last = [pixels(case, name)[0, :, -1] for name in names]
@@ -255,7 +255,7 @@ def main() -> None:
         "Released sizes, random weights, the same for all; one call in a fresh process each. Memory includes the video.", "",
         "## Decode", "",
         f"Tiles of {TILE * 8} pixels that overlap by {OVERLAP * 8}. diffusers also drops surplus frames later than Genmo's "
-        "code, so its first frames differ without tiles, too.", "", *decoded, "",
+        "code, so its first frames differ even without tiles.", "", *decoded, "",
         "## Memory of a decode, by length, size and limit", "", *memory_table(), "",
         "## Encode", "", *plain_table(encode_cases(), list(ENCODERS)),
     ]  # fmt: skip
