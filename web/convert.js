@@ -1,4 +1,4 @@
-// Converts the open workflow, if it was made for MochiWrapper or for ComfyUI's built-in Mochi, and opens the result beside it.
+// Converts the open workflow, if it was made for MochiWrapper or ComfyUI's built-in Mochi, and opens the result in a new tab.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 
@@ -19,16 +19,16 @@ async function convert() {
   if (!response.ok) return toast("warn", "Mochi Nodes", answer.error);
   const name = app.extensionManager.workflow.activeWorkflow?.filename ?? "Mochi";
   await app.loadGraphData(answer.workflow, true, true, name);
-  toast("success", "Mochi Nodes", answer.notes.length ? "Converted; a note in the graph says what is not as it was." : "Everything was carried over.");
+  toast("success", "Mochi Nodes", answer.notes.length ? "Converted; a note in the graph says what changed." : "Everything was carried over.");
 }
 
 function offer() {
   const types = app.graph.nodes.map((node) => node.type);
-  // Nodes that nobody has installed cannot run: this is said each time.
+  // Nodes that are not installed cannot run: this is shown every time.
   if (types.some((type) => WRAPPERS.test(type) && !(type in LiteGraph.registered_node_types)))
-    return toast("info", "Mochi Nodes", `This workflow was made for MochiWrapper, which is not installed. To go on with Mochi Nodes: ${WAY}`);
+    return toast("info", "Mochi Nodes", `This workflow was made for MochiWrapper, which is not installed. To continue with Mochi Nodes: ${WAY}`);
   if (localStorage.getItem(OFFERED) || !types.includes(BUILT_IN) || types.some((type) => type.startsWith(OURS))) return;
-  localStorage.setItem(OFFERED, "1"); // once is an offer, more is a nuisance
+  localStorage.setItem(OFFERED, "1"); // offering more than once would be a nuisance
   toast("info", "Mochi Nodes", `This workflow uses ComfyUI's built-in Mochi, which works. To use Mochi Nodes: ${WAY}`);
 }
 
@@ -37,6 +37,6 @@ app.registerExtension({
   commands: [{ id: COMMAND, label: "Convert to Mochi Nodes", icon: "pi pi-sync", function: convert }],
   menuCommands: [{ path: ["Extensions", "Mochi Nodes"], commands: [COMMAND] }],
   afterConfigureGraph() {
-    setTimeout(offer, 1000); // before the page is complete, messages are lost
+    setTimeout(offer, 1000); // messages are lost before the page is complete
   },
 });

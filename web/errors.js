@@ -1,22 +1,22 @@
-// A value that a run has refused: the server's sentence, which the editor itself shows only behind a click, and a mark at the input.
+// For a value that a run refused: shows the server's message, which the editor itself shows only on a click, and marks the input.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 import { nodeById, origin, pathTo, valueOf } from "./graph.js";
 import { decorate } from "./labels.js";
 
 const OURS = /^Mochi1/;
-const SENTENCES = ["ValueError", "FileNotFoundError"]; // what else goes wrong has a traceback, for which the click is
+const SENTENCES = ["ValueError", "FileNotFoundError"]; // other errors have a traceback, which a click shows
 const SHOWN = 30_000; // milliseconds
 const MARK = "⚠ ";
 
-const refusals = new Map(); // id of a node: its message, where to mark it, and whether the refused value still is there
+const refusals = new Map(); // node id: its message, where to mark it, and whether the refused value is still there
 let marked = new Map(); // widget: its node
 
 function tell({ node_id, node_type, exception_type, exception_message, current_inputs }) {
   if (!OURS.test(node_type) || !SENTENCES.includes(exception_type)) return;
   forget(node_id);
   const [found, ...around] = pathTo(node_id);
-  const node = found?.comfyClass === node_type ? found : undefined; // another workflow may have been opened meanwhile
+  const node = found?.comfyClass === node_type ? found : undefined; // another workflow may have been opened in the meantime
   const detail = exception_message.trim();
   const input = node?.inputs?.find(({ name }) => detail.startsWith(`${name} is `));
   const title = node?.title ?? LiteGraph.registered_node_types[node_type].title;
@@ -27,7 +27,7 @@ function tell({ node_id, node_type, exception_type, exception_message, current_i
   update();
 }
 
-// At the input and, if its value comes from outside of the subgraph, there. A value that another node computes is undefined.
+// At the input and, if its value comes from outside the subgraph, also there. A value computed by another node is undefined.
 function where(id, node, name, around, { [name]: [refused] = [] }) {
   const { owner, name: outside } = origin(node, name, around);
   const value = () => valueOf(node, name, around);
@@ -58,11 +58,11 @@ app.registerExtension({
   name: "mochinodes.Errors",
   setup() {
     api.addEventListener("execution_error", ({ detail }) => tell(detail));
-    api.addEventListener("promptQueueing", () => { // but no start: that of a run queued before the error would hide it
+    api.addEventListener("promptQueueing", () => { // not when a run starts: one queued before the error would hide it
       for (const id of refusals.keys()) forget(id);
       update();
     });
     api.addEventListener("graphChanged", update);
-    for (const typed of ["keyup", "focusout"]) window.addEventListener(typed, update); // a change only at the next click
+    for (const typed of ["keyup", "focusout"]) window.addEventListener(typed, update); // otherwise noticed only at the next click
   },
 });

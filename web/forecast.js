@@ -1,16 +1,16 @@
-// A line in a node that says what will happen: the tokens that a prompt takes, the memory that a video takes on this server;
-// and while the node works, the time that is left.
+// A line in a node that forecasts a run: the tokens of a prompt, or the memory that a video takes on this server; and while the
+// node runs, the time left.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 import { after, idOf, linkedInput, nodeById, origin, usesOf, valueOf } from "./graph.js";
 
 const PAUSE = 300; // milliseconds after the last change
-const ROW = 15, MAX_ROWS = 4, LETTER = 6.5; // pixels of a row of text, and of a letter
+const ROW = 15, MAX_ROWS = 4, LETTER = 6.5; // pixels of a line of text, and of a character
 const BYPASSED = 4;
-const LONGEST_BADGE = 60; // letters
+const LONGEST_BADGE = 60; // characters
 const LINE_STYLE = { font: `12px/${ROW}px sans-serif`, color: "var(--descrip-text, #999)", overflow: "hidden", maxHeight: `${MAX_ROWS * ROW}px` };
 
-// What to ask the server about a node with these around it: [route, question], or nothing.
+// What to ask the server about a node, given the nodes `around` it: [route, question], or nothing.
 const QUESTIONS = {
   Mochi1T5Encode(node, around) {
     const prompt = valueOf(node, "prompt", around);
@@ -27,7 +27,7 @@ const QUESTIONS = {
   Mochi1VAEEncode: () => null,
 };
 
-// The file of a sampler's MODEL, if one of our loaders has it, and the context window in which it is sampled.
+// The file of a sampler's MODEL, if from our loader, and the context window used for sampling.
 function modelOf(node, around) {
   const model = {};
   for (let at = origin(node, "model", around); at.source; at = origin(at.source, "model", at.around)) {
@@ -41,7 +41,7 @@ function modelOf(node, around) {
   return model;
 }
 
-// What is said of a node where it is used once: a subgraph that is used twice has two, with values of their own.
+// The forecast for one use of a node: nodes in a subgraph that is used twice have two, each with its own values.
 class Forecast {
   constructor(line) {
     Object.assign(this, { line, text: "", forecast: "", working: false });
@@ -53,12 +53,12 @@ class Forecast {
     if (question === this.question) return;
     this.question = question;
     const forecast = question === "null" ? "" : await answer(...JSON.parse(question));
-    if (question !== this.question) return; // another one has been asked meanwhile
+    if (question !== this.question) return; // another one has been asked in the meantime
     this.forecast = forecast;
     this.rest();
   }
 
-  // Time left, by the steps since the first that was seen: what came before it, such as loading, is not repeated.
+  // Time left, from the steps since the first one seen: earlier work, such as loading, is not repeated.
   progress(run, value, max) {
     if (run !== this.run || value < this.last) [this.run, this.first, this.started] = [run, value, performance.now()];
     this.last = value;
@@ -78,7 +78,7 @@ class Forecast {
   }
 }
 
-// What several say: of those at work if there are any, and nothing unless they agree.
+// The common text of several forecasts, of running nodes if there are any; empty unless all agree.
 function agreed(forecasts) {
   const working = forecasts.filter((forecast) => forecast.working);
   const texts = new Set((working.length ? working : forecasts).map(({ text }) => text));
@@ -88,14 +88,14 @@ function agreed(forecasts) {
 class Line {
   constructor(node) {
     this.node = node;
-    this.forecasts = new Map(); // by what the server calls the node
-    this.signs = new Map(); // by the node outside that they are on
+    this.forecasts = new Map(); // by the server's id for the node
+    this.signs = new Map(); // by the outside node that shows them
     this.element = document.createElement("div");
     this.element.className = "mochinodes-line";
     Object.assign(this.element.style, { ...LINE_STYLE, padding: "0 6px" });
     const widget = node.addDOMWidget("forecast", "mochinodes-line", this.element, { serialize: false, margin: 4 });
     widget.serialize = false; // neither saved nor sent
-    widget.computeLayoutSize = undefined; // which would share the node's free space with the prompt
+    widget.computeLayoutSize = undefined; // would otherwise share the node's free space with the prompt
     widget.computeSize = () => [0, this.height()];
   }
 
@@ -113,7 +113,7 @@ class Line {
       }),
     );
     for (const forecast of this.forecasts.values()) forecast.ask();
-    this.show(); // outside, too, where it may be drawn anew
+    this.show(); // also outside, where the node may have been redrawn
   }
 
   show() {
@@ -135,8 +135,8 @@ class Line {
   }
 }
 
-// A line on the node of a subgraph, which takes no widgets but those of its inputs: the old renderer shows a badge, the other a row
-// below them.
+// A line on a subgraph's node, which has no widgets but those of its inputs: the old renderer shows a badge, the other a row below
+// the widgets.
 class Sign {
   constructor(outside) {
     this.outside = outside;
@@ -158,7 +158,7 @@ class Sign {
 const takesFromOutside = (node) =>
   node.inputs?.some(({ link }) => link != null && !node.graph.getNodeById(node.graph.links.get(link)?.origin_id));
 
-// Up to a semicolon, behind which are details.
+// The text up to a semicolon; details follow it.
 function shortened(text) {
   const [first] = text.split(";");
   return first.length > LONGEST_BADGE ? `${first.slice(0, LONGEST_BADGE)} ...` : first;
@@ -174,7 +174,7 @@ async function answer(route, question) {
     const { text, error } = await response.json();
     return text ?? error;
   } catch {
-    return ""; // no server, which the editor says itself
+    return ""; // no server, which the editor itself reports
   }
 }
 

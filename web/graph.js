@@ -1,4 +1,4 @@
-// What several extensions ask of nodes and graphs.
+// Queries about nodes and graphs that several extensions share.
 import { app } from "/scripts/app.js";
 
 export function after(object, method, action) {
@@ -12,8 +12,8 @@ export function after(object, method, action) {
 
 export const linkedInput = (node, name) => node.inputs?.find((input) => input.name === name && input.link != null);
 
-// Where an input comes from: {source}, the node that is linked, or {owner, name}, the node whose widget it is. The input of a
-// node inside a subgraph may come from the node outside that stands for it: `around` are those, the nearest first.
+// Where an input comes from: {source}, the linked node, or {owner, name}, the node whose widget it is. The input of a node inside
+// a subgraph may come from outside: `around` are the nodes that stand for the enclosing subgraphs, innermost first.
 export function origin(node, name, around) {
   const input = linkedInput(node, name);
   const link = input && node.graph?.links.get(input.link);
@@ -24,8 +24,8 @@ export function origin(node, name, around) {
   return outside ? origin(outside, outside.inputs[link.origin_slot].name, further) : {};
 }
 
-// What may be `around` a node of a graph: the nodes that stand for it and for the graphs that those are in, the nearest first,
-// once for each time that it is used.
+// All values of `around` for nodes of a graph, one for each use of the graph: the nodes that stand for it and for the enclosing
+// subgraphs, innermost first.
 export function usesOf(graph) {
   const root = app.rootGraph ?? app.graph;
   if (graph === root) return [[]];
@@ -40,10 +40,10 @@ export function valueOf(node, name, around) {
   return owner?.widgets?.find(({ name }) => name === widget)?.value;
 }
 
-// What the server calls a node: 7:12 is node 12 in the subgraph for which node 7 stands.
+// The server's id of a node: 7:12 is node 12 in the subgraph of node 7.
 export const idOf = (node, around) => [node, ...around].map(({ id }) => id).reverse().join(":");
 
-// A node by that id, and behind it those around it, the nearest first.
+// The node with that id, followed by those around it, innermost first.
 export function pathTo(id) {
   const path = [];
   for (const part of String(id).split(":")) {

@@ -1,8 +1,8 @@
-// What the pack shows before and behind the name of a widget. The name is a person's to change at any time, in a field that begins
-// with all that is shown: what stands around the name is no part of it, and is never saved.
-const labels = new WeakMap(); // widget: its own name, what is around that, and the label that both make
+// What the pack shows before and after the name of a widget. Users can change the name at any time, in a field that starts with the
+// whole label: what surrounds the name is not part of it, and is never saved.
+const labels = new WeakMap(); // widget: its own name, what surrounds it, and the resulting label
 
-// `around` has `before`, `behind` or both; what it leaves out stays.
+// `around` has `before`, `behind` or both; whatever is missing stays.
 export function decorate(node, widget, around) {
   const known = labels.get(widget) ?? { name: nameIn(widget.label, around), shown: widget.label };
   if (widget.label !== known.shown) known.name = nameIn(widget.label, known);

@@ -1,4 +1,4 @@
-// Beside the name of a widget what its value means: a length in the other unit, or the input that counts in its place.
+// Shows next to a widget's name what its value means: a length in the other unit, or the input that replaces it.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 import { after, linkedInput, toFrames, toSeconds } from "./graph.js";
@@ -36,7 +36,7 @@ const nodes = new Set();
 app.registerExtension({
   name: "mochinodes.Lengths",
   setup() {
-    api.addEventListener("graphChanged", () => nodes.forEach(annotateAll)); // a widget may have got another name
+    api.addEventListener("graphChanged", () => nodes.forEach(annotateAll)); // a widget may have been renamed
   },
   nodeCreated(node) {
     if (!(node.comfyClass in IN_OTHER_UNIT)) return;

@@ -23,7 +23,7 @@ let opened = false;
 app.registerExtension({
   name: "mochinodes.Templates",
   afterConfigureGraph() {
-    if (!opened) setTimeout(openLinked); // behind the workflow that the host opens first
+    if (!opened) setTimeout(openLinked); // after the workflow that the host opens first
     opened = true;
   },
 });
