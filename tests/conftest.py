@@ -1,4 +1,4 @@
-"""Fixtures: where ComfyUI is, and one real server with tiny models for the tests that want one."""
+"""Fixtures: ComfyUI's folder, and one real server with tiny models for the tests that need it."""
 
 import contextlib
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# At the end: ComfyUI has a module `nodes` of its own, which our folder of that name must not hide.
+# Appended: ComfyUI has its own module `nodes`, which our folder of that name must not hide.
 sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT] + [str(ROOT)]
 
-# Long files first: where they are shared out to processes, none is left alone with one of these at the end.
+# Long files first, so that with several processes none is left with one of them at the end.
 FOLDERS = ("semantics", "browser", "comfy", "static", "peers", "gpu", "migrate", "core")
 
 
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_addoption(parser):
-    """`--all` also runs what takes half an hour: thousands of broken files, hundreds of prompts."""
+    """`--all` also runs tests that take half an hour: thousands of broken files, hundreds of prompts."""
     parser.addoption("--all", action="store_true", help="also run the tests that take half an hour each")
 
 
@@ -50,7 +50,7 @@ def float32_products():
 
 @pytest.fixture
 def new_compiler():
-    """Nothing compiled before counts towards PyTorch's limits, nor what the test compiles towards those of the next."""
+    """Reset PyTorch's compiler, so that its limits count only what this test compiles."""
     import torch
 
     torch.compiler.reset()
@@ -60,7 +60,7 @@ def new_compiler():
 
 @pytest.fixture(scope="session")
 def comfy_server(comfy_path, tmp_path_factory):
-    """A real server with the pack and tiny models in a folder of its own."""
+    """A real server with the pack and tiny models in its own folder."""
     from tests.harness.server import PROBE, QUICK_START, ComfyServer
     from tests.harness.tiny_models import write_models
 
@@ -74,7 +74,7 @@ def comfy_server(comfy_path, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def templates_server(comfy_path, tmp_path_factory):
-    """A server, as people start it, with everything that the templates name: the trained tiny models under all names."""
+    """A server started as users do, with all files that the templates name: the trained tiny models under every name."""
     from tests.harness.server import ComfyServer
     from tests.harness.template_files import write_files
 

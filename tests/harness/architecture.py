@@ -1,9 +1,9 @@
 """The picture of the layers in docs/architecture.md, drawn from the imports and docstrings of the code.
 
-    python -m tests.harness.architecture      # writes it anew; needs nothing but Python
+    python -m tests.harness.architecture      # redraws it; needs only Python
 
-A room is a module or package right inside mochi_core, or migrate, nodes/bridge or the rest of nodes; a layer is the rooms
-that import nothing but rooms of the layers below.
+A room is a module or package directly inside mochi_core, or migrate, nodes/bridge or the rest of nodes; a layer is the rooms that
+only import from rooms in the layers below.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Graph = dict[str, set[str]]
 
 
 def imports(path: Path) -> Iterator[tuple[int, str, list[str]]]:
-    """(dots, module, names) of every import in a file, wherever it stands."""
+    """(dots, module, names) of every import in a file, at any level."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name, []) for alias in node.names)
@@ -29,7 +29,7 @@ def imports(path: Path) -> Iterator[tuple[int, str, list[str]]]:
 
 
 def module_graph(*packages: str) -> Graph:
-    """For every module of ours in these folders, the modules of ours that it imports, lazily or not."""
+    """{module: our modules that it imports, lazily or not} for all modules in these folders."""
     paths = {dotted(path): path for package in packages for path in (ROOT / package).rglob("*.py")}
     graph: Graph = {}
     for module, path in paths.items():
@@ -49,7 +49,7 @@ def dotted(path: Path) -> str:
 
 
 def room_graph() -> Graph:
-    """For every room, the other rooms that it imports."""
+    """{room: the other rooms that it imports}."""
     graph: Graph = {}
     for module, targets in module_graph(*HOUSES).items():
         graph.setdefault(room(module), set()).update(room(target) for target in targets)
@@ -57,7 +57,7 @@ def room_graph() -> Graph:
 
 
 def room(module: str) -> str:
-    """`mochi_core.lora` for mochi_core.lora.files; migrate is one room, and nodes two: the bridge and the rest."""
+    """`mochi_core.lora` for mochi_core.lora.files; migrate is one room, nodes is two: the bridge and the rest."""
     house, *inside = module.split(".")
     if house == "mochi_core":
         return ".".join([house, *inside[:1]])
@@ -65,7 +65,7 @@ def room(module: str) -> str:
 
 
 def layers(graph: Graph) -> list[list[str]]:
-    """Rooms from the bottom up; each layer needs the ones below it only."""
+    """Rooms from the bottom up; each layer only needs those below it."""
     placed: list[list[str]] = []
     while rest := set(graph) - {name for layer in placed for name in layer}:
         placed.append(sorted(name for name in rest if not graph[name] & rest))
@@ -74,19 +74,19 @@ def layers(graph: Graph) -> list[list[str]]:
 
 
 def direct(graph: Graph) -> Iterator[tuple[str, str]]:
-    """The arrows of a picture: imports that do not follow from others."""
+    """The arrows to draw: imports not implied by others."""
     for name in sorted(graph):
         implied = {further for target in graph[name] for further in reachable(graph, target)}
         yield from ((name, target) for target in sorted(graph[name] - implied))
 
 
 def reachable(graph: Graph, name: str) -> set[str]:
-    """All that a room imports, directly or by way of others."""
+    """Everything that a room imports, directly or indirectly."""
     return graph[name].union(*(reachable(graph, target) for target in graph[name]))
 
 
 def drawing() -> str:
-    """Mermaid's picture of the rooms, and a table with what the docstring of each says."""
+    """A Mermaid diagram of the rooms, and a table of their docstrings."""
     graph = room_graph()
     arrows = [f"    {name} --> {target}" for name, target in direct(graph)]
     rows = [
@@ -107,7 +107,7 @@ def summary(name: str) -> str:
 
 
 def page() -> str:
-    """The text of docs/architecture.md with a new drawing in the place of the old one."""
+    """The text of docs/architecture.md with the drawing replaced."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     return before + BEGIN + drawing() + END + rest.partition(END)[2]
 

@@ -1,4 +1,4 @@
-"""Files with something wrong in them, and what the error has to say."""
+"""Faulty files, and what the error must say."""
 
 import json
 import struct
@@ -68,7 +68,7 @@ BAD = {
     "metadata that are no text": (with_header({**HEADER, "__metadata__": {"a": 1}}), "wrong header"),
     "missing axis": (edited("x_embedder.proj.weight", shape=[8, 48]), "needs 4 axes"),
 }
-# A few names of each kind, as its released files have them.
+# A few names of each kind, as in its released files.
 OTHERS = {
     "a FLUX transformer": ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight"],
     "an SD3 transformer": ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"],

@@ -15,19 +15,19 @@ from playwright.sync_api import Page, TimeoutError, sync_playwright
 from dev import BROWSERS
 from tests.harness.client import ComfyClient
 
-# For machines without a screen, a sandbox or a way out to the network.
+# For machines without a screen, a sandbox or network access.
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update",
 ]  # fmt: skip
-# Settings of a person who has seen the tutorial.
+# Settings of a user who has seen the tutorial.
 SETTINGS = {
     "Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": True, "Comfy.Execution.PreviewMethod": "latent2rgb",
 }  # fmt: skip
 READY = "Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.Mochi1Sampler)"
 PLAYING = """() => [...document.querySelectorAll("video")].some(video => {
     video.muted = true; video.play(); return video.readyState >= 3 && video.currentTime > 0.2; })"""
-# Titles of nodes of the open graph that lie on another one as they are drawn, or partly outside of a group.
+# Titles of drawn nodes in the open graph that overlap another one, or are partly outside a group.
 CROWDED = """() => {
     const { _nodes: nodes, _groups: groups } = app.canvas.graph;
     nodes.forEach(node => node.updateArea());
@@ -39,7 +39,7 @@ CROWDED = """() => {
         || groups.some(group => meet(edges(group), edges(node)) && !holds(edges(group), edges(node)))
     ).map(node => node.title);
 }"""
-# What the front end itself logs on a server that is fresh or has no network, and when it looks for help in a language first.
+# What the front end itself logs on a fresh or offline server, and when it first looks for translated help.
 FOREIGN = re.compile(
     r"/(?:api/)?(?:userdata|users?\.css|user\.css|settings|view\?)|/docs/\w+/\w+\.md|^https?://(?!127\.0\.0\.1)"
 )
@@ -47,12 +47,12 @@ HARMLESS = ("ComfyApp graph accessed before initialization",)
 
 
 def executable() -> str | None:
-    """A browser of this machine; None for the one that Playwright has installed."""
+    """A browser on this machine; None for the one that Playwright installed."""
     return os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 class Editor:
-    """A page with the editor, and what its console said."""
+    """A page with the editor, and its console messages."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
@@ -82,14 +82,14 @@ class Editor:
         return self.page.evaluate("app.graph._nodes.map(node => node.type)")
 
     def missing(self) -> list[str]:
-        """Node types that the editor does not know, and files that it marks as missing."""
+        """Node types unknown to the editor, and files that it marks as missing."""
         return self.page.evaluate(
             "app.graph._nodes.filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types))"
             ".map(node => node.type)"
         )
 
     def crowded(self) -> list[str]:
-        """Titles of nodes that lie on others or on the edge of a group, in the graph and in its subgraph."""
+        """Titles of nodes that overlap others or the edge of a group, in the graph and in its subgraph."""
         found = self.page.evaluate(CROWDED)
         if self.open_subgraph():
             self.page.wait_for_timeout(700)
@@ -98,7 +98,7 @@ class Editor:
         return found
 
     def open_subgraph(self) -> bool:
-        """Show what is inside of the first subgraph; whether there is one."""
+        """Open the first subgraph; returns whether there is one."""
         return self.page.evaluate(
             "() => { const node = app.graph._nodes.find(node => node.subgraph);"
             " if (node) app.canvas.openSubgraph(node.subgraph, node); return Boolean(node); }"
@@ -108,7 +108,7 @@ class Editor:
         self.page.evaluate("name => app.extensionManager.command.execute(name)", name)
 
     def open_templates(self) -> None:
-        """The pack's page of the template browser. On a busy machine the dialog may be lost: it is asked for twice."""
+        """The pack's page of the template browser. On a busy machine the dialog may not appear, so there is a second try."""
         for patience in (15_000, 60_000):
             self.command("Comfy.BrowseTemplates")
             entry = self.page.get_by_role("dialog").get_by_text("Mochi Nodes", exact=True).first
@@ -149,7 +149,7 @@ def label(editor, node_type, name):
 
 
 def line(editor, node_type):
-    """What the pack says inside the first node of a type."""
+    """The pack's text inside the first node of a type."""
     return editor.page.evaluate(
         "type => app.graph._nodes.find(node => node.type === type)"
         ".widgets.find(widget => widget.name === 'forecast').element.textContent",

@@ -18,7 +18,7 @@ RUN_SECONDS = 600
 FINAL_EVENTS = ("execution_success", "execution_error", "execution_interrupted")
 
 
-class PromptRefused(Exception):  # noqa: N818 - it is what the server did
+class PromptRefused(Exception):  # noqa: N818 - named after what the server did
     """The server did not accept a prompt; `.details` is its answer."""
 
     def __init__(self, details: dict[str, Any]) -> None:
@@ -32,12 +32,12 @@ class PromptRefused(Exception):  # noqa: N818 - it is what the server did
 
 @dataclass
 class Run:
-    """What happened to a prompt."""
+    """The course of a prompt's run."""
 
     prompt_id: str
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)
-    """As they came: 4 bytes of length, metadata, an image."""
+    """As received: 4 bytes of length, metadata, an image."""
 
     @property
     def outcome(self) -> str:
@@ -62,10 +62,10 @@ class ComfyClient:
         self.url, self.preview_method = url, preview_method
 
     def run(self, prompt: dict[str, Any], on_event: Callable[[str, dict[str, Any]], None] | None = None) -> Run:
-        """Queue a prompt and follow it to its end.
+        """Queue a prompt and follow it until it ends.
 
         Raises:
-            PromptRefused: the server found it invalid.
+            PromptRefused: the server rejected it as invalid.
         """
         return asyncio.run(asyncio.wait_for(self._run(prompt, on_event), RUN_SECONDS))
 

@@ -1,7 +1,7 @@
-"""Run code in a process of ComfyUI's, on the CPU, with the pack imported as `pack`.
+"""Run code in a ComfyUI process, on the CPU, with the pack imported as `pack`.
 
-ComfyUI's imports take ten seconds, so one process does them and forks for each piece of code; where forking is not safe,
-each piece gets a process that imports everything anew.
+ComfyUI's imports take ten seconds, so one process does them and forks for each piece of code; where forking is not safe, each
+piece gets a process that imports everything again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.modules["pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["pack"])
 import pack.nodes.bridge.model
 """
-# One line of JSON in, a process that runs its code, one line with that process's exit status out.
+# For each line of JSON on stdin, fork a process that runs its code, and print that process's exit status.
 FORK = """
 names = dict(globals())
 for line in sys.stdin:
@@ -49,12 +49,12 @@ for line in sys.stdin:
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(status)
 """
-# Apple's libraries do not work in a process that was forked; Windows has no fork.
+# Apple's libraries do not work in a forked process; Windows has no fork.
 CAN_FORK = sys.platform == "linux"
 
 
 def run_in_comfyui(comfyui: Path, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """`code` finds `arguments`, as text, under that name, and `comfy`, `torch`, `load_file` and `save_file`."""
+    """Run `code` with `arguments` (as text), `comfy`, `torch`, `load_file` and `save_file` in scope."""
     if CAN_FORK:
         done = _run_forked(comfyui, code, [*map(str, arguments)])
     else:
@@ -78,7 +78,7 @@ def _run_forked(comfyui: Path, code: str, arguments: list[str]) -> subprocess.Co
 
 @functools.cache
 def _forking_process(comfyui: Path) -> subprocess.Popen[str]:
-    """A process that has imported ComfyUI and the pack; it ends with this one, which holds its input open."""
+    """A process that has imported ComfyUI and the pack; it ends with this one, which keeps its stdin open."""
     command = _command(PREAMBLE + FORK, comfyui)
     return subprocess.Popen(command, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -88,5 +88,5 @@ def _command(code: str, comfyui: Path) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Tiny models are fastest with one thread, and crawl with more than the machine has to spare."""
+    """Tiny models are fastest with one thread, and very slow with more threads than idle cores."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,7 +1,7 @@
 """Draw docs/images/image_to_video.png with the tiny model: `python -m tests.harness.contact_sheet`.
 
-A row for each way to make a video from images; given frames have a border. Where frames are held in time, it is as with weights
-that know one noise level for all frames.
+A row for each way to make a video from images; given frames have a border. "Held in time" works as with weights that take a
+single noise level for all frames.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def write_sheet(rows: list[tuple[str, list[Image.Image], Any]], path: Path) -> None:
-    """A row for each title, its frames and the indices of those that get a border."""
+    """Each row has a title, frames, and the indices of those that get a border."""
     sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, len(rows) * (SIDE + TEXT + GAP) + GAP), "white")
     for number, row in enumerate(rows):
         add_row(sheet, GAP + number * (SIDE + TEXT + GAP), *row)
@@ -66,7 +66,7 @@ def write_sheet(rows: list[tuple[str, list[Image.Image], Any]], path: Path) -> N
 
 
 def add_row(sheet: Image.Image, top: int, title: str, images: list[Image.Image], given: Any) -> None:
-    """Nine of the frames, evenly, under the title."""
+    """Nine evenly spaced frames under the title."""
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, top + 2), title, "black", ImageFont.load_default(14))
     for column in range(COLUMNS):

@@ -42,7 +42,7 @@ def main() -> int:
     serve.add_argument("--port", type=free, help="of the server (default: one that is free)")
     serve.set_defaults(use=keep_open)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the server ends, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # also ends the server
     trained.install(BASE / "models")
     print("Starting ComfyUI (10 to 60 seconds) ...", flush=True)
     comfyui = Path(os.environ["COMFYUI_PATH"])
@@ -80,12 +80,12 @@ def keep_open(server: ComfyServer) -> int:
 
 
 def template_link(url: str, title: str) -> str:
-    """The address at which the editor opens a template of the pack."""
+    """The URL that opens a template of the pack in the editor."""
     return f"{url}/?{urlencode({'template': title, 'source': PACK})}"
 
 
 def open_browser(link: str) -> None:
-    """Open a browser with windows, if there is one: those of a terminal would fill it and understand nothing of the page."""
+    """Open a graphical browser, if any: text browsers would take over the terminal and cannot show the editor."""
     if os.name == "nt" or sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         webbrowser.open(link)
 
@@ -105,7 +105,7 @@ def make_videos(server: ComfyServer) -> None:
 
 
 def tiny_prompt(text: str, **inputs: Any) -> dict[str, Any]:
-    """The template tiny_mochi with another prompt; `inputs` go to the sampler."""
+    """The template tiny_mochi with another prompt; `inputs` are the sampler's."""
     prompt = json.loads((WORKFLOWS / "api" / "tiny_mochi.json").read_text(encoding="utf-8"))
     sampler = sampler_of(prompt)
     sampler["inputs"] |= inputs
@@ -118,7 +118,7 @@ def sampler_of(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def small_prompt(**inputs: Any) -> dict[str, Any]:
-    """The shipped workflow, shrunk so that a CPU makes it in seconds; `inputs` go to the sampler."""
+    """The shipped workflow, shrunk so that a CPU runs it in seconds; `inputs` are the sampler's."""
     prompt = json.loads((WORKFLOWS / "api" / "text_to_video.json").read_text(encoding="utf-8"))
     sampler_of(prompt)["inputs"] |= {**SMALL, "seed": time.time_ns() % 2**32, **inputs}
     return prompt

@@ -1,4 +1,4 @@
-"""Devices that a test runs on: the CPU, and under the mark `gpu` a GPU where there is one."""
+"""Devices that a test runs on: the CPU and, with the mark `gpu`, a GPU if there is one."""
 
 import pytest
 import torch

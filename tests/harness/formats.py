@@ -1,4 +1,4 @@
-"""Every form in which files hold the parts of a model, as functions that write it."""
+"""Every file format for the parts of a model, as functions that write it."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from tests.harness import quantized_files
 from tests.harness.quantized_files import GGUF, OTHER_TOOLS, SAFETENSORS, gguf_file, llama_cpp_name
 from tests.harness.tiny_models import DIT, T5_HEADS, random_t5
 
-# Rows of 256 weights, which the K types need.
+# Rows of 256 weights, as the K types require.
 WIDE = replace(
     DIT, depth=2, hidden_size_x=256, hidden_size_y=256, num_heads=4, text_width=256, mlp_size_x=256, mlp_size_y=256
 )
@@ -29,7 +29,7 @@ def quantized_layers(module):
 
 
 def flattened_gguf(tensors, path):
-    """Containers have four dimensions, so that converters flatten the kernels and note their shape."""
+    """GGUF tensors have at most four dimensions, so converters flatten the kernels and note their shape."""
     writer, expected = gguf.GGUFWriter(path, "pig"), {}
     for name, tensor in tensors.items():
         kind = "Q8_0" if tensor.ndim == 5 and tensor.numel() % 32 == 0 else "F32"
@@ -46,7 +46,7 @@ def flattened_gguf(tensors, path):
 
 
 def everything_in(dtype):
-    """Norms and biases excepted."""
+    """Quantise everything except norms and biases."""
 
     def write(tensors, path):
         stored = {name: t.to(dtype) if t.ndim > 1 else t for name, t in tensors.items()}
@@ -65,7 +65,7 @@ VAE_FORMS = {
 
 
 def passes(vae):
-    """A decoded video, and the latents of another one."""
+    """A decoded video, and the latents of an encoded one."""
     generator = torch.Generator().manual_seed(0)
     latents, video = (torch.randn(shape, generator=generator) for shape in ((1, 12, 2, 2, 4), (1, 3, 7, 16, 16)))
     return vae.decode(latents), vae.encode(video / 2).mean
@@ -92,7 +92,7 @@ def in_dtype(dtype):
 
 
 def all_fp8(tensors, path):
-    """Embedding and norms too, as in t5xxl_fp8_e4m3fn."""
+    """Everything in fp8, including embedding and norms, as in t5xxl_fp8_e4m3fn."""
     return in_dtype(torch.float8_e4m3fn)(tensors, path)
 
 
@@ -111,7 +111,7 @@ def sharded(suffix, save):
 
 
 def whole_t5(tensors):
-    """A whole T5 of transformers, decoder and output layer included, around the tensors of an encoder."""
+    """A complete T5 of transformers, including decoder and output layer, around an encoder's tensors."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     vocabulary, width = tensors["shared.weight"].shape
@@ -130,7 +130,7 @@ def saved_by_transformers(tensors, path):
 
 
 def pytorch_model_bin(tensors, path):
-    """As google/t5-v1_1-xxl has it, with the embedding under all of its names."""
+    """As in google/t5-v1_1-xxl, with the embedding under all of its names."""
     path.mkdir()
     torch.save(whole_t5(tensors).state_dict(), path / "pytorch_model.bin")
     (path / "config.json").write_text('{"model_type": "t5"}')
@@ -138,7 +138,7 @@ def pytorch_model_bin(tensors, path):
 
 
 def whole_gguf(tensors, path):
-    """The names are llama.cpp's own table of them."""
+    """The names come from llama.cpp's own table."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5, 2)
     whole = {name: tensor for name, tensor in whole_t5(tensors).state_dict().items() if "embed_tokens" not in name}
 
@@ -150,7 +150,7 @@ def whole_gguf(tensors, path):
 
 
 def with_what_comfyui_adds(tensors, path):
-    """Under the prefix of SDXL's files, with what other text encoders have beside their weights."""
+    """Under SDXL's prefix, with the additional tensors of other text encoders."""
     prefixed = {f"conditioner.embedders.0.transformer.{name}": tensor for name, tensor in tensors.items()}
     extras = {"logit_scale": torch.tensor(4.6), "spiece_model": torch.zeros(9, dtype=torch.uint8)}
     extras |= {"text_projection.weight": torch.ones(2, 2), "n_averaged": torch.tensor(3)}
@@ -177,5 +177,5 @@ T5_FORMS = {
 
 
 def shallow_t5():
-    """Two blocks."""
+    """An encoder with only two blocks."""
     return {name: tensor for name, tensor in random_t5().items() if not re.match(r"encoder\.block\.([2-9]|\d\d)", name)}

@@ -1,7 +1,7 @@
 """Files of every kind that this project reads, broken at random: `python -m tests.harness.fuzz 10000`.
 
-Each file comes from a seed of its own, is read as a person would have it read, and must load or be refused by a ValueError or an
-OSError of one line, in limited time and memory. The table at the end is what docs/reliability.md shows.
+Each file comes from its own seed, is read the way a user would, and must either load or be refused with a one-line ValueError or
+OSError, within limited time and memory. docs/reliability.md shows the final table.
 """
 
 from __future__ import annotations
@@ -68,19 +68,19 @@ TEXTS = (
 )
 HANG_SECONDS = 120
 PROGRESS = 1000
-"""Files after which one line says how many were tried."""
+"""Number of files between progress lines."""
 MEGABYTE = 2**20
 
 Rng = random.Random
 
 
 def save(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file, also of tensors that share memory."""
+    """Write a safetensors file, even of tensors that share memory."""
     return save_bytes({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, metadata)
 
 
 def some_json(rng: Rng, depth: int = 3) -> Any:
-    """A value that does not belong where it will stand."""
+    """A value that does not belong where it will be put."""
     choice = rng.randrange(6 if depth else 4)
     if choice < 2:
         return rng.choice(NUMBERS)
@@ -93,7 +93,7 @@ def some_json(rng: Rng, depth: int = 3) -> Any:
 
 
 def mutated_json(rng: Rng, value: Any) -> Any:
-    """`value` with one change somewhere inside: a part replaced, renamed, doubled, moved, left out or wrapped."""
+    """`value` with one change inside: a part replaced, renamed, duplicated, moved, removed or wrapped."""
     if not isinstance(value, dict | list) or not value or rng.random() < 0.15:
         return some_json(rng)
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
@@ -116,7 +116,7 @@ def mutated_json(rng: Rng, value: Any) -> Any:
 
 
 def renamed(rng: Rng, name: str) -> str:
-    """Another name: of a layer with a large or odd number, of another part, long, or not to be shown."""
+    """Another name: with a large or odd layer number, of another part, very long, or unprintable."""
     numbers = [str(rng.choice(NUMBERS)), "00", "\u0663", "-1"]
     digits = [i for i, letter in enumerate(name) if letter.isdigit()]
     choice = rng.randrange(5)
@@ -130,7 +130,7 @@ def renamed(rng: Rng, name: str) -> str:
 
 
 def mutated_bytes(rng: Rng, content: bytes) -> bytes:
-    """`content` with bits flipped, pieces cut, doubled, zeroed or replaced, most of it near the front."""
+    """`content` with bits flipped, or pieces cut, duplicated, zeroed or replaced, mostly near the start."""
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 5, 20))):
         span = len(data) if rng.random() < 0.3 else min(len(data), 600)
@@ -157,7 +157,7 @@ def split_header(content: bytes) -> tuple[dict[str, Any], bytes]:
 
 @cache
 def safetensors_bases() -> list[bytes]:
-    """Models of every kind, with quantised ones among them."""
+    """Models of every kind, including quantised ones."""
     name = "blocks.0.attn.proj_x.weight"
     note = torch.tensor([*b'{"format": "float8_e4m3fn"}'], dtype=torch.uint8)
     layer = name.removesuffix("weight")
@@ -186,7 +186,7 @@ def safetensors_header(rng: Rng, folder: Path) -> Path:
 
 
 def safetensors_tensors(rng: Rng, folder: Path) -> Path:
-    """A whole file of tensors that have other names, shapes or dtypes than they should have."""
+    """A complete file of tensors with wrong names, shapes or dtypes."""
     tensors = dict(load(rng.choice(safetensors_bases())))
     for _ in range(rng.choice((1, 2, 5))):
         name = rng.choice(sorted(tensors))
@@ -260,7 +260,7 @@ def gguf_value(rng: Rng) -> bytes:
 
 
 def gguf(rng: Rng, folder: Path) -> Path:
-    """A header of random keys and descriptions, most of which almost fit the data."""
+    """A header of random keys and tensor descriptions, most of which almost fit the data."""
     keys = [gguf_text(rng.choice(("general.alignment", *TEXTS))) + gguf_value(rng) for _ in range(rng.randrange(4))]
     tensors, offset = [], 0
     for name in rng.sample(sorted(DIT), rng.randrange(5)):
@@ -286,7 +286,7 @@ ODD_VALUES: tuple[Callable[[], Any], ...] = (
 
 
 def torch_file(rng: Rng, folder: Path) -> Path:
-    """What torch.save makes of odd values, its pickle taken apart and put together otherwise, or its bytes broken."""
+    """torch.save's file of odd values, with its pickle's steps rearranged or its bytes corrupted."""
     content = dict(rng.sample(sorted(DIT.items()), 5)) | {
         renamed(rng, "blocks.0.x"): rng.choice(ODD_VALUES)() for _ in range(rng.randrange(3))
     }
@@ -303,7 +303,7 @@ def torch_file(rng: Rng, folder: Path) -> Path:
 
 
 def rezipped(rng: Rng, saved: bytes) -> bytes:
-    """The same archive with another pickle, perhaps compressed, or with members added and left out."""
+    """The same archive with another pickle, possibly compressed, or with members added or removed."""
     result = io.BytesIO()
     method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
     with zipfile.ZipFile(io.BytesIO(saved)) as old, zipfile.ZipFile(result, "w", method) as new:
@@ -319,7 +319,7 @@ def rezipped(rng: Rng, saved: bytes) -> bytes:
 
 
 def mutated_pickle(rng: Rng, content: bytes) -> bytes:
-    """Steps of a pickle doubled, left out, moved or replaced by others, among them those that ask for much."""
+    """A pickle with steps duplicated, removed, moved or replaced, also by ones that demand much memory or time."""
     places = [place for _, _, place in pickletools.genops(content)] + [len(content)]
     steps = [content[start:end] for start, end in pairwise(places)]
     number = b"\x8a\x08" + struct.pack("<q", rng.choice((0, 1, 9, 2**31, 2**62)))
@@ -405,7 +405,7 @@ def sharded(folder: Path) -> tuple[Path, dict[str, str]]:
 
 
 def diffusers_folder(rng: Rng, folder: Path) -> Path:
-    """A pipeline's folder with files broken, left out, added, or named as variants."""
+    """A pipeline folder with files broken, missing, added, or named as variants."""
     root = folder / "pipeline"
     for part in ("transformer", "vae"):
         (root / part).mkdir(parents=True)
@@ -493,7 +493,7 @@ def find_parts(path: Path) -> None:
         open_part(path, part)
 
 
-# How a person would have a weights file read; one of these is chosen for each.
+# The ways in which a user would have a weights file read; one is chosen for each file.
 WEIGHTS = (
     lambda path: load_transformer(path, torch.float32),
     load_vae,
@@ -528,7 +528,7 @@ ADVICE = ("weights_only=False", "add_safe_globals", "set_int_max_str_digits")
 
 
 def check_fit(error: BaseException) -> None:
-    """AssertionError unless an error is one printable line, and nothing else is in what a log prints of it."""
+    """AssertionError unless an error is one printable line, and logging it prints nothing else."""
     text = str(error)
     assert len(text) <= SENTENCE_LENGTH + 300, "long"
     assert text.isprintable(), "not printable"
@@ -539,14 +539,14 @@ def check_fit(error: BaseException) -> None:
 
 @dataclass
 class Tally:
-    """What became of the files of one kind."""
+    """The outcomes for the files of one kind."""
 
     loaded: int = 0
     refused: int = 0
     seconds: float = 0.0
-    """Most seconds of the processor for one file."""
+    """The most CPU seconds for one file."""
     megabytes: float = 0.0
-    """The largest growth of the process, in one file."""
+    """The largest growth of the process's memory for one file."""
     faults: list[str] = field(default_factory=list)
 
 
@@ -579,14 +579,12 @@ def try_one(kind: str, seed: str, tally: Tally, limits: tuple[float, float]) -> 
 
 
 def watch_for_hang(seconds: float) -> None:
-    """End the process with a traceback after so many seconds of the processor, or of the clock on Windows; 0 is never.
+    """End the process with a traceback after `seconds` of CPU time (wall time on Windows); 0 is never.
 
-    A process that is stopped or starved by others does not hang.
+    A process that is stopped or starved by others is not hanging.
     """
     if sys.platform != "win32":
-        faulthandler.register(
-            signal.SIGPROF, chain=True
-        )  # and then what the signal does by itself: it ends the process
+        faulthandler.register(signal.SIGPROF, chain=True)  # then the signal's default action: end the process
         signal.setitimer(signal.ITIMER_PROF, seconds)
     elif seconds:
         faulthandler.dump_traceback_later(seconds, exit=True)
@@ -595,7 +593,7 @@ def watch_for_hang(seconds: float) -> None:
 
 
 def reset_peak() -> int:
-    """Forget the highest memory so far, where the system can; bytes in use now."""
+    """Reset the peak memory, where the system can; returns the bytes in use."""
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
@@ -603,19 +601,19 @@ def reset_peak() -> int:
 
 
 def peak() -> int:
-    """The highest memory of this process in bytes since `reset_peak`; 0 where the system does not tell."""
+    """This process's peak memory in bytes since `reset_peak`; 0 if the system does not report it."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def run(count: int, seed: int, limits: tuple[float, float]) -> dict[str, Tally]:
-    """Try `count` files, as many of each kind."""
+    """Try `count` files, the same number of each kind."""
     tallies = {kind: Tally() for kind in KINDS}
     kinds = list(KINDS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for kind in kinds:  # what is imported and cached on first use is nobody's time
+        for kind in kinds:  # imports and caching on first use count for no kind
             try_one(kind, "first", Tally(), limits)
         for i in range(count):
             kind = kinds[i % len(kinds)]

@@ -1,4 +1,4 @@
-"""Prompts for a server: the shipped workflow, small, and what tests change of it."""
+"""Prompts for a server: the shipped workflow, shrunk, and the changes that tests make."""
 
 from itertools import count
 
@@ -10,7 +10,7 @@ FRESH_SEEDS = count(1000)
 
 
 def prompt(**inputs):
-    """The shipped workflow, small, with a seed that no result is cached for."""
+    """The shipped workflow, shrunk, with a seed for which no result is cached."""
     return small_prompt(**{**SIZE, "seed": next(FRESH_SEEDS), **inputs})
 
 
@@ -30,7 +30,7 @@ def assert_healthy(client):
 
 
 def give_back_memory(client):
-    """A server gives what it no longer needs back to the system; or the next model would hide in it."""
+    """Make a server return freed memory to the system; otherwise the next model would hide in it."""
     client.post("/free", {"unload_models": True, "free_memory": True})
     image = {"image": node("EmptyImage", width=16, height=16, batch_size=1, color=0)}
     for _ in range(2):  # the server frees between two runs
@@ -47,7 +47,7 @@ PATCHES = {
 
 
 def with_defaults(client, class_type, **inputs):
-    """A stock node with what its own schema proposes for all other inputs."""
+    """A stock node with its schema's defaults for all other inputs."""
     required = client.get(f"/object_info/{class_type}")[class_type]["input"]["required"]
     defaults = {}
     for name, (kind, *options) in required.items():

@@ -1,4 +1,4 @@
-"""docs/host_internals.md as data, and what of ComfyUI the code in nodes/ uses, by its syntax tree."""
+"""docs/host_internals.md as data, and what the code in nodes/ uses of ComfyUI, found in its syntax tree."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ HOST = {"comfy", "comfy_aimdo", "comfy_api", "comfy_execution", "folder_paths", 
 
 @dataclass(frozen=True)
 class Internal:
-    """One thing of ComfyUI's: a dotted path, or a string in the source of a module."""
+    """One of ComfyUI's internals: a dotted path, or a string in a module's source."""
 
     text: str
-    """As on the page."""
+    """As written on the page."""
     path: str
     files: tuple[str, ...]
-    """Which of nodes/ use it."""
+    """Files in nodes/ that use it."""
     key: str | None = None
     positional: tuple[str, ...] | None = None
-    """Arguments passed in this order; None if nothing is said of arguments."""
+    """Arguments passed in this order; None if the page does not mention arguments."""
     named: tuple[str, ...] = ()
 
     @property
     def last(self) -> str:
-        """What stands in the source of the files that use it."""
+        """What appears in the source of the files that use it."""
         return (self.key or self.path.rpartition(".")[2]).removeprefix("{}_")
 
 
 @dataclass(frozen=True)
 class Use:
-    """A dotted path in a file, and how it is called there, if it is."""
+    """A dotted path in a file, and how it is called there, if at all."""
 
     path: str
     file: str
@@ -46,7 +46,7 @@ class Use:
 
 
 def listed() -> list[Internal]:
-    """Everything on the page."""
+    """All entries of the page."""
     rows = (line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `"))
     return [
         _internal(text, tuple(files.split(", "))) for cell, files, _ in rows for text in re.findall(r"`([^`]+)`", cell)
@@ -66,7 +66,7 @@ def _internal(text: str, files: tuple[str, ...]) -> Internal:
 
 
 def used() -> list[Use]:
-    """Every attribute of a module of ComfyUI's that nodes/ names."""
+    """Every attribute of ComfyUI's modules that nodes/ uses."""
     return [use for path in sorted(NODES.rglob("*.py")) for use in _uses(path)]
 
 
@@ -90,7 +90,7 @@ def _uses(path: Path) -> Iterator[Use]:
 
 
 def _imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """What names mean that imports of ComfyUI's modules bring, inside functions too."""
+    """Names that imports of ComfyUI's modules bind, also inside functions -> what they stand for."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:

@@ -1,4 +1,4 @@
-"""Look up, inside ComfyUI, what docs/host_internals.md lists. Executed there as text, so it imports the standard library only."""
+"""Look up, inside ComfyUI, what docs/host_internals.md lists. Executed there as text, so it only imports the standard library."""
 
 import ast
 import functools
@@ -8,7 +8,7 @@ import textwrap
 
 
 def missing(internal):
-    """What is wrong with (path, key, positional, named), in words; None if all of it is there."""
+    """A description of what is wrong with (path, key, positional, named); None if nothing is missing."""
     path, key, positional, named = internal
     try:
         if key is not None:
@@ -20,7 +20,7 @@ def missing(internal):
 
 
 def look_up(path):
-    """The object, or None if it is an attribute that methods of a class set."""
+    """The object, or None if it is an attribute that a class's methods set."""
     parts = path.split(".")
     for count in range(len(parts), 0, -1):
         try:
@@ -48,7 +48,7 @@ def _attribute(owner, name):
 
 @functools.cache
 def assignments(owner):
-    """Where methods of a class and of its bases set `self.x`, or `Class.x`."""
+    """Assignments to `self.x` or `Class.x` in methods of a class and its bases."""
     bases = [base for base in owner.__mro__[:-1] if base.__module__.split(".")[0] != "torch"]
     sources = [ast.parse(textwrap.dedent(inspect.getsource(base))) for base in bases]
     return [node for source in sources for node in ast.walk(source) if _is_set_on_a_name(node)]
@@ -59,7 +59,7 @@ def _is_set_on_a_name(node):
 
 
 def always_set(function):
-    """The attributes that a method sets on every way through it."""
+    """The attributes that a method sets on every path through it."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     return {
         node.attr

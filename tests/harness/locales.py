@@ -1,4 +1,4 @@
-"""The pack's texts in the front end's locale files; English is what the nodes themselves say.
+"""The pack's texts in the front end's locale files; the English ones are the nodes' own.
 
 `python dev.py generate locales` writes locales/en/nodeDefs.json from a real server.
 """
@@ -26,12 +26,12 @@ def main() -> None:
 
 
 def node_infos(client: ComfyClient) -> dict[str, dict[str, Any]]:
-    """What the server says of each of our nodes."""
+    """The server's description of each of our nodes."""
     return {name: info for name, info in client.get("/object_info").items() if name.startswith(PREFIX)}
 
 
 def english(infos: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """nodeDefs.json in English: every text that the front end looks up for our nodes."""
+    """nodeDefs.json in English: all texts that the front end looks up for our nodes."""
     return {name: node_texts(info) for name, info in infos.items()}
 
 
@@ -53,7 +53,7 @@ def inputs_of(info: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def output_texts(info: dict[str, Any], index: int) -> dict[str, Any]:
-    """An output that is called like its type is shown under the front end's own name of the type."""
+    """An output named like its type is shown with the front end's own name for the type."""
     name, tooltip = info["output_name"][index], info["output_tooltips"][index]
     return ({} if name == info["output"][index] else {"name": name}) | {"tooltip": tooltip}
 
@@ -68,7 +68,7 @@ def write(language: str, texts: dict[str, Any]) -> None:
 
 
 def flat(texts: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """Every text under its path, such as Mochi1Sampler.inputs.width.tooltip."""
+    """Every text by its path, such as Mochi1Sampler.inputs.width.tooltip."""
     found: dict[str, Any] = {}
     for key, value in texts.items():
         found |= flat(value, f"{place}{key}.") if isinstance(value, dict) else {place + key: value}

@@ -1,4 +1,4 @@
-"""LoRA files as the trainers write them, and the weights that they should lead to."""
+"""LoRA files as the trainers write them, and the weights that should result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mochi_core.checkpoints import from_state_dict, to_canonical, to_diffusers, 
 
 RANK, ALPHA = 4, 6.0
 ATTENTION = ("qkv_x", "qkv_y", "proj_x", "proj_y")
-# Names of the factors from the name of their layer: as it is, with underscores, or inside a compiled block.
+# Names of the factors, with the layer's name unchanged, with underscores, or inside a compiled block.
 SPELLINGS = {
     "genmo": ("{layer}.lora_A", "{layer}.lora_B"),
     "peft": ("base_model.model.{layer}.lora_A.weight", "base_model.model.{layer}.lora_B.weight"),
@@ -39,7 +39,7 @@ class Factors:
 
 
 Adapter = dict[str, Factors]
-"""By the names of layers, Mochi's own or diffusers'."""
+"""By layer names, Mochi's own or diffusers'."""
 
 
 def diffusers_weights(dit: AsymmDiT) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def diffusers_weights(dit: AsymmDiT) -> dict[str, Tensor]:
 
 
 def random_adapter(weights: dict[str, Tensor], *endings: str, seed: int = 0, dora: bool = False) -> Adapter:
-    """For every matrix of a state dict whose layer's name ends so (all without `endings`)."""
+    """An adapter for every matrix of a state dict whose layer's name has one of `endings` (all if empty)."""
     generator = torch.Generator().manual_seed(seed)
     adapter = {}
     for name, weight in weights.items():
@@ -63,7 +63,7 @@ def random_adapter(weights: dict[str, Tensor], *endings: str, seed: int = 0, dor
 
 
 def random_changes(weights: dict[str, Tensor], *endings: str, seed: int = 0) -> dict[str, Tensor]:
-    """What to add to every parameter whose name ends so (to all without `endings`): a fifth of its own size."""
+    """Changes for every parameter whose name has one of `endings` (all if empty): a fifth of its own size."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: 0.2 * weight.float().std(correction=0) * torch.randn(weight.shape, generator=generator)
@@ -87,7 +87,7 @@ def merged(
 
 
 def with_weights(dit: AsymmDiT, weights: dict[str, Tensor]) -> AsymmDiT:
-    """A float32 denoiser with other weights, under Mochi's own names or diffusers'."""
+    """A float32 denoiser with the given weights, under Mochi's own names or diffusers'."""
     if "patch_embed.proj.weight" in weights:
         canonical = to_canonical(from_state_dict(weights), transformer_rules(dit.config.depth))
         weights = {name: tensor.read() for name, tensor in canonical.items()}
@@ -104,7 +104,7 @@ def write_adapter(
     metadata: dict | None = None,
     changes: dict[str, Tensor] | None = None,
 ) -> Path:
-    """`metadata` values become JSON; `alpha` becomes a tensor for each layer; `changes` of parameters get ComfyUI's names."""
+    """`metadata` values become JSON; `alpha` becomes a tensor per layer; `changes` of parameters get ComfyUI's names."""
     tensors = {}
     for name, change in (changes or {}).items():
         layer, leaf = name.rpartition(".")[::2] if name.endswith((".weight", ".bias")) else (name, "weight")
@@ -127,7 +127,7 @@ def write_adapter(
 
 
 def write_genmo_lora(path: Path, dit: AsymmDiT, seed: int = 0) -> None:
-    """A LoRA of one layer that visibly changes what `dit` makes."""
+    """A one-layer LoRA that visibly changes what `dit` makes."""
     layer, generator = "blocks.0.attn.qkv_x", torch.Generator().manual_seed(seed)
     rows, columns = dit.get_parameter(f"{layer}.weight").shape
     tensors = {

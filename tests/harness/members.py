@@ -1,4 +1,4 @@
-"""Processes that work on one video together, over gloo on the CPU: started once, and made a group of any size for each call."""
+"""Processes that compute one video together, over gloo on the CPU: started once, grouped in any number for each call."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from datetime import timedelta
 
 
 class MemberPool:
-    """`size` processes that wait for work; a context manager."""
+    """Context manager: `size` processes that wait for work."""
 
     def __init__(self, size):
-        # One process imports PyTorch, and the others are its forks: before it has any threads.
+        # One process imports PyTorch and forks the others before it has any threads.
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["torch.distributed", "tests.harness.parallel_runs"])
         self.size, self.calls = size, 0
@@ -22,7 +22,7 @@ class MemberPool:
     def __enter__(self):
         from torch.distributed import TCPStore
 
-        # Members of a new group find each other here at once; through a file they would ask every 10 ms, for each group.
+        # Members of a new group find each other here immediately; through a file, each group would poll every 10 ms.
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         while len(self.members) < self.size:
             self._start()
@@ -43,7 +43,7 @@ class MemberPool:
         self.members.append((process, ours))
 
     def run(self, count, name, *arguments, timeout=30, **options):
-        """What `name` of tests.harness.parallel_runs returns in each of `count` members of one group, by rank.
+        """Results of tests.harness.parallel_runs' function `name` in each of `count` members of one group, by rank.
 
         An exception is returned as its text, "TypeName: message".
         """

@@ -1,4 +1,4 @@
-"""Large files, and the memory that a process takes for them."""
+"""Large files, and the memory that a process needs for them."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_sparse(path, tensors):
-    """All names, shapes and bytes of a model of any size; zeros that take no disk."""
+    """Write all names, shapes and bytes of a model of any size, as zeros that take no disk space."""
     entries, position = {}, 0
     for name, tensor in tensors.items():
         end = position + tensor.numel() * 2
@@ -65,7 +65,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 def in_a_process(code, *arguments):
     command = [sys.executable, "-c", MEMORY + code, *map(str, arguments)]
-    # Without this, glibc keeps freed tensors, and later ones hide in them.
+    # Without this, glibc keeps freed memory, in which later tensors would hide.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -81,7 +81,7 @@ SLACK = 10e6
 
 
 def write_large(folder, layout):
-    """A file in bf16; the bytes of the model in float32, and of the largest tensor as it is stored."""
+    """Write a bf16 file; returns the bytes of the model in float32, and of the largest tensor as stored."""
     dit = AsymmDiT(LARGE, dtype=torch.bfloat16).requires_grad_(False)
     dit.pos_frequencies.zero_()
     save_file(dit.state_dict(), folder / "canonical.safetensors")

@@ -1,4 +1,4 @@
-"""How far results are from what is expected."""
+"""Errors of results relative to expected values."""
 
 
 def relative_error(result, expected) -> float:

@@ -1,4 +1,4 @@
-"""What members of a group do in tests; the same with None for a group is what one device does."""
+"""What members of a group do in tests; with None as group, the same on one device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.harness.lora_files import random_adapter, write_adapter
 from tests.harness.random_inputs import SIGMAS, inputs, prompt
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit, random_vae
 
-# As many heads as Mochi has, which Ulysses shares out.
+# As many heads as Mochi, which Ulysses distributes.
 HEADS_24 = AsymmDiTConfig(
     depth=3, hidden_size_x=192, hidden_size_y=96, num_heads=24, text_width=TEXT_WIDTH, mlp_size_x=256, mlp_size_y=128
 )
@@ -33,7 +33,7 @@ def model():
 
 @torch.no_grad()
 def denoise(group, plan, lengths, size, tokens=16, levels=None):
-    """A velocity for prompts of these lengths, and the bytes that this member sent meanwhile."""
+    """A velocity for prompts of these lengths, and the bytes that this member sent."""
     dit = model()
     latents, sigma, embeds, mask = inputs(lengths, size, tokens=tokens)
     if levels is not None:
@@ -55,7 +55,7 @@ def sent(members):
 
 
 def run(group, plan, *, scales=4.5, cache=None, stop=None, dit=None, **options):
-    """A whole run, and hits of the cache; it is stopped by member 0 after step `stop`."""
+    """A whole run, and the cache's hits; member 0 stops it after step `stop`."""
     members = group and Members.of(group, Plan.parse(plan))
     cache = cache and BlockCache(*cache)
     steps = []
@@ -81,7 +81,7 @@ def run(group, plan, *, scales=4.5, cache=None, stop=None, dit=None, **options):
 
 
 def continue_a_clip(group, plan):
-    """Latents of a video that begins with a clip, of which every member but the first encodes a little else."""
+    """Latents of a video that begins with a clip, which every member but the first encodes slightly differently."""
     clip = (
         torch.rand(7, 32, 48, 3, generator=torch.Generator().manual_seed(9)) / 2 + (group.rank if group else 0) / 1000
     )
@@ -93,7 +93,7 @@ def continue_a_clip(group, plan):
 
 
 def run_with_a_bent_decision(group, plan):
-    """Member 1 takes every change for a large one."""
+    """A run in which member 1 considers every change large."""
     skips = CachedBlocks._skips
     if group.rank == 1:
         CachedBlocks._skips = lambda self, state, signal: skips(self, state, signal) and False
@@ -108,7 +108,7 @@ def run_with_own_scales(group, plan):
 
 
 def run_with_own_given_frames(group, plan, level):
-    """Frame 0 is the same for all members; frame 1, with this level, and frame 2, which is not used, are not."""
+    """A run with given frames: frame 0 is equal on all members; frame 1, with this level, and the unused frame 2 are not."""
     latents = torch.full((1, 12, 3, 6, 10), 1.0 + group.rank)
     latents[:, :, 0] = 1
     return run(group, plan, given=Given(latents, torch.tensor([0.0, level, 1.0]), held=True))
@@ -123,7 +123,7 @@ def decode(group, latents, memory_limit=None):
 
 
 def run_in_form(group, plan, folder, form, **options):
-    """A run with a LoRA, quantised weights, streamed or compiled blocks; the files are those of `write_forms`."""
+    """A run with a LoRA, quantised weights, streamed or compiled blocks; the files are from `write_forms`."""
     kind = form if form in QUANTIZERS else None
     dit = load_transformer(folder / "dit.safetensors", torch.float32, quantize=kind)
     if form == "lora":

@@ -1,4 +1,4 @@
-"""Independent implementations of the model with our weights, and the same inputs for them and for ours."""
+"""Independent implementations of the model with our weights, and inputs for them and ours."""
 
 import pytest
 import torch
@@ -98,7 +98,7 @@ def from_comfyui(peer, latents, sigma, embeds, mask):
 
 
 def pipeline(transformer):
-    """diffusers' pipeline with nothing in it but what LoRAs go into."""
+    """diffusers' pipeline with only the part that LoRAs are loaded into."""
     parts = {"vae": None, "text_encoder": None, "tokenizer": None}
     return DiffusersPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer, **parts)
 

@@ -1,6 +1,6 @@
-"""Make the pictures of the documentation from the real thing: `python dev.py generate pictures`.
+"""Make the documentation's pictures from the real thing: `python dev.py generate pictures`.
 
-Thumbnails of the templates are videos that the templates made, with the tiny model; the rest are screenshots of the editor.
+Thumbnails of the templates are videos made by them with the tiny model; the rest are screenshots of the editor.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PROMPTS = {
     "sharper": "a blue circle rising",
 }
 CHANGED = ("video_to_video", "edit_video", "edit_inverted", "masked")
-"""Shown beside what they were made of."""
+"""Shown next to their inputs."""
 EDITS = {"edit_video": "FlowEdit", "edit_inverted": "inversion"}
 LONG = 3.2
 # Shown in help pages.
@@ -67,8 +67,8 @@ SHOWN = (
 )
 LOGO = (34, 66)
 MOVING = 256
-# A script that puts the nodes of a picture that can be read beside the side bar, without notes that would be cut, and says how
-# large they are with the titles of their groups.
+# A script that places the nodes of a readable picture next to the side bar, without notes that would be cut off, and returns
+# their size including the titles of their groups.
 NEAR = """() => {
     const title = 80, scale = 0.8, [x, y] = [80, 120];
     app.graph._nodes.filter(node => node.type === "MarkdownNote").forEach(note => app.graph.remove(note));
@@ -81,7 +81,7 @@ NEAR = """() => {
     return [x - 15, y - 5, Math.min(scale * (right - left) + 30, 1500), Math.min(scale * (bottom - top) + 20, 800)];
 }"""
 MENU = {"x": 0, "y": 40, "width": 700, "height": 520}
-# Where the nodes and groups of the graph are on the page, with a margin.
+# The area of the graph's nodes and groups on the page, with a margin.
 AROUND = """() => {
     const { graph, ds: { scale, offset } } = app.canvas, margin = 20;
     const boxes = [...graph._nodes, ...graph._groups].map(item => item.boundingRect);
@@ -137,7 +137,7 @@ def pictures_of(video: bytes) -> list[Image.Image]:
 
 
 def before_and_after(before: list[Image.Image], after: list[Image.Image]) -> list[Image.Image]:
-    """What went in and what came out, whole, beside each other. Templates of a pack have one picture, without the slider that
+    """Input and output side by side, uncropped. Templates of a pack have one picture, without the slider that
     ComfyUI's own have for this.
     """
     side = (THUMBNAIL - THUMBNAIL_GAP) // 2
@@ -154,7 +154,7 @@ def before_and_after(before: list[Image.Image], after: list[Image.Image]) -> lis
 
 
 def edits(given: list[Image.Image], shown: dict[str, list[Image.Image]]) -> list[tuple[str, list[Image.Image], Any]]:
-    """What was given above what came of it, as rows of a contact sheet."""
+    """Inputs above their results, as rows of a contact sheet."""
     rows = []
     for name, way in EDITS.items():
         frames = shown[name]
@@ -164,14 +164,14 @@ def edits(given: list[Image.Image], shown: dict[str, list[Image.Image]]) -> list
 
 
 def write_thumbnail(frames: list[Image.Image], path: Path) -> None:
-    """A moving WebP: the editor asks for .jpg, browsers go by the content."""
+    """An animated WebP: the editor requests .jpg, but browsers detect the type from the content."""
     first, *others = [frame.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC) for frame in frames]
     first.save(path, "WEBP", save_all=True, append_images=others, duration=50, loop=0, quality=70, method=4)
     print(path.relative_to(ROOT), path.stat().st_size)
 
 
 def write_moving(videos: list[list[Image.Image]], path: Path) -> None:
-    """Videos of one length beside each other, as a moving WebP."""
+    """Videos of equal length side by side, as an animated WebP."""
     frames = []
     for pictures in zip(*videos, strict=True):
         frame = Image.new("RGB", (MOVING * len(videos), MOVING))
@@ -184,7 +184,7 @@ def write_moving(videos: list[list[Image.Image]], path: Path) -> None:
 
 def take_screenshots(url: str) -> None:
     HELP.mkdir(parents=True, exist_ok=True)
-    # Without previews: the tiny model is done after the first one, of noise, which would stay.
+    # Without previews: the tiny model finishes after the first one, of noise, which would stay visible.
     settings = {"Comfy.Minimap.Visible": False, "Comfy.Execution.PreviewMethod": "none"}
     with open_editor(url, 1600, 1000, **settings) as editor:
         editor.open_templates()
@@ -213,7 +213,7 @@ def open_template(editor: Editor, name: str) -> None:
 
 
 def bring_near(editor: Editor) -> dict[str, float]:
-    """From the loaders to the video, as large as fits; returns where they are on the page."""
+    """Zoom to the loaders through the video, as large as fits; returns their area on the page."""
     box = editor.page.evaluate(NEAR)
     editor.page.wait_for_timeout(1500)
     return clip(box)

@@ -1,4 +1,4 @@
-"""What products are like on this CPU: of bf16 numbers without units for them, ten to a hundred times as long; and in parts."""
+"""How this CPU multiplies matrices: in bf16, 10 to 100 times slower without native units; and in parts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Each adds up in float32 and rounds once, natively too. Attention is missing: its native kernel is as fast as in float32.
+# All accumulate in float32 and round once, natively too. Without attention: its native kernel is as fast as in float32.
 PRODUCTS = {F.linear, F.conv2d, F.conv3d, torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__}
 
 
 def are_native() -> bool:
-    """Whether this CPU has units for products of bf16 numbers."""
+    """Whether this CPU has units for bf16 products."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @cache
 def are_alike_in_parts() -> bool:
-    """Whether some rows of a product are those of the whole one, bit for bit: MKL's AVX2 code has other sums for fewer rows."""
+    """Whether a product of some rows equals those of the whole bit for bit: MKL's AVX2 code sums differently for few rows."""
     generator = torch.Generator().manual_seed(0)
     rows, weight = (torch.randn(count, 192, generator=generator) for count in (300, 512))
     whole = F.linear(rows, weight)
@@ -30,7 +30,7 @@ def are_alike_in_parts() -> bool:
 
 
 def is_the_same(found: Tensor, expected: Tensor, *, rounded: bool = False, limit: float = 2e-6) -> bool:
-    """Whether a result that several have computed in parts is that of one: bit for bit, or up to the order of sums."""
+    """Whether a result computed in parts equals that of one device: bit for bit, or up to summation order."""
     alike = torch.equal(found, expected)
     return alike or ((rounded or not are_alike_in_parts()) and (found - expected).norm() < limit * expected.norm())
 
@@ -38,8 +38,7 @@ def is_the_same(found: Tensor, expected: Tensor, *, rounded: bool = False, limit
 class Float32Products(TorchFunctionMode):
     """Context manager: products of bf16 and fp16 tensors on a CPU are computed in float32 and rounded at the end.
 
-    The results are the same numbers up to the order of sums: operands are exact in float32, and native products also add up
-    in float32.
+    The results are equal up to summation order: operands are exact in float32, and native products also accumulate in float32.
     """
 
     def __torch_function__(self, function: Callable, _: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""A LoRA for a colour that the tiny model has never seen, trained from videos in twenty seconds."""
+"""A LoRA for a colour that the tiny model has never seen, trained on videos in twenty seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 60
 
 
 def train_purple(folder: Path) -> list[Path]:
-    """diffusers' file and Genmo's."""
+    """Train the LoRA; returns diffusers' file and Genmo's."""
     write_clips(folder / "videos")
     models = ["--vae", str(trained.VAE), "--t5", str(trained.T5)]
     sizes = ["--size", "64x64", "--frames", "7"]

@@ -1,6 +1,6 @@
-"""The same weights in every quantised form that files come in, and what each form means in float32.
+"""The same weights in every quantised file format, and their values in float32.
 
-Every writer takes the tensors of a model and the path, and returns the tensors that a reader must find.
+Every writer takes a model's tensors and a path, and returns the tensors that a reader must find.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from benchmarks.k_types import K_QUANTIZERS
 Tensors = dict[str, Tensor]
 BITSANDBYTES = Path(__file__).parents[1] / "data" / "bitsandbytes_0.50.2.safetensors"
 TORCHAO = BITSANDBYTES.with_name("torchao_0.18.0.safetensors")
-"""Small matrices as these tools write them, and under `expected.` what the tools make of them."""
+"""Small matrices as written by these tools and, under `expected.`, as dequantised by them."""
 LARGE = re.compile(r"(blocks|transformer_blocks|encoder\.block)\..*\.weight")
 AUTOENCODER = re.compile(r"(encoder\.layers|decoder\.blocks)\..*\.weight")
-# Where the float16 numbers lie in a block of each type.
+# Positions of the float16 numbers in a block of each type.
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
@@ -32,14 +32,14 @@ HALVES = {
 
 
 def is_block_matrix(name: str, tensor: Tensor) -> bool:
-    """What is quantised in real files: the matrices of the blocks; of an autoencoder the convolutions, too."""
+    """What real files quantise: the matrices of the blocks; in autoencoders, also the convolutions."""
     if AUTOENCODER.fullmatch(name):
         return tensor.ndim in (2, 5)
     return bool(LARGE.fullmatch(name)) and tensor.ndim == 2 and "relative" not in name
 
 
 def plain_fp8(tensors: Tensors, path: Path, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensors:
-    """Matrices cast, everything else in bf16."""
+    """Matrices cast to fp8, everything else in bf16."""
     stored = {name: t.to(dtype if is_block_matrix(name, t) else torch.bfloat16) for name, t in tensors.items()}
     save_file(stored, path)
     return {name: t.float() for name, t in stored.items()}
@@ -64,7 +64,7 @@ def legacy_scaled_fp8(tensors: Tensors, path: Path) -> Tensors:
 
 
 def scaled_fp8(tensors: Tensors, path: Path) -> Tensors:
-    """The newer generation: weight_scale, and a note in JSON beside every layer."""
+    """The newer generation: weight_scale, and a JSON note with every layer."""
     stored, expected = _scaled(tensors, torch.float8_e4m3fn, "weight_scale")
     note = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
     notes = {
@@ -75,7 +75,7 @@ def scaled_fp8(tensors: Tensors, path: Path) -> Tensors:
 
 
 def metadata_scaled_fp8(tensors: Tensors, path: Path) -> Tensors:
-    """The newer generation with the notes in the file's metadata."""
+    """The newer generation, with the notes in the file's metadata."""
     stored, expected = _scaled(tensors, torch.float8_e4m3fn, "weight_scale")
     layers = {
         name[: -len(".weight")]: {"format": "float8_e4m3fn"} for name, t in tensors.items() if is_block_matrix(name, t)
@@ -85,7 +85,7 @@ def metadata_scaled_fp8(tensors: Tensors, path: Path) -> Tensors:
 
 
 def int8(tensors: Tensors, path: Path) -> Tensors:
-    """A scale per row."""
+    """int8 with a scale per row."""
     stored, expected = _scaled(tensors, torch.int8, "weight_scale")
     note = torch.tensor(list(json.dumps({"format": "int8_tensorwise"}).encode()), dtype=torch.uint8)
     notes = {
@@ -113,7 +113,7 @@ def _scaled(tensors: Tensors, dtype: torch.dtype, scale_name: str) -> tuple[Tens
 
 
 def bitsandbytes_int8(tensors: Tensors, path: Path) -> Tensors:
-    """The largest magnitude of each row, and a tensor that says that rows are not in tiles."""
+    """int8 with each row's largest magnitude, and a tensor stating that rows are not tiled."""
     stored, expected = _scaled(tensors, torch.int8, "SCB")
     for name in [name for name in stored if name.endswith("SCB")]:
         stored[name] = stored[name].flatten() * 127
@@ -123,7 +123,7 @@ def bitsandbytes_int8(tensors: Tensors, path: Path) -> Tensors:
 
 
 def torchao_int8(tensors: Tensors, path: Path) -> Tensors:
-    """Parts of weights, and the class of each in the metadata."""
+    """Parts of the weights, with their classes in the metadata."""
     stored, expected = _scaled(tensors, torch.int8, "_weight_scale")
     metadata = {}
     for layer in [name[: -len("_weight_scale")] for name in stored if name.endswith("_weight_scale")]:
@@ -135,7 +135,7 @@ def torchao_int8(tensors: Tensors, path: Path) -> Tensors:
 
 
 def bitsandbytes_nf4(tensors: Tensors, path: Path) -> Tensors:
-    """The table is that of a file by bitsandbytes 0.50.2."""
+    """The table is from a file written by bitsandbytes 0.50.2."""
     table = load_file(BITSANDBYTES)["nf4_64_128.weight.quant_map"]
     stored, expected = {}, {}
     for name, tensor in tensors.items():
@@ -159,7 +159,7 @@ def bitsandbytes_nf4(tensors: Tensors, path: Path) -> Tensors:
 
 
 def mxfp8(tensors: Tensors, path: Path) -> Tensors:
-    """fp8 with a power of two for each 32 weights, as bytes."""
+    """fp8 with a power-of-two scale for each 32 weights, stored as bytes."""
 
     def quantize(weight: Tensor) -> tuple[Tensors, Tensor]:
         blocks = weight.float().reshape(len(weight), -1, 32)
@@ -175,7 +175,7 @@ def mxfp8(tensors: Tensors, path: Path) -> Tensors:
 
 
 def nvfp4(tensors: Tensors, path: Path) -> Tensors:
-    """Four bits with an fp8 scale for each 16 weights, and one scale for all."""
+    """fp4 with an fp8 scale for each 16 weights, and one scale for all."""
     table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     table = torch.cat((table, -table))
 
@@ -198,7 +198,7 @@ def nvfp4(tensors: Tensors, path: Path) -> Tensors:
 
 
 def in_tiles(scales: Tensor) -> Tensor:
-    """Scales (rows, columns) one by one to where a GPU looks for them: tiles of 128 rows and 4 columns."""
+    """Scales (rows, columns) rearranged into the tiles that GPUs expect: 128 rows by 4 columns."""
     rows, columns = scales.shape
     height, width = -(-rows // 128) * 128, -(-columns // 4) * 4
     r, c = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -246,7 +246,7 @@ def ggml_safetensors(block_type: str) -> Callable[[Tensors, Path], Tensors]:
 def gguf_file(
     block_type: str, architecture: str | None = "mochi", rename: Callable[[str], str] = str, small: str = "F16"
 ) -> Callable[[Tensors, Path], Tensors]:
-    """A GGUF container; `small` is the type of what is not quantised."""
+    """A GGUF container; `small` is the dtype of the tensors that are not quantised."""
 
     def write(tensors: Tensors, path: Path) -> Tensors:
         writer = gguf.GGUFWriter(path, architecture or "none")
@@ -268,7 +268,7 @@ def gguf_file(
 
 
 def to_blocks(tensor: Tensor, kind: str) -> tuple[numpy.ndarray, Tensor]:
-    """What a GGUF file stores, and what that means; of some types random blocks."""
+    """What a GGUF file stores, and its values; for some types, random blocks."""
     type_ = gguf.GGMLQuantizationType[kind]
     if kind in K_QUANTIZERS:
         data = K_QUANTIZERS[kind](tensor).numpy()
@@ -280,7 +280,7 @@ def to_blocks(tensor: Tensor, kind: str) -> tuple[numpy.ndarray, Tensor]:
 
 
 def random_blocks(kind: str, rows: int, columns: int) -> numpy.ndarray:
-    """Random bytes (rows, bytes of a row) with scales that give weights of variance 1 / columns."""
+    """Random bytes (rows, bytes per row) with scales for weights of variance 1 / columns."""
     type_ = gguf.GGMLQuantizationType[kind]
     weights, size = gguf.GGML_QUANT_SIZES[type_]
     blocks = numpy.random.default_rng(rows).integers(0, 256, (rows, columns // weights, size), dtype=numpy.uint8)
@@ -297,7 +297,7 @@ def random_blocks(kind: str, rows: int, columns: int) -> numpy.ndarray:
 
 
 def llama_cpp_name(name: str) -> str:
-    """What llama.cpp calls the tensors of a T5 encoder."""
+    """llama.cpp's names for the tensors of a T5 encoder."""
     fixed = {"shared.weight": "token_embd.weight", "encoder.final_layer_norm.weight": "enc.output_norm.weight"}
     parts = {
         "0.layer_norm": "attn_norm", "1.layer_norm": "ffn_norm", "0.SelfAttention.relative_attention_bias": "attn_rel_b",

@@ -1,4 +1,4 @@
-"""Random inputs of the tiny denoiser and of single layers, the same in every run."""
+"""Random inputs for the tiny denoiser and for single layers, the same in every run."""
 
 import torch
 

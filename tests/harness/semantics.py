@@ -1,4 +1,4 @@
-"""What a clip of coloured shapes shows: colours and where they move."""
+"""Recognises what a clip of coloured shapes shows: the colours, and where they move."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from mochi_core.train.tiny.shapes import BACKGROUNDS, COLORS, MOTIONS, NEW_COLORS, OUTLINES, Scene, Sprite, draw
 
 PALETTE = {**COLORS, **NEW_COLORS}
-MIN_PIXELS = 12  # of a colour, in a frame of 64 x 64, to count as a shape
+MIN_PIXELS = 12  # pixels of a colour in a 64 x 64 frame that count as a shape
 
 
 def masks(frames: np.ndarray) -> dict[str, Any]:
-    """For each colour, the pixels (F, H, W) that are nearer to it than to any other and to the backgrounds.
+    """For each colour, the pixels (F, H, W) that are closer to it than to any other colour or background.
 
     `frames` (F, H, W, 3) in [0, 1].
     """
@@ -22,26 +22,26 @@ def masks(frames: np.ndarray) -> dict[str, Any]:
 
 
 def stray(frames: np.ndarray) -> float:
-    """How far pixels are from the nearest colour that a clip may have, root mean square: what is no clean picture."""
+    """RMS distance of pixels from the nearest colour that a clip may have: how unclean a picture is."""
     return float(np.sqrt(_distances(frames).min(-1).mean()))
 
 
 def _distances(frames: np.ndarray) -> np.ndarray:
-    """Squared distance of each pixel to the colours of shapes, then to those of backgrounds, (F, H, W, colours)."""
+    """Squared distance of each pixel to the shapes' colours, then the backgrounds', (F, H, W, colours)."""
     grounds = [np.array(color) * shade for color in BACKGROUNDS.values() for shade in (1.0, 2 / 3, 1 / 3)]
     references = np.stack([*(np.array(color) for color in PALETTE.values()), *grounds])
     return ((frames[..., None, :] - references) ** 2).sum(-1)
 
 
 def main_color(frames: np.ndarray) -> str | None:
-    """The colour of which most is seen, if it is seen in most frames."""
+    """The colour with the most pixels, if it is visible in most frames."""
     found = masks(frames)
     name = max(found, key=lambda color: int(found[color].sum()))
     return name if name in shown_colors(frames) else None
 
 
 def shown_colors(frames: np.ndarray) -> list[str]:
-    """The colours that are seen in most frames."""
+    """The colours that are visible in most frames."""
     return [name for name, mask in masks(frames).items() if (mask.sum(axis=(1, 2)) >= MIN_PIXELS).mean() > 0.5]
 
 
@@ -66,18 +66,18 @@ def direction(frames: np.ndarray, color: str, least: float = 0.08) -> str:
 
 
 def centers(frames: np.ndarray, color: str) -> np.ndarray:
-    """Centre (y, x) of a colour in each frame, in frame heights, (F, 2); NaN where it is not seen."""
+    """Centre (y, x) of a colour in each frame, in frame heights, (F, 2); NaN where it is not visible."""
     found = [_center(mask) if mask.sum() >= MIN_PIXELS else (np.nan, np.nan) for mask in masks(frames)[color]]
     return np.array(found) / frames.shape[1]
 
 
 def psnr(frame: np.ndarray, other: np.ndarray) -> float:
-    """In dB; both in [0, 1]."""
+    """Peak signal-to-noise ratio in dB; both in [0, 1]."""
     return float(-10 * np.log10(np.mean((frame - other) ** 2)))
 
 
 def drawn(case: tuple[str, str, str], across: float, num_frames: int) -> np.ndarray:
-    """What a case of `CASES` says, (F, 64, 64, 3) uint8; `across` its way, the shape is so far from the middle."""
+    """The video of a case of `CASES`, (F, 64, 64, 3) uint8; the shape is off-centre by `across`, perpendicular to its path."""
     color, way, prompt = case
     shape = next(name for name in OUTLINES if name in prompt)
     down, right = {"left": (0.0, 0.2), "right": (0.0, -0.2), "up": (0.2, 0.0), "down": (-0.2, 0.0)}[way]
@@ -87,17 +87,17 @@ def drawn(case: tuple[str, str, str], across: float, num_frames: int) -> np.ndar
 
 
 def main_shape(frames: np.ndarray, color: str) -> str | None:
-    """The outline that covers a colour best, in the first, middle and last frame together."""
+    """The outline that matches a colour best over the first, middle and last frame."""
     shown = [mask for mask in masks(frames)[color][:: max(1, len(frames) // 2)] if mask.sum() >= MIN_PIXELS]
     fits = {shape: sum(_overlap(mask, shape) for mask in shown) for shape in OUTLINES}
     return max(fits, key=lambda shape: fits[shape]) if shown else None
 
 
 def _overlap(mask: np.ndarray, shape: str) -> float:
-    """Intersection over union with the outline, where and as large as it fits best."""
+    """Intersection over union with the outline at the position and size of the best fit."""
     height, width = mask.shape
     y, x = np.mgrid[:height, :width] - _center(mask)[:, None, None]
-    # The centre of the pixels is not that of a triangle.
+    # A triangle's pixels are not centred on its outline's centre.
     drawn = [OUTLINES[shape](y - down, x, radius) < 0 for radius in np.arange(6.0, 14.0) for down in (-2, 0, 2)]
     return max((mask & inside).sum() / (mask | inside).sum() for inside in drawn)
 
@@ -119,20 +119,20 @@ CASES = [
     for j, way in enumerate(DIRECTIONS)
 ]
 HALF = [case for i, case in enumerate(CASES) if sum(divmod(i, len(DIRECTIONS))) % 2 == 0]
-"""Two of the four directions of each colour, all of them equally often."""
+"""Two of the four directions for each colour, each direction equally often."""
 FEW = HALF[::2]
-"""One of each colour: enough to see that something is wrong."""
+"""One case per colour: enough to notice that something is wrong."""
 STEPS, SIZE = 24, {"height": 64, "width": 64, "num_frames": 13}
-CLEAN = 0.06  # what `stray` gives at most for a clean picture
+CLEAN = 0.06  # maximum of `stray` for a clean picture
 
 
 def videos(pipe, prompts, seed=0, **arguments):
-    """(B, F, H, W, 3) in [0, 1]."""
+    """The videos, (B, F, H, W, 3) in [0, 1]."""
     return pipe(prompts, num_inference_steps=STEPS, seed=seed, **{**SIZE, **arguments})
 
 
 def scores(made, cases):
-    """Shares of videos with the right colour and with the right direction of that colour, and how far they are from clean."""
+    """Shares of videos with the right colour, and with its right direction, and how far they are from clean."""
     colors, ways, dirt = [], [], []
     for frames, (color, way, _) in zip(made, cases, strict=True):
         colors.append(main_color(frames) == color)
@@ -142,5 +142,5 @@ def scores(made, cases):
 
 
 def scores_of(pipe, cases, **arguments):
-    """`scores` of one video for each case."""
+    """`scores` of one video per case."""
     return scores(videos(pipe, [prompt for *_, prompt in cases], **arguments), cases)

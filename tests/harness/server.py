@@ -1,4 +1,4 @@
-"""A real ComfyUI server with this pack installed and everything else in a folder of its own."""
+"""A real ComfyUI server with this pack installed and everything else in its own folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACK = "mochi-nodes"
 PROBE = ROOT / "tests" / "harness" / "probe"
 START_SECONDS = 240
-# Without nodes for paid services, which take a fifth of the time that a start takes.
+# Without nodes for paid services, which take a fifth of the start-up time.
 QUICK_START = ("--cpu", "--disable-api-nodes")
 FOLDERS = ("custom_nodes", "input", "models", "output", "temp", "user")
 
@@ -36,7 +36,7 @@ class ComfyServer:
         threads: int | None = 1,
         port: int | None = None,
     ) -> None:
-        """`threads` for PyTorch, or None for its own choice; tiny models are fastest with one. `port` None: a free one."""
+        """`threads` for PyTorch, or None for its own choice; tiny models are fastest with one. `port` None means a free one."""
         self.comfyui, self.base, self.arguments, self.packs = comfyui, base, arguments, packs
         self.environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         self.log = base / "server.log"

@@ -1,4 +1,4 @@
-"""The files that the templates name, as tiny as the trained model, and graphs of a size that it was trained for.
+"""The files that the templates name, from the trained tiny model, and graphs at a size that it was trained for.
 
 `python -m tests.harness.template_files` starts a server that has them all.
 """
@@ -29,17 +29,17 @@ COPIES = {
     "diffusion_models/fastmochi.safetensors": trained.TRANSFORMER,
     f"text_encoders/{source.T5}": trained.T5,
     f"vae/{source.VAE}": trained.VAE,
-    # Where the downloading loader of old workflows put them.
+    # Where the downloading loader in old workflows put them.
     f"diffusion_models/mochi/{source.BF16}": trained.TRANSFORMER,
     f"vae/mochi/{source.VAE}": trained.VAE,
 }
 SCALED = {f"diffusion_models/{source.FP8}": trained.TRANSFORMER, f"text_encoders/{source.T5_FP8}": trained.T5}
 SIZE = {"width": 64, "height": 64}
 GIVEN = "a yellow circle moving to the right"
-"""What the given video shows."""
+"""The prompt for the given video."""
 STEPS = 32
-"""What the tiny model needs at most."""
-# What makes every node of the templates fit the tiny model.
+"""The most that the tiny model needs."""
+# Inputs that make every node of the templates fit the tiny model.
 TINY: dict[str, dict[str, Any]] = {
     "Mochi1Sampler": {**SIZE, "num_frames": 25},
     "EmptyMochiLatentVideo": {**SIZE, "length": 25},
@@ -91,7 +91,7 @@ def write_image(path: Path) -> None:
 
 
 def shrunk(prompt: dict[str, Any], text: str, steps: int = STEPS) -> dict[str, Any]:
-    """A template's API form, small, with another prompt and so many steps at most; links stay."""
+    """A template's API form, shrunk, with another prompt and a maximum number of steps; links stay."""
     prompt = copy.deepcopy(prompt)
     for node in prompt.values():
         inputs = node["inputs"]

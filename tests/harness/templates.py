@@ -18,7 +18,7 @@ BLUEPRINTS = ROOT / "subgraphs"
 
 
 def files(definitions: dict[str, Any]) -> dict[Path, str]:
-    """What stands in every file, given a server's /object_info."""
+    """The content of every file, given a server's /object_info."""
     found = {}
     for template in TEMPLATES:
         found[FOLDER / f"{template.title}.json"] = written(to_editor(template, definitions))
@@ -49,8 +49,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def essence(prompt):
-    """Without the titles, the person's own files, the place where the editor shows a chosen video, and the subgraph's id in
-    front of the node's.
+    """Without titles, the user's own files, the place where the editor shows a chosen video, and the subgraph's id before a
+    node's.
     """
     return {
         _inner(key): (

@@ -1,4 +1,4 @@
-"""Tiny Mochi models with random weights, written as the files that real users have."""
+"""Tiny Mochi models with random weights, written as the files that users have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.random_weights import randomize
 from mochi_core import AsymmDiT, AsymmDiTConfig, AsymmVAE, AsymmVAEConfig
 
 TEXT_WIDTH = 64
-# Widths that are multiples of 96 mean the same feed-forward sizes to diffusers; GroupNorm has 32 groups.
+# With multiples of 96, diffusers computes the same feed-forward sizes; GroupNorm has 32 groups.
 DIT = AsymmDiTConfig(
     depth=3, hidden_size_x=96, hidden_size_y=96, num_heads=3, text_width=TEXT_WIDTH, mlp_size_x=256, mlp_size_y=256
 )
@@ -23,7 +23,7 @@ VAE = AsymmVAEConfig(
     encoder_blocks=(1, 1, 1, 1, 1),
 )
 T5_VOCABULARY = 32128
-T5_DEPTH = 24  # as T5-XXL has: ComfyUI's own loader knows the encoder by its last block
+T5_DEPTH = 24  # like T5-XXL: ComfyUI's own loader recognises the encoder by its last block
 T5_HEADS = 4
 
 

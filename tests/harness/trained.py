@@ -14,7 +14,7 @@ FOLDER = ROOT / "models"
 TRANSFORMER = FOLDER / "diffusion_models" / "mochi_tiny.safetensors"
 VAE = FOLDER / "vae" / "mochi_tiny_vae.safetensors"
 T5 = FOLDER / "text_encoders" / "t5_tiny.safetensors"
-# T5's own, as every T5 has it; the file lies beside the weights.
+# The standard T5 tokenizer; the file is next to the weights.
 TOKENIZER = T5.parent
 
 

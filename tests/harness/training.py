@@ -1,4 +1,4 @@
-"""A small data set and the configuration of a short training."""
+"""A small data set, and the configuration of a short training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mochi_core.train.objective import velocity_loss
 from tests.harness.tiny_models import TEXT_WIDTH, random_dit
 
 SHAPES = ((2, 4, 6), (2, 4, 6), (2, 4, 6), (1, 6, 4), (1, 6, 4))
-"""(T, H, W) of each clip's latents, of two sizes."""
+"""(T, H, W) of each clip's latents, in two sizes."""
 
 
 def write_dataset(folder: Path, text_width: int = TEXT_WIDTH) -> Path:
@@ -36,7 +36,7 @@ def write_transformer(path: Path) -> Path:
 
 
 def config(folder: Path, **keys: object) -> Config:
-    """A training of six steps on the data set and the transformer in `folder`, which are written if they are not there."""
+    """A training of six steps on the data set and the transformer in `folder`, which are written if missing."""
     transformer, dataset = folder / "dit.safetensors", folder / "dataset"
     if not transformer.exists():
         write_transformer(transformer)
@@ -48,7 +48,7 @@ def config(folder: Path, **keys: object) -> Config:
 
 @torch.no_grad()
 def fixed_loss(dit: AsymmDiT, dataset: Path) -> float:
-    """Mean loss over twelve batches with noise, which are always the same."""
+    """Mean loss over twelve fixed batches with fixed noise."""
     clips = open_dataset(dataset, dit.config.text_width)
     losses = [velocity_loss(dit, *example(batch_at(clips, 2, 99, i), 0.1, 99, i)) for i in range(12)]
     return torch.stack(losses).mean().item()

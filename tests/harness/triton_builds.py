@@ -1,4 +1,4 @@
-"""Kernels in Triton compiled for GPUs that are not there, from the very arguments that the operators start them with."""
+"""Triton kernels compiled for absent GPUs, with the actual arguments that the operators launch them with."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
-ALIGNED = 16  # bytes and numbers: what Triton makes use of
+ALIGNED = 16  # alignment of pointers and divisibility of numbers that Triton exploits
 OPTIONS = ("num_warps",)
 
 
 class Launch(NamedTuple):
-    """One start of a kernel."""
+    """One launch of a kernel."""
 
     kernel: Any
     arguments: tuple
@@ -33,7 +33,7 @@ def recorder(launches: list[Launch]):
 
 
 def build(launch: Launch, target):
-    """The kernel compiled for `target` as Triton would for this start: types, and which numbers are 1 or multiples of 16."""
+    """The kernel compiled for `target` as Triton would for this launch: types, and which numbers are 1 or multiples of 16."""
     import triton
     from triton.compiler import ASTSource
 
@@ -54,7 +54,7 @@ def build(launch: Launch, target):
 
 
 def spilled_bytes(compiled, folder: Path) -> int:
-    """Bytes of registers that a program keeps in memory: as ptxas says, or as AMD's assembly notes."""
+    """Bytes of registers that a program spills to memory, from ptxas' output or AMD's assembly."""
     if "amdgcn" in compiled.asm:
         return sum(map(int, re.findall(r"[vs]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])))
     from triton.backends.nvidia.compiler import get_ptxas

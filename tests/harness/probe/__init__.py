@@ -1,5 +1,5 @@
-"""A node pack for the tests alone: it writes tensors where a test can read them, makes memory scarce, counts what is read, and
-has an old name."""
+"""A node pack only for the tests: writes tensors where a test can read them, makes memory scarce, counts reads, and has a node
+with an old name."""
 
 import ctypes
 import itertools
@@ -33,7 +33,7 @@ class SaveTensor(io.ComfyNode):
 
 
 class LimitMemory(io.ComfyNode):
-    """Give what was freed back to the system; from then on the process gets only so much more, or all it wants for 0."""
+    """Return freed memory to the system; after that, the process gets only this much more, or is unlimited for 0."""
 
     @classmethod
     def define_schema(cls):
@@ -50,14 +50,14 @@ class LimitMemory(io.ComfyNode):
 
 
 class CountReads(io.ComfyNode):
-    """How often a folder of models has been read since the server began."""
+    """How often a model folder has been read since the server started."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(node_id="ProbeCountReads", inputs=[io.Int.Input("turn")], is_output_node=True)
 
     @classmethod
-    def execute(cls, turn):  # noqa: ARG003 - no result is cached for another turn
+    def execute(cls, turn):  # noqa: ARG003 - a new turn is never cached
         return io.NodeOutput(ui={"count": [next(FOLDER_READS)]})
 
 
@@ -73,7 +73,7 @@ sys.addaudithook(count_folder_reads)
 
 
 def name_the_thread(record):
-    """Put in front of what is said of an old workflow whether the server's own thread, which answers clients, says it."""
+    """Prefix messages about old workflows with whether they come from the server's main thread, which answers clients."""
     if str(record.msg).startswith("Old Mochi workflow"):
         record.msg = f"[{threading.current_thread().name}] {record.msg}"
     return True
@@ -83,7 +83,7 @@ logging.getLogger().addFilter(name_the_thread)
 
 
 class Unprepared(io.ComfyNode):
-    """A MODEL whose runs prepare nothing."""
+    """A MODEL whose runs prepare no conditioning."""
 
     @classmethod
     def define_schema(cls):
@@ -97,7 +97,7 @@ class Unprepared(io.ComfyNode):
 
 
 class OldName(io.ComfyNode):
-    """Another pack's node by a name of MochiWrapper's."""
+    """Another pack's node with a name of MochiWrapper's."""
 
     @classmethod
     def define_schema(cls):
