@@ -1,4 +1,4 @@
-"""What tests of a server ask of it: latents of a prompt, and what the console said meanwhile."""
+"""What tests read from a server: latents of a prompt, and console lines during a run."""
 
 import pytest
 from safetensors.torch import load_file
@@ -8,7 +8,7 @@ from tests.harness.graphs import node
 
 @pytest.fixture
 def latents_of(comfy_client, comfy_server):
-    """Run graphs that end in LATENTs, and read what SaveLatent wrote for each."""
+    """Run graphs that end in LATENTs, and read SaveLatent's file for each."""
 
     def run(graph, *sources):
         saves = {
@@ -26,7 +26,7 @@ def latents_of(comfy_client, comfy_server):
 
 @pytest.fixture
 def said(comfy_client, comfy_server):
-    """The pack's console lines while a graph ran."""
+    """The pack's console lines during a graph's run."""
 
     def run(graph):
         before = comfy_server.log.stat().st_size

@@ -1,4 +1,4 @@
-"""One file with transformer, autoencoder and T5, as ComfyUI keeps whole checkpoints, in all three loaders."""
+"""One file with transformer, autoencoder and T5, like ComfyUI's whole checkpoints, in all three loaders."""
 
 import torch
 from safetensors.torch import load_file, save_file

@@ -1,4 +1,4 @@
-"""The client that people copy, run as they would run it."""
+"""The client that users copy, run as they would run it."""
 
 import contextlib
 import json
@@ -119,7 +119,7 @@ def test_progress_is_one_line_in_a_terminal(start):
     process = start("6.steps=3", "6.seed=75", stdout=end)
     os.close(end)
     shown = b""
-    with contextlib.suppress(OSError):  # which is how the end of a terminal reads on Linux
+    with contextlib.suppress(OSError):  # how Linux reports the end of a terminal
         while piece := os.read(terminal, 1024):
             shown += piece
     assert process.wait(60) == 0
@@ -130,7 +130,7 @@ def test_progress_is_one_line_in_a_terminal(start):
 
 
 def test_a_refused_output_is_not_overlooked_where_another_is_made(comfy_server, tmp_path):
-    """The server accepts such a workflow, and makes what it can."""
+    """The server accepts such a workflow and makes what it can."""
     graph = small_prompt(steps=1, num_frames=1)
     graph["10"] = {"class_type": "SaveVideo", "inputs": {**graph["9"]["inputs"], "format": "stone tablet"}}
     workflow = tmp_path / "two_outputs.json"
@@ -142,7 +142,7 @@ def test_a_refused_output_is_not_overlooked_where_another_is_made(comfy_server, 
 
 
 def test_runs_of_others_are_not_shown(finish, comfy_client):
-    """The server tells everyone about prompts that came without a client's name."""
+    """The server broadcasts the progress of prompts without a client id."""
     graph = small_prompt(steps=100)
     graph["theirs"] = graph.pop("6")
     graph["7"]["inputs"]["samples"] = ["theirs", 0]

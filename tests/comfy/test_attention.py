@@ -1,4 +1,4 @@
-"""The attention of a MODEL: which function really attends, in a process of ComfyUI's and in a real server."""
+"""The attention of a MODEL: which function is really called, in a ComfyUI process and in a real server."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_the_choice_of_a_loader(said, latents_of):
     for name in ("host", "math"):
         graph[name] = node("Mochi1LoadTransformer", model_name=FILE, weight_dtype="auto", attention=name)
         graph[f"{name} sampled"] = node("Mochi1Sampler", **{**graph[SAMPLER]["inputs"], "model": [name, 0]})
-    del graph[MODEL]["inputs"]["attention"]  # as in graphs made before there was one
+    del graph[MODEL]["inputs"]["attention"]  # as in graphs made before the input existed
     auto, *others = latents_of(graph, [SAMPLER, 0], ["host sampled", 0], ["math sampled", 0])
     for latents in others:
         torch.testing.assert_close(latents, auto, rtol=1e-3, atol=1e-3)

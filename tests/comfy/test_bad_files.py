@@ -1,4 +1,4 @@
-"""Bad files in a real server: one sentence each, nothing stays open, and the server goes on working."""
+"""Bad files in a real server: one sentence each, no file stays open, and the server keeps working."""
 
 import json
 import os
@@ -31,7 +31,7 @@ GOOD = {
 
 @pytest.fixture
 def refusal(comfy_client, comfy_server):
-    """The error of a run with a file of that content, as the server's client sees it."""
+    """The error of a run with a file of this content, as a client sees it."""
 
     def run(folder, write, name="bad.safetensors"):
         path = comfy_server.base / "models" / folder / name
@@ -49,17 +49,17 @@ def refusal(comfy_client, comfy_server):
 
 
 def stays_open(client, server):
-    """Bad files that the server has open or mapped, when it has collected what failed runs leave.
+    """Bad files that the server still has open or mapped after a garbage collection.
 
-    The host keeps the frames of an error in a cycle of references until it collects garbage: every ten seconds, or when it
-    is asked to free memory.
+    The host keeps the frames of an error in a reference cycle until it collects garbage: every ten seconds, or when asked to free
+    memory.
     """
     client.post("/free", {"free_memory": True, "unload_models": False})
     process, end = Path("/proc") / str(server.process.pid), time.monotonic() + 20
     while True:
         opened = []
         for link in (process / "fd").iterdir():
-            with suppress(FileNotFoundError):  # closed in between
+            with suppress(FileNotFoundError):  # closed in the meantime
                 opened.append(str(link.readlink()))
         bad = [line for line in [*opened, *(process / "maps").read_text().splitlines()] if "bad." in line]
         if not bad or time.monotonic() > end:
@@ -69,7 +69,7 @@ def stays_open(client, server):
 
 @pytest.mark.parametrize("folder", PLACES)
 def test_bad_bytes_and_no_numbers(comfy_client, comfy_server, refusal, folder):
-    """Everything in the transformer's loader; the other two read files in the same way, and get some of it."""
+    """All cases in the transformer's loader, some in the other two, which read files the same way."""
     everything = folder == "diffusion_models"
     for case in BAD if everything else ("empty", "Git LFS pointer", "cut in the data", "overlap", "duplicate name"):
         content, phrase = BAD[case]
@@ -96,12 +96,12 @@ def test_indices_of_shards_that_are_not_there(comfy_client, refusal, shard, mess
 
 
 def test_a_file_that_changes_while_it_loads(comfy_client, comfy_server, refusal):
-    """The date of the file changes; one that became shorter could not be told from here at the right moment."""
+    """Only the file's date changes: truncating it at the right moment is not possible from here."""
     good = comfy_server.base / "models" / "diffusion_models" / GOOD["diffusion_models"]
     done = threading.Event()
 
     def keep_changing(path):
-        with suppress(FileNotFoundError):  # the end of it
+        with suppress(FileNotFoundError):  # until it ends
             while not done.wait(0.002):
                 os.utime(path)
 

@@ -25,7 +25,7 @@ def test_every_loader_and_the_decoder_say_what_they_chose(said):
 
 
 def test_unasked_the_reason_is_the_file_or_the_device(said, comfy_client):
-    # Loaders that have run already are not run again, so they get something new to load.
+    # Loaders that have already run are cached, so they get something new to load.
     comfy_client.post("/free", {"unload_models": True, "free_memory": True})
     lines = said({**prompt(), "see": node("PreviewAny", source=["1", 0])})
     assert any(line.startswith("transformer: weights fp32, which suits cpu best;") for line in lines)

@@ -1,4 +1,4 @@
-"""What other nodes do to a conditioning, or ask of the model, in a process of ComfyUI's: nothing of it is lost."""
+"""What other nodes do to a conditioning, or request from the model, in a ComfyUI process: nothing is lost."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Files that `convert` writes, in ComfyUI's own loaders, in a process of ComfyUI's."""
+"""Files that `convert` writes, in ComfyUI's own loaders, in a ComfyUI process."""
 
 import json
 
@@ -22,7 +22,7 @@ print(json.dumps([type(network).__name__, len(network.blocks), quantized]))
 
 
 def write_full_size_fp8(folder):
-    """All names, shapes and notes that `convert --dtype fp8_scaled` gives to the released model; the weights are zeros."""
+    """Write all names, shapes and notes of the released model after `convert --dtype fp8_scaled`, with weights of zero."""
     with torch.device("meta"):
         whole = write_sparse(folder / "bf16.safetensors", AsymmDiT().state_dict())
     plan = plan_conversion([whole], "canonical", "fp8_scaled")

@@ -1,4 +1,4 @@
-"""Decoding in a real server: by every node the same frames; cancelled or short of memory, nothing is left behind."""
+"""Decoding in a real server: every node gives the same frames; nothing is left behind if cancelled or out of memory."""
 
 import sys
 from itertools import count, pairwise
@@ -12,7 +12,7 @@ from tests.harness.graphs import SAMPLER, VAE, assert_healthy, give_back_memory,
 from tests.harness.tiny_models import random_vae
 
 MIB = 2**20
-# Frames of 192 x 256 in two widest tensors of 32 channels are what a decode has to find room for.
+# A decode must find room for two of its widest tensors: frames of 192 x 256 in 32 channels.
 SIZE = {"width": 256, "height": 192, "num_frames": 13, "steps": 1}
 SMALL = {**SIZE, "width": 128, "height": 96}
 NAMES = (f"frames{i}.safetensors" for i in count())
@@ -20,7 +20,7 @@ NAMES = (f"frames{i}.safetensors" for i in count())
 
 @pytest.fixture
 def frames_of(comfy_client, comfy_server):
-    """Run a graph, and read the IMAGE that comes out of each source."""
+    """Run a graph, and read the IMAGE from each source."""
 
     def run(graph, *sources):
         names = {source[0]: next(NAMES) for source in sources}
@@ -70,11 +70,11 @@ def test_dtypes(frames_of, dtype, error):
     graph["other"] = node("Mochi1TiledVAEDecode", samples=[SAMPLER, 0], vae=["loaded", 0])
     auto, chosen = frames_of(graph, ["ours"], ["other"])
     assert (chosen - auto).norm() <= error * auto.norm()
-    assert torch.equal(chosen, auto) == (dtype == "fp32")  # what auto means on a CPU
+    assert torch.equal(chosen, auto) == (dtype == "fp32")  # auto on a CPU
 
 
 def test_every_node_encodes_the_same_part_of_any_video(latents_of, comfy_server):
-    """23 frames of 60 x 43 become 19 of 56 x 40, of a latent of 7 x 5."""
+    """23 frames of 60 x 43 become 19 of 56 x 40, for a latent of 7 x 5."""
     graph = upto_sampler(width=64, height=48, num_frames=25, steps=1)
     graph["decode"] = decoder()
     graph["scale"] = node(
@@ -102,7 +102,7 @@ def test_every_node_encodes_the_same_part_of_any_video(latents_of, comfy_server)
     assert log.count("Mochi encode: 23 frames of 60 x 43 given, 19 (6k + 1) of 56 x 40 encoded.") == 3
     assert (
         log.count("Mochi encode: 23 frames of 56 x 40 given, 19 (6k + 1) of 56 x 40 encoded.") == 1
-    )  # the host crops first
+    )  # cropped by the host first
 
 
 def resident(server):
@@ -110,7 +110,7 @@ def resident(server):
 
 
 def smallest_growth(held):
-    """What every run leaves behind; the first may, and now and then one leaves something that the next uses again."""
+    """Memory that every run leaves behind; the first may, and sometimes one leaves memory that the next reuses."""
     return min(after - before for before, after in pairwise(held[1:]))
 
 
@@ -168,7 +168,7 @@ def test_hopeless_lack_of_memory_is_one_sentence_and_leaves_nothing(comfy_client
 
 
 def with_empty_latents(**size):
-    """A graph for tests that decode again and again, for which sampling would take too long."""
+    """A graph for tests that decode many times, for which sampling would take too long."""
     return {VAE: upto_sampler()[VAE], "latents": node("EmptyMochiLatentVideo", **size, batch_size=1)}
 
 

@@ -223,7 +223,7 @@ def test_outside_of_a_mask_nothing_changes(out):
 
 @pytest.mark.parametrize("way", ["stock", "ours", "Mochi Sampler"])
 def test_inversion_with_genmos_schedule_ends_in_numbers(out, inverted, way):
-    """The host's Euler adds the little noise that its schedule starts with, which is none here."""
+    """The host's Euler adds noise at the level its schedule starts with, which is 0 here."""
     found = normalize_latents(out[f"inverted, {way}"])
     assert found.isfinite().all()
     assert relative_error(found, inverted) < (1e-3 if way == "stock" else 2e-4)
@@ -243,13 +243,13 @@ def test_the_hosts_sampler_goes_on_from_inverted_noise(out, dit, inverted):
 
 @pytest.mark.parametrize("way", ["inverted", "back"])
 def test_beside_other_settings_of_noise_levels(out, way):
-    """ModelSamplingSD3 sets levels of the host's, which would divide by zero; the schedule that is given counts."""
+    """ModelSamplingSD3 sets levels of the host's that would divide by zero; the given schedule is used."""
     assert relative_error(out[f"{way}, other settings"], out[f"{way}, stock"]) < 1e-4
 
 
 @pytest.mark.parametrize(("masked", "kept"), [("part", (..., slice(4))), ("frame", (slice(None), slice(None), 0))])
 def test_the_hosts_sampler_goes_on_from_inverted_noise_with_a_mask(out, masked, kept):
-    """Mochi RF Edit without a pull begins with the LATENT itself, whatever the host makes of it."""
+    """Mochi RF Edit without a pull starts from the LATENT itself, whatever the host makes of it."""
     found = out[f"{masked}, stock"]
     torch.testing.assert_close(found[kept], VIDEO[kept], rtol=1e-4, atol=1e-4)
     assert relative_error(found, out[f"{masked}, ours"]) < 1e-4

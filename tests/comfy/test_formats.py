@@ -1,6 +1,6 @@
-"""Every quantised form through the pack's loaders, in a process of ComfyUI's: weights stay as they are, results agree.
+"""Every quantised format in the pack's loaders, in a ComfyUI process: weights stay as they are, results agree.
 
-One process loads all files; the tests compare what it wrote down.
+One process loads all files; the tests compare its results.
 """
 
 import pytest
@@ -128,7 +128,7 @@ def results(folder):
 
 
 def merged(folder, form):
-    """The core's model of what the file means, with the LoRA added by hand."""
+    """The core's model with the file's dequantised weights, and the LoRA added by hand."""
     tensors, lora = load_file(folder / "dit meaning" / f"{form}.safetensors"), load_file(folder / "lora.safetensors")
     down, up = (lora[f"diffusion_model.blocks.0.attn.qkv_x.lora_{half}.weight"] for half in "AB")
     tensors["blocks.0.attn.qkv_x.weight"] += up @ down
@@ -139,17 +139,17 @@ def merged(folder, form):
 @pytest.mark.parametrize("form", FORMATS)
 def test_transformer_computes_what_the_file_means(folder, results, form):
     expected = velocity(load_transformer(folder / "dit meaning" / f"{form}.safetensors", torch.float32))
-    # The host multiplies in int8 where a file does not forbid it.
+    # The host multiplies in int8 unless the file forbids it.
     assert relative_error(results[f"{form}/velocity"], expected) < (0.02 if form == "int8" else 1e-5)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_lora_is_applied_and_removed_without_a_trace(folder, results, form):
-    """fp8 and int8 weights are quantised again by the host; blocks become a matrix in full precision."""
+    """The host requantises fp8 and int8 weights; blocks become a full-precision matrix."""
     expected, before = velocity(merged(folder, form)), results[f"{form}/velocity"]
     effect = relative_error(expected, before)
     assert effect > 0.05
-    # Cast layer by layer, a patched weight is never quantised again.
+    # If cast layer by layer, a patched weight is never requantised.
     # Without VNNI the host's int8 products saturate.
     assert relative_error(results[f"{form}/offloaded with LoRA"], expected) < (0.06 if form == "int8" else 1e-5)
     requantised = "fp8" in form or "int8" in form
@@ -206,7 +206,7 @@ def test_text_encoder_computes_what_the_file_means(folder, results, form):
 
 @pytest.mark.parametrize("form", ["torch.float16", "scaled fp8", "Q4_0 gguf"])
 def test_what_the_hosts_clip_save_writes_loads_again(results, form):
-    """With a `logit_scale` beside the encoder."""
+    """With a `logit_scale` next to the encoder."""
     assert torch.equal(results[f"{form}/saved text"], results[f"{form}/text"])
 
 

@@ -1,6 +1,6 @@
-"""fp8_rowwise in ComfyUI: its server samples what the core does, and its patches, offloading and saving work with it.
+"""fp8_rowwise in ComfyUI: the server samples the same as the core, and patches, offloading and saving work.
 
-One process of ComfyUI's computes in all the ways; the tests compare what it wrote down.
+One ComfyUI process computes all variants; the tests compare its results.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from tests.harness.numbers import relative_error
 from tests.harness.random_inputs import velocity
 from tests.harness.tiny_models import random_dit
 
-# A last bit that falls otherwise, as when a file is mapped elsewhere, can become a step of fp8; all of them are 3 to 5 %.
+# A different last bit, as when a file is mapped elsewhere, can become an fp8 step; altogether 3 to 5 %.
 ROUNDING = 0.01
 SCRIPT = """
 from contextlib import suppress
@@ -156,7 +156,7 @@ def test_a_device_without_fp8_products_dequantizes_the_weights_and_the_console_s
 
 
 def test_the_server_samples_what_the_core_does(latents_of, comfy_server):
-    """One step without text or guidance: what differs in a last bit grows in steps of fp8, with every step of the sampler."""
+    """One step without text or guidance: differences in a last bit grow to fp8 steps, with every step of the sampler."""
     graph = upto_sampler(seed=80, steps=1, cfg=1.0)
     graph[MODEL]["inputs"]["weight_dtype"] = "fp8_rowwise"
     graph[POSITIVE]["inputs"]["prompt"] = ""

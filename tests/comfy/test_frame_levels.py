@@ -1,4 +1,4 @@
-"""Masks of whole frames with weights for per-frame noise levels: the host's samplers give what the core's `sample` gives."""
+"""Masks of whole frames with weights for per-frame noise levels: the host's samplers match the core's `sample`."""
 
 import json
 

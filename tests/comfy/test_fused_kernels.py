@@ -1,4 +1,4 @@
-"""Other nodes' block replacement and attention patches with fused kernels, on a simulated GPU in a process of ComfyUI's."""
+"""Other nodes' block replacement and attention patches with fused kernels, on a simulated GPU in a ComfyUI process."""
 
 import json
 
@@ -60,7 +60,7 @@ def counted(comfy_path):
 
 
 def test_nodes_were_called_on_the_device(counted):
-    """For the blocks that they are for; 192 visual tokens in front of the text's."""
+    """Called for their own blocks, with 192 visual tokens before the text tokens."""
     assert counted[1] == [
         ["attention", "cuda", 192], ["block", "cuda", 0], ["block", "cuda", 1], ["replaced", "cuda", 0]
     ]  # fmt: skip

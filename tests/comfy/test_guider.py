@@ -1,4 +1,4 @@
-"""Mochi Guider: the host's guider where all steps are guided, the core's sampling with the same scales where some are."""
+"""Mochi Guider: equals the host's guider if all steps are guided, else the core's sampling with the same scales."""
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,7 +71,7 @@ def test_a_part_of_the_steps_equals_the_core_with_the_same_scales(comfy_path, tm
     zero = sample(dit, noise, sigmas, *conditions, scales, guidance=Guidance(cfg_zero=True))
     assert relative_error(out["zero"], zero) < 1e-4
     assert relative_error(zero, sample(dit, noise, sigmas, *conditions, scales)) > 1e-3
-    for name in ("steps", "rising", "between"):  # schedules that lead back to noise rise
+    for name in ("steps", "rising", "between"):  # schedules back to noise rise
         assert out[name].tolist() == [0, 1, 2, 3], name
 
 

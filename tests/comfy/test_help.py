@@ -1,4 +1,4 @@
-"""The help pages of the nodes say what the nodes do: every input with its real range and default, and real messages."""
+"""The nodes' help pages are accurate: every input with its real range and default, and real messages."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ PAGES = ROOT / "web" / "docs"
 SECTIONS = ["Inputs", "Outputs", "Example", "Common errors"]
 # As in "16 to 4096 pixels, step 16".
 UNIT = re.compile(r"(?<=\d) [a-zA-Z]+(?=[,;])")
-# A sentence is told from any other by this many letters of its own.
+# This many letters of its own distinguish a sentence from any other.
 FIXED_LETTERS = 20
 
 
@@ -24,26 +24,26 @@ def pages():
 
 
 def sections(page):
-    """The text under each heading; what is above the first is under the title."""
+    """The text under each heading; text before the first is under the title."""
     title, *rest = re.split(r"^#+ (.+)\n", page, flags=re.M)[1:]
     return {title: rest[0], **dict(zip(rest[1::2], rest[2::2], strict=True))}
 
 
 def rows(section):
-    """The cells of the first table in it, without its head."""
+    """The cells of the first table, without its header."""
     table = section[section.index("|") :].split("\n\n")[0].strip()
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
 
 
 def values(name, kind, options, info):
-    """What the page must say of an input's range and default, but for the unit."""
+    """What the page must say about an input's range and default, except for the unit."""
     if "default" in options:
         return f"{value_range(kind, options)}; default {number(options['default']) or 'empty'}"
     return f"{value_range(kind, options)}; {'required' if name in info['input']['required'] else 'optional'}"
 
 
 def value_range(kind, options):
-    """What the page must say of an input's range."""
+    """What the page must say about an input's range."""
     if kind == "COMBO":
         fixed = [choice for choice in options["options"] if "." not in choice]
         files = ["or a file" if fixed else "a file"] if fixed != options["options"] or not fixed else []
@@ -59,7 +59,7 @@ def number(value):
 
 
 def sentences():
-    """Patterns of all the longer texts in the code, values left open; `Checkpoint.error` puts the file's name in front."""
+    """Patterns of all longer texts in the code, with values left open; `Checkpoint.error` prepends the file's name."""
     for path in [*(ROOT / "nodes").rglob("*.py"), *(ROOT / "mochi_core").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             yield from pattern(node)
@@ -68,7 +68,7 @@ def sentences():
 
 
 def pattern(node, before=""):
-    """A pattern of the text that a node of the syntax tree is, if it is one that can be told from others."""
+    """A pattern for a text in the syntax tree, if it can be distinguished from others."""
     parts = node.values if isinstance(node, ast.JoinedStr) else [node]
     texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
     if sum(len(text) for text in texts if isinstance(text, str)) >= FIXED_LETTERS:
@@ -108,7 +108,7 @@ def test_every_output_is_there(infos):
 
 
 def test_examples_show_the_node():
-    """One picture, and templates (in bold) that have the node; the front end follows no other links from here."""
+    """One picture, and templates (in bold) that use the node; the front end follows no other links from here."""
     names = {title.removeprefix("Mochi 1 - "): name for name, title in TITLES.items()}
     for name, page in pages().items():
         example = sections(page)["Example"]

@@ -1,4 +1,4 @@
-"""What docs/host_internals.md lists is there in ComfyUI; what is not, is named."""
+"""ComfyUI has everything that docs/host_internals.md lists; whatever is missing is reported by name."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.harness.comfy_process import run_in_comfyui
 from tests.harness.host_internals import ROOT, listed
 
 LOOKUP = ROOT / "tests" / "harness" / "host_lookup.py"
-# What a changed ComfyUI would look like: an internal, and what is to be said of it.
+# What a changed ComfyUI would look like: an internal, and the expected report about it.
 CHANGED = [
     (("comfy.sd.VAE.no_such_attribute", None, None, ()), "comfy.sd.VAE.no_such_attribute is gone"),
     (("comfy.no_such_module.function", None, (), ()), "comfy.no_such_module.function is gone"),

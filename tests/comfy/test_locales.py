@@ -1,7 +1,6 @@
-"""Names and tooltips in the locale files: English is what the nodes say, the other languages say all of it.
+"""Names and tooltips in the locale files: English equals the nodes' own texts, the other languages are complete.
 
-After a change to a node: `python dev.py generate locales` writes English again, and these tests list what the other
-languages lack.
+After changing a node, `python dev.py generate locales` rewrites English, and these tests list what the other languages lack.
 """
 
 import copy
@@ -13,33 +12,33 @@ from tests.harness.locales import LANGUAGES, english, flat, node_infos, read
 from tests.harness.server import PACK, ROOT
 
 TRANSLATED = LANGUAGES[1:]
-# What no language changes: files and folders, types and values, numbers.
+# What every language keeps: files and folders, types and values, numbers.
 IDENTIFIERS = re.compile(
     r"[\w/]+\.safetensors|models/\w+|\b(?:MODEL|LATENT|VAE|CLIP|T5|GiB|PEFT|auto|cpu|mochi|[a-z]+\d+_\w+|fp\d+|bf16|int8)\b"
     r"|\d+(?:\.\d+)?",
     re.ASCII,
 )
-# The front end takes them for its own syntax (lists, plurals, links).
+# The front end would interpret them as its own syntax (lists, plurals, links).
 SYNTAX = re.compile(r"[{}|@]")
 
 
 @pytest.fixture(scope="module")
 def said(comfy_server):
-    """Every text of the nodes themselves."""
+    """All texts of the nodes themselves."""
     from tests.harness.client import ComfyClient
 
     return english(node_infos(ComfyClient(comfy_server.url)))
 
 
 def problems(expected, texts):
-    """How the entries of a language differ from the expected ones, one line each."""
+    """How a language's entries differ from the expected ones, one line each."""
     expected, texts = flat(expected), flat(texts)
     missing = [f"lacks {place}" for place in expected if not texts.get(place)]
     return missing + [f"has {place}, which no node has" for place in texts if place not in expected]
 
 
 def in_all_languages(find):
-    """`find` in every translation: all that is wrong, as one message."""
+    """`find` applied to every translation: all problems, as one message."""
     return "\n".join(f"locales/{language}: {problem}" for language in TRANSLATED for problem in find(read(language)))
 
 
@@ -70,7 +69,7 @@ def test_what_is_missing_or_unknown_is_found(said):
 
 
 def identifiers(text):
-    """All of them, a German 0,5 as the English 0.5."""
+    """All identifiers in a text, with a German 0,5 as the English 0.5."""
     return set(IDENTIFIERS.findall(re.sub(r"(?<=\d),(?=\d)", ".", text)))
 
 

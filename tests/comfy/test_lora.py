@@ -1,4 +1,4 @@
-"""Load Mochi LoRA in a real ComfyUI server, against checkpoints merged by hand and beside the host's own LoRA nodes."""
+"""Load Mochi LoRA in a real ComfyUI server, against checkpoints merged by hand and together with the host's own LoRA nodes."""
 
 import json
 
@@ -56,7 +56,7 @@ def dit():
 
 @pytest.fixture
 def write_lora(comfy_server):
-    """Write a LoRA in one of the `KINDS`; returns what it makes of a denoiser."""
+    """Write a LoRA of one of the `KINDS`; returns the denoiser with it."""
 
     def write(kind, base, strength=1.0):
         options = KINDS[kind]
@@ -71,7 +71,7 @@ def write_lora(comfy_server):
 
 @pytest.fixture
 def with_checkpoint(comfy_server):
-    """A graph that also samples from a file with other weights, as "by hand"."""
+    """A graph that also samples from a file with the given weights, as "by hand"."""
 
     def build(name, weights, dtype="fp32"):
         save_file(weights.state_dict(), comfy_server.base / "models" / "diffusion_models" / name)
@@ -113,7 +113,7 @@ def test_strength_0_and_removal_leave_no_trace(comfy_client, latents_of, dit, wr
     write_lora("peft", dit)
     graph = upto_sampler()
     (before,) = latents_of(graph, [SAMPLER, 0])
-    # The same schedule by another way, so that no result comes from the cache.
+    # The same schedule from another node, so that no result comes from the cache.
     sigmas = {"sigmas": with_defaults(comfy_client, "Mochi1Sigmas", steps=graph[SAMPLER]["inputs"]["steps"])}
     loras = {"on": ours(MODEL, "peft"), "off": ours(MODEL, "peft", 0.0)}
     samplers = {"with": sampled(graph, "on"), "without": sampled(graph, "off", sigmas=["sigmas", 0], steps=7)}
@@ -150,7 +150,7 @@ def test_hooks_come_on_top(latents_of, dit, write_lora, with_checkpoint):
 
 @pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_rowwise", "int8", "q4_0"])
 def test_on_quantised_weights(latents_of, dit, write_lora, with_checkpoint, dtype):
-    """The host rounds the changed weights of 8 bits again; the file has them rounded once."""
+    """The host rounds changed 8-bit weights again; the file's are rounded once."""
     graph = with_checkpoint("to be quantised.safetensors", write_lora("peft", dit), dtype)
     graph["lora"] = ours(MODEL, "peft")
     graph["result"] = sampled(graph, "lora")
@@ -257,10 +257,10 @@ HOSTS_FILES = ("extracted FULL_DIFF", "extracted STANDARD", "trained LoHa", "tra
 
 
 def assert_equal_to_the_hosts_loader(folder, name, dit):
-    """Ours in ComfyUI, and in the core unless the host alone knows the adapter; every weight that a norm or bias is, too."""
+    """Compare ours in ComfyUI, and in the core unless only the host supports the adapter, including norms and biases."""
     weights = load_file(folder / f"{name} weights.safetensors")
     own = {key: tensor for key, tensor in weights.items() if not key.startswith("host/")}
-    assert len(own) == len(weights) / 2 == len(dit.state_dict()) - 1  # no node of the host's changes pos_frequencies
+    assert len(own) == len(weights) / 2 == len(dit.state_dict()) - 1  # none of the host's nodes changes pos_frequencies
     assert any("norm" in key for key in own)
     for key, tensor in own.items():
         assert relative_error(tensor, weights[f"host/{key}"]) < 1e-6, key
@@ -288,7 +288,7 @@ def test_weight_streaming_and_the_stock_loaders_model(comfy_path, dit, tmp_path)
     for layer in adapter:
         name = f"{layer}.weight"
         assert relative_error(streamed[name], expected[name]) < 1e-6
-        # The host divides by the lengths that the rows have without the LoRA.
+        # The host divides by the norms of the rows without the LoRA.
         assert relative_error(streamed[f"host/{name}"], expected[name]) > 0.01
     *_, keys, refusal, nan, infinite = done.stdout.splitlines()
     blocks = "diffusion_model.blocks"

@@ -1,4 +1,4 @@
-"""Load Mochi Transformer in a real server: loading takes the memory of the model and of one tensor."""
+"""Load Mochi Transformer in a real server: loading needs memory for the model and one tensor."""
 
 import re
 import threading
@@ -14,7 +14,7 @@ from tests.harness.tiny_models import write_models
 
 
 def peak_of(process, action):
-    """The largest growth of a process' own memory (mapped files excepted) during `action`."""
+    """The largest growth of a process's own memory (without mapped files) during `action`."""
     status, done, sizes = Path(f"/proc/{process.pid}/status"), threading.Event(), []
 
     def watch():
@@ -31,7 +31,7 @@ def peak_of(process, action):
 
 @pytest.fixture
 def fresh_server(comfy_path, tmp_path):
-    """A server that nobody used: what others left behind or take again would be counted as this load's memory."""
+    """An unused server: memory that others left behind, or allocate again, would be counted as this load's."""
     write_models(tmp_path / "models")
     with ComfyServer(comfy_path, tmp_path, QUICK_START, packs=(PROBE,)) as server:
         yield server
@@ -39,10 +39,10 @@ def fresh_server(comfy_path, tmp_path):
 
 @needs_proc
 def test_loading_in_another_dtype(fresh_server):
-    """The layout in which tensors are put together besides; the core's own test has both, and each needs a fresh server."""
+    """With the layout in which tensors are also merged; the core's own test has both, and each needs a fresh server."""
     path, size, largest = write_large(fresh_server.base / "models" / "diffusion_models", "diffusers")
     client = ComfyClient(fresh_server.url)
-    assert_healthy(client)  # libraries are there
+    assert_healthy(client)  # libraries are loaded
     give_back_memory(client)
     graph = {
         "load": node("Mochi1LoadTransformer", model_name=path.name, weight_dtype="fp32"),

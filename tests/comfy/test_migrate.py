@@ -1,4 +1,4 @@
-"""Old workflows run on a real server, converted beforehand or on arrival, with the settings that they had."""
+"""Old workflows run on a real server with their own settings, converted beforehand or on arrival."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ FILES = {"diffusion_models": "mochi_preview_bf16.safetensors", "vae": "mochi_vae
 
 @pytest.fixture(scope="module")
 def server(comfy_server):
-    """With the files where the downloading loader puts them, too."""
+    """A server that also has the files where the downloading loader puts them."""
     for kind, name in FILES.items():
         folder = comfy_server.base / "models" / kind
         (folder / "mochi").mkdir(exist_ok=True)
@@ -54,7 +54,7 @@ def frames_of(comfy_client):
 
 
 def narrow_t5(node):
-    """The host's own loader takes no T5 but the real one."""
+    """Needed because the host's own loader only accepts the real T5."""
     if node["class_type"] != "CLIPLoader":
         return node
     return {**node, "class_type": "Mochi1LoadT5", "inputs": {"t5_name": node["inputs"]["clip_name"], "dtype": "auto"}}
@@ -65,7 +65,7 @@ def old(name):
 
 
 def as_prompt(workflow, object_info):
-    """What the editor would send: values by the names that the server says."""
+    """What the editor would send: values by the input names that the server reports."""
     links = {link[0]: dict(zip(LINK_FIELDS, link, strict=True)) for link in workflow["links"]}
     nodes = {node["id"]: node for node in workflow["nodes"]}
 
@@ -101,7 +101,7 @@ def widgets(info):
 
 
 def test_the_table_knows_our_nodes(object_info):
-    """Inputs may be added behind; those of the table keep their places, and their defaults."""
+    """Inputs may be appended; those in the table keep their positions and defaults."""
     for name, new in NEW_NODES.items():
         known = widgets(object_info[name])
         assert known[: len(new.widgets)] == list(new.widgets), name
@@ -129,7 +129,7 @@ def test_the_table_knows_our_nodes(object_info):
 )
 def test_migrated_workflows_run(frames_of, object_info, name, decode):
     workflow = migrate(old(name), stock=name == "stock").workflow
-    workflow["nodes"] = [node for node in workflow["nodes"] if node["type"] != "PreviewImage"]  # lost what it showed
+    workflow["nodes"] = [node for node in workflow["nodes"] if node["type"] != "PreviewImage"]  # its input was removed
     frames = frames_of(as_prompt(workflow, object_info), decode)
     assert frames.shape == (13, 64, 96, 3)
     assert frames.std() > 0.05
@@ -137,7 +137,7 @@ def test_migrated_workflows_run(frames_of, object_info, name, decode):
 
 @pytest.fixture(scope="module")
 def by_hand():
-    """What the old graph in API form says, written for our nodes."""
+    """The old graph in API form, rewritten by hand for our nodes."""
 
     def node(class_type, **inputs):
         return {"class_type": class_type, "inputs": inputs}
@@ -161,7 +161,7 @@ def without_meta(graph):
 
 
 def replaced_in_the_editor(graph):
-    """It leaves links of MochiTextEncode's second output."""
+    """The editor leaves links of MochiTextEncode's second output."""
     graph = migrate(graph).workflow
     graph["8"]["inputs"]["clip"] = ["1", 1]
     return graph
@@ -177,7 +177,7 @@ def test_the_api_form_makes_the_video_of_its_settings(frames_of, by_hand, form):
     assert frames_of(form(old("api")), "15").equal(frames_of(by_hand, "decode"))
 
 
-# Runs without us: inputs in an order and of a name of their own, a node by an old name, a node that is unused and odd.
+# Runs without us: inputs in an unusual order or with unusual names, a node with an old name, an odd unused node.
 OTHERS = {
     "30": {
         "class_type": "EmptyImage",
@@ -191,7 +191,7 @@ OTHERS = {
 
 
 def arrived(client, graph):
-    """What the server ran; it says that a run has succeeded before it writes the history."""
+    """The prompt that the server ran; it reports success before it writes the history."""
     run = client.run(graph)
     assert run.outcome == "execution_success", run.error
     deadline = time.monotonic() + 30
@@ -234,7 +234,7 @@ def test_prompts_are_converted_where_they_keep_no_other_client_waiting(comfy_ser
 
 
 def refusal(client, path, body, content_type="application/json"):
-    """Status and answer of a request that is refused."""
+    """Status and body of the response to a refused request."""
     request = urllib.request.Request(client.url + path, body, {"Content-Type": content_type})
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=60)
@@ -242,7 +242,7 @@ def refusal(client, path, body, content_type="application/json"):
 
 
 def test_an_odd_node_beside_an_old_one_gets_the_servers_own_refusal(comfy_client):
-    """Which it could not give for an old node: it stops at inputs that a prompt lacks."""
+    """The server could not refuse an old node this way: it stops at missing inputs."""
     prompt = {"1": {"class_type": "MochiSampler", "inputs": {}, "_meta": {}}, "2": {"class_type": "EmptyImage"}}
     status, answer = refusal(comfy_client, "/prompt", json.dumps({"prompt": prompt}).encode())
     assert (status, answer["error"]["type"]) == (400, "prompt_no_outputs")

@@ -1,4 +1,4 @@
-"""A file of another kind in each of the pack's loaders: the error says what it is, and which node takes it from where."""
+"""A file of another kind in each of the pack's loaders: the error says what it is, and which node takes it from which folder."""
 
 import json
 
@@ -20,7 +20,7 @@ OWN = {
     "vae": ("vae/mochi_vae.safetensors", "Load Mochi VAE"),
     "t5": ("text_encoders/t5xxl_fp16.safetensors", "Load Mochi T5"),
 }
-# Files that hold a model of the host: its node class, that node's name, and the model folder that it lists.
+# Files for one of the host's loaders: its node class, its name, and the model folder that it lists.
 HOST = {
     "a FLUX transformer": ("UNETLoader", "Load Diffusion Model", "diffusion_models"),
     "an SD3 transformer": ("UNETLoader", "Load Diffusion Model", "diffusion_models"),
@@ -114,7 +114,7 @@ def test_a_whole_mochi_checkpoint_without_the_part(comfy_server, refusal):
 
 @pytest.mark.parametrize(("node_class", "name", "folder"), sorted(set(HOST.values())))
 def test_host_has_this_loader_and_it_lists_this_folder(comfy_client, comfy_server, node_class, name, folder):
-    """By the name that the editor shows; previews are offered under the name of a pair of files."""
+    """Checked by the name that the editor shows; preview models are listed under the name of a pair of files."""
     place = comfy_server.base / "models" / folder
     place.mkdir(exist_ok=True)
     preview = folder == "vae_approx"
@@ -126,7 +126,7 @@ def test_host_has_this_loader_and_it_lists_this_folder(comfy_client, comfy_serve
 
 
 def test_what_the_host_does_not_list_is_not_sent_to_it(comfy_client, comfy_server):
-    """Indices of sharded files: only our loaders list them."""
+    """Indices of sharded files, which only our loaders list."""
     folder = comfy_server.base / "models" / "diffusion_models"
     save_file(of_others("a FLUX transformer"), folder / "shard.safetensors")
     index = {"weight_map": dict.fromkeys(OTHERS["a FLUX transformer"], "shard.safetensors")}

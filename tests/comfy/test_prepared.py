@@ -1,7 +1,7 @@
-"""A sampling run computes once what does not depend on the latents, and gets the same latents as without.
+"""A sampling run computes what does not depend on the latents only once, with unchanged results.
 
-One process of ComfyUI's samples in all the ways; the tests compare what it wrote down. How often a run computes modulation is
-counted at the first block's mod_x.
+One ComfyUI process samples all variants; the tests compare its results. Computations of the modulation are counted at the first
+block's mod_x.
 """
 
 import json
@@ -154,7 +154,7 @@ save_file(latents, result)
 print(json.dumps(counts))
 """
 CASES = {
-    # How many modulations without and with preparation.
+    # Number of modulations without and with preparation.
     "euler": (5, 1),
     "heun": (9, 1),
     "dpm_2": (9, 5),  # four of its noise levels are between those of the schedule

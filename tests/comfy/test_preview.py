@@ -1,4 +1,4 @@
-"""While it is sampled, the video so far is shown, moving."""
+"""During sampling, an animated preview of the video is shown."""
 
 import io
 import struct
@@ -72,7 +72,7 @@ for height, width in ((8, 8), (8, 12), (60, 106), (106, 60), (128, 128)):
 
 
 def test_small_previews_are_enlarged(comfy_path):
-    """By a whole number, to about 128 pixels; those of the released model stay as they are."""
+    """By an integer factor, to about 128 pixels; those of the released model stay as they are."""
     sizes = run_in_comfyui(comfy_path, SIZES).stdout.splitlines()
     assert sizes == ["128 128", "132 88", "106 60", "60 106", "128 128"]
 
@@ -97,5 +97,5 @@ for elapsed in (0.9, 1.1):
 
 
 def test_previews_stay_a_hundredth_of_the_time(comfy_path):
-    """The first is sent at once; the next only when the time that is gone is a hundred times its cost."""
+    """The first is sent at once; the next only after a hundred times its cost has passed."""
     assert run_in_comfyui(comfy_path, BUDGET).stdout.split() == ["1", "True", "1", "2"]

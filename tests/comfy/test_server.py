@@ -71,7 +71,7 @@ def test_run_shows_progress(comfy_client):
 )
 def test_invalid_sizes_are_refused_with_the_nearest_valid_ones_before_anything_is_loaded(comfy_client, inputs, message):
     graph = prompt(**inputs)
-    graph[POSITIVE]["inputs"]["prompt"] = message  # which no result is cached for
+    graph[POSITIVE]["inputs"]["prompt"] = message  # no result is cached for it
     run = comfy_client.run(graph)
     assert (run.outcome, run.error) == ("execution_error", message)
     started = {data["node"] for name, data in run.events if name == "executing"}
@@ -97,7 +97,7 @@ def test_each_value_out_of_range_is_reported_once_at_its_input(comfy_client, inp
 
 
 def test_empty_latents_of_other_models_get_mochis_size(latents_of):
-    """A latent of LTX is 32 pixels wide and high, one of Mochi's 8."""
+    """LTX's latents span 32 x 32 pixels, Mochi's 8 x 8."""
     graph = upto_sampler(steps=1)
     graph["ours"] = node("EmptyMochiLatentVideo", width=96, height=64, length=13, batch_size=1)
     graph["others"] = node("EmptyLTXVLatentVideo", width=96, height=64, length=17, batch_size=1)
@@ -184,7 +184,7 @@ def test_model_folders_are_read_again_when_one_has_changed_and_only_then(comfy_c
     comfy_client.run(prompt())
     before = reads()
     comfy_client.run(prompt())
-    assert reads() == before + 1  # which is the count of the line above
+    assert reads() == before + 1  # the count from the line above
     (folder / "newer.gguf").touch()
     assert f"of mine{os.sep}newer.gguf" in listed()
     shutil.rmtree(folder)
@@ -311,7 +311,7 @@ def test_stock_model_patches_change_the_result(latents_of, comfy_client, comfy_s
 
 @pytest.mark.parametrize(
     ("patch", "inputs"),
-    # This backend traces as inductor does, and then has nothing to build for a CPU, which would take half a minute.
+    # This backend traces like inductor but builds nothing for the CPU, which would take half a minute.
     [("TorchCompileModel", {"backend": "cudagraphs"}), ("SelectModelDevice", {"device": "cpu"})],
 )
 def test_stock_model_patches_that_must_not_change_it(latents_of, comfy_server, patch, inputs):
@@ -325,7 +325,7 @@ def test_stock_model_patches_that_must_not_change_it(latents_of, comfy_server, p
     torch.testing.assert_close(plain, patched, rtol=1e-3, atol=1e-3)
 
 
-# Relative error of the latents; the first three only rearrange the arithmetic.
+# Relative error of the latents; the first three only reorder the arithmetic.
 WEIGHT_DTYPES = {
     "fp32": 0.02,
     "bf16": 0.02,
@@ -350,7 +350,7 @@ def test_weight_dtypes(latents_of, dtype):
 
 @pytest.mark.parametrize("form", ["scaled fp8, older", "int8", "Q4_0 gguf"])
 def test_quantised_files(latents_of, comfy_server, form):
-    """The shipped workflow on a quantised transformer and T5, beside the same numbers in float32."""
+    """The shipped workflow on a quantised transformer and T5, compared with the same numbers in float32."""
     models = comfy_server.base / "models"
     name = f"quantised.{'gguf' if 'gguf' in form else 'safetensors'}"
     write = {**SAFETENSORS, **GGUF}[form]
@@ -363,7 +363,7 @@ def test_quantised_files(latents_of, comfy_server, form):
     graph = upto_sampler(seed=seed)
     graph[MODEL]["inputs"]["model_name"] = graph[T5]["inputs"]["t5_name"] = "meaning.safetensors"
     (meaning,) = latents_of(graph, [SAMPLER, 0])
-    # The host multiplies in int8 where a file does not forbid it; without VNNI, these products saturate, too.
+    # The host multiplies in int8 unless the file forbids it; without VNNI, these products also saturate.
     assert (quantised - meaning).norm() / meaning.norm() < (0.25 if form == "int8" else 1e-3)
 
 

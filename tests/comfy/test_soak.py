@@ -1,4 +1,4 @@
-"""Hundreds of prompts in a row on one server: files, LoRAs, dtypes and sizes change, and cancels come at any time."""
+"""Hundreds of prompts in a row on one server: files, LoRAs, dtypes and sizes change, and runs are cancelled at any time."""
 
 import random
 import re
@@ -19,14 +19,14 @@ PROMPTS, EVERY = 300, 50
 DTYPES = ("auto", "fp32", "bf16", "fp8_e4m3fn", "fp8_rowwise", "int8", "q4_0")
 SIZES = ((64, 64, 7), (96, 64, 13), (64, 96, 19), (128, 128, 1), (96, 96, 25))
 SAVE, LORA = "9", "lora"
-# Where a run is cancelled; most are not.
+# Nodes at which a run is cancelled; most are not.
 CANCELS = (None, None, None, MODEL, LORA, T5, VAE, SAMPLER, DECODE, SAVE)
-# What may come with 250 further prompts: the host's history of them, and arenas of glibc for threads that have ended.
+# Allowed growth over 250 further prompts: the host's history of them, and glibc's arenas of ended threads.
 MEMORY_GROWS_BY, FILES_GROW_BY, THREADS_GROW_BY = 64 * 2**20, 4, 2
 
 
 @pytest.fixture
-def server(with_all, comfy_path, tmp_path):  # noqa: ARG001 - it starts for nothing else
+def server(with_all, comfy_path, tmp_path):  # noqa: ARG001 - only started for this test
     write_models(tmp_path / "models")
     write_genmo_lora(tmp_path / "models/loras/style.safetensors", random_dit())
     with ComfyServer(comfy_path, tmp_path, packs=(PROBE,)) as server:
@@ -54,7 +54,7 @@ def test_a_server_is_after_300_prompts_what_it_was_after_50(server, capsys):
 
 
 def run_one(client, models, chance, number):
-    """One prompt by `chance`, perhaps with a file written anew before it and a cancel in it; how it ended."""
+    """Run one random prompt, possibly after rewriting a file or with a cancel; returns how it ended."""
     change_a_file(models, chance, number)
     width, height, frames = chance.choice(SIZES)
     graph = prompt(width=width, height=height, num_frames=frames, steps=chance.randint(1, 4))
@@ -68,7 +68,7 @@ def run_one(client, models, chance, number):
 
 
 def change_a_file(models, chance, number):
-    """Every other time, one of the four files by another with the same name, as a person who copies a newer one."""
+    """Every other time, replace one of the four files under the same name, as a user does who copies a newer one."""
     writers = {
         "diffusion_models/mochi_preview_bf16": lambda: random_dit(seed=number).state_dict(),
         "vae/mochi_vae": lambda: random_vae(seed=number).state_dict(),
@@ -83,7 +83,7 @@ def change_a_file(models, chance, number):
 
 
 def run_and_cancel(client, graph, node_id):
-    """Presses Cancel once when that node begins; at the sampler, when it has made a step."""
+    """Cancel once when the given node begins; at the sampler, after its first step."""
     cancel = threading.Thread(target=client.interrupt)
     begun = "progress" if node_id == SAMPLER else "executing"
 
@@ -98,7 +98,7 @@ def run_and_cancel(client, graph, node_id):
 
 
 def holdings(pid):
-    """What a process holds: its own memory in bytes, threads, open files, and mapped files of models."""
+    """What a process holds: its own memory in bytes, threads, open files, and mapped model files."""
     process = Path(f"/proc/{pid}")
     return {
         "memory": int(re.search(r"RssAnon:\s+(\d+)", (process / "status").read_text())[1]) * 1024,

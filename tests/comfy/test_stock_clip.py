@@ -1,4 +1,4 @@
-"""T5 in ComfyUI's own Mochi CLIP, in a process of its own: only code can make that one small."""
+"""T5 in ComfyUI's own Mochi CLIP, in its own process: only code can make that CLIP small."""
 
 import json
 
@@ -39,7 +39,7 @@ CONVERTED = ("fp32", "fp8_scaled")
 
 @pytest.fixture(scope="module")
 def done(comfy_path, tmp_path_factory):
-    """A file as people have it, and what `convert` makes of it; the log, and all conditioning."""
+    """Results for a file as users have it and for `convert`'s output: the log, and all conditioning."""
     folder = tmp_path_factory.mktemp("t5")
     source, result = folder / "t5.safetensors", folder / "out.safetensors"
     tensors = {name: tensor.half() for name, tensor in random_t5().items()}
@@ -81,7 +81,7 @@ def test_stock_clip_loads_what_convert_writes(done, dtype):
     log, out = done
     number = CONVERTED.index(dtype) + 1
     torch.testing.assert_close(out[f"{number} ours text"], out[f"{number} stock text"])
-    # Float32 holds all that the file held.
+    # Float32 represents the file's values exactly.
     assert torch.equal(out[f"{number} stock text"], out["0 stock text"]) == (dtype == "fp32")
     assert "missing" not in log.replace("clip missing: ['logit_scale']", "")
     assert "unexpected" not in log
@@ -110,9 +110,9 @@ QUANTISED = ("int8", "Q8_0 in safetensors")
 
 
 def test_merges_with_a_quantised_t5(comfy_path, tmp_path):
-    """All of the first, all of the second, or something between, as the node's ratio says.
+    """All of the first, all of the second, or a mix, according to the node's ratio.
 
-    A first one that is quantised quantises what it gets, and the many layers make much of that.
+    If the first is quantised, the result is quantised too, which the many layers amplify.
     """
     save_file(random_t5(), plain := tmp_path / "plain.safetensors")
     paths = [tmp_path / f"{form}.safetensors" for form in QUANTISED]

@@ -1,4 +1,4 @@
-"""Our nodes on what ComfyUI's own loaders give."""
+"""Our nodes with the outputs of ComfyUI's own loaders."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.harness.tiny_models import AsymmVAEConfig, cast, random_vae
 
 @pytest.fixture(scope="module")
 def released_size_vae(comfy_server):
-    """ComfyUI's own class knows the released size only."""
+    """An autoencoder file of the released size, the only one that ComfyUI's own class supports."""
     path = comfy_server.base / "models" / "vae" / "full.safetensors"
     save_file(cast(random_vae(AsymmVAEConfig()).state_dict(), torch.bfloat16), path)
     return path.name

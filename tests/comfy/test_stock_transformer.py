@@ -1,6 +1,6 @@
-"""ComfyUI's own loader and ours on the same scaled fp8 file, in a process of ComfyUI's.
+"""ComfyUI's own loader and ours on the same scaled fp8 file, in a ComfyUI process.
 
-Its class knows the released width only, and its loader the released depth; code makes that one less deep.
+ComfyUI's class only supports the released width, and its loader the released depth; code makes it less deep.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The shipped workflows fit the nodes that the server really has; that both forms agree, a real editor says (tests/browser)."""
+"""The shipped workflows match the server's actual nodes; tests/browser checks in a real editor that both forms agree."""
 
 import json
 from pathlib import Path
@@ -25,6 +25,6 @@ def test_nodes_and_inputs_exist(object_info, name):
     for node in read("api", f"{name}.json").values():
         info = object_info[node["class_type"]]["input"]
         known = set(info.get("required", {})) | set(info.get("optional", {}))
-        inputs = {name.partition(".")[0] for name in node["inputs"]}  # those of a list have numbers
+        inputs = {name.partition(".")[0] for name in node["inputs"]}  # inputs of a list are numbered
         assert inputs <= known, node
         assert set(info.get("required", {})) <= inputs, node

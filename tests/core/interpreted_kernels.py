@@ -1,7 +1,7 @@
 """The kernels in Triton's interpreter, on CPU tensors: each against the plain version and against float64.
 
-No module of its own for pytest: Triton decides when it is imported whether to interpret, so test_kernels.py runs this one in
-another process, as does
+Not collected by pytest itself: Triton decides on import whether to interpret, so test_kernels.py runs this module in another
+process, as does
 
     TRITON_INTERPRET=1 python -m pytest tests/core/interpreted_kernels.py
 """
@@ -33,13 +33,13 @@ from tests.harness.random_inputs import inputs
 from tests.harness.tiny_models import VAE, random_dit, random_vae
 
 DTYPES = [torch.float32, torch.bfloat16]
-# Samples, tokens, width: one row, none as of an empty prompt, and widths that are no power of two.
+# Samples, tokens, width: one row, no rows as for an empty prompt, and widths that are not powers of two.
 SIZES = [(1, 1, 96), (1, 0, 96), (2, 3, 48), (2, 3, 3072)]
 
 
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch):
-    """Have the interpreter round float32 to bfloat16, to the nearest as GPUs do: it cuts the last 16 bits off."""
+    """Make the interpreter round float32 to the nearest bfloat16, as GPUs do: by default it truncates the last 16 bits."""
     convert = interpreter._convert_float
 
     def rounded(values, source, target, mode):
@@ -61,14 +61,14 @@ def random(*shape, dtype=torch.float32, seed=0):
 
 
 def streams(batch, tokens, width, dtype, seed=0):
-    """Tokens (B, N, width) that are a slice of more tokens and more features, so no axis but the last is dense."""
+    """Tokens (B, N, width), sliced from more tokens and features, so that only the last axis is dense."""
     return random(batch, tokens + 3, 2 * width, dtype=dtype, seed=seed)[
         :, 2 : tokens + 2, width // 2 : width // 2 + width
     ]
 
 
 def modulations(samples, width, dtype, seed=9):
-    """Four slices (B, width) of the output of one layer."""
+    """Four slices (B, width) of one layer's output."""
     return random(samples, 4 * width, dtype=dtype, seed=seed).chunk(4, dim=-1)
 
 
@@ -81,9 +81,9 @@ def rms_norm(x, eps=NORM_EPS):
 
 
 def check(function, exact, *tensors):
-    """The fused version of `function` is no further from `exact`, in float64, than the plain one.
+    """Assert that the fused version of `function` is no further from `exact`, in float64, than the plain one.
 
-    The last bit of float32 apart: sums have another order. A thousandth is for the few values that it rounds to another side.
+    Except for float32's last bit, because sums are reordered. A thousandth allows for the few values rounded the other way.
     """
     with kernels.using("plain"):
         plain = function(*tensors)
@@ -160,7 +160,7 @@ def test_half_precision():
 
 
 def test_gates_of_any_size():
-    """tanh is made of two formulas: digits are lost near 0, signs or bounds far from it."""
+    """tanh combines two formulas: errors would lose digits near 0, and signs or bounds far from it."""
     gate = torch.cat((torch.linspace(-1, 1, 64), torch.logspace(-30, 2, 32), -torch.logspace(-6, 38, 32)))[None]
     check(layers.gated_residual, exact_gated_residual, torch.zeros(1, 1, 128), torch.ones(1, 1, 128), gate)
 
@@ -210,7 +210,7 @@ def test_what_is_no_number_stays_none_in_fp8():
     ("batch", "text_tokens", "part"), [(2, 1, slice(0, 4)), (1, 0, slice(0, 4)), (1, 1, slice(1, 3))]
 )
 def test_joint_heads(heads, head_dim, batch, text_tokens, part, dtype):
-    """Also for some tokens alone, here the second of the first frame and the first of the second."""
+    """Also for a subset of the tokens, here the second of the first frame and the first of the second."""
     config = AsymmDiTConfig(hidden_size_x=heads * head_dim, hidden_size_y=heads * head_dim, num_heads=heads)
     attention = AsymmetricAttention(config, update_y=False, ops=torch.nn)
     norms = attention.q_norm_x, attention.k_norm_x, attention.q_norm_y, attention.k_norm_y
@@ -241,7 +241,7 @@ def test_joint_heads(heads, head_dim, batch, text_tokens, part, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_denoiser(tmp_path, dtype):
-    """With a LoRA, an empty prompt beside another and odd sizes."""
+    """With a LoRA, an empty and a non-empty prompt, and odd sizes."""
     dit, exact = random_dit(dtype=dtype), random_dit()
     lora = random_adapter(dit.state_dict(), "qkv_x", "mlp_x.w2")
     path = write_adapter(tmp_path / "a.safetensors", lora, "comfyui")
@@ -255,7 +255,7 @@ def test_denoiser(tmp_path, dtype):
 
 
 def test_every_kernel_is_one_operation_of_a_whole_graph():
-    """`torch.compile` finds nothing to stop at, and the operators take part as they are."""
+    """`torch.compile` finds no graph break, and keeps the operators as they are."""
     graphs = []
 
     def keep(graph, _):
@@ -308,8 +308,8 @@ def test_tensors_that_do_not_fit_are_refused():
         (kernels.modulated_norm, x, random(3, 96), 1e-6),
         (kernels.final_norm, x, row, random(2, 95), 1e-6),
         (kernels.gated_residual, x, x[:1], row, 1e-6),
-        (kernels.joint_heads, heads[0][:, :2], *heads[1:]),  # a frame less
-        (kernels.joint_heads, *heads, 1),  # a token more
+        (kernels.joint_heads, heads[0][:, :2], *heads[1:]),  # one frame fewer
+        (kernels.joint_heads, *heads, 1),  # one token more
         (kernels.joint_heads, heads[0][:, :2], *heads[1:], 2),
         (kernels.joint_heads, *heads[:2], random(31), *heads[3:]),
         (kernels.norm_silu_pad, frame, frame, *(row,) * 4, 1e-6, True, True, frame),
@@ -335,7 +335,7 @@ def test_operators_keep_pytorchs_rules(operator):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_past", [True, False])
 def test_norm_silu_pad(has_past, dtype):
-    """The middle rows, and all of them; frames of more pixels than a program takes, with a mean far from 0."""
+    """The middle rows, and all rows; frames with more pixels than one program handles, and a mean far from 0."""
     norm = GroupNorm(2, 4)
     norm.weight.copy_(1 + random(4)), norm.bias.copy_(random(4, seed=1))
     norm.to(dtype)
@@ -369,7 +369,7 @@ def test_norm_silu_pad(has_past, dtype):
 
 
 def test_a_residual_block_in_pieces_and_strips():
-    """One frame and then another, each one row at a time; the encoder takes them whole."""
+    """One frame after another, each one row at a time; the encoder takes whole frames."""
     block, x = ResBlock(32, ops=torch.nn), random(1, 32, 2, 3, 2)
     plan = Plan(torch.device("cpu"), torch.device("cpu"), working_set=1)
     with kernels.using("triton"):
@@ -379,7 +379,7 @@ def test_a_residual_block_in_pieces_and_strips():
 
 
 def test_the_encoder():
-    """One block that streams and one behind which the clip gathers; the first levels take a second for each frame."""
+    """One block that streams, and one after which the whole clip is gathered; the first levels take a second per frame."""
     config = replace(VAE, encoder_attention=(False, False, False, False, True), encoder_blocks=(0, 0, 0, 1, 1))
     vae, video = random_vae(config), random(1, 3, 7, 16, 16).clamp(-1, 1)
     expected = copy.deepcopy(vae).double().encoder(video.double())

@@ -1,4 +1,4 @@
-"""What options may say is read without the tables that it is for; bars and lines about what a command does."""
+"""Options are checked without importing what they are for; progress bars and lines of the commands."""
 
 from mochi_core import choices
 from mochi_core.checkpoints.convert import TARGET_DTYPES

@@ -1,4 +1,4 @@
-"""Every backend that runs here equals plain SDPA; every other one says why it does not."""
+"""Every backend that runs here equals plain SDPA; every other one says why it does not run."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,7 +28,7 @@ EXACT = [name for name in ATTENTIONS if name != "sage"]
 
 
 def qkv(length, dtype, device, head_dim=32):
-    """As the denoiser has them: heads next to each other in every token, so no tensor is contiguous."""
+    """q, k and v as in the denoiser: the heads of a token are adjacent, so no tensor is contiguous."""
     packed = torch.randn(2, length, 3, 3, head_dim, generator=torch.Generator().manual_seed(length))
     return (t.transpose(1, 2).to(device, dtype) for t in packed.unbind(2))
 
@@ -101,7 +101,7 @@ def test_sampler_pipeline_and_command_refuse(capsys, tmp_path):
 
 
 def test_threads_leave_the_kernels_of_the_process_as_they_were():
-    """As several GPUs do: what one call enables is not what another finds and brings back."""
+    """Threads as for several GPUs: no call may save another's temporary setting and restore it."""
     q, k, v = qkv(512, torch.float32, "cpu")  # long enough for calls to overlap
     expected, run = sdpa(q, k, v), BACKENDS["flash"].run
     with ThreadPoolExecutor(4) as threads:

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a file, it is told in one error that names the file, and nothing stays open."""
+"""Whatever is wrong with a file, there is one error that names it, and nothing stays open."""
 
 import gc
 import json
@@ -90,7 +90,7 @@ def test_finite_fp8(dtype):
 
 
 def loaded_or_refused(path: Path, content: bytes):
-    """A load that is right by safetensors' own reader, or an error that names the file."""
+    """A load confirmed by safetensors' own reader, or an error that names the file."""
     path.write_bytes(content)
     try:
         loaded = load_transformer(path, torch.float32)
@@ -119,7 +119,7 @@ def test_truncated_anywhere(scratch, length):
     assert loaded_or_refused(scratch, VALID[:length]) is None
 
 
-# Most flips go where they hurt: into the header.
+# Most flips are where they do harm: in the header.
 POSITIONS = st.one_of(st.integers(0, HEADER_END), st.integers(0, HEADER_END), st.integers(0, len(VALID) - 1))
 
 
@@ -250,11 +250,11 @@ def test_torch_files_of_something_else(tmp_path, content):
 
 
 def test_a_zip_whose_members_would_start_before_the_file(tmp_path):
-    """The system refuses to go there (EINVAL), which is the file's fault and not the disk's."""
+    """The system refuses to seek there (EINVAL), which is the file's fault, not the disk's."""
     path = tmp_path / "odd.pt"
     torch.save({"a": torch.ones(3)}, path)
     content = bytearray(path.read_bytes())
-    struct.pack_into("<Q", content, content.rindex(b"PK\x06\x06") + 48, 2**20)  # where the list of members starts
+    struct.pack_into("<Q", content, content.rindex(b"PK\x06\x06") + 48, 2**20)  # offset of the central directory
     path.write_bytes(content)
     with pytest.raises(
         ValueError, match=r"odd.pt is not a file of plain tensors \(its list of members points to before"
@@ -288,7 +288,7 @@ def test_a_file_that_may_not_be_read(tmp_path, name):
     for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(folder.stat().st_mode | 0o055)  # the last may be /tmp, which others write to
     try:
-        if before == 0:  # whom nothing stops
+        if before == 0:  # not restricted by permissions
             os.seteuid(65534)
         with pytest.raises(
             PermissionError, match=rf"^{name} cannot be read \(Permission denied\); check who may read it"

@@ -1,4 +1,4 @@
-"""What the benchmarks compute rather than measure."""
+"""The parts of the benchmarks that are computed, not measured."""
 
 import math
 from contextlib import suppress
@@ -30,7 +30,7 @@ def test_the_work_of_a_step_is_what_torch_counts(depth, text_tokens):
         text = dit.prepare_text(torch.randn(1, 16, TINY["text_width"]), mask)
         modulation, rope = dit.modulation(torch.tensor([0.5]), text.pooled), dit.rope(latents.shape, latents.device)
         with FlopCounterMode(display=False) as counter:
-            # Only this kernel is made of products that the counter knows on a CPU.
+            # On a CPU, the counter only knows the products of this kernel.
             dit.denoise(latents, text, modulation, rope, attend=BACKENDS["math"].run)
     assert forward_flops(dit.config, 3 * 4 * 5, text_tokens) == counter.get_total_flops()
 
@@ -83,7 +83,7 @@ NO_WAITS = {
 
 
 def counted(call):
-    """What `call` does with tensors and a mask of 4 x 8, up to where it asks for values, which fake tensors have not."""
+    """Counts of `call` with tensors and a mask of 4 x 8, up to where it reads values, which fake tensors lack."""
     with simulated_gpu():
         gpu, mask = torch.empty(4, 8, device="cuda"), torch.empty(4, 8, device="cuda", dtype=torch.bool)
         tensors = SimpleNamespace(gpu=gpu, mask=mask, cpu=torch.empty(4, 8))
@@ -128,7 +128,7 @@ def test_what_is_counted_on_a_simulated_gpu():
     }
     assert counter.products == [(2 * 4 * 8 * 2, 224)]
     assert counter.starts == 5
-    assert counter.peak == 128  # x, as the rest is smaller
+    assert counter.peak == 128  # x, the rest is smaller
 
 
 def test_products_on_a_simulated_gpu_are_those_that_torch_counts():
@@ -149,7 +149,7 @@ def test_products_on_a_simulated_gpu_are_those_that_torch_counts():
 def test_a_members_share_sends_what_the_formula_says(monkeypatch):
     monkeypatch.setattr(parallel, "CONFIG", AsymmDiTConfig(depth=1))
     _, sent, _ = parallel.counts(frames=25, members=4)
-    tokens, text, values = 5 * 1590, 256, 48 * 3 * -(-5 * 1590 // 4)  # what the last layer makes goes to three
+    tokens, text, values = 5 * 1590, 256, 48 * 3 * -(-5 * 1590 // 4)  # the last layer's output goes to three
     expected = 2 * (3072 * 3 * (4 * tokens / 4 + text) / 4 + values)
     assert float(sent) == pytest.approx(expected / 1e9, abs=0.01)
 

@@ -1,4 +1,4 @@
-"""The ten minutes on a GPU: resumed, in order of importance, and whole although a part fails."""
+"""The ten-minute GPU run: resumable, most important parts first, and complete even if a part fails."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ def part(title="Part", seconds=60, contenders=("ours", "peer")):
 
 
 def adds(results, unit, run=RUN):
-    """A command that leaves a result as a part does, and a mark for each time that it ran."""
+    """A command that writes a result like a part does, and a mark for each run."""
     line = json.dumps({"unit": unit.key, "run": run, **ABOUT}) + "\n"
     return f"open({str(results)!r}, 'a').write({line!r}); open({str(results)!r} + '.ran', 'a').write({unit.case['size']!r});"
 
@@ -46,7 +46,7 @@ def test_each_contender_and_case_is_kept_and_not_measured_again(tmp_path, monkey
     def run(unit):
         ran.append(unit.contender)
         if unit.contender == "last":
-            raise KeyboardInterrupt  # as good as killed
+            raise KeyboardInterrupt  # equivalent to being killed
         return {"failure": failures[unit.contender]} if unit.contender in failures else RUN
 
     monkeypatch.setattr(gpu_parts, "run", run)
@@ -141,7 +141,7 @@ def test_all_limits_fit_into_one_call(tiny):
 
 def test_no_part_times_the_call_in_which_kernels_are_built():
     once = [name for name, one in gpu_parts.parts(tiny=False).items() if one.columns and not one.calls]
-    assert once == ["whole-run"]  # which has a shorter one before: test_benchmarks.py
+    assert once == ["whole-run"]  # preceded by a shorter one: test_benchmarks.py
 
 
 def test_parts_share_what_they_both_need():
@@ -167,7 +167,7 @@ def test_a_member_attends_to_all_tokens_with_its_share_of_the_heads():
 
 @pytest.mark.slow
 def test_a_real_part_runs_without_a_gpu(tmp_path):
-    """That of the tests, which all skip; the others take minutes: --device cpu --tiny."""
+    """Runs the part of the tests, which are all skipped; the others take minutes: --device cpu --tiny."""
     results = Results(tmp_path / "gpu.jsonl")
     gpu_parts.measure(gpu_parts.parts(tiny=True)["tests"], results, ABOUT)
     (line,) = results.read().values()

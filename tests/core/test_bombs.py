@@ -1,4 +1,4 @@
-"""Small files that ask for all of a machine's time or memory: one sentence each, before anything is built or read."""
+"""Small files that demand all of a machine's time or memory: one sentence each, before anything is built or read."""
 
 import io
 import json
@@ -20,11 +20,11 @@ from tests.harness.tiny_models import random_vae
 
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 SECONDS = 5
-"""Most seconds of the processor for one file; without the limits, most of these files would take minutes, or never be done."""
+"""Maximum CPU seconds for one file; without limits, most of these files would take minutes, or never finish."""
 
 
 def named(count, name="t{}"):
-    """A header with so many tensors of one byte, and their bytes."""
+    """A header with `count` tensors of one byte, and their bytes."""
     entries = {name.format(i): {"dtype": "U8", "shape": [1, 1], "data_offsets": [i, i + 1]} for i in range(count)}
     return with_header(entries, bytes(count))
 
@@ -54,7 +54,7 @@ def zipped(pickled, method=zipfile.ZIP_STORED):
 
 
 def unzipped(pickled):
-    """As torch.save wrote files before version 1.6."""
+    """A file as written by torch.save before version 1.6."""
     before = (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True})
     return b"".join(pickle.dumps(part, 2) for part in before) + pickled + pickle.dumps([], 2)
 
@@ -64,7 +64,7 @@ def called(name, argument=b"\x8a\x05\x00\x00\x00\x80\x00"):
     return b"\x80\x02}X\x01\x00\x00\x00ac" + name.replace(b" ", b"\n") + b"\n" + argument + b"\x85Rs."
 
 
-# A tuple of two that are the same tuple of two, and so on: its hash takes 2**60 steps.
+# A tuple of twice the same tuple of two, and so on: its hash takes 2**60 steps.
 DOUBLED = b"\x80\x02K\x01\x85q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"}h\x00K\x01s."
 STORAGE = (
     b"\x80\x02}X\x01\x00\x00\x00a(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
@@ -119,7 +119,7 @@ def bytes_of(text):
 
 
 def test_many_states_of_4_bit_weights(tmp_path):
-    """Time grows with their number: the names of all tensors are gone through once, not once for each state."""
+    """Time is linear in their number: all tensor names are scanned once, not once for each state."""
     states = {f"a{i}.weight.quant_state.bitsandbytes__nf4": torch.zeros(1) for i in range(limits.MAX_TENSORS)}
     save_file(states, tmp_path / "states.safetensors")
     before = time.process_time()
@@ -130,7 +130,7 @@ def test_many_states_of_4_bit_weights(tmp_path):
 
 @pytest.mark.parametrize("changes", ['"nested_offset": 1' + "0" * 400, '"nested_blocksize": 1' + "0" * 12])
 def test_states_of_4_bit_weights_with_large_numbers(changes):
-    """An offset that is no float is refused; blocks of more scales than there are cost nothing."""
+    """An offset that is not a float is refused; claiming more scales than there are costs nothing."""
     state = f'{{"quant_type": "nf4", "blocksize": 64, "shape": [1, 64], "nested_blocksize": 64, {changes}}}'
     parts = {
         "": torch.zeros(32, dtype=torch.uint8),
@@ -146,7 +146,7 @@ def test_states_of_4_bit_weights_with_large_numbers(changes):
 
 
 def test_a_layer_with_a_large_number(tmp_path):
-    """Counts come from the layers that are there, not from what they are called."""
+    """Counts come from the layers present, not from their numbers."""
     weights = random_vae().state_dict() | {"encoder.layers.1000000000000.layers.0.weight": torch.zeros(4, 4, 3, 3, 3)}
     save_file(weights, tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match=r"has encoder.layers.1000000000000, but not the layers before it"):
@@ -166,7 +166,7 @@ def test_more_blocks_than_any_model_has(tmp_path, name, shapes):
 
 
 def test_metadata_may_be_large(tmp_path):
-    """Trainers and ComfyUI put tags, pictures and workflows there."""
+    """Trainers and ComfyUI store tags, pictures and workflows there."""
     note = {"ss_tag_frequency": '{"a kite, red": 3}, ' * 90_000, "preview": "/9j/" * 1_000_000}
     save_file({"a.lora_A.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors", note)
     assert open_checkpoint(tmp_path / "lora.safetensors").metadata == note

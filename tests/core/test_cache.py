@@ -1,4 +1,4 @@
-"""Skipping blocks: exact when nothing may change, less work when something may, and every video for itself."""
+"""Skipping blocks: exact if no change is allowed, less work if some is, and each video independent of the others."""
 
 import gc
 
@@ -37,7 +37,7 @@ def one(condition, i):
 
 @pytest.fixture
 def block_calls(dit):
-    """Videos that each block has worked on."""
+    """Number of videos that each block has processed."""
     calls = [0] * dit.config.depth
     hooks = [
         block.register_forward_pre_hook(lambda _, inputs, i=i: calls.__setitem__(i, calls[i] + len(inputs[0])))

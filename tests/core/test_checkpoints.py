@@ -1,4 +1,4 @@
-"""Files in every layout load to the same model; everything else is refused with a sentence."""
+"""Files in every layout load to the same model; everything else is refused with one sentence."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""Compiled blocks compute what plain ones do, and are compiled once for all that a run asks of them."""
+"""Compiled blocks compute the same as plain ones, and are compiled only once for everything in a run."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def lora(tmp_path):
 
 
 class Recorder:
-    """A backend of torch.compile that changes nothing, and counts the graphs that it is given."""
+    """A backend of torch.compile that changes nothing and counts its graphs."""
 
     def __init__(self):
         self.graphs = 0
@@ -53,10 +53,10 @@ def relative_error(found, expected):
 
 @pytest.mark.parametrize(("dtype", "depth"), [(torch.float32, 2), (torch.bfloat16, 1)])
 def test_fused_blocks_equal_plain_ones(tmp_path, dtype, depth):
-    """With a LoRA, prompts of different lengths, an empty one among them, and odd sizes.
+    """With a LoRA, prompts of different lengths including an empty one, and odd sizes.
 
-    The last block, of another kind, in bf16, and the one before it in float32: building takes a
-    core half a minute for each. (In bf16 that one aborted the process, once in five runs on a CPU with AMX.)
+    The last block, of another kind, in bf16, and the one before it in float32: each build takes a core half a minute. (In bf16,
+    the latter aborted the process once in five runs on a CPU with AMX.)
     """
     config = replace(DIT, depth=depth)
     plain, fused, exact = random_dit(config, dtype=dtype), random_dit(config, dtype=dtype), random_dit(config)
@@ -74,7 +74,7 @@ def test_fused_blocks_equal_plain_ones(tmp_path, dtype, depth):
 
 
 def test_compilations_of_guided_runs():
-    """Two, for two kinds of block; again for another length of a prompt, which then serve any length; and for none."""
+    """Two for two kinds of block; more for a second prompt length, which then serve any length; two more for no text."""
     backend = Recorder()
     dit, plain = compiled(random_dit(), backend), random_dit()
     counts = []
@@ -84,7 +84,7 @@ def test_compilations_of_guided_runs():
         counts.append(backend.graphs)
     one_length, two, any_and_none, again = counts
     assert one_length == 2
-    assert two <= 5  # of one kind of block, the first attempt at any length holds for one block only
+    assert two <= 5  # for one kind of block, the first graph for any length fits only one block
     assert again == any_and_none == two + 2
 
 

@@ -1,4 +1,4 @@
-"""convert and inspect, as a person calls them; what convert writes loads in diffusers and in ComfyUI's own class."""
+"""convert and inspect, as users call them; convert's files load in diffusers and in ComfyUI's own class."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """As Genmo stores them: bf16, but positions in float32."""
+    """Weights as stored by Genmo: bf16, with positions in float32."""
     folder = tmp_path_factory.mktemp("sources")
     dit = cast(random_dit().state_dict(), torch.bfloat16)
     dit["pos_frequencies"] = random_dit().pos_frequencies.detach()
@@ -92,7 +92,7 @@ def test_diffusers_loads_what_convert_writes(sources, tmp_path):
 
 
 def test_diffusers_loads_a_canonical_single_file(tmp_path):
-    """The loader of single files knows 48 blocks only."""
+    """diffusers' single-file loader only supports 48 blocks."""
     from diffusers import MochiTransformer3DModel
 
     config = AsymmDiTConfig(
@@ -261,11 +261,11 @@ print(f'{{"peak": {peak}, "seconds": {seconds}, "read": {read_peak}, "size": {va
 """
     found = in_a_process(code, path)
     assert found["peak"] < 200e6
-    # A mapped tensor takes nothing, a converted one its own size and no more.
+    # A mapped tensor takes no memory, a converted one only its own size.
     assert found["read"] < (50e6 if layout == "canonical" else found["size"] + 50e6)
 
 
-# A real layout of many equal blocks: 310 MB in bf16, the largest tensor has 13 MB.
+# A real layout of many equal blocks: 310 MB in bf16, the largest tensor 13 MB.
 MANY = AsymmDiTConfig(
     depth=12, hidden_size_x=768, hidden_size_y=384, num_heads=6, text_width=512, mlp_size_x=2048, mlp_size_y=1024
 )
@@ -294,8 +294,8 @@ print(json.dumps(result))
     paths = [str(tmp_path / f"{layout}.safetensors") for layout in ("canonical", "diffusers")]
     found, few_tensors = in_a_process(code, *paths), 40e6
     for path in paths:
-        # In its own dtype, the original layout stays a map of the file; of diffusers' layout half the weights are merged.
+        # In its own dtype, the original layout stays memory-mapped; from diffusers' layout, half of the weights are merged.
         assert found[f"load {path}"] < (1e6 if path == paths[0] else 0.6 * size)
-        # To another dtype, as to a device: the new tensors, and a few more at a time.
+        # To another dtype, as to a device: the new tensors, plus a few at a time.
         assert 2 * size <= found[f"cast {path}"] < 2 * size + few_tensors
         assert found[f"convert {path}"] < few_tensors

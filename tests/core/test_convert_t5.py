@@ -1,4 +1,4 @@
-"""convert and inspect of T5: what is written has Hugging Face's names, and transformers loads it."""
+"""convert and inspect of T5: the written files have Hugging Face's names, and transformers loads them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A denoiser whose blocks lie on several devices: simulated GPUs, which refuse tensors of each other's."""
+"""A denoiser with its blocks on several devices: simulated GPUs, which refuse each other's tensors."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_a_device_that_is_not_there_is_told_before_weights_are_read(tmp_path, pl
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_run_goes_from_device_to_device(cached, monkeypatch):
-    """The second step leaves blocks out, if there is a cache; fake tensors have no values to compare."""
+    """With a cache, the second step skips blocks; fake tensors have no values to compare."""
     monkeypatch.setattr("mochi_core.sampling.block_cache.relative_change", lambda *_: 0.0)
     dit = AsymmDiT(DIT).requires_grad_(False)
     with simulated_gpu():

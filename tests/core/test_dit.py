@@ -124,7 +124,7 @@ def test_tokens_in_chunks_change_nothing(batch, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_token_of_a_large_latent_is_what_it_is_in_a_small_one(dtype):
-    """Without attention tokens do not meet, so every frame is what it would be alone, however the tokens are cut."""
+    """Without attention, tokens do not interact, so every frame is as if alone, however the tokens are split."""
     dit, (latents, sigma, embeds, mask) = random_dit(dtype=dtype), inputs([4], (3, 60, 106))
     text, latents = dit.prepare_text(embeds.to(dtype), mask), latents.to(dtype)
     modulation, rope = dit.modulation(sigma, text.pooled), dit.rope(latents.shape, latents.device)

@@ -1,4 +1,4 @@
-"""The report about a machine: whole, short, never an error, and right about what models need."""
+"""The report about a machine: complete, short, never an error, and right about what models need."""
 
 import importlib.metadata
 import json
@@ -87,7 +87,7 @@ def test_convolutions_that_pytorch_takes_from_cudnn_are_named(monkeypatch, found
 
 
 def test_the_command_prints_the_report_and_json_of_it(capsys, found, monkeypatch):
-    # The free memory of another moment is another number.
+    # Free memory changes from moment to moment.
     monkeypatch.setattr("mochi_core.commands.examine", lambda device, files: examined.append((device, files)) or found)
     examined = []
     assert main(["doctor", "--device", "cpu", *map(str, MODELS)]) == 0
@@ -125,7 +125,7 @@ def test_bytes_of_the_released_transformer_are_those_of_the_documentation():
 
 
 def test_bytes_of_weights_that_are_quantised_while_they_are_loaded():
-    """Those of the documentation, and the scales."""
+    """The documentation's figures, plus the scales."""
     file = released()
     gigabytes = {kind: round(needs.loaded_bytes(file, 2, kind) / 1e9, 2) for kind in QUANTIZERS}
     assert gigabytes == {"fp8": 10.13, "fp8_rowwise": 12.84, "int8": 10.14, "q4_0": 5.78}
@@ -193,7 +193,7 @@ def test_quantised_weights_are_counted_as_they_are_held(tmp_path):
 
 
 def measured():
-    """(frames, tokens, one forward, a guided pair) in MiB, of the committed run."""
+    """(frames, tokens, MiB of one forward, MiB of a guided pair) from the committed results."""
     page = (ROOT / "benchmarks" / "results" / "memory_cpu.md").read_text(encoding="utf-8")
     return [tuple(map(int, row)) for row in re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", page, re.M)]
 
@@ -274,7 +274,7 @@ def test_a_device_that_does_not_exist_leaves_the_machine_to_be_told():
 
 @pytest.fixture
 def only_files(monkeypatch):
-    """Nothing is looked at but the files."""
+    """Make the report inspect only the files."""
     for table in ("MACHINE", "CHECKS"):
         monkeypatch.setattr(report, table, {})
 
@@ -370,7 +370,7 @@ def test_drivers_version_is_asked_for(monkeypatch):
 
 @pytest.mark.parametrize(("chosen", "asked"), [("cuda", [1]), ("cuda:0", [0]), ("cpu", [])])
 def test_only_the_chosen_card_is_asked_what_is_free(monkeypatch, chosen, asked):
-    """The others would each get a CUDA context, of hundreds of MiB."""
+    """Each of the others would get a CUDA context of hundreds of MiB."""
     properties = SimpleNamespace(name="Card", major=9, minor=0, total_memory=80 * GIB)
     questions = []
     simulated = {

@@ -1,4 +1,4 @@
-"""FlowEdit and RF inversion: what is exact about them, their formulas, and what they cost."""
+"""FlowEdit and RF inversion: exact cases, formulas and cost."""
 
 import argparse
 import math
@@ -31,7 +31,7 @@ def dit():
 
 
 def curved(shift):
-    """A velocity that is not straight, and depends on the prompt by `shift`."""
+    """A velocity with curved paths that depends on the prompt through `shift`."""
     return lambda x, step: torch.sin(x * 1.7 + shift) - 0.1 * step
 
 
@@ -176,7 +176,7 @@ def test_a_shifted_schedule_that_rounds_to_more_than_1_is_noise_alone():
 
 @pytest.mark.parametrize("last", [1, 3, 6])
 def test_an_edit_by_inversion_can_be_stopped_on_both_ways(dit, last):
-    """At step 3 of 4 all of the way up is done, and the way back does not begin."""
+    """Step 3 of 4 is the last on the way up; stopped there, the way back does not begin."""
     seen = []
     found = edit_by_inversion(
         dit, CLEAN, linear_quadratic_schedule(4), prompt(6), prompt(7), prompt(0),
@@ -282,7 +282,7 @@ def test_command_line_refuses_before_models_are_loaded(source, capsys, options, 
 
 
 def test_a_video_that_is_too_long_is_refused_and_not_cut(source, capsys, monkeypatch):
-    """The video has 15 frames, of which 13 are 6k + 1: three latents of 16 tokens."""
+    """13 of the video's 15 frames are used (6k + 1): three latents of 16 tokens."""
     models = ["--transformer", "none", "--t5", "none", "--vae", "none", "-o", str(source.with_name("x.mp4"))]
     for most, refused in ((47, True), (48, False)):
         monkeypatch.setattr(geometry, "MAX_VIDEO_TOKENS", most)

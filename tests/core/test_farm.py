@@ -1,4 +1,4 @@
-"""Prompts handed out to processes by a real Ray: what a file of prompts says, and what becomes of it."""
+"""Prompts distributed over processes by a real Ray: the file of prompts, and its results."""
 
 import argparse
 import contextlib
@@ -43,7 +43,7 @@ PROMPTS = [
 ]
 THERE = {"prompt": "made before"}
 IMPOSSIBLE = {"prompt": "a hole", "skip_block": [99]}
-"""Known only when the transformer is there."""
+"""Only known once the transformer is loaded."""
 
 
 def write_prompts(folder, lines):
@@ -254,14 +254,14 @@ def test_a_picture_that_has_gone_fails_its_video_alone(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def ray_here():
-    """Ray in this process, which workers of all these tests run on; it leaves nothing behind."""
+    """Ray in this process, shared by the workers of all these tests; it leaves nothing behind."""
     token = Path.home() / ".ray" / "auth_token"
     had_token, handler = token.exists(), signal.getsignal(signal.SIGTERM)
-    folder = tempfile.mkdtemp(prefix="ray")  # a short path: sockets lie in it
+    folder = tempfile.mkdtemp(prefix="ray")  # a short path: it holds sockets
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED"):
             patch.setenv(name, "")
-            patch.delenv(name)  # removed at the end, too
+            patch.delenv(name)  # also removed at the end
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("OMP_NUM_THREADS", "1")
         with cluster(None):
@@ -272,7 +272,7 @@ def ray_here():
 
 
 def members():
-    """The farm's processes below this one; those that have ended, but that nobody has asked about yet, do not count."""
+    """The farm's processes below this one, without zombies."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # psutil's class for those is below this one
@@ -335,7 +335,7 @@ def test_a_worker_dies_and_every_video_is_made(tmp_path, capsys):
     assert "has ended; it is tried again" in said.err
     rows = json.loads((output / REPORT).read_text(encoding="utf-8"))
     assert [row["status"] for row in rows] == ["kept", "failed", *["made"] * 6]
-    assert sum(row["attempts"] for row in rows) == 8  # seven, and one once more
+    assert sum(row["attempts"] for row in rows) == 8  # seven, plus one retry
     assert {file.name for file in output.iterdir()} == {REPORT, there.file, *(job.file for job in wanted)}
     assert (output / there.file).read_bytes() == b"made before"
     compare(local_videos(wanted, tmp_path), output)
@@ -346,7 +346,7 @@ def test_a_worker_dies_and_every_video_is_made(tmp_path, capsys):
 
 
 def compare(local, output):
-    """Every file is that of a single process, byte for byte."""
+    """Assert that every file equals that of a single process, byte for byte."""
     assert {file: (output / file).read_bytes() == expected for file, expected in local.items()} == dict.fromkeys(
         local, True
     )
@@ -354,7 +354,7 @@ def compare(local, output):
 
 
 def local_videos(jobs, folder):
-    """The files by job that one process makes, one after the other."""
+    """The files by job, made by one process one after another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -434,6 +434,6 @@ def test_a_cluster_at_an_address(tmp_path):
             assert done.stdout.splitlines()[-1] == f"2 made: {Path('videos') / REPORT}"
         finally:
             for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-                process.kill()  # a request to end takes half a minute
+                process.kill()  # terminating takes half a minute
     compare(local_videos(jobs_of(path, *MODELS, *SMALL), tmp_path), tmp_path / "videos")
     shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Every quantised form of every part loads, stays quantised in memory and computes what its numbers mean."""
+"""Every part in every quantised format loads, stays quantised in memory, and matches its dequantised weights."""
 
 import json
 import random
@@ -77,7 +77,7 @@ def test_transformer(dit, tmp_path, form):
 
 @pytest.mark.parametrize("form", ["plain fp8_e4m3fn", "scaled fp8", "int8", "Q4_0 in safetensors"])
 def test_diffusers_layout_stays_quantised(dit, tmp_path, form):
-    """Rows are merged from q, k and v with a scale each, and halves are swapped."""
+    """Rows of q, k and v, with a scale each, are merged, and halves are swapped."""
     rules = transformer_rules(WIDE.depth)
     foreign = {name: t.read().clone() for name, t in to_diffusers(from_state_dict(dit.state_dict()), rules).items()}
     expected = SAFETENSORS[form](foreign, tmp_path / "x.safetensors")
@@ -106,7 +106,7 @@ def quantized_with_notes(tensor):
 
 
 def test_each_shard_notes_its_own_layers(dit, tmp_path):
-    """Metadata of a shard must not hide those of another."""
+    """A shard's metadata must not hide another's."""
     expected = quantized_files.metadata_scaled_fp8(dit.state_dict(), tmp_path / "whole.safetensors")
     save_file(expected, tmp_path / "meaning.safetensors")
     with safe_open(tmp_path / "whole.safetensors", framework="pt") as whole:
@@ -194,7 +194,7 @@ def test_unknown_quantisation_is_refused(dit, tmp_path):
 
 @pytest.mark.parametrize("path", [BITSANDBYTES, TORCHAO, TORCHAO.with_suffix(".pt")], ids=lambda path: path.name)
 def test_what_other_tools_wrote(path):
-    """Bit for bit what the tool makes of it; bitsandbytes rounds int8 twice."""
+    """Equals the tool's own result bit for bit; bitsandbytes rounds int8 twice."""
     file, expected = open_checkpoint(path), load_file(path.with_suffix(".safetensors"))
     tensors = gather_quantized(file)
     names = {name.removeprefix("expected.") for name in expected if name.startswith("expected.")} - {"int8_group"}
@@ -202,7 +202,7 @@ def test_what_other_tools_wrote(path):
     for name in names:
         weight, meaning = tensors[f"{name}.weight"], expected[f"expected.{name}"]
         assert (weight.shape, weight.is_float) == (meaning.shape, True)
-        assert (weight.quantized is None) == (name in ("nf4_64_96", "nf4_32_96")), name  # blocks over the ends of rows
+        assert (weight.quantized is None) == (name in ("nf4_64_96", "nf4_32_96")), name  # blocks that cross row ends
         if name == "int8" and path == BITSANDBYTES:
             torch.testing.assert_close(weight.read(), meaning, rtol=2e-7, atol=0)
         else:
@@ -245,7 +245,7 @@ def test_rotated_weights_are_not_read_as_if_they_were_not(dit, tmp_path, form, n
 
 
 def test_layers_of_a_scaled_file_may_stay_in_high_precision(dit, tmp_path):
-    """Only the marker and the scales say what is quantised."""
+    """Only the marker and the scales tell what is quantised."""
     SAFETENSORS["scaled fp8, older"](dit.state_dict(), tmp_path / "x.safetensors")
     tensors = load_file(tmp_path / "x.safetensors")
     layer = "model.diffusion_model.blocks.1.mlp_x.w1"
@@ -282,7 +282,7 @@ def test_scaled_all_in_one_file(dit, tmp_path):
 
 @pytest.mark.parametrize("leaf", ["weight_scale", "Q4_0_qweight"])
 def test_parts_that_do_not_fit_are_named(dit, tmp_path, leaf):
-    """Five scales for more rows, and rows that are not a whole number of blocks."""
+    """Five scales for more rows, and rows that are not a multiple of the block size."""
     name = "blocks.0.mod_x"
     tensors = {**dit.state_dict(), f"{name}.weight": dit.state_dict()[f"{name}.weight"].to(torch.float8_e4m3fn)}
     part = torch.ones(5) if leaf == "weight_scale" else torch.zeros(1024, 19, dtype=torch.uint8)
@@ -300,7 +300,7 @@ def test_changing_the_dtype_of_a_model_keeps_its_meaning(dit, tmp_path):
     assert torch.equal(velocity(loaded), before)
 
 
-# Relative error of both halves, which are many layers deep.
+# Relative errors of both halves, which have many layers.
 VAE_ERROR = {"bf16": 0.02, "e5m2": 0.4, "fp8": 0.2, "int8": 0.08, "gguf": 0.05}
 
 

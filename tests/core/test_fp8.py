@@ -1,4 +1,4 @@
-"""Products in fp8 with a scale per row, against the same numbers multiplied in float32."""
+"""fp8 products with row-wise scales, against the same numbers multiplied in float32."""
 
 import warnings
 from pathlib import Path
@@ -25,7 +25,7 @@ ROUNDING = {"rtol": 2**-8, "atol": 1e-5}
 
 
 def load(dit, dtype=torch.float32):
-    """The same denoiser, quantised."""
+    """Load the same denoiser, quantised."""
     weights = Checkpoint("random weights", Path(), from_state_dict(dit.state_dict()))
     loaded = AsymmDiT(dit.config, device="meta", dtype=dtype)
     load_into(loaded, quantize_block_matrices(weights, "fp8_rowwise"), "cpu")
@@ -38,7 +38,7 @@ def layer(rows=48, columns=256, bias=True):
 
 
 def float32_product(x, linear):
-    """The product of both quantised operands, in float32."""
+    """The product of the quantised operands, in float32."""
     values, scale = quantize_rows(x.flatten(0, -2))
     out = F.linear(values.float() * scale, linear.dequantized(), linear.bias)
     return out.unflatten(0, x.shape[:-1])

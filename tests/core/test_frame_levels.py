@@ -1,4 +1,4 @@
-"""A noise level of each latent frame: the formulas of Pusa (arXiv 2507.16116), and that equal levels change nothing."""
+"""A noise level for each latent frame: the formulas of Pusa (arXiv 2507.16116); equal levels change nothing."""
 
 import math
 
@@ -24,7 +24,7 @@ def dit():
 
 
 def published_velocity(dit, latents, sigma, embeds):
-    """One video (1, C, T, H, W) with noise levels (T,) and prompt (L, W), every token modulated by a row of its own."""
+    """One video (1, C, T, H, W) with noise levels (T,) and prompt (L, W), every token modulated by its own row."""
     state = dit.double().state_dict()
     frames, rows, columns = latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2
     frame_of = torch.arange(frames).repeat_interleave(rows * columns)  # (N,)
@@ -100,7 +100,7 @@ def test_a_forward_is_the_published_one(dit):
 
 
 def test_a_run_is_the_published_one(dit):
-    """Start, levels of each step and Euler's differences, by frame, with guidance."""
+    """The start, the levels of each step and Euler's differences, per frame, with guidance."""
     noise, clean, (cond, mask), scale = video(), video(seed=4), prompt(6), 3.0
     given = sample(dit, noise, SIGMAS, (cond, mask), prompt(2, seed=5), scale, given=Given(clean, LEVELS))
     negative, independent = prompt(2, seed=5)[0][0, :2].double(), random_dit()

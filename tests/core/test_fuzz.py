@@ -1,4 +1,4 @@
-"""Files broken at random: loaded, or refused in one line; a sample here, 10,000 with `--all`."""
+"""Files broken at random: loaded, or refused in one line; a sample by default, 10,000 with `--all`."""
 
 import mmap
 import subprocess
@@ -11,9 +11,9 @@ from tests.harness import fuzz
 
 ROOT = Path(__file__).parents[2]
 SAMPLE, MANY = 156, 10_008
-"""Files, each as many of every kind."""
+"""Number of files, the same for every kind."""
 PATIENCE, MEGABYTES = 60.0, 500.0
-"""Seconds of the processor and memory for one file of the sample; those of a slow machine are not what is looked for here."""
+"""CPU seconds and memory for one file of the sample, generous because slow machines are not the subject."""
 
 
 def test_a_sample_of_broken_files():
@@ -25,7 +25,7 @@ def test_a_sample_of_broken_files():
 
 @pytest.mark.usefixtures("with_all")
 def test_ten_thousand_broken_files():
-    """In a process of its own, which a file may end; its table is what docs/reliability.md shows."""
+    """In its own process, which a file may end; docs/reliability.md shows its table."""
     command = [sys.executable, "-m", "tests.harness.fuzz", str(MANY)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout)
@@ -40,7 +40,7 @@ def faults_of(monkeypatch, read):
 
 
 def take(size):
-    """Use new memory: an allocator may have as much that is free and was counted before."""
+    """Use new memory: the allocator may already hold this much freed memory, which was counted before."""
     memory = mmap.mmap(-1, size)
     for page in range(0, size, mmap.PAGESIZE):
         memory[page] = 1

@@ -1,8 +1,8 @@
-"""The tiny model that comes with the pack still makes the latents that it made: prompt, T5, denoiser, schedule, guidance, seed.
+"""The tiny model that comes with the pack still makes the same latents: prompt, T5, denoiser, schedule, guidance, seed.
 
 The file holds float32 latents in VAE space. Computed with one thread or two, without oneDNN, without AVX2, or by PyTorch's
 plain attention, they differ by a relative 1.6e-6. After a change that is meant to change videos:
-`python -m tests.core.test_golden` writes the file anew.
+`python -m tests.core.test_golden` rewrites the file.
 """
 
 from pathlib import Path
@@ -20,12 +20,12 @@ from tests.harness.numbers import relative_error
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden_tiny_latents.safetensors"
 TOLERANCE = 1e-4
-# What T5's tokenizer makes of "a red square moving left on a black background".
+# T5's tokens for "a red square moving left on a black background".
 TOKENS = [3, 9, 1131, 2812, 1735, 646, 30, 3, 9, 1001, 2458, 1]
 
 
 def tiny_pipeline():
-    """The text encoder reads every prompt as `TOKENS`, so that no tokenizer is needed."""
+    """A pipeline whose text encoder reads every prompt as `TOKENS`, so that no tokenizer is needed."""
     with TemporaryDirectory() as folder, mock.patch("transformers.AutoTokenizer.from_pretrained") as load:
         load.return_value = lambda _, **_options: SimpleNamespace(input_ids=TOKENS)
         (Path(folder) / "tokenizer.json").touch()
@@ -34,7 +34,7 @@ def tiny_pipeline():
 
 
 def latents():
-    """(1, 12, 3, 8, 12): 13 frames of 96 x 64."""
+    """Latents (1, 12, 3, 8, 12): 13 frames of 96 x 64."""
     return tiny_pipeline()(
         "a red square moving left on a black background",
         height=64, width=96, num_frames=13, num_inference_steps=8, guidance_scale=4.5, seed=7, output_type="latent",

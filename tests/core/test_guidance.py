@@ -1,4 +1,4 @@
-"""Skip-layer guidance, CFG-Zero* and normalised attention guidance: their formulas, what they cost, and what they go with."""
+"""Skip-layer guidance, CFG-Zero* and normalised attention guidance: their formulas, cost, and combinations."""
 
 import math
 from itertools import pairwise
@@ -34,7 +34,7 @@ def dit():
 
 @pytest.fixture
 def visits(dit):
-    """Blocks in the order in which they are called."""
+    """Blocks in the order of their calls."""
     calls = []
     for i, block in enumerate(dit.blocks):
         block.register_forward_hook(lambda *_, i=i: calls.append(i))
@@ -76,7 +76,7 @@ def test_the_projection_is_of_each_video():
 
 
 def test_without_blocks_is_the_model_without_them(dit, visits):
-    """And what comes before them is computed once."""
+    """The blocks before them are computed once."""
     found = sample(dit, NOISE, SIGMAS, prompt(6), prompt(2, seed=1), 3.0, guidance=SKIP)
     assert visits == [0, 0, 1, 1, 2, 2, 2] * 5
     shorter = random_dit()
@@ -101,7 +101,7 @@ def test_any_blocks_may_be_left_out(dit, visits, blocks):
 
 
 def nag_velocity(dit, latents, sigma, prompts, guidance):
-    """One video (1, C, T, H, W) in float64: visual tokens attend to either of two prompts (L, W), and texts to their own."""
+    """One video (1, C, T, H, W) in float64: visual tokens attend to each of two prompts (L, W), and texts to their own."""
     state = {name: tensor.double() for name, tensor in dit.state_dict().items()}
     frames, rows, columns = latents.shape[2], latents.shape[3] // 2, latents.shape[4] // 2
 
@@ -169,7 +169,7 @@ def nag_velocity(dit, latents, sigma, prompts, guidance):
     ("lengths", "tau"), [((6, 3), 2.5), ((2, 9), 0.8), ((6, 0), 2.5), ((0, 4), 2.5), ((0, 0), 2.5)]
 )
 def test_a_step_with_nag_is_the_published_one(dit, visits, lengths, tau):
-    """Blocks run once; nothing else is asked for at scale 1."""
+    """Blocks run once; scale 1 needs nothing else."""
     guidance = Guidance(nag_scale=5.0, nag_tau=tau)
     near, far = (prompt(length, seed) for seed, length in enumerate(lengths))
     found = sample(dit, NOISE, torch.tensor([0.7, 0.0]), near, far, 1, guidance=guidance)

@@ -1,4 +1,4 @@
-"""Videos from images and clips: which latents are given, how they are kept, pipeline and command line."""
+"""Videos from images and clips: which latents are given, and how they are kept; pipeline and command line."""
 
 import itertools
 import os
@@ -44,7 +44,7 @@ def encoder(vae):
 
 
 def count(frames):
-    """Latents that say nothing but how many there are."""
+    """Latents that only encode their number."""
     assert len(frames) % 6 == 1
     return torch.zeros(1, 12, len(frames) // 6 + 1, *(side // 8 for side in frames.shape[1:3]))
 
@@ -116,7 +116,7 @@ def test_images_are_cropped_in_the_middle_and_resized():
 
 
 def inpainted(dit, noise, clean, released, condition):
-    """The frames are put back before each step at its noise level, and after it where the network's picture is taken."""
+    """The frames are restored before each step at its noise level, and after it in the network's prediction."""
     x = noise
     for now, following in itertools.pairwise(SIGMAS):
         new = (released >= now).view(-1, 1, 1)
@@ -290,7 +290,7 @@ def test_command_line_makes_rounds(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seconds", "3600", "--round", "163"], "There is no file none"),  # but that of T5, all is right
+        (["--seconds", "3600", "--round", "163"], "There is no file none"),  # everything but T5's file is right
         (
             ["--seconds", "3600"],
             "A video of 108001 frames of 848 x 480 pixels would be more than the 16,777,216 tokens",

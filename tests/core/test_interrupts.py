@@ -1,4 +1,4 @@
-"""Ctrl-C in the commands of the package; while they are imported: tests/static/test_imports.py."""
+"""Ctrl-C in the package's commands; tests/static/test_imports.py tests it during their import."""
 
 import importlib
 import os
@@ -18,13 +18,13 @@ from tests.harness import trained
 ROOT = Path(__file__).parents[2]
 COMMANDS = [".".join(path.relative_to(ROOT).parts[:-1]) for path in (ROOT / "mochi_core").rglob("__main__.py")]
 ARGUMENTS = {"mochi_core": ["inspect", "none"], "mochi_core.train": ["plot", "none", "-o", "none.png"]}
-"""What has a command run, but not for long."""
+"""Arguments with which a command runs, but not for long."""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_once_a_command_runs_ctrl_c_raises_so_that_it_can_clean_up(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", [command, *ARGUMENTS.get(command, ["--help"])])
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as while it is imported
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as during import
     try:
         with suppress(SystemExit):
             importlib.import_module(f"{command}.__main__").main()

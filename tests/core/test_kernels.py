@@ -1,6 +1,6 @@
-"""Kernels in Triton: who chooses them, what refuses them, and that they can be built for every card.
+"""Triton kernels: when they are chosen, when they are refused, and builds for every card.
 
-What they compute is tested in interpreted_kernels.py, which this module runs.
+Their results are tested in interpreted_kernels.py, which this module runs.
 """
 
 import os
@@ -22,7 +22,7 @@ from tests.harness import triton_builds
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
-# Turing, Ampere, Ada, Hopper and Blackwell, of which 86, 89 and 120 are people's cards; AMD's RX 7900 and MI300.
+# Turing, Ampere, Ada, Hopper and Blackwell, of which 86, 89 and 120 are consumer cards; AMD's RX 7900 and MI300.
 TARGETS = [("cuda", 75), ("cuda", 80), ("cuda", 86), ("cuda", 89), ("cuda", 90), ("cuda", 100), ("cuda", 120)]
 TARGETS += [("hip", "gfx1100"), ("hip", "gfx942")]
 WAVES = {"gfx942": 64}  # lanes of a warp, elsewhere 32
@@ -119,7 +119,7 @@ def test_only_verdicts_that_last_are_remembered(monkeypatch):
 
 
 class Operations(TorchDispatchMode):
-    """How often each operator of ours was called."""
+    """Counts the calls of each of our operators."""
 
     def __init__(self):
         super().__init__()
@@ -132,7 +132,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_simulated_gpu_takes_the_operators():
-    """Counted: a block's operators by name, and none with other kernels or gradients."""
+    """A block's operators, counted by name; none are called with other kernels or with gradients."""
 
     def counts(choice, gradients):
         with FakeTensorMode(), kernels.using(choice), torch.set_grad_enabled(gradients), Operations() as operations:
@@ -169,7 +169,7 @@ def test_in_tritons_interpreter():
 
 
 def released_launches(monkeypatch, dtype):
-    """Every start of a kernel that a block of the released size makes, for few tokens."""
+    """Every kernel launch of a block of the released size, for few tokens."""
     launches = []
     for module in ("denoiser", "autoencoder"):
         monkeypatch.setattr(f"mochi_core.kernels.{module}.launch", triton_builds.recorder(launches))
@@ -195,7 +195,7 @@ def released_launches(monkeypatch, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
 def test_kernels_can_be_built_for_cards_that_are_not_here(target, monkeypatch, tmp_path):
-    """In bf16, on the oldest cards too, and in fp32 on one; none keeps registers in memory."""
+    """In bf16, even for the oldest cards, and in fp32 for one; none spills registers."""
     compiler = pytest.importorskip("triton.backends.compiler")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     dtypes = [torch.bfloat16, torch.float32] if target == ("cuda", 89) else [torch.bfloat16]

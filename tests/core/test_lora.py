@@ -1,4 +1,4 @@
-"""LoRAs of every kind give what merging by hand gives, and leave nothing behind."""
+"""LoRAs of every kind equal merging by hand, and leave nothing behind."""
 
 import argparse
 import json
@@ -43,7 +43,7 @@ def own_names(dit):
 
 
 def assert_changes_like(dit, lora_path, weights):
-    """The output is that of other weights, and was not so before; the LoRA is in `dit` afterwards."""
+    """Assert that the LoRA changes the output to that of the given weights; it stays loaded in `dit`."""
     expected = with_weights(dit, weights)(*INPUTS)
     assert relative_error(dit(*INPUTS), expected) > 0.01
     lora = load_lora(dit, lora_path)
@@ -216,7 +216,7 @@ def test_strength_and_removal_leave_no_trace(tmp_path, dtype):
 
 
 def dense_weights(dit):
-    """What the layers of a denoiser compute with, quantised or not."""
+    """The weights that a denoiser's layers compute with, quantised or not."""
     layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, QuantizedLinear)}
     return dict(dit.named_parameters()) | {f"{name}.weight": layer.dequantized() for name, layer in layers.items()}
 
@@ -433,7 +433,7 @@ def test_a_strength_is_finite(strength):
 
 
 def test_fused_loras_change_the_weights(tmp_path):
-    """A DoRA, a LoRA and changes of whole parameters, all relative to what the denoiser came with."""
+    """A DoRA, a LoRA and changes of whole parameters, all relative to the denoiser's original weights."""
     dit = random_dit()
     weights = {name: weight.clone() for name, weight in dit.state_dict().items()}
     layer = dit.get_submodule("blocks.0.attn.qkv_x")
@@ -448,7 +448,7 @@ def test_fused_loras_change_the_weights(tmp_path):
     beside = layer(x)
     fuse_loras(dit)
     torch.testing.assert_close(layer(x), beside, rtol=1e-4, atol=1e-4)
-    last.strength = 0.5  # of what is no LoRA any more
+    last.strength = 0.5  # of a LoRA that has been fused
     last.remove()
     torch.testing.assert_close(layer(x), beside, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dit.final_layer.linear.bias, weights["final_layer.linear.bias"] * 1.1)

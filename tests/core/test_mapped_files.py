@@ -1,4 +1,4 @@
-"""Files that change after a model was loaded: where its weights are mapped that is an error, and elsewhere nothing."""
+"""Files that change after a model was loaded: an error if its weights are mapped, otherwise no effect."""
 
 import os
 from pathlib import Path
@@ -83,13 +83,13 @@ def test_copies_do_not_care(stored, kind):
     model = load(path := stored(weights), torch.float32, mmap=False)
     assert mapped_weights(model) == []
     before = run(model)
-    cut(path)  # would end the process, were anything still mapped
+    cut(path)  # would crash the process if anything were still mapped
     assert torch.equal(run(model), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nothing_stays_mapped_where_the_dtype_is_converted(stored, dtype):
-    """`pos_frequencies` and the norms of q and k keep theirs."""
+    """`pos_frequencies` and the norms of q and k keep their dtype."""
     dit = load_transformer(path := stored(DIT), dtype)
     assert mapped_weights(dit) == []
     cut(path)
@@ -155,7 +155,7 @@ def test_quantised_weights_that_are_put_together_are_copies(stored):
 
 
 def test_nothing_stays_mapped_where_blocks_are_put_together(tmp_path):
-    """Files have values and scales of nvfp4 apart; one scale of the whole matrix could stay."""
+    """Files store nvfp4's values and scales separately; only a scale for the whole matrix could stay mapped."""
     nvfp4(random_dit().state_dict(), path := tmp_path / "m.safetensors")
     dit = load_transformer(path, torch.float32)
     assert mapped_weights(dit) == []

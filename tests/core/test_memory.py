@@ -1,4 +1,4 @@
-"""Loading takes the memory of the model and of one tensor; a forward, a decode and an encode hold what they need."""
+"""Loading needs memory for the model and one tensor; a forward, a decode and an encode hold only what they need."""
 
 import weakref
 
@@ -30,9 +30,9 @@ print(peak)
 @needs_proc
 @pytest.mark.parametrize("conditions", [1, 2])
 def test_a_forward_of_163_frames_holds_less_than_eight_residual_streams(conditions):
-    """In bf16 and of the released width these are 2 GiB; here all is an eighth as wide, and float32, which is fast on every CPU.
+    """At the released width in bf16 these are 2 GiB; here all is an eighth as wide, in float32, which is fast on every CPU.
 
-    A second condition adds its stream.
+    A second condition adds its own stream.
     """
     code = """
 import torch
@@ -58,7 +58,7 @@ print(peak / (44520 * 384 * 4))
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the most bytes of tensors at once, of those that are made within it; what an allocator keeps besides is not seen."""
+    """Peak bytes of the tensors made within it; memory that the allocator keeps is not counted."""
 
     def __init__(self):
         super().__init__()
@@ -80,8 +80,8 @@ class LiveBytes(TorchDispatchMode):
     ids=["decode", "encode"],
 )
 def test_what_the_autoencoder_holds_on_a_cpu(monkeypatch, half, shape, most):
-    """Counted in MiB, of the released size in bf16: what the process takes besides depends on the allocator."""
-    monkeypatch.setattr("mochi_core.autoencoder.model.latents_problem", lambda *_: None)  # it reads numbers
+    """In MiB, at the released size in bf16; counted, because a process's memory depends on the allocator."""
+    monkeypatch.setattr("mochi_core.autoencoder.model.latents_problem", lambda *_: None)  # it reads values
     with FakeTensorMode(), torch.no_grad():
         vae = AsymmVAE(dtype=torch.bfloat16)
         with LiveBytes() as live:

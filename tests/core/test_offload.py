@@ -1,4 +1,4 @@
-"""An offloaded denoiser, with its weights on the device together or block by block, computes the same and is left as it was."""
+"""An offloaded denoiser, with its weights on the device at once or block by block, computes the same and stays unchanged."""
 
 from contextlib import nullcontext
 
@@ -54,7 +54,7 @@ def test_same_result_with_loras_and_quantised_weights(dit, tmp_path, dtype, quan
 @ways
 @pytest.mark.parametrize("last", [None, lambda _, lora: lora.remove(), lambda dit, _: fuse_loras(dit)])
 def test_loras_may_change_meanwhile(tmp_path, last, offload):
-    """On the device and at home, where a block is being copied already, and afterwards; those of norms and biases, too."""
+    """On the device and on the CPU, while a block is already being copied, and afterwards; also for norms and biases."""
     weights = random_dit().state_dict()
     changes = random_changes(weights, "bias", "norm_x.weight", "pos_frequencies")
     path = write_adapter(tmp_path / "a.safetensors", random_adapter(weights), "comfyui", changes=changes)
@@ -149,9 +149,9 @@ FULL_SIZE = [(offload_modulation, 1, 14.8e9), (stream_blocks, 2, 0.81e9)]
 
 @pytest.mark.parametrize(("offload", "blocks_at_a_time", "limit"), FULL_SIZE)
 def test_bytes_of_the_released_model_on_the_device(offload, blocks_at_a_time, limit):
-    """While a block is at work; with `stream_blocks` a second one is being copied, and no more, as the test of memory shows."""
+    """While a block runs; with `stream_blocks` only one more is being copied, as the memory test shows."""
     dit = AsymmDiT(device="meta", dtype=torch.bfloat16).requires_grad_(False)
-    home, found = {p.untyped_storage()._cdata for p in dit.parameters()}, []  # tensors without data have no addresses
+    home, found = {p.untyped_storage()._cdata for p in dit.parameters()}, []  # tensors without data have no address
 
     def count(*_):
         away = {name: p.nbytes for name, p in dit.named_parameters() if p.untyped_storage()._cdata not in home}

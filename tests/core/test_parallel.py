@@ -1,4 +1,4 @@
-"""One video on several devices, here processes or threads of one CPU: the same video, and no byte more than the formula says."""
+"""One video on several devices, here processes or threads on one CPU: the same video, and no more bytes than by the formula."""
 
 import re
 import sys
@@ -55,7 +55,7 @@ def run(request):
 
 
 def expected_bytes(plan, lengths, size, rank):
-    """What a member sends in a forward, in float32, by the formula."""
+    """Bytes that a member sends in a float32 forward, by the formula."""
     dit = parallel_runs.HEADS_24
     plan, members = Plan.parse(plan), Plan.parse(plan).size
     counts = shares(size[0] * -(-size[1] // 2) * -(-size[2] // 2), members)
@@ -67,7 +67,7 @@ def expected_bytes(plan, lengths, size, rank):
         videos = len(lengths) if same else 1
         width, layers = dit.hidden_size_x * videos * 4, dit.depth
         there = sum(here) - own
-        # q, k and v of own tokens for the heads of others; their tokens and the text, for the own heads.
+        # q, k and v of its own tokens for the others' heads; their tokens and the text for its own heads.
         total += layers * width * (3 * own * (u - 1) + there + words * (u - 1)) // u
         sent = sum(groups) - groups[(rank // u + 1) % r] if r > 1 else 0
         total += layers * width * 2 * sent // u
@@ -90,7 +90,7 @@ def test_a_shared_forward_is_that_of_one_device(run, plan, case):
 @pytest.mark.parametrize("plan", ["ulysses=2", "ring=3", "ulysses=2,ring=2"])
 @pytest.mark.parametrize("size", [(3, 6, 10), (2, 5, 9)], ids=str)
 def test_noise_levels_by_frame(run, plan, size):
-    """Also where a member's tokens begin and end within a frame."""
+    """Also if a member's tokens begin and end within a frame."""
     arguments = [5, 17], size, 17, [0.0, 1.0, 0.4][: size[0]]
     expected, _ = parallel_runs.denoise(None, plan, *arguments)
     for velocity, _ in run(Plan.parse(plan).size, "denoise", plan, *arguments):
@@ -257,7 +257,7 @@ def test_plans_that_do_not_fit_are_refused(members, plan):
 
 
 def error_of(threads, work):
-    """What `run` raises, called in a thread of its own: members that wait for nothing fail the test, and do not hold it up."""
+    """The error that `run` raises in its own thread: members that wait forever fail the test instead of blocking it."""
     raised = []
 
     def run():
@@ -306,7 +306,7 @@ def test_a_member_that_does_not_come_is_an_error(monkeypatch):
 
 @pytest.mark.parametrize("early", [0, 2])
 def test_a_member_that_ends_early_ends_all(early):
-    """At once, after an exchange that the others may still be reading."""
+    """Immediately, after an exchange that the others may still be reading."""
 
     def work(group):
         for turn in range(3):
@@ -369,7 +369,7 @@ def test_a_group_of_one_gives_what_it_gets():
 @pytest.mark.parametrize("latents", [1, 2, 4, 5, 7, 9])
 @pytest.mark.parametrize("members", [2, 4])
 def test_a_decoder_shared_out_in_time(run, members, latents, limit):
-    """Also members with one frame, with none, and two videos."""
+    """Also with one frame or none for a member, and with two videos."""
     z = torch.randn(1 + (latents == 4), 12, latents, 4, 6, generator=torch.Generator().manual_seed(latents))
     expected, _ = parallel_runs.decode(None, z)
     for video, _ in run(members, "decode", z, memory_limit=limit):
@@ -380,7 +380,7 @@ def test_over_a_border_go_two_frames_for_each_convolution(run):
     z = torch.randn(1, 12, 6, 4, 6, generator=torch.Generator().manual_seed(0))
     (video, first), (_, second) = run(2, "decode", z)
     widths, pixels = VAE.decoder_channels, [4 * 6 * scale**2 for scale in (1, 2, 4, 8)]
-    # Blocks of two convolutions: two at the first size, one at each of the others.
+    # Blocks of two convolutions: two blocks at the first size, one at each of the others.
     border = sum(blocks * 2 * 2 * w * size * 4 for blocks, w, size in zip((2, 1, 1, 1), widths, pixels, strict=True))
     room = 8  # a number: for how many frames there is room
     assert first == border + video[:, :, :13].numel() * 4 + room
@@ -404,14 +404,14 @@ def forms(tmp_path_factory):
 def test_other_forms_of_the_weights_are_shared_too(pool, forms, form):
     expected, _, _ = parallel_runs.run_in_form(None, "ulysses=2", forms, form)
     for video, _, _ in pool.run(2, "run_in_form", "ulysses=2", forms, form):
-        # Where sums differ, what is rounded to 8 bits may come to the next number, and all that follows with it.
+        # If sums differ, values rounded to 8 bits may fall on the neighbouring number, and so may everything after them.
         assert is_the_same(video, expected, limit=0.1 if form == "fp8_rowwise" else 2e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("new_compiler")
 def test_compiled_blocks_are_shared_too(pool, forms):
-    """In whole graphs, in which the attention of all members is one operation."""
+    """In full graphs, in which the attention of all members is one operation."""
     expected, _, _ = parallel_runs.run_in_form(None, "ulysses=2", forms, "plain", scales=1)
     for video, _, _ in pool.run(2, "run_in_form", "ulysses=2", forms, "compiled", scales=1, timeout=60):
         assert (video - expected).norm() / expected.norm() < 1e-5

@@ -189,7 +189,7 @@ def test_frames_may_have_any_floating_point_dtype(tmp_path):
 
 
 def test_the_same_frames_make_the_same_file(tmp_path):
-    """Files differ with x264's macroblock tree, now and then, and with the number of its threads, which is that of the cores."""
+    """x264's macroblock tree makes files differ occasionally, and so does its number of threads, by default that of the cores."""
     frames = np.random.default_rng(0).integers(0, 256, (5, 480, 64, 3), np.uint8)
     for name in ("one", "other"):
         save_video(frames, tmp_path / f"{name}.mp4")
@@ -220,7 +220,7 @@ def models(tmp_path_factory):
     [["--offload"], ["--offload", "stream"], ["--compile", "--offload", "stream"]],
 )
 def test_command_line_generate(models, tokenizer, tmp_path, capsys, monkeypatch, how):
-    # Whether blocks are compiled; what PyTorch's own backend makes of them is for test_compiled.py.
+    # Whether blocks are compiled; PyTorch's own backend is tested in test_compiled.py.
     monkeypatch.setattr(AsymmDiT, "compile_blocks", partialmethod(AsymmDiT.compile_blocks, backend="eager"))
     files = [str(part) for pair in models.items() for part in pair]
     size = ["--height", "32", "--width", "48", "--seconds", "0.2", "--steps", "3", "--quantize", "q4_0"]
@@ -249,7 +249,7 @@ def test_a_small_device_leaves_the_text_encoder_on_the_cpu(t5):
     with (
         pytest.raises(NotImplementedError, match="meta tensor"),
         pipe.working(pipe.vae),
-    ):  # nothing comes back from there
+    ):  # nothing is returned from there
         places.append(next(pipe.vae.parameters()).device.type)
     assert places == ["cpu", "meta"]
 
@@ -482,7 +482,7 @@ def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path):
 
 
 def test_a_folder_on_a_drive_that_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "exists", lambda _: False)  # as of Z:\\ and all below it
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # as for Z:\\ and everything in it
     with pytest.raises(KeyboardInterrupt), folder(tmp_path / "a" / "b"):
         raise KeyboardInterrupt
     monkeypatch.undo()
@@ -490,7 +490,7 @@ def test_a_folder_on_a_drive_that_is_missing(tmp_path, monkeypatch):
 
 
 def test_a_state_is_not_gathered_in_memory(tmp_path):
-    state = {"weights": [torch.zeros(2**18) for _ in range(16)]}  # of 1 MiB
+    state = {"weights": [torch.zeros(2**18) for _ in range(16)]}  # of 1 MiB each
     tracemalloc.start()
     replace_state(tmp_path / "x.pt", state)
     _, peak = tracemalloc.get_traced_memory()

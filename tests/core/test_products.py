@@ -1,4 +1,4 @@
-"""The harness computes bf16 products of slow CPUs in float32: the numbers are those of the native products."""
+"""The harness computes bf16 products of slow CPUs in float32: the results equal the native products."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_equal_the_native_ones_up_to_the_order_of_sums(name, dtype):
         ours = product(*given)
     assert ours.dtype == dtype
     assert (ours == native).float().mean() > 0.99
-    # Rounded once: half a step of the dtype, beside what a sum in float32 may lose.
+    # Rounded once: half a step of the dtype, plus what a float32 sum may lose.
     step = torch.finfo(dtype).eps / 2
     assert ((ours.double() - exact).abs() <= step * exact.abs() + 1e-4).all()
 

@@ -1,4 +1,4 @@
-"""Published constants by what they do: each against a formula or a figure that is written down here once more."""
+"""Published constants by their effect: each against a formula or a figure that is repeated here."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from mochi_core.transformer.rope import axis_positions
 from tests.harness.tiny_models import DIT
 
 SMALL = 1e-3
-"""A size of x whose square is what eps is, so that eps decides what comes out of a norm."""
+"""A magnitude of x whose square equals eps, so that eps affects a norm's result."""
 
 
 def small_values(*shape, seed=0):
@@ -67,7 +67,7 @@ def test_a_posterior_is_drawn_with_its_standard_deviation():
     ("logvar", "deviation"), [(-100.0, torch.tensor(-15.0).exp()), (100.0, torch.tensor(10.0).exp())]
 )
 def test_log_variances_are_cut(logvar, deviation):
-    """At -30 and 20, as latent diffusion's Gaussian does."""
+    """At -30 and 20, as in latent diffusion's Gaussian."""
     drawn = Posterior(torch.zeros(1000), torch.full((1000,), logvar)).sample(torch.Generator().manual_seed(0))
     noise = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(drawn, noise * deviation)
@@ -160,7 +160,7 @@ def test_sizes_of_ggml_blocks():
     assert {name: (block.weights, block.bytes) for name, block in BLOCK_TYPES.items()} == BLOCKS
 
 
-# As docs/performance.md says: cuDNN first on Hopper and on Blackwell in data centres, flash attention first elsewhere.
+# As in docs/performance.md: cuDNN first on Hopper and on Blackwell in data centres, flash attention first elsewhere.
 PREFERENCES = {
     (7, 5): ["flash", "cudnn", "efficient", "math"],
     (8, 0): ["flash", "cudnn", "efficient", "math"],
@@ -181,7 +181,7 @@ KERNELS = {
 
 @pytest.mark.parametrize(("capability", "order"), PREFERENCES.items(), ids=str)
 def test_attention_preferred_by_architecture(monkeypatch, capability, order):
-    """On a GPU of that compute capability where ever more of the kernels fail."""
+    """On a GPU of that compute capability, with more and more of the kernels failing."""
     failing, asked = set(), []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")

@@ -10,7 +10,7 @@ from mochi_core.quantization.weights import QUANTIZERS, QuantizedLinear, Quantiz
 from tests.harness.quantized_files import random_blocks
 from tests.harness.random_inputs import gaussian
 
-# Half a step of each format over its range, relative to the largest weight of a row.
+# Half a step of each format, relative to the largest weight of a row.
 LARGEST_ERROR = {"fp8": 1 / 28, "fp8_rowwise": 1 / 28, "int8": 1 / 254, "q4_0": 1 / 7}
 
 

@@ -1,4 +1,4 @@
-"""Text of strangers never reaches a terminal, a log or an error as it is."""
+"""Untrusted text never reaches a terminal, a log or an error unescaped."""
 
 import json
 import logging
@@ -60,7 +60,7 @@ def fits(text):
 
 
 def all_of(error):
-    """The error as a host's log prints it, with what caused it, but without the lines of our code."""
+    """The error as in a host's log, with its causes, but without the lines of our code."""
     return "\n".join(line for line in traceback.format_exception(error) if not line.startswith("  File"))
 
 

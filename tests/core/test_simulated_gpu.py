@@ -1,6 +1,6 @@
-"""What every form of the model asks of a GPU, counted on a simulated one: nothing waits, and little is started, moved, held.
+"""The load of every form of the model on a simulated GPU: nothing waits, and little is started, moved and held.
 
-Fake tensors refuse operations on tensors of two devices, so each test also shows that nothing is in the wrong place.
+Fake tensors refuse operations across devices, so each test also shows that nothing is on the wrong one.
 """
 
 from functools import partial
@@ -25,33 +25,33 @@ from mochi_core.text_encoder import TextEncoder
 
 GIB, MIB = 2**30, 2**20
 HEIGHT, WIDTH = 60, 106
-"""Latent rows and columns of 848x480 pixels."""
+"""Latent rows and columns for 848x480 pixels."""
 PROMPT = 256
 pytestmark = pytest.mark.slow
 SCHEDULES = {steps: linear_quadratic_schedule(steps) for steps in (1, 2, 4)}
-"""Made here, as real tensors: their numbers are read."""
+"""Made here as real tensors, because their values are read."""
 
 
 class Bar(NamedTuple):
-    """The most that may be counted."""
+    """The maximum counts."""
 
     starts: float
     gigabytes: float
-    """Moved outside of matrix products."""
+    """Bytes moved outside matrix products."""
     mib: float
-    """At the peak, without weights and what was there before."""
+    """Peak, without weights and what was there before."""
 
 
-# For each block and condition; the ends of the network are shared out among the blocks.
+# Per block and condition; the ends of the network are divided among the blocks.
 FORWARD = {
     ("plain", 25): Bar(76, 5.3, 560),
     ("plain", 85): Bar(98, 15.8, 1400),
-    ("plain", 163): Bar(146, 29.0, 2000),  # of two blocks, the second without text afterwards: 147 for each of 48
+    ("plain", 163): Bar(146, 29.0, 2000),  # for two blocks, the second without a text output: 147 each for 48
     ("triton", 25): Bar(26, 1.3, 560),
     ("triton", 85): Bar(31, 4.1, 1400),
     ("triton", 163): Bar(36, 7.6, 1900),
 }
-# For each block, with 25 frames.
+# Per block, with 25 frames.
 FORMS = {
     ("plain", "lora"): Bar(80, 5.3, 560),
     ("plain", "int8"): Bar(92, 8.0, 560),
@@ -60,7 +60,7 @@ FORMS = {
     ("triton", "int8"): Bar(46, 4.1, 560),
     ("triton", "fp8_rowwise"): Bar(34, 1.8, 560),
 }
-# For each frame, by GiB of the limit and frames.
+# Per frame, by GiB of the limit and frames.
 DECODE = {
     ("plain", 3, 7): Bar(112, 15.0, 3 * 1024),
     ("plain", 5, 25): Bar(75, 13.0, 5 * 1024),
@@ -69,20 +69,20 @@ DECODE = {
     ("triton", 5, 25): Bar(35, 8.6, 5 * 1024),
     ("triton", 24, 7): Bar(48, 8.9, 5 * 1024),
 }
-# For each of 7 frames, by GiB of the limit.
+# Per frame of 7, by GiB of the limit.
 ENCODE = {
     ("plain", 24): Bar(490, 15.2, 2 * 1024),
     ("triton", 1): Bar(650, 15.8, 1024),
     ("triton", 24): Bar(390, 12.8, 2 * 1024),
 }
-# For each layer, with two prompts.
+# Per layer, with two prompts.
 T5 = Bar(95, 0.5, 64)
 
 
 @pytest.fixture(params=KERNELS)
 def kernels(request, monkeypatch):
-    """Simulates a GPU, for which these kernels are chosen."""
-    # It asks once for each video whether all numbers are finite; fake latents have none.
+    """Simulates a GPU with these kernels chosen."""
+    # It reads once per video whether all values are finite; fake latents have none.
     monkeypatch.setattr("mochi_core.autoencoder.model.latents_problem", lambda *_: None)
     fp8._probe.cache_clear()
     with simulated_gpu(), using(request.param):
@@ -91,7 +91,7 @@ def kernels(request, monkeypatch):
 
 
 def check(counted, parts, bar):
-    """No wait, and for each of so many parts no more than the bar."""
+    """Assert that nothing waits, and that each of `parts` parts stays within the bar."""
     found = Bar(counted.starts / parts, counted.moved.total() / parts / 1e9, counted.peak / MIB)
     print(found)
     assert counted.waits == []
@@ -107,7 +107,7 @@ def noise(frames, batch=1):
 
 
 def count_forward(dit, frames, levels=()):
-    """`levels` are axes of the noise levels beside that of samples."""
+    """`levels` are the axes of the noise levels besides that of the samples."""
     latents, text = noise(frames).to(dit.dtype), text_of_lengths(dit, PROMPT)
     modulation, rope = (
         dit.modulation(torch.ones(1, *levels, device="cuda"), text.pooled),
@@ -126,7 +126,7 @@ def test_a_forward(kernels, frames):
 
 def test_a_forward_with_a_noise_level_of_each_frame(kernels):
     starts, gigabytes, mib = FORWARD[kernels, 25]
-    # Without Triton, a modulation of several samples is no norm's weight.
+    # Without Triton, a modulation of several samples cannot be a norm's weight.
     check(count_forward(build(), 25, levels=[5]), 2, Bar(starts, gigabytes * (1.2 if kernels == "plain" else 1), mib))
 
 
@@ -166,7 +166,7 @@ def test_a_forward_in_other_forms(kernels, form):
 
 
 def guided_run(dit, state, lengths, steps, cache=None):
-    """Prepare a guided run with prompts of these lengths, for each condition and each video; returns what makes its steps."""
+    """Prepare a guided run with prompts of these lengths, per condition and video; returns the function for its steps."""
     texts = iter([text_of_lengths(dit, *each) for each in lengths])
     dit.prepare_text = lambda *_: next(texts)
     conditions = [(torch.empty(len(each), 1, 1), torch.empty(len(each), 1)) for each in lengths]
@@ -181,7 +181,7 @@ def test_guided_steps(kernels):
     with GpuCounter() as counted:
         assert run().device == state.device
     starts, gigabytes, mib = FORWARD[kernels, 25]
-    # Beside the network, what is done to the latents; and the second condition's stream.
+    # Besides the network: operations on the latents, and the second condition's stream.
     check(counted, 2 * 2 * 2, Bar(starts + 3, gigabytes + 0.01, mib + 50))
 
 
@@ -237,12 +237,12 @@ def test_a_decode_without_cudnn_for_three_dimensions_takes_no_more_memory(monkey
     ("kernels", "limit"), [(KERNELS[0], 1), *((kernels, 24) for kernels in KERNELS)], indirect=["kernels"]
 )
 def test_an_encode_stays_within_its_limit(kernels, limit):
-    """With 163 frames, for which counting takes minutes, 3 and 5 GiB have the caches in main memory, as here 1 GiB has."""
+    """With 163 frames, which take minutes to count, 3 and 5 GiB put the caches in main memory, as 1 GiB does here."""
     vae = AsymmVAE(device="cuda", dtype=torch.bfloat16, decoder=False)
     video = torch.empty(1, 3, 7, 8 * HEIGHT, 8 * WIDTH, device="cuda")
     with GpuCounter() as counted:
         assert vae.encode(video, limit * GIB).mean.device == video.device
-    # Where a clip gathers in main memory, it is read and written with waits.
+    # A clip gathered in main memory is read and written with waits.
     clips = [wait for wait in counted.waits if "copy" in wait]
     assert bool(clips) == (limit == 1)
     counted.waits = [wait for wait in counted.waits if wait not in clips]

@@ -1,4 +1,4 @@
-"""Streaming in time and strips of rows: every plan gives what the plain forward gives."""
+"""Streaming in time and strips of rows: every plan equals the plain forward."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ from tests.harness.tiny_models import VAE, random_vae
 
 EVERYTHING = Plan(CPU, CPU, 2**60)
 REAL_WIDTHS = AsymmVAEConfig(decoder_blocks=(1, 1, 1, 1, 1), encoder_blocks=(1, 1, 1, 1, 1))
-# No size is a multiple of another, nor of a strip's height.
+# No size is a multiple of another or of a strip's height.
 LATENT = (3, 3, 5)
 PIXELS = (13, 24, 40)
 
@@ -60,7 +60,7 @@ def steps_of(half):
 
 
 def run(half, x, plan):
-    """What `half` of an autoencoder makes of x, and the heights and numbers of frames that its convolutions took."""
+    """The result of `half` of an autoencoder for x, and the heights and frame counts of its convolutions' inputs."""
     seen = set()
     hooks = [
         layer.register_forward_hook(lambda _, args, __: seen.add((args[0].shape[2], args[0].shape[3])))
@@ -79,7 +79,7 @@ def relative(result, expected):
 
 @pytest.mark.parametrize("half", ["decoder", "encoder"])
 def test_caches_as_they_wait_in_main_memory_beside_a_gpu(vae, half, monkeypatch):
-    """Rows of a cache lie one after the other, and an own copy goes there."""
+    """Cache rows are stored one after another, as a separate copy."""
     made = []
 
     def outermost(x, frames, device):
@@ -96,7 +96,7 @@ def test_caches_as_they_wait_in_main_memory_beside_a_gpu(vae, half, monkeypatch)
     assert relative(result, expected) <= 1e-12
 
 
-# Bytes: from some rows of single frames to the whole clip at once.
+# Bytes: from some rows of a single frame to the whole clip at once.
 WORKING_SETS = [30_000, 80_000, 300_000, 2_000_000]
 
 
@@ -116,7 +116,7 @@ def test_single_rows_equal_the_plain_forward(vae, half):
     expected = getattr(vae, half)(x)
     result, seen = run(getattr(vae, half), x, Plan(CPU, CPU, 1))
     assert relative(result, expected) <= 1e-12
-    assert seen == {(1 + 2, 1 + 2)}  # of frames and rows, with the two frames before and the rows around
+    assert seen == {(1 + 2, 1 + 2)}  # frames and rows, with the two previous frames and the surrounding rows
 
 
 def test_plans_really_differ(vae):
@@ -180,7 +180,7 @@ def test_latent_does_not_change_when_later_frames_do(vae):
 
 
 def test_statistics_of_strips_are_those_of_the_frame():
-    """Brightness that rises from strip to strip: averaging the variances of the strips would miss most of it."""
+    """Brightness rises from strip to strip: averaging the strips' variances would miss most of it."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 64, 3, 9, 5, generator=generator, dtype=torch.float64)
     x = x + torch.linspace(-20, 20, 9, dtype=torch.float64)[:, None]
@@ -291,7 +291,7 @@ assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
 def test_real_lack_of_memory():
-    """A plan for 16 GiB ends well with 400 MiB, and in a sentence with 2."""
+    """A plan for 16 GiB succeeds with 400 MiB, and ends in one sentence with 2."""
     enough, too_little = (
         subprocess.run([sys.executable, "-c", REAL_SHORTAGE, mib], capture_output=True, text=True, check=False)
         for mib in ("400", "2")
@@ -386,7 +386,7 @@ def test_clip_steps_get_the_whole_clip():
 
 
 class Copies(TorchDispatchMode):
-    """Notes of each copy between devices whether the host may go on before it is complete; nothing leaves meta."""
+    """Records for each copy between devices whether the host may continue before it completes; nothing leaves meta."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What Mochi is conditioned on: 256 tokens at most, the end token kept, and nothing at all for an empty prompt."""
+"""Mochi's text conditioning: at most 256 tokens, the end token kept, and no tokens for an empty prompt."""
 
 import pytest
 import torch

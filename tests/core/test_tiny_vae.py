@@ -1,4 +1,4 @@
-"""TAEM1, the tiny autoencoder for previews, against its published code read independently; files of it and of its relatives."""
+"""TAEM1, the tiny autoencoder for previews, against its published code, reimplemented here; its files and related models'."""
 
 import json
 
@@ -16,7 +16,7 @@ WIDTHS, GROWTHS = (256, 128, 64, 64), (1, 2, 3)
 
 
 def published_names():
-    """Names and shapes of madebyollin/taem1's state_dict, as taem1.py builds it."""
+    """Names and shapes of madebyollin/taem1's state_dict, as built by taem1.py."""
     shapes = {}
 
     def conv(name, into, out, size=3, bias=True):

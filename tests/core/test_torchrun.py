@@ -59,7 +59,7 @@ def check_video(single, tmp_path, members, plan, said):
     assert out == f"{output}\n", errors
     assert f"{members} members: {said}" in errors
     assert "Traceback" not in errors
-    # Equal latents; a part of a frame that is decoded by itself has other sums (0.002), and one step more gives 1.8.
+    # For equal latents: decoding part of a frame changes sums (0.002), while one more step gives 1.8.
     assert abs(frames(output) - single).mean() < 0.1
     assert [errors.count(line) for line in ("loading the text encoder", "loading the transformer")] == [1, 1]
     assert "13/13" in errors, "frames that are decoded"
@@ -91,7 +91,7 @@ def errors_of(running):
 
 
 def test_the_error_of_one_member_is_the_one_that_is_shown(tmp_path):
-    """The first one alone reads T5, while the other waits for what it makes of the prompt."""
+    """Only the first reads T5, while the other waits for its text features."""
     missing = tmp_path / "no_t5.safetensors"
     errors = errors_of(torchrun(2, *GENERATE, "--t5", missing, "--parallel", "auto", "-o", tmp_path / "a.mp4"))
     sentence = rf"error: Member 0 \(cpu, host \S+\) failed: .*{re.escape(str(missing))}.*; all 2 have stopped\."
@@ -127,7 +127,7 @@ with together(world, torch.device("cpu")):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be told to end there, only be ended")
 def test_a_member_that_is_told_to_end_does_so_while_its_main_thread_waits():
-    """Python's own handlers of signals do not run meanwhile."""
+    """Python's own signal handlers do not run meanwhile."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}

@@ -1,4 +1,4 @@
-"""Training learns, goes on where it was interrupted, and writes files that mean what was trained."""
+"""Training learns, resumes after interruptions, and writes files that match the trained weights."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ SIZES = {"qkv_proj_lora_rank": 8, "qkv_proj_lora_alpha": 4, "out_proj_lora_rank"
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Models so small are slower with more, forty times so beside other work."""
+    """Models this small are slower with more threads, forty times slower on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,7 +52,7 @@ def accelerator():
 
 
 def run(settings, accelerator, make=lora_model):
-    """Train, and return what was trained."""
+    """Train, and return the trained model."""
     model = make(settings, CPU)
     train(settings, model, accelerator)
     return model
@@ -145,7 +145,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(tmp_path, accelerato
     assert train(settings, model, accelerator) == 6
     assert_same(copied(model.parameters), expected)
     assert steps_logged(settings) == [1, 2, 3, 4, 5, 6]
-    assert train(settings, make(settings, CPU), accelerator) == 6  # nothing is left to do
+    assert train(settings, make(settings, CPU), accelerator) == 6  # nothing left to do
     assert_same(saved_weights(settings), expected)
 
 
@@ -153,7 +153,7 @@ def test_steps_after_the_saved_state_are_taken_and_logged_again(tmp_path, accele
     settings = config(tmp_path)
     run(config(tmp_path, steps=3), accelerator)
     with (settings.output / LOG).open("a") as file:
-        file.write("4,1.0,0.1,0.1\r\n5,")  # killed while it wrote
+        file.write("4,1.0,0.1,0.1\r\n5,")  # killed while writing
     run(settings, accelerator)
     assert steps_logged(settings) == [1, 2, 3, 4, 5, 6]
 
@@ -179,7 +179,7 @@ def test_full_training_learns_and_its_file_loads(tmp_path, accelerator, dtype):
     path = settings.output / "step_000060.safetensors"
     loaded = load_transformer(path, torch.float32)
     assert fixed_loss(loaded, settings.dataset) < 0.5 * untrained
-    assert relative_error(loaded(*INPUTS), model.dit(*INPUTS)) < 0.02  # of bf16
+    assert relative_error(loaded(*INPUTS), model.dit(*INPUTS)) < 0.02  # rounding to bf16
     wide = {name for name, value in load_file(path).items() if value.dtype == torch.float32}
     assert wide == {name for name in loaded.state_dict() if "_norm_" in name} | {"pos_frequencies"}
 
@@ -197,7 +197,7 @@ def test_lora_over_quantised_weights(tmp_path, accelerator, quantize):
 
 
 def test_lora_over_weights_stored_for_products_in_fp8(tmp_path, accelerator):
-    """Such products have no gradient: weights are dequantised while a LoRA learns."""
+    """fp8 products have no gradient: weights are dequantised while a LoRA is trained."""
     note = torch.tensor(list(b'{"format": "float8_e4m3fn_rowwise"}'), dtype=torch.uint8)
     weights = random_dit().state_dict()
     for name in [name for name, weight in weights.items() if is_block_matrix(name, weight) and ".mod_" not in name]:
@@ -254,7 +254,7 @@ def test_two_processes_train_as_one_with_twice_the_batches(tmp_path, accelerator
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "-m", "mochi_core.train", "lora", "c.yaml"]
-    # Not the exit code: now and then gloo aborts a process on its way out, when all has been written.
+    # Not the exit code: gloo sometimes aborts a process on exit, after everything has been written.
     subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
     weights = saved_weights(config(tmp_path, output=str(tmp_path / "together")))
     for name, parameter in expected.items():

@@ -1,4 +1,4 @@
-"""What a training's YAML file may say, and the sentence for everything else."""
+"""What a training's YAML file may contain, and the error for everything else."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from mochi_core.train.config import Config, LoraKeys, SampleKeys, parse, read_co
 ROOT = Path(__file__).parents[2]
 NEEDED = "transformer: dit.safetensors\ndataset: clips\noutput: out\n"
 SAMPLE = "sample:\n  prompts: [a kite]\n  vae: vae.safetensors\n  t5: t5.safetensors\n"
-# Lists of two that are the list before: 60 of them hold more than any machine could write.
+# Lists that hold the previous list twice: 60 of them expand to more than any machine could write.
 DOUBLED = "[" + ", ".join(["&l0 [x, x]", *(f"&l{i} [*l{i - 1}, *l{i - 1}]" for i in range(1, 60))]) + "]"
 
 
@@ -32,7 +32,7 @@ PLACES = [(section, key) for section, (keys, _) in SECTIONS.items() for key in k
 
 @pytest.mark.parametrize(("section", "key"), PLACES)
 def test_aliases_of_aliases_are_refused_at_once_at_every_key(written, section, key):
-    """The traceback, too, writes nothing of them out. Of a key that is there twice, the last one counts."""
+    """The traceback does not expand them either. If a key appears twice, the last one counts."""
     indent = "  " if section else ""
     with pytest.raises(ValueError, match=rf"{key} is .*, but must be") as refusal:
         read_config(written(f"{SECTIONS[section][1]}{indent}{key}: {DOUBLED}\n"))

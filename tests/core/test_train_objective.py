@@ -1,4 +1,4 @@
-"""The training objective: the definition, and gradients that checkpointing does not change."""
+"""The training objective: its definition, and that checkpointing does not change gradients."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_weights_bring_usual_errors_to_one_size():
 
 
 def test_details_are_learned_with_levels_by_frame_too():
-    """Untrained, errors are about as large at every noise level, and most levels count more than once."""
+    """Untrained, errors are about equal at every noise level, and most levels have a weight above 1."""
     captions = ["a red star rising"] * 2
     clips = Clips(torch.randn(2, 12, 3, 4, 4), captions, torch.tensor([6, 6]))
     tiny, tokenizer = TinyMochi(), AutoTokenizer.from_pretrained(trained.TOKENIZER, local_files_only=True)
@@ -83,7 +83,7 @@ def test_checkpointing_changes_no_gradient(count):
         dit = random_dit().requires_grad_(True)
         velocity_loss(dit, *batch(), checkpointed).backward()
         gradients.append({name: parameter.grad for name, parameter in dit.named_parameters()})
-    # The last block has no use for what its text tokens would ask for.
+    # The last block does not use the queries of its text tokens.
     assert {name for name, gradient in gradients[0].items() if not gradient.any()} == {"blocks.2.attn.q_norm_y.weight"}
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected)

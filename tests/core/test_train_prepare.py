@@ -27,7 +27,7 @@ TKHD_MATRIX = 44  # bytes from the name of the mp4 box to the matrix in it
 
 
 def quadrants(frames, height=48, width=96):
-    """Red above left, blue below right, ever brighter green in the rest."""
+    """Red at the top left, blue at the bottom right, increasingly bright green elsewhere."""
     video = np.zeros((frames, height, width, 3))
     video[..., 1] = np.linspace(0, 1, frames)[:, None, None]
     video[:, : height // 2, : width // 2] = (1, 0, 0)
@@ -36,7 +36,7 @@ def quadrants(frames, height=48, width=96):
 
 
 def turned_by_the_player(path, target):
-    """The same mp4 with a note that it has to be shown turned clockwise, as phones write it."""
+    """The same mp4 with metadata to show it rotated clockwise, as phones write it."""
     data = bytearray(path.read_bytes())
     place = data.index(b"tkhd") + TKHD_MATRIX
     one, unit = 1 << 16, 1 << 30
@@ -46,7 +46,7 @@ def turned_by_the_player(path, target):
 
 
 def corners(frame):
-    """Colours of the four corners of an image: above left and right, below left and right."""
+    """Colours of an image's four corners: top left and right, bottom left and right."""
     return [tuple((frame[row, column] > 128).astype(int)) for row in (4, -4) for column in (4, -4)]
 
 
@@ -81,11 +81,11 @@ def prepare(videos, models, *more):
 
 def test_frames_are_resampled_resized_and_cropped_in_the_middle(videos):
     save_video(quadrants(12), videos / "slow.mp4", fps=10)
-    frames = read_video(videos / "slow.mp4", VideoSize(48, 32, 31))  # of 1.2 seconds
+    frames = read_video(videos / "slow.mp4", VideoSize(48, 32, 31))  # from 1.2 seconds
     assert frames.shape == (31, 48, 32, 3)
     assert corners(frames[0]) == [(1, 0, 0), (0, 0, 0), (0, 0, 0), (0, 0, 1)]
     green = frames[:, 4, -4, 1] / 255
-    assert np.abs(green - np.arange(31) // 3 / 11).max() < 0.06  # of three frames each
+    assert np.abs(green - np.arange(31) // 3 / 11).max() < 0.06  # three frames each
     assert (np.abs(frames[0, 8, :, 0] / 255 - (np.arange(32) < 16)) > 0.5).sum() == 0
 
 
@@ -165,7 +165,7 @@ def test_folders_and_sizes_that_will_not_do(videos, models, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_from_videos_to_a_lora_in_a_shell(videos, models, tmp_path):
-    """All of it: prepare, train, stop with Ctrl+C, go on, look at samples, use the LoRA."""
+    """The whole workflow: prepare, train, stop with Ctrl+C, resume, look at samples, use the LoRA."""
     sample = {name: models[name] for name in ("vae", "t5", "tokenizer")}
     sample |= {"prompts": ["a red kite", ""], "every": 20, "steps": 2, "size": "48x32", "frames": 7}
     config = {"transformer": models["transformer"], "dataset": "clips", "output": "out", "sample": sample}

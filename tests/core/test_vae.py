@@ -63,7 +63,7 @@ def test_latent_does_not_know_later_frames(vae):
 
 
 def test_plain_forward_has_the_gradients_of_its_parameters():
-    """Against the change of the result along random directions, one for each parameter."""
+    """Compared with the change of the result along a random direction for each parameter."""
     vae, video = random_vae(dtype=torch.float64).requires_grad_(True), pixels()
     (vae(video) * torch.cos(video)).sum().backward()
     generator = torch.Generator().manual_seed(2)
@@ -71,7 +71,7 @@ def test_plain_forward_has_the_gradients_of_its_parameters():
     directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
     step, slopes = 1e-6, []
     with torch.no_grad():
-        for sign in (1, -2, 1):  # forth, back beyond the start, and to the start again
+        for sign in (1, -2, 1):  # forwards, back beyond the start, and back to the start
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter.add_(sign * step * direction)
             slopes.append((vae(video) * torch.cos(video)).sum())
@@ -97,7 +97,7 @@ def test_a_converted_model_works_as_one_made_in_that_dtype(dtype):
 
 
 def test_attention_takes_some_pixels_at_a_time(vae, monkeypatch):
-    """CUDA cannot take more than 2**16 of them; a plain pass over a frame of 848x480 has 101,760."""
+    """CUDA cannot take more than 2**16 at once; a plain pass over a frame of 848x480 has 101,760."""
     video = pixels(7)
     with torch.no_grad():
         expected = vae(video)
@@ -110,7 +110,7 @@ def test_attention_takes_some_pixels_at_a_time(vae, monkeypatch):
 
 
 class Recorder:
-    """An attention that remembers how many sequences it was given at a time."""
+    """An attention that records the number of sequences in each call."""
 
     def __init__(self, attention):
         self.attention, self.batches = attention, []
@@ -218,7 +218,7 @@ def test_other_shapes_of_model():
 
 
 def test_convolutions_by_frames_are_those_in_three_dimensions(monkeypatch, vae):
-    """As the decoder makes them, in one pass and streamed, where PyTorch would unfold its input."""
+    """As in the decoder, in one pass and streamed, where PyTorch would unfold its input."""
     z, calls = latents(2), []
     expected = vae.decoder(z), vae.decode(z)
     monkeypatch.setattr(layers, "unfolds_conv3d", lambda x: calls.append(x.ndim) or True)
