@@ -1,4 +1,4 @@
-"""The editor on a server with everything that the templates name."""
+"""The editor on a server with all files that the templates name."""
 
 import pytest
 

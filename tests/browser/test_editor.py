@@ -1,4 +1,4 @@
-"""What a person does in the editor who has never read the documentation."""
+"""What users do in the editor without having read the documentation."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from tests.harness.browser import PLAYING, TIME_LEFT, label, line
 from tests.harness.locales import read as texts_of
 from tests.harness.templates import editor_form
 
-NODES = list(texts_of("en"))  # of all nodes, as tests/comfy/test_locales.py sees to
+NODES = list(texts_of("en"))  # all nodes, as tests/comfy/test_locales.py ensures
 WATCH_PREVIEWS = """() => {
     window.previews = 0;
     window.comfyAPI.api.api.addEventListener("b_preview_with_metadata", () => { window.previews += 1; });
@@ -27,11 +27,11 @@ WATCH_ERRORS = """
     window.comfyAPI.api.api.addEventListener("execution_error", () => { window.failed = true; }, { once: true });
 """
 QUEUE_TEXT = "(prompt => window.comfyAPI.api.api.queuePrompt(0, prompt))"
-CAPTURE = "app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState();"  # as after a key
+CAPTURE = "app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState();"  # as after a key press
 
 MEMORY = re.compile(r"^about \S+ .iB to sample, beside \S+ .iB of weights; cpu has \S+ GiB$")
 FEW_TOKENS = re.compile(r"^[3-6] of 256 tokens$")
-# Another node beside the first that stands for its subgraph, with the same values.
+# A second node for the first one's subgraph, with the same values.
 SECOND_USE = """() => {
     const one = app.graph._nodes.find(node => node.subgraph), two = LiteGraph.createNode(one.type);
     two.pos = [one.pos[0], one.pos[1] + 520];
@@ -39,7 +39,7 @@ SECOND_USE = """() => {
     for (const { name, value } of one.widgets) two.widgets.find(widget => widget.name === name).value = value;
     return [one.id, two.id];
 }"""
-# Puts the sampler into a subgraph, whose node shows the width; answers with what is said inside for two widths.
+# Puts the sampler into a subgraph whose node shows the width; returns the text inside for two widths.
 INTO_SUBGRAPH = """async width => {
     const sampler = app.graph._nodes.find(node => node.type === "Mochi1Sampler");
     const { node: outer } = app.graph.convertToSubgraph(new Set([sampler]));
@@ -80,7 +80,7 @@ def set_widget(editor, node_type, name, value):
 def test_run_button_makes_a_video_that_plays_and_shows_it_on_the_way(editor):
     editor.errors.clear()
     editor.load(editor_form("tiny_mochi"), "tiny")
-    set_widget(editor, "Mochi1Sampler", "seed", 81)  # which nobody has made before
+    set_widget(editor, "Mochi1Sampler", "seed", 81)  # not used before
     editor.page.evaluate(WATCH_PREVIEWS)
     editor.page.get_by_test_id("queue-button").click()
     editor.page.get_by_text(TIME_LEFT).first.wait_for(timeout=60_000)
@@ -105,7 +105,7 @@ def test_three_runs_make_three_videos(editor):
 
 
 def queue_with_width(editor, width):
-    """Queue the tiny workflow with a width that the editor itself would not let a person type."""
+    """Queue the tiny workflow with a width that the editor itself would not accept."""
     workflow = editor_form("tiny_mochi")
     (sampler,) = (node for node in workflow["nodes"] if node["type"] == "Mochi1Sampler")
     sampler["widgets_values"][0] = width
@@ -132,18 +132,18 @@ def test_a_rule_of_ours_is_told_at_its_input_without_a_click(editor):
     assert "\u26a0" not in saved(editor)
     editor.page.get_by_role("button", name="View details").first.click()
     editor.page.get_by_test_id("runtime-error-panel").get_by_text(SENTENCE).wait_for()
-    give_another_name(editor, "width", "\u26a0 breadth")  # as the field for it proposes
-    wait_for_label(editor, "Mochi1Sampler", "\u26a0 breadth")  # whose value is still that
+    give_another_name(editor, "width", "\u26a0 breadth")  # as the rename field proposes
+    wait_for_label(editor, "Mochi1Sampler", "\u26a0 breadth")  # whose value is unchanged
     assert "\u26a0" not in saved(editor)
 
 
 def test_what_was_queued_before_leaves_an_error_until_its_value_is_changed(editor):
-    """The second run is sent as another window would: pressing Run again is a new start."""
+    """The second run is sent as from another window: pressing Run again would reset the error."""
     editor.load(editor_form("tiny_mochi"), "tiny")
     editor.page.evaluate(WATCH_ENDS)
     set_widget(editor, "Mochi1Sampler", "steps", 1)
     good = prompt_text(editor)
-    editor.page.evaluate(f"{width_of('Mochi1Sampler')}.value = 100")  # which the field does not take
+    editor.page.evaluate(f"{width_of('Mochi1Sampler')}.value = 100")  # a value that the field does not accept
     editor.page.evaluate(f"async () => {{ await app.queuePrompt(0, 1); await {QUEUE_TEXT}({good}); }}")
     editor.page.wait_for_function("window.ends.join() === 'execution_error,execution_success'", timeout=60_000)
     expect(editor.page.get_by_role("alert").filter(has_text=SENTENCE)).to_have_count(1)
@@ -153,7 +153,7 @@ def test_what_was_queued_before_leaves_an_error_until_its_value_is_changed(edito
 
 
 def test_an_error_of_another_workflow_marks_nothing_here(editor):
-    """Here the node of that number is another one, or has another value."""
+    """Here, the node with that id is another one, or has another value."""
     editor.load(editor_form("tiny_mochi"), "tiny")
     sampler = editor.page.evaluate("app.graph._nodes.find(node => node.type === 'Mochi1Sampler').id")
     editor.page.evaluate(f"{width_of('Mochi1Sampler')}.value = 100")
@@ -186,7 +186,7 @@ def test_in_a_subgraph_it_is_told_at_the_input_outside(editor):
         wait_for_label(editor, kind, "\u26a0 width")
         assert shown(editor, "Mochi1Sampler", "width")[0] == "\u26a0 width"
     assert "\u26a0" not in saved(editor)
-    expect(editor.page.get_by_role("alert").filter(has_text="width is")).to_have_count(1)  # the first has gone
+    expect(editor.page.get_by_role("alert").filter(has_text="width is")).to_have_count(1)  # the first is gone
     type_width(editor, kind, 96)
     wait_for_label(editor, kind, "width")
     assert shown(editor, "Mochi1Sampler", "width")[0] == "width"
@@ -219,12 +219,12 @@ def saved(editor):
 
 
 def prompt_text(editor):
-    """What the editor would queue now, with the workflow, as JSON."""
+    """What the editor would queue now, including the workflow, as JSON."""
     return editor.page.evaluate("async () => JSON.stringify(await app.graphToPrompt())")
 
 
 def wait_for_label(editor, node_type, text):
-    """Until a node's width is called that."""
+    """Wait until the label of a node's width is this."""
     width = width_of(node_type)
     editor.page.wait_for_function(f"text => ({width}.label ?? {width}.name) === text", arg=text)
 
@@ -243,7 +243,7 @@ def type_width(editor, node_type, width):
 
 
 def give_another_name(editor, widget, name):
-    """As the editor's own menu does."""
+    """Rename a widget like the editor's own menu."""
     editor.page.evaluate(
         "([widget, name]) => { const node = app.graph._nodes.find(node => node.type === 'Mochi1Sampler');"
         " for (const slots of [node.widgets, node.inputs]) slots.find(slot => slot.name === widget).label = name;"
@@ -255,10 +255,10 @@ def give_another_name(editor, widget, name):
 def test_lengths_are_shown_in_the_other_unit(editor):
     editor.load(editor_form("fast_preview"), "fast")
     assert label(editor, "Mochi1Length", "seconds") == "seconds (37 frames)"
-    for seconds in (2.0, 0.5, 0.9, 1.3):  # in the middle between two lengths, both sides have to go up
+    for seconds in (2.0, 0.5, 0.9, 1.3):  # midway between two lengths, both sides must round up
         set_widget(editor, "Mochi1Length", "seconds", seconds)
         assert label(editor, "Mochi1Length", "seconds") == f"seconds ({seconds_to_frames(seconds)} frames)"
-    assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames"  # comes from the link
+    assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames"  # its value comes from the link
     editor.load(editor_form("genmo_exact"), "exact")
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (5.4 s)"
     set_widget(editor, "Mochi1Sampler", "num_frames", 31)
@@ -266,7 +266,7 @@ def test_lengths_are_shown_in_the_other_unit(editor):
 
 
 def test_a_new_name_is_what_was_typed_and_is_followed_by_the_other_unit(editor):
-    """The field for it begins with both."""
+    """The rename field initially contains both."""
     editor.load(editor_form("tiny_mochi"), "tiny")
     assert label(editor, "Mochi1Sampler", "num_frames") == "num_frames (0.8 s)"
     give_another_name(editor, "num_frames", "how long (0.8 s)")
@@ -318,7 +318,7 @@ def test_what_will_happen_is_said_before_it_does(editor):
 
 
 def test_the_forecast_knows_what_is_outside_of_a_subgraph(editor):
-    """The model, and the values that the subgraph's own node shows."""
+    """It knows the model, and the values on the subgraph's own node."""
     editor.load(editor_form("tiny_mochi"), "tiny")
     editor.page.get_by_text(MEMORY).wait_for()
     known = line(editor, "Mochi1Sampler")
@@ -328,7 +328,7 @@ def test_the_forecast_knows_what_is_outside_of_a_subgraph(editor):
 
 
 def test_the_forecast_of_a_subgraph_is_on_its_node(editor):
-    """Also after a look inside, from where the page draws the node anew."""
+    """Also after opening and leaving the subgraph, when the page redraws the node."""
     editor.load(editor_form("text_to_video"), "outside")
     outside = editor.page.locator(".mochinodes-outside")
     outside.get_by_text("26 of 256 tokens", exact=True).wait_for()
@@ -342,7 +342,7 @@ def test_the_forecast_of_a_subgraph_is_on_its_node(editor):
     editor.page.get_by_text(FEW_TOKENS).wait_for()
     editor.page.evaluate("app.canvas.setGraph(app.rootGraph ?? app.graph)")
     outside.get_by_text(FEW_TOKENS).wait_for()
-    assert outside.count() == 2  # nothing of the negative prompt, which the node does not show
+    assert outside.count() == 2  # nothing about the negative prompt, which the node does not show
     assert editor.missing() == []
 
 

@@ -1,4 +1,4 @@
-"""The editor in another language: it shows the translations, and queues the same prompt."""
+"""The editor in another language: it shows the translations and queues the same prompt."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_names_are_shown_in_that_language(translated):
         names = {key: entry["name"] for key, entry in texts[node]["inputs"].items()}
         assert shown["title"] == texts[node]["display_name"]
         assert shown["inputs"] == names
-        # A length is followed by the same in another unit.
+        # A length is followed by its value in another unit.
         assert all(label.startswith(names[key]) for key, label in shown["widgets"].items() if key in names)
     assert translated.errors == []
 

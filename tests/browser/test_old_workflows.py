@@ -1,4 +1,4 @@
-"""Workflows of others in a real editor: what it offers, and that the result runs."""
+"""Other packs' workflows in a real editor: what it offers, and that the result runs."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_command_says_when_there_is_nothing_to_convert(editor):
 
 def test_builtin_graphs_get_an_offer_once_and_are_left_alone(editor):
     before = old("stock")
-    editor.page.evaluate("localStorage.removeItem('mochinodes.Offered')")  # a person who has never been asked
+    editor.page.evaluate("localStorage.removeItem('mochinodes.Offered')")  # a user who has never been asked
     offer = editor.page.get_by_text("This workflow uses ComfyUI's built-in Mochi", exact=False)
     editor.load(before, "stock")
     offer.first.wait_for()
@@ -113,7 +113,7 @@ def run_from_the_button(editor):
 
 
 def with_our_t5(workflow):
-    """The host's own loader takes no T5 but the real one."""
+    """Needed because the host's own loader only accepts the real T5."""
     for node in workflow["nodes"]:
         if node["type"] == "CLIPLoader":
             node |= {"type": "Mochi1LoadT5", "widgets_values": [node["widgets_values"][0], "auto", "default"]}

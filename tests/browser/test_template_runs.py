@@ -9,11 +9,11 @@ from tests.harness.template_files import shrunk
 from tests.harness.templates import FOLDER, NAMES, TITLES, api_form, files
 
 STAYS = {"masked": "yellow", "extend_video": "yellow"}
-"""The circle of the given video is in the half that is not made anew, or goes on."""
+"""The given video's circle is in the half that is not regenerated, or continues."""
 LENGTHS = {"extend_video": 31 + 25 - 19}
-"""Where it is not that of the new video: the given one is put in front of all but the kept frames."""
+"""Lengths that differ from the new video's: the given one is put before all but the kept frames."""
 STEPS = 16
-"""Enough to show the colour of a prompt."""
+"""Enough to show a prompt's colour."""
 
 
 def test_files_are_what_the_source_says(templates_server):

@@ -51,14 +51,14 @@ def test_opens_without_complaint_and_means_the_same_as_its_api_form(editor, name
 
 
 def test_blueprint_is_found_by_search_and_makes_a_video(editor):
-    """With the tiny model's files, which are in the lists like any others."""
+    """Uses the tiny model's files, which are listed like any others."""
     editor.errors.clear()
     editor.load({"nodes": [], "links": [], "version": 0.4}, "empty")
     editor.page.mouse.dblclick(800, 600)
     editor.page.get_by_role("combobox").last.wait_for()
     editor.page.keyboard.type("text to video mochi")
     editor.page.get_by_text(TEXT_TO_VIDEO.name, exact=True).first.wait_for()
-    editor.page.wait_for_timeout(1000)  # the list is searched once the typing has stopped
+    editor.page.wait_for_timeout(1000)  # the search starts once typing has stopped
     editor.page.keyboard.press("Enter")
     editor.page.mouse.click(800, 600)
     editor.page.wait_for_function("app.graph._nodes.length === 1")
@@ -99,7 +99,7 @@ def test_link_opens_a_template(editor, templates_server):
     assert editor.errors == []
 
 
-# The last one: it leaves a panel open, beside which other graphs are drawn elsewhere.
+# Must be last: it leaves a panel open, which moves other graphs.
 def test_missing_files_are_offered_for_download(editor):
     text = json.dumps(editor_form("text_to_video"))
     for name in (BF16, VAE):

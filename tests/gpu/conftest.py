@@ -1,4 +1,4 @@
-"""The device of these tests: a GPU, and the CPU, so that the tests are tested, too."""
+"""The device of these tests: a GPU; and the CPU, so that the tests themselves are tested too."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Every path that only a GPU has, against the plain one: `pytest -m gpu`, or the same code on the CPU.
 
-Attention by name is in tests/core/test_attention.py, under the same mark.
+Attention by name is in tests/core/test_attention.py, with the same mark.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from tests.harness.tiny_models import random_dit, random_vae
 MODELS = Path(__file__).parents[2] / "models"
 FORMS = [None, "fp8", "fp8_rowwise", "int8", "q4_0"]
 CONDITIONS = prompt(6), prompt(0)
-# cuDNN's convolutions take float32 as TF32, with ten bits.
+# cuDNN's convolutions compute float32 as TF32, with ten bits.
 NEAR = 5e-3
 ONE_PIECE = 2**60
 
@@ -58,7 +58,7 @@ def test_the_denoiser_is_that_of_the_cpu(device):
 
 
 class MochiOperators(TorchDispatchMode):
-    """Notes our custom operators."""
+    """Records calls of our custom operators."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ def test_fused_kernels_give_what_plain_ones_give_and_all_of_them_run(device, dty
 @pytest.mark.parametrize("offload", [offload_modulation, stream_blocks])
 @pytest.mark.parametrize("quantize", FORMS)
 def test_offloaded_weights_give_what_resident_ones_give(device, tmp_path, offload, quantize):
-    """With a LoRA beside them; on a GPU by a stream of its own, from pinned memory."""
+    """With a LoRA as well; on a GPU through a separate stream, from pinned memory."""
     save_file(random_dit().state_dict(), tmp_path / "dit.safetensors")
     dit = load_transformer(tmp_path / "dit.safetensors", torch.float32, quantize=quantize)
     load_lora(dit, write_adapter(tmp_path / "a.safetensors", random_adapter(random_dit().state_dict()), "comfyui"), 0.5)
@@ -163,7 +163,7 @@ def test_every_plan_of_an_encode_gives_the_same(vae, device, limit):
 
 @contextlib.contextmanager
 def memory_left(device, count):
-    """On a GPU, no more than `count` bytes can be allocated inside."""
+    """On a GPU, at most `count` bytes can be allocated inside."""
     if device.type != "cuda":
         yield
         return

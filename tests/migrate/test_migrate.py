@@ -1,4 +1,4 @@
-"""Workflows made for MochiWrapper, and for ComfyUI's built-in Mochi, with our nodes in their place."""
+"""Workflows made for MochiWrapper and for ComfyUI's built-in Mochi, converted to our nodes."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def summary(graph):
 
 
 def assert_links_agree(graph):
-    """Both ends of every link name it, with one type, and nothing names another."""
+    """Both ends of every link name it with the same type, and nothing names a link that does not exist."""
     nodes, links = {node["id"]: node for node in graph["nodes"]}, records(graph)
     assert len({link["id"] for link in links}) == len(links)
     for link in links:
@@ -233,7 +233,7 @@ def test_video_to_video():
     assert nodes[10][2] == {
         "model": (1, 0), "positive": (5, 0), "negative": (6, 0), "latent": (8, 0), "sigmas": (9, 0),
     }  # fmt: skip
-    assert nodes[11][2] == {"": (3, 0)}  # the reroute, now of a VAE
+    assert nodes[11][2] == {"": (3, 0)}  # the reroute, now for a VAE
     assert nodes[12][2] == {"samples": (10, 0), "vae": (11, 0)}
 
 
@@ -427,7 +427,7 @@ def test_precision_is_one_that_the_loader_has(file, precision, weight_dtype, sai
 
 
 def test_nodes_for_editing_videos():
-    """The schedule goes past the node that only ends it at 0."""
+    """The schedule bypasses the node that only makes it end at 0."""
     migration = migrated("edit_video")
     nodes = summary(migration.workflow)
     models = {"model": (1, 0), "negative": (6, 0)}
@@ -507,7 +507,7 @@ def test_nodes_of_any_age(values, expected):
 
 
 def test_a_clip_link_that_the_editor_left_behind_is_mended():
-    """Replacing MochiTextEncode in the editor leaves links of its second output."""
+    """Replacing MochiTextEncode in the editor leaves links from its second output."""
     graph = migrated("api").workflow
     graph["8"]["inputs"]["clip"] = ["1", 1]
     assert migrate(graph).workflow["8"]["inputs"]["clip"] == ["2", 0]
@@ -599,7 +599,7 @@ def test_preview_of_two_removed_nodes_is_removed_once():
 
 
 def large_graph(count):
-    """`count` foreign nodes with five inputs each, and one of the wrapper's."""
+    """A graph of `count` unrelated nodes with five inputs each, and one of the wrapper's."""
     ends = [(i, n, 1 if n else i % count + 1) for i in range(1, count + 1) for n in range(5)]
     links = [[number, origin, 0, i, n, "*"] for number, (i, n, origin) in enumerate(ends, 1)]
     listed = {}
@@ -615,7 +615,7 @@ def large_graph(count):
 
 
 def calls_of(action):
-    """How many functions are called, Python's and C's: work that no other load of the machine changes."""
+    """Number of function calls, Python and C: a measure of work that does not depend on the machine's load."""
     calls = 0
 
     def count(_frame, event, _argument):
@@ -631,7 +631,7 @@ def calls_of(action):
 
 
 def test_work_grows_with_the_graph_and_no_faster():
-    """Records are looked up, not sought, for each of the outputs."""
+    """For each output, records are looked up, not searched for."""
     _, few = calls_of(lambda: migrate(large_graph(300)))
     graph = large_graph(3000)
     migration, many = calls_of(lambda: migrate(graph))
@@ -641,7 +641,7 @@ def test_work_grows_with_the_graph_and_no_faster():
 
 
 def chain(count, kind, users):
-    """A CLIP that goes through `count` nodes of a kind, one after the other, to as many encoders as there are users."""
+    """A CLIP that passes through a chain of `count` nodes of a kind to `users` encoders."""
     name, slot = ("clip", 1) if kind == "MochiTextEncode" else ("", 0)
     prompt = {"0": {"class_type": "CLIPLoader", "inputs": {"clip_name": "t5.safetensors", "type": "sd3"}}}
     for i in range(1, count + 1):
@@ -661,7 +661,7 @@ def test_chains_are_followed_in_linear_time(kind):
 
 
 def graph_without_lines(*nodes, extra=None):
-    """A CLIP loader, a line from it to the node 2, an encoder 9 whose CLIP has none, and `nodes`: (id, type, values, output)."""
+    """A CLIP loader linked to node 2, an encoder 9 whose CLIP has no line, and `nodes`: (id, type, values, output)."""
     loader = {"id": 1, "type": "CLIPLoader", "widgets_values": ["t5.safetensors", "sd3"]}
     loader["outputs"] = [{"name": "CLIP", "type": "CLIP", "links": [1]}]
     encoder = {"id": 9, "type": "MochiTextEncode", "widgets_values": ["x"], "outputs": []}
@@ -773,7 +773,7 @@ def test_a_clip_loader_that_our_nodes_use_too_becomes_mochi():
 
 
 def stock_with_vae(file, decode_of=None):
-    """The built-in graph in API form, decoding with the VAE of node 3, or with the one of the checkpoint."""
+    """The built-in graph in API form, decoding with the VAE of node 3 or with the checkpoint's."""
 
     def node(class_type, **inputs):
         return {"class_type": class_type, "inputs": inputs}
@@ -871,7 +871,7 @@ JUNK = (None, -1, 1.5, "", "x", True, [], [[]], [None], {}, {"a": 1})
 
 
 def places(value, path=()):
-    """The paths of everything inside."""
+    """The paths of all values inside."""
     for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield (*path, key)
         yield from places(value[key], (*path, key))
@@ -879,7 +879,7 @@ def places(value, path=()):
 
 @pytest.mark.parametrize("name", [*EDITOR_FORMS, "api"])
 def test_damaged_workflows_are_converted_or_refused(name):
-    """Whatever stands in the place of a value, there is a workflow or a ValueError, and nothing else."""
+    """Whatever replaces a value, the result is a workflow or a ValueError, nothing else."""
     chance = random.Random(0)
     refused = 0
     for path in places(old(name)):
@@ -890,7 +890,7 @@ def test_damaged_workflows_are_converted_or_refused(name):
             json.dumps(migrate(workflow, stock=True).workflow)
         except ValueError:
             refused += 1
-    assert refused == 0 if name == "api" else refused > 10  # odd nodes of a prompt stay, and the rest is converted
+    assert refused == 0 if name == "api" else refused > 10  # a prompt's odd nodes stay, and the rest is converted
 
 
 def test_command_writes_beside_and_reports(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The rules of migration agree with each other, and with what they make new nodes of."""
+"""The migration rules agree with each other, and with the nodes that they refer to."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def test_rules_name_inputs_that_there_are(old):
         new = NEW_NODES[part.node]
         assert part.carry.keys() <= new.slots.keys() | new.widgets.keys()
         assert part.adapt.keys() <= part.carry.keys() & new.widgets.keys()
-        # Links come from inputs that are no widgets of the old node.
+        # Links come from inputs that are not widgets of the old node.
         carried = {source for target, source in part.carry.items() if target in new.widgets}
         assert carried <= RULES[old].widgets.keys()
 
@@ -31,5 +31,5 @@ def test_what_is_dropped_is_carried_by_no_rule():
 
 
 def test_outputs_that_pass_an_input_on_are_no_rules():
-    """The first output of a node with a rule is its new node's."""
+    """The first output of a node with a rule becomes its new node's."""
     assert all(slot == 1 or kind in REMOVED for kind, slot in PASSES_ON)

@@ -1,4 +1,4 @@
-"""What `convert` writes, in ComfyUI's own class (which accepts the released width only)."""
+"""Files written by `convert`, in ComfyUI's own class (which only accepts the released width)."""
 
 import torch
 from safetensors.torch import load_file, save_file

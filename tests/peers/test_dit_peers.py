@@ -14,9 +14,9 @@ from tests.harness.tiny_models import DIT, random_dit
 
 FULL_WIDTH = AsymmDiTConfig(depth=2)
 FEW = (2, 8, 10)
-"""Latents with few tokens: they are slow at full width, and what is compared does not hang on their number."""
+"""Latents with few tokens: many are slow at full width, and the comparison does not depend on their number."""
 GRID = (1, 20, 36)
-"""A ninth of the tokens of 848x480, at positions as far apart: they are scaled so that every grid covers the same area."""
+"""A ninth of the tokens of 848x480 over the same range of positions, which are scaled so that every grid covers the same area."""
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def ours(model):
-    """(inputs, what our model makes of them) by the number of valid tokens."""
+    """(inputs, our model's outputs) by the number of valid tokens."""
 
     @cache
     def by_length(valid):
@@ -42,7 +42,7 @@ def diffusers_peer(model):
 
 
 @pytest.fixture(scope="module")
-def comfy_peer(model, comfyui):  # noqa: ARG001 - ComfyUI's class accepts the released width only
+def comfy_peer(model, comfyui):  # noqa: ARG001 - ComfyUI's class only accepts the released width
     return comfy_dit(model)
 
 

@@ -1,4 +1,4 @@
-"""LoRA files as diffusers and peft write them, against what diffusers and peft make of them."""
+"""LoRA files written by diffusers and peft: our results against theirs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Other models by the names that their own classes give their tensors: diffusers', transformers' and ComfyUI's."""
+"""Other models are recognised by the tensor names of their own classes: diffusers', transformers' and ComfyUI's."""
 
 import importlib
 
@@ -7,7 +7,7 @@ import torch
 
 from mochi_core.checkpoints.names.others import other_file
 
-# With one block of each kind where a class has an argument for it; weights are not made.
+# With one block of each kind if the class has an argument for it; no weights are allocated.
 DIFFUSERS = {
     "AutoencoderKL": ("an image autoencoder", {}),
     "AutoencoderKLCogVideoX": ("another video model's autoencoder", {}),

@@ -1,4 +1,4 @@
-"""The whole way from prompt to latents against diffusers' MochiPipeline."""
+"""The whole path from prompt to latents, against diffusers' MochiPipeline."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Published constants against copies that others keep of them, and where only inputs of a certain size show a difference."""
+"""Published constants against other projects' copies, also where only inputs of a certain size reveal a difference."""
 
 import inspect
 
@@ -136,7 +136,7 @@ def scaled(module, factor):
 
 @pytest.fixture(scope="module")
 def small_inside():
-    """A denoiser whose streams, queries and keys are so small that the eps of every norm counts."""
+    """A denoiser with streams, queries and keys so small that the eps of every norm matters."""
     model = random_dit(DIT)
     with torch.no_grad():
         for module in (model.x_embedder, model.t5_yproj):
@@ -150,7 +150,7 @@ def small_inside():
     return model
 
 
-# In a block of diffusers'.
+# Names in a block of diffusers'.
 NORMS = {
     "q and k": lambda block: [
         block.attn1.norm_q,
@@ -183,7 +183,7 @@ def test_that_comparison_sees_the_eps_of_each_norm(small_inside, kind):
     peer = diffusers_dit(small_inside)
     for block in peer.transformer_blocks:
         for norm in NORMS[kind](block):
-            norm = getattr(norm, "norm", norm)  # the last block's context norm holds another one
+            norm = getattr(norm, "norm", norm)  # the last block's context norm wraps another one
             assert norm.eps == (1e-5 if kind == "q and k" else 1e-6)
             norm.eps = 1.1e-5 - norm.eps
     assert relative_error(*both(small_inside, peer)) > 1e-4

@@ -1,4 +1,4 @@
-"""The tokenizer that is shipped beside the tiny T5 is T5's own."""
+"""The tokenizer shipped with the tiny T5 is T5's own."""
 
 import pytest
 from transformers import AutoTokenizer

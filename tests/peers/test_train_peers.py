@@ -1,4 +1,4 @@
-"""What we train and write, against peft and diffusers."""
+"""The LoRAs that we train and write, against peft and diffusers."""
 
 import pytest
 import torch

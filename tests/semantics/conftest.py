@@ -1,4 +1,4 @@
-"""The trained tiny model, in Python and in a server, and a LoRA that is trained for it here."""
+"""The trained tiny model, in Python and in a server, and a LoRA trained for it here."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,14 @@ def pipe():
 
 @pytest.fixture(scope="session")
 def held(pipe):
-    """The same, but taken for a model that knows one noise level for all frames, so that given frames are held."""
+    """The same model, treated as having a single noise level for all frames, so that given frames are held."""
     dit = load_transformer(trained.TRANSFORMER, frame_levels=False)
     return MochiPipeline(dit.float(), pipe.vae, pipe.text_encoder)
 
 
 @pytest.fixture(scope="session")
 def purple_loras(tmp_path_factory):
-    """A LoRA for a colour that the model has never seen, trained from videos: diffusers' file and Genmo's."""
+    """A LoRA for a colour that the model has never seen, trained on videos: diffusers' file and Genmo's."""
     return train_purple(tmp_path_factory.mktemp("purple"))
 
 
@@ -38,7 +38,7 @@ class Comfy:
     base: Path
 
     def frames(self, graph: dict[str, Any]) -> np.ndarray:
-        """(F, H, W, 3) in [0, 1] of the mp4 that a graph makes."""
+        """Frames (F, H, W, 3) in [0, 1] of the mp4 that a graph makes."""
         run = self.client.run(graph)
         assert run.outcome == "execution_success", run.error
         return read_frames(self.client.download(run.files[0])) / 255
@@ -46,5 +46,5 @@ class Comfy:
 
 @pytest.fixture(scope="session")
 def comfy(templates_server):
-    """A server with the trained models, which the pack lists by itself."""
+    """A server with the trained models, which the pack itself lists."""
     return Comfy(ComfyClient(templates_server.url), templates_server.base)

@@ -31,7 +31,7 @@ def test_video_to_video_keeps_the_motion_and_takes_the_new_color(pipe, way, new)
     clean = normalize_latents(pipe.vae.encode(tiny_vae.to_video([source])).mode())
     schedule = linear_quadratic_schedule(48)
     sigmas = schedule[schedule <= 0.8]
-    # A prompt that names no motion has the shape stand still.
+    # Without motion in the prompt, the shape stands still.
     noisy = sigmas[0] * initial_noise(clean.shape, 0) + (1 - sigmas[0]) * clean
     (frames,) = videos(pipe, f"a {new} circle moving {way}", latents=noisy, sigmas=sigmas)
     assert main_color(frames) == new

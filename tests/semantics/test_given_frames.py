@@ -1,7 +1,7 @@
-"""Videos from a first image, from a first and a last one, and from the beginning of a clip: each frame has its noise level.
+"""Videos from a first image, a first and a last one, and the beginning of a clip: each frame has its own noise level.
 
-Where a shape is, is in the given frames alone, never in the prompt. With `--all -s`, all prompts with two seeds: the table of
-docs/train.md.
+The position of a shape is only in the given frames, never in the prompt. With `--all -s`, all prompts with two seeds: the table
+in docs/train.md.
 """
 
 from dataclasses import dataclass
@@ -29,26 +29,26 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """Means over videos, as the table has them."""
+    """Means over videos, as in the table."""
 
     first: float
     """PSNR of the first frame, in dB."""
     after: float
-    """Distance of the shape's centre to the truth in the first six frames that are made, in frame heights."""
+    """Distance of the shape's centre from the truth in the first six generated frames, in frame heights."""
     end: float
-    """The same in the last frame."""
+    """Distance from the truth in the last frame."""
     jump: float
-    """Step of the centre to the first frame that is made, as a multiple of the usual step."""
+    """Step of the centre to the first generated frame, as a multiple of the usual step."""
     colors: float
     ways: float
     shapes: float
-    """Share of the right shape in the first, middle and last frame together, as for text to video."""
+    """Share of right shapes, judged from the first, middle and last frame together, as for text to video."""
     steady: float
-    """The same where each of the three frames has the right shape by itself."""
+    """Share of videos in which each of the three frames has the right shape by itself."""
 
 
 def made(pipe, levels, cases, seed):
-    """What the prompts say, and what is made of it, (B, F, 64, 64, 3) in [0, 1] each."""
+    """The videos that the prompts describe, and the generated ones, (B, F, 64, 64, 3) in [0, 1] each."""
     rng = np.random.default_rng(seed)
     clips = [drawn(case, float(rng.uniform(-0.15, 0.15)), FRAMES) for case in cases]
     clean = normalize_latents(pipe.vae.encode(tiny_vae.to_video(clips)).mode())
@@ -97,7 +97,7 @@ def check(task, found):
         return
     assert found.first >= 30
     assert found.after <= 0.05
-    # Behind one frame alone, the first step is longer in videos from a prompt, too: 1.5.
+    # After a single frame, the first step is also longer in videos from a prompt: 1.5.
     assert found.jump <= (1.5 if task == "13 frames" else 2)
 
 

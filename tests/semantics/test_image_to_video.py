@@ -1,6 +1,6 @@
-"""Videos from a first image and from the end of a clip, with weights that know one noise level for all frames: held in time.
+"""Videos from a first image and from the end of a clip, with weights that take a single noise level for all frames: held in time.
 
-Where a shape is, is in the given frames alone, never in the prompt.
+The position of a shape is only in the given frames, never in the prompt.
 """
 
 import numpy as np
@@ -10,17 +10,17 @@ from tests.harness.semantics import CASES, centers, direction, drawn, main_color
 
 CHOSEN = CASES[1::3]
 AWAY = 0.12
-"""How far from the middle a shape is, across its way, in frame heights."""
+"""How far a shape is off-centre, perpendicular to its path, in frame heights."""
 
 
 @pytest.fixture(scope="module")
 def clips():
-    """What the prompts say, somewhere, (13, 64, 64, 3) uint8 each."""
+    """Clips of the prompts with the shape off-centre, (13, 64, 64, 3) uint8 each."""
     return [drawn(case, AWAY if i % 2 else -AWAY, 13) for i, case in enumerate(CHOSEN)]
 
 
 def measured(made, clips, seam):
-    """Means over videos: PSNR of the first frame, distance to the truth in the 6 frames from the seam on, right colours, ways."""
+    """Means over videos: PSNR of frame 0, distance from the truth in the 6 frames after the seam, right colours, directions."""
     rows = []
     for video, true, (color, way, _) in zip(made, clips, CHOSEN, strict=True):
         astray = np.linalg.norm(centers(video, color) - centers(true / 255, color), axis=1)

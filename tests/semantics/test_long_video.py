@@ -1,6 +1,6 @@
-"""Long videos of the trained tiny model: in one piece, in rounds of the length that it was trained for, in ComfyUI's windows.
+"""Long videos of the trained tiny model: in one piece, in rounds of its training length, in ComfyUI's windows.
 
-With `--all -s`, the table of docs/long_video.md.
+With `--all -s`, the table in docs/long_video.md.
 """
 
 import numpy as np
@@ -36,16 +36,16 @@ SCENES = [
 SEEDS = (0, 1)
 SIZE = {"height": 64, "width": 64, "num_inference_steps": STEPS}
 FRAMES, EACH = 121, 12
-"""Length of the videos of the table, and after how many frames the shape is looked at."""
+"""Length of the videos in the table, and the interval of frames at which the shape is checked."""
 
 
 def steps(frames, color):
-    """How far the centre of a colour moves from frame to frame, in frame heights; NaN where it is not seen."""
+    """How far the centre of a colour moves from frame to frame, in frame heights; NaN where it is not visible."""
     return np.linalg.norm(np.diff(centers(frames, color), axis=0), axis=1)
 
 
 def right_motion(frames, color, motion):
-    """Share of the pieces of a video in which a colour moves as it should: it stays, or turns as the clips of the training do."""
+    """Share of a video's pieces in which a colour moves as it should: it keeps its direction, or turns as in training clips."""
     pieces = [centers(frames[i : i + EACH], color) for i in range(0, len(frames) - EACH + 1, EACH)]
     if "circle" not in motion:
         return np.mean([np.linalg.norm(piece[-1] - piece[0]) < 0.08 for piece in pieces])
@@ -105,7 +105,7 @@ def test_rounds_keep_a_shape_in_view(pipe, held, way, keep):
 @pytest.mark.usefixtures("with_all")
 @pytest.mark.parametrize("overlap", [2, 1])
 def test_windows_of_the_host(comfy, overlap):
-    """Context windows in a server, of 25 frames each, as the template of long videos has them."""
+    """Context windows in a server, of 25 frames each, as in the template for long videos."""
 
     def make(prompt, i):
         graph = tiny_prompt(prompt, num_frames=FRAMES, steps=STEPS, seed=i)

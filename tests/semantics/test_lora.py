@@ -1,4 +1,4 @@
-"""A LoRA that was trained here for a new colour, in Python and in a server."""
+"""A LoRA trained here for a new colour, in Python and in a server."""
 
 import shutil
 
@@ -33,7 +33,7 @@ def test_the_new_color_appears_with_the_lora_and_not_without(pipe, purple_loras)
     assert found.count("purple") >= 6
     lora.remove()
     np.testing.assert_allclose(videos(with_lora, PROMPTS[:1]), before[:1], rtol=0, atol=1e-3)
-    load_lora(dit, other)  # the same in another form
+    load_lora(dit, other)  # the same LoRA in another format
     np.testing.assert_allclose(videos(with_lora, PROMPTS[:1]), made[:1], rtol=0, atol=1e-3)
 
 
@@ -43,7 +43,7 @@ def test_samples_on_the_way_show_the_new_color(purple_loras):
 
 
 def with_lora(comfy, path, class_type, prompt, **inputs):
-    """The workflow with a LoRA node behind the loader."""
+    """The workflow with a LoRA node after the loader."""
     folder = comfy.base / "models" / "loras"
     folder.mkdir(exist_ok=True)
     shutil.copy(path, folder)

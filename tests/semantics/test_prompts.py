@@ -28,7 +28,7 @@ PROMPTS = [prompt for *_, prompt in CASES]
 
 @pytest.fixture(scope="module")
 def seeds(pytestconfig):
-    """With `--all` two, as the table of docs/train.md has."""
+    """The seeds: with `--all` two, as in the table in docs/train.md."""
     return (0, 1) if pytestconfig.getoption("--all") else (0,)
 
 
@@ -50,7 +50,7 @@ def test_colors_and_directions_are_those_of_the_prompts(guided, seeds):
 
 
 def right_shapes(made):
-    """Share of videos with the shape that the prompt names."""
+    """Share of videos with the prompt's shape."""
     cases = CASES * (len(made) // len(CASES))
     return np.mean([str(main_shape(f, color)) in prompt for f, (color, _, prompt) in zip(made, cases, strict=True)])
 
@@ -97,7 +97,7 @@ def test_wrong_latent_statistics_are_noticed(pipe):
     made = steps[-1]
 
     def mismatch(video):
-        """Distance of the video, encoded again, from the latents that the denoiser made, relative to them."""
+        """Relative distance of the re-encoded video from the latents that the denoiser made."""
         return ((normalize_latents(pipe.vae.encode(video).mode()) - made).norm() / made.norm()).item()
 
     assert mismatch(torch.from_numpy(video).movedim(-1, 1) * 2 - 1) < SAME_LATENTS

@@ -20,7 +20,7 @@ def vae():
 
 @pytest.fixture(scope="module")
 def video():
-    """(32, 3, 13, 64, 64) in [-1, 1]."""
+    """The clips, (32, 3, 13, 64, 64) in [-1, 1]."""
     scenes = [random_clip(np.random.default_rng([2, seed]))[0] for seed in range(CLIPS)]
     return tiny_vae.to_video([draw(scene, 13, 64, 64) for scene in scenes])
 
@@ -48,7 +48,7 @@ def test_streaming_equals_the_plain_forward(vae, video, latents):
 
 
 def off(latents):
-    """How far the statistics are from 0 and 1, at most."""
+    """Largest deviation of means and standard deviations from 0 and 1."""
     return max(tiny_vae.channel_means(latents).abs().max(), (tiny_vae.channel_deviations(latents) - 1).abs().max())
 
 

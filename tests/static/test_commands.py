@@ -1,4 +1,4 @@
-"""The commands in the documentation: what they run is there, and takes the options that they show."""
+"""The commands in the documentation: what they run exists, and accepts the options shown."""
 
 import importlib.util
 import re
@@ -21,7 +21,7 @@ PARSERS = {
 LEFT_OUT = "--transformer FILE --t5 FILE --vae FILE"
 """What "..." stands for."""
 LEAST = 40
-"""Fewer commands than this were never shown: the expression finds them no longer."""
+"""The documentation shows at least this many commands; fewer means that the pattern no longer finds them."""
 
 
 def shown():
@@ -34,7 +34,7 @@ def shown():
 
 
 def module_and_arguments(words):
-    """What `python -m` runs, also by way of a launcher, and what it is given; None for another program."""
+    """The module that `python -m` runs, even through a launcher, and its arguments; None for other programs."""
     if words[0] == "mochi":
         return "mochi_core", words[1:]
     if "-m" in words and words[words.index("-m") + 1] != "pip":

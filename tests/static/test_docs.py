@@ -1,4 +1,4 @@
-"""Links and pictures of the documentation lead somewhere; docstrings are read without what is around them."""
+"""The documentation's links and pictures exist; docstrings can be read out of context."""
 
 import re
 import subprocess
@@ -31,7 +31,7 @@ def test_links_lead_to_files_that_are_kept(page):
 
 
 def headings(page):
-    """As GitHub names them in links."""
+    """Anchors of the headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 
@@ -51,7 +51,7 @@ def test_notes_of_templates_link_to_pages_that_are_there(template):
 
 
 def test_every_template_is_described():
-    """For a reader of the README, for who calls the API, and for who tries everything before a release."""
+    """For readers of the README, for users of the API, and for whoever tests everything before a release."""
     for page, named in (("README.md", "title"), ("docs/api.md", "name"), ("docs/manual_tests.md", "title")):
         text = (ROOT / page).read_text(encoding="utf-8")
         names = [getattr(template, named).removeprefix("Mochi 1 - ") for template in TEMPLATES]
@@ -70,7 +70,7 @@ def test_readme_is_short():
 
 
 def test_docstrings_begin_with_what_they_are_about():
-    """Editors show them alone: "Of one frame, in bytes" means nothing there."""
+    """Editors show them alone, where "Of one frame, in bytes" means nothing."""
     sources = [path for path in ROOT.rglob("*.py") if ".dev" not in path.parts]
     bare = re.compile(r'^\s*(?:"""|# )(?:Of|Its|Their) .*', re.M)
     found = {path.name: bare.findall(path.read_text(encoding="utf-8")) for path in sources}

@@ -1,4 +1,4 @@
-"""docs/host_internals.md lists what nodes/ uses of ComfyUI, neither less nor more."""
+"""docs/host_internals.md lists exactly what nodes/ uses of ComfyUI."""
 
 import re
 
@@ -9,13 +9,13 @@ from tests.harness.host_internals import NODES, listed, used
 LISTED = listed()
 BY_PATH = {internal.path: internal for internal in LISTED if internal.key is None}
 PUBLIC = "comfy_api."
-# What is only wrapped is not named in the file, but for an argument.
+# Internals that are only wrapped appear in a file by an argument's name at most.
 WRAPPED = {"comfy.samplers.KSAMPLER.sample": "extra_args"}
 
 
 @pytest.mark.parametrize("use", used(), ids=lambda use: f"{use.file}:{use.line} {use.path}")
 def test_what_is_used_is_listed_with_its_arguments(use):
-    internal = BY_PATH.get(use.path.removesuffix(".post"))  # of routes, which are aiohttp's
+    internal = BY_PATH.get(use.path.removesuffix(".post"))  # a method of routes, which is aiohttp's
     assert internal, f"{use.path} is not on the page"
     assert use.file in internal.files, f"{internal.text}: used in {use.file}, too"
     if use.positional is None or internal.path != use.path or use.path.startswith(PUBLIC):
@@ -32,7 +32,7 @@ def test_what_is_listed_is_used_where_it_says(internal):
     for file in internal.files:
         source = (NODES / file).read_text(encoding="utf-8")
         name = WRAPPED.get(internal.path, internal.last)
-        name = name.removeprefix("use_")  # the options of attention are asked for by their ends
+        name = name.removeprefix("use_")  # attention options are looked up without their prefix
         assert re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", source), (
             f"{internal.text}: not in {file}"
         )

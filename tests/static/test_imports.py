@@ -18,7 +18,7 @@ from tests.harness.architecture import imports, module_graph
 
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "mochi_core"
-# From the bottom up: each room may use those in the lines above it.
+# From the bottom up: each room may use the rooms in the lines above it.
 FLOORS = (
     (
         "choices",
@@ -86,7 +86,7 @@ def test_commands_ask_for_all_packages_that_the_extra_installs():
     ],
 )
 def test_a_package_that_is_missing_is_told_before_an_hour_of_work(tmp_path, module, needed, extra):
-    """Where `sitecustomize` hides it."""
+    """`sitecustomize` hides the package."""
     hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda *a: None if a == ({!r},) else find(*a)"
     (tmp_path / "sitecustomize.py").write_text(hide.format(needed), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -99,7 +99,7 @@ def test_a_package_that_is_missing_is_told_before_an_hour_of_work(tmp_path, modu
 
 @pytest.mark.parametrize("module", ["mochi_core", "mochi_core.train"])
 def test_a_command_in_a_python_without_pytorch_says_which_python_to_take(module):
-    command = [sys.executable, "-E", "-S", "-m", module, "doctor"]  # -S: nothing that is installed is found
+    command = [sys.executable, "-E", "-S", "-m", module, "doctor"]  # -S: installed packages are not found
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     (sentence,) = done.stderr.splitlines()
@@ -114,7 +114,7 @@ def test_a_command_in_a_python_without_pytorch_says_which_python_to_take(module)
 def test_an_interrupted_import_of_a_command_shows_no_code(command):
     words = [sys.executable, "-X", "importtime", "-m", *command.split()]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        while "torch" not in running.stderr.readline():  # modules as they are imported
+        while "torch" not in running.stderr.readline():  # lists modules as they are imported
             assert running.poll() is None
         running.send_signal(signal.SIGINT)
         output, errors = running.communicate(timeout=60)
@@ -161,8 +161,8 @@ def test_core_never_names_host_or_peers():
 
 @pytest.mark.parametrize("package", ["mochi_core", "migrate", "nodes"])
 def test_no_circles(package):
-    """Between modules, those of one package too; an import inside a function counts like any other."""
-    list(graphlib.TopologicalSorter(module_graph(package)).static_order())  # CycleError names the circle
+    """Between modules, even within a package; an import inside a function counts like any other."""
+    list(graphlib.TopologicalSorter(module_graph(package)).static_order())  # CycleError names the cycle
 
 
 def test_rooms_only_look_down():

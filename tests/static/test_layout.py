@@ -1,17 +1,17 @@
-"""What tests and benchmarks share lies in tests/harness, conftest.py files and benchmarks, never in a test module."""
+"""Code shared by tests and benchmarks is in tests/harness, conftest.py files and benchmarks, never in a test module."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# In strings too, as code for other processes stands in some.
+# In strings too: some hold code for other processes.
 IMPORT = re.compile(
     r"^\s*(?:from|import)\s+(\.*(?:tests|benchmarks|dev)\b[\w.]*|\.[\w.]*)(?:\s+import\s+([^#\n]*))?", re.M
 )
 
 
 def imported(path):
-    """Dotted names of what a Python file imports from the tests, the benchmarks or relative to itself."""
+    """Dotted names that a Python file imports from the tests, the benchmarks or relative to itself."""
     for module, names in IMPORT.findall(path.read_text(encoding="utf-8")):
         yield from (f"{module}.{name.strip()}" for name in names.strip("( )").split(",") or [""])
 
@@ -35,7 +35,7 @@ def test_benchmarks_import_no_tests():
 
 
 def test_sources_are_as_comfy_test_asks():
-    """In characters of Windows' code page (others are written as escapes); autocast is imported by its name."""
+    """Only characters of Windows' code page (others are escaped); autocast is imported by its name."""
     for path in ROOT.rglob("*.py"):
         if ".dev" not in path.parts:
             text = path.read_text(encoding="utf-8")

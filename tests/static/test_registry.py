@@ -1,4 +1,4 @@
-"""What the Comfy registry and ComfyUI-Manager ask of a pack, and what would be published."""
+"""What the Comfy registry and ComfyUI-Manager require of a pack, and what would be published."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ MEBIBYTE = 2**20
 
 @pytest.fixture(scope="module")
 def published():
-    """The files of the archive: what git tracks, without what .comfyignore names."""
+    """The files of the archive: tracked by git and not excluded by .comfyignore."""
     if not (ROOT / ".git").exists():
         pytest.skip("what would be published is known in a git checkout only")
 
@@ -49,7 +49,7 @@ def test_version_is_the_changelogs_newest():
     assert newest
     assert re.fullmatch(r"\d+\.\d+\.\d+", PROJECT["version"])
     assert newest[1] == PROJECT["version"]
-    assert PROJECT["version"] == VERSION  # what the templates say they were made with
+    assert PROJECT["version"] == VERSION  # the version that the templates state
 
 
 def test_nothing_is_installed_or_run_at_installation(published):
@@ -84,7 +84,7 @@ def test_publishing_waits_for_the_tests():
     publish, test = (
         yaml.safe_load((folder / f"{name}.yml").read_text(encoding="utf-8")) for name in ("publish", "test")
     )
-    # YAML 1.1 reads the key `on` as true.
+    # YAML 1.1 parses the key `on` as true.
     assert publish[True]["push"] == {"branches": ["main"], "paths": ["pyproject.toml"]}
     assert publish["jobs"]["publish"]["needs"] == "test"
     assert ROOT / publish["jobs"]["test"]["uses"] == folder / "test.yml"
@@ -126,7 +126,7 @@ def test_every_module_that_is_imported_is_in_the_archive(published):
 
 
 def own_imports(name):
-    """Paths, without .py, of the modules of ours that a file imports."""
+    """Paths, without .py, of our modules that a file imports."""
     for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             package = PurePosixPath(name).parents[node.level - 1]

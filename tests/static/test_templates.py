@@ -1,4 +1,4 @@
-"""The templates as files: what a person sees at first, and what the editor can offer to download."""
+"""The templates as files: what a user sees first, and what the editor can offer to download."""
 
 import ast
 import json
@@ -12,20 +12,20 @@ from tests.harness.templates import BLUEPRINTS, NAMES, TITLES, editor_form
 from workflows.source import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
-TITLE = 30  # a node's title lies above its position
+TITLE = 30  # a node's title is above its position
 MOST_WIDE = 2080  # opened subgraphs; the default renderer shows a wider graph as empty boxes at 1600x950
 MOST_HIGH = 1220
 WINDOW = (1400, 900)
 SAVE_WIDGETS = 130
 LEAST_ZOOM = 0.59  # below 57 % the classic renderer draws no text
-MANY_COLUMNS = {"faster": 0.55, "prompt_list": 0.57}  # all columns are needed, and none can be narrower
-LONGEST_LABEL = 20  # what has room beside the nodes of an opened subgraph
+MANY_COLUMNS = {"faster": 0.55, "prompt_list": 0.57}  # all columns are needed, at their minimum width
+LONGEST_LABEL = 20  # what fits next to the nodes of an opened subgraph
 COMES_ALONG = "tiny"
 FIXED = ("genmo_exact",)
 
 
 def test_the_editor_lists_them_in_the_order_of_their_source():
-    """The server's side of the pack does not have the source, which is for developers."""
+    """The published pack does not contain the source, which is for developers."""
     code = ast.parse((ROOT / "nodes" / "templates.py").read_text(encoding="utf-8"))
     values = {node.targets[0].id: node.value for node in code.body if isinstance(node, ast.Assign)}
     prefix, order = (ast.literal_eval(values[name]) for name in ("PREFIX", "ORDER"))
@@ -46,7 +46,7 @@ def overlap(a, b):
 
 
 def ends(graph):
-    """The two nodes of each link; links into and out of a subgraph have only one."""
+    """Nodes at the ends of each link; links into or out of a subgraph have only one."""
     nodes = {node["id"]: node for node in graph["nodes"]}
     for link in graph["links"]:
         _, origin, _, target, _, _ = link.values() if isinstance(link, dict) else link
@@ -73,7 +73,7 @@ def test_graph_is_readable_at_first_sight(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opens_so_large_that_text_is_drawn(name):
-    """The editor has a template fill three quarters of the window, with a margin of 10 around its nodes."""
+    """The editor fits a template into three quarters of the window, with a margin of 10 around its nodes."""
     boxes = [box(node) for node in editor_form(name)["nodes"]]
     extents = [max(b[axis + 2] for b in boxes) - min(b[axis] for b in boxes) + 20 for axis in (0, 1)]
     assert min(0.75 * room / extent for room, extent in zip(WINDOW, extents, strict=True)) >= MANY_COLUMNS.get(
@@ -82,7 +82,7 @@ def test_opens_so_large_that_text_is_drawn(name):
 
 
 def test_a_square_video_has_room_below_its_widgets():
-    """A player below the widgets is as wide as its node, in the classic renderer."""
+    """In the classic renderer, a player below the widgets is as wide as its node."""
     (node,) = (node for node in editor_form("tiny_mochi")["nodes"] if node["type"] == "SaveVideo")
     assert node["size"][1] - SAVE_WIDGETS >= node["size"][0]
 
@@ -122,7 +122,7 @@ def test_blueprints_say_what_they_are():
 
 
 def label(node, widget):
-    """What stands beside a widget."""
+    """The text next to a widget."""
     labels = {port["widget"]["name"]: port.get("label") for port in node["inputs"] if "widget" in port}
     return labels.get(widget) or widget
 

@@ -39,7 +39,7 @@ def assert_clean(command, **environment):
 
 @pytest.mark.parametrize("name", ["mochi-nodes", "a_module"])
 def test_a_folder_of_any_name_is_clean(tmp_path, name):
-    """git names the folder mochi-nodes, which is no name of a Python module."""
+    """git names the folder mochi-nodes, which is not a valid module name."""
     folder = tmp_path / name
     (folder / "nodes").mkdir(parents=True)
     for file in ("pyproject.toml", "__init__.py", "nodes/__init__.py", "nodes/category.py"):
