@@ -251,7 +251,7 @@ def _in_order(nodes: Nodes) -> list[str]:
 
 
 def _app(graph: Graph) -> Json:
-    """What the editor's App mode shows: the video to start from, prompt, length, seed, and the result."""
+    """The contents of the editor's App mode: the video to start from, prompt, length, seed, and the result."""
     inputs = [
         [graph.ids[name], key]
         for keys in (

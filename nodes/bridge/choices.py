@@ -34,6 +34,6 @@ def arithmetic_choice(compute: torch.dtype, device: torch.device) -> str:
 
 
 def kernels_choice(device: torch.device, dtype: torch.dtype) -> str:
-    """Which kernels run between matrix products, and why not the fused ones."""
+    """The kernels used between matrix products, and why not the fused ones."""
     reason = kernels.reason(device, dtype)
     return "kernels fused (Triton)" if reason is None else f"kernels plain ({reason})"

@@ -194,7 +194,7 @@ class HostMochi(comfy.model_base.GenmoMochi):
 
 
 class MochiConfig(comfy.supported_models.GenmoMochi):
-    """What the host needs to know about a model before building it."""
+    """The host's description of a model, from before it is built."""
 
     latent_format = MochiLatents
 

@@ -159,7 +159,7 @@ def _warn_of_compiled() -> None:
 
 
 def plan_for(split: str, devices: tuple[torch.device, ...], prompts: int, heads: int = HEADS) -> Plan:
-    """Which part of a forward for `prompts` prompts each device computes.
+    """The part of a forward for `prompts` prompts that each device computes.
 
     `auto` splits pairs of prompts first, then tokens; `guidance` leaves devices idle instead of splitting tokens.
     """

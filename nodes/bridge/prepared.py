@@ -101,7 +101,7 @@ class PreparedPrompts:
 
 
 class DeviceConditioning:
-    """What a run has prepared for the network on one device; every device has its own network."""
+    """A run's prepared conditioning for the network on one device; every device has its own network."""
 
     def __init__(self, network: AsymmDiT, schedule: list[float], dtype: torch.dtype) -> None:
         self.network, self.schedule, self.dtype = network, schedule, dtype
@@ -124,7 +124,7 @@ class DeviceConditioning:
 
 
 class SamplingRun:
-    """What is prepared on all devices for one sampling run along the noise levels `schedule`.
+    """The prepared conditioning of one sampling run along the noise levels `schedule`, on all devices.
 
     The host may call it from one thread per device; they share only `by_network`.
     """

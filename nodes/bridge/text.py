@@ -80,7 +80,7 @@ class HostCLIP(comfy.sd.CLIP):
             self.cond_stage_model = value.model
 
     def get_key_patches(self):
-        """What nodes merge with another CLIP; the host's own raises an AttributeError for the scale of a quantised layer."""
+        """The weights that nodes merge; the host's own method raises an AttributeError for the scale of a quantised layer."""
         patcher = self.patcher.clone()
         patcher.model_state_dict = lambda *_, **__: attributes_only(patcher.model, patcher.model.state_dict())
         return patcher.get_key_patches()
@@ -129,7 +129,7 @@ def load_clip(
 
 
 def load_clip_patcher(path: str, dtype: torch.dtype | None, device: str, disable_dynamic: bool = False):
-    """What the host reloads for another device."""
+    """The patcher of a CLIP loaded again; the host calls this for another device."""
     return load_clip(path, dtype, device, disable_dynamic).patcher
 
 

@@ -86,5 +86,5 @@ def load_tiny_vae(path: str, dtype: torch.dtype | None = None, disable_dynamic: 
 
 
 def load_tiny_patcher(path: str, dtype: torch.dtype | None, disable_dynamic: bool = False):
-    """What the host reloads for another device."""
+    """The patcher of a VAE loaded again; the host calls this for another device."""
     return load_tiny_vae(path, dtype, disable_dynamic).patcher

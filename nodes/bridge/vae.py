@@ -201,7 +201,7 @@ def load_vae(paths: list[str], dtype: torch.dtype | None = None, disable_dynamic
 
 
 def load_vae_patcher(paths: list[str], dtype: torch.dtype | None, disable_dynamic: bool = False):
-    """What the host reloads for another device."""
+    """The patcher of a VAE loaded again; the host calls this for another device."""
     return load_vae(paths, dtype, disable_dynamic).patcher
 
 

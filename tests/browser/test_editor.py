@@ -219,7 +219,7 @@ def saved(editor):
 
 
 def prompt_text(editor):
-    """What the editor would queue now, including the workflow, as JSON."""
+    """The prompt that the editor would queue now, including the workflow, as JSON."""
     return editor.page.evaluate("async () => JSON.stringify(await app.graphToPrompt())")
 
 

@@ -36,14 +36,14 @@ def rows(section):
 
 
 def values(name, kind, options, info):
-    """What the page must say about an input's range and default, except for the unit."""
+    """The required text about an input's range and default, without the unit."""
     if "default" in options:
         return f"{value_range(kind, options)}; default {number(options['default']) or 'empty'}"
     return f"{value_range(kind, options)}; {'required' if name in info['input']['required'] else 'optional'}"
 
 
 def value_range(kind, options):
-    """What the page must say about an input's range."""
+    """The required text about an input's range."""
     if kind == "COMBO":
         fixed = [choice for choice in options["options"] if "." not in choice]
         files = ["or a file" if fixed else "a file"] if fixed != options["options"] or not fixed else []

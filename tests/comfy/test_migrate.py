@@ -65,7 +65,7 @@ def old(name):
 
 
 def as_prompt(workflow, object_info):
-    """What the editor would send: values by the input names that the server reports."""
+    """The prompt that the editor would send: values by the input names that the server reports."""
     links = {link[0]: dict(zip(LINK_FIELDS, link, strict=True)) for link in workflow["links"]}
     nodes = {node["id"]: node for node in workflow["nodes"]}
 

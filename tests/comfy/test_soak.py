@@ -98,7 +98,7 @@ def run_and_cancel(client, graph, node_id):
 
 
 def holdings(pid):
-    """What a process holds: its own memory in bytes, threads, open files, and mapped model files."""
+    """Resources that a process holds: its own memory in bytes, threads, open files, and mapped model files."""
     process = Path(f"/proc/{pid}")
     return {
         "memory": int(re.search(r"RssAnon:\s+(\d+)", (process / "status").read_text())[1]) * 1024,

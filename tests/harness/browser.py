@@ -75,7 +75,7 @@ class Editor:
         self.page.wait_for_timeout(500)
 
     def prompt(self) -> dict[str, Any]:
-        """What the editor would queue now."""
+        """The prompt that the editor would queue now."""
         return json.loads(self.page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
 
     def node_types(self) -> list[str]:

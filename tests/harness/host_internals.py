@@ -30,7 +30,7 @@ class Internal:
 
     @property
     def last(self) -> str:
-        """What appears in the source of the files that use it."""
+        """The part that appears in the source of the files that use it."""
         return (self.key or self.path.rpartition(".")[2]).removeprefix("{}_")
 
 

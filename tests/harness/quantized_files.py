@@ -32,7 +32,7 @@ HALVES = {
 
 
 def is_block_matrix(name: str, tensor: Tensor) -> bool:
-    """What real files quantise: the matrices of the blocks; in autoencoders, also the convolutions."""
+    """Whether real files quantise this tensor: matrices of the blocks and, in autoencoders, convolutions."""
     if AUTOENCODER.fullmatch(name):
         return tensor.ndim in (2, 5)
     return bool(LARGE.fullmatch(name)) and tensor.ndim == 2 and "relative" not in name
@@ -268,7 +268,7 @@ def gguf_file(
 
 
 def to_blocks(tensor: Tensor, kind: str) -> tuple[numpy.ndarray, Tensor]:
-    """What a GGUF file stores, and its values; for some types, random blocks."""
+    """A weight as stored in a GGUF file, and its values; for some types, random blocks."""
     type_ = gguf.GGMLQuantizationType[kind]
     if kind in K_QUANTIZERS:
         data = K_QUANTIZERS[kind](tensor).numpy()

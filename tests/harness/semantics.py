@@ -56,7 +56,7 @@ def shift(frames: np.ndarray, color: str) -> tuple[float, float]:
 
 
 def direction(frames: np.ndarray, color: str, least: float = 0.08) -> str:
-    """Which way a colour moves: left, right, up or down, or still if it moves less than `least` of a frame's height."""
+    """The direction of a colour: left, right, up or down, or still if it moves less than `least` of a frame's height."""
     down, right = shift(frames, color)
     if max(abs(down), abs(right)) < least:
         return "still"
