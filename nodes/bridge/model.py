@@ -155,7 +155,7 @@ class HostMochi(comfy.model_base.GenmoMochi):
         return attributes_only(self, super().state_dict(*args, **named), prefix)
 
     def state_dict_for_saving(self, unet_state_dict, *args, **named):
-        """What the host's save nodes write, with a mark that our loaders read: they have no place for metadata."""
+        """The state that the host's save nodes write, plus a mark for our loaders: these nodes cannot store our metadata."""
         state = super().state_dict_for_saving(unet_state_dict, *args, **named)
         return state | (
             {f"model.diffusion_model.{FRAME_LEVELS_KEY}": torch.tensor([])} if self.has_frame_levels else {}

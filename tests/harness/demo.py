@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def free(text: str) -> int:
-    """The number of a port on which nobody listens."""
+    """Parse the number of a free port."""
     if not text.isdecimal() or not 1 <= (port := int(text)) < 2**16:
         raise argparse.ArgumentTypeError(f"{text} is not a port; use a number from 1 to 65535.")
     with socket.socket() as probe:
