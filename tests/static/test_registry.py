@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from workflows.forms import VERSION
+from workflows.editor import VERSION
 
 if sys.version_info >= (3, 11):
     import tomllib
