@@ -115,6 +115,9 @@ def test_archive_holds_what_users_need_and_nothing_else(published):
         "workflows",
     } <= tops
     assert not tops & {"tests", "benchmarks", ".ci", ".github", "dev.py"}
+    assert [name for name in published if name.endswith(".py") and name.startswith("workflows/")] == [
+        "workflows/api/client.py"
+    ]
     assert sum((ROOT / name).stat().st_size for name in published) < 40 * MEBIBYTE
 
 
