@@ -1,7 +1,6 @@
 """Mochi 1, self-contained: denoiser, autoencoder, text encoder, sampling and checkpoints.
 
-Names are imported when they are first used: PyTorch takes seconds, and a command that has been given a wrong argument should
-say so at once.
+Names are imported on first use: importing PyTorch takes seconds, and a command should report a wrong argument at once.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _NAMES = {
     "transformer.attention": ("Attention", "sdpa"),
     "transformer.model": ("AsymmDiT",),
 }
-"""Where the public names are, as the imports above, which only type checkers run."""
+"""The module of each public name; must agree with the imports above, which only type checkers see."""
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
@@ -82,7 +81,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # or type checkers would take any name for one of these
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULES:

@@ -1,4 +1,4 @@
-"""Names that options take, and checks that need nothing else, so that arguments are read before PyTorch is imported."""
+"""Option values, and checks that need nothing else, so that arguments are parsed before PyTorch is imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TARGET_DTYPE_NAMES = (KEEP, *DTYPE_NAMES, FP8_SCALED)
 
 
 def check_cache(method: str, threshold: float) -> None:
-    """Raise a ValueError unless there is such a way to skip blocks, and the threshold is 0 or a number above it."""
+    """Raise a ValueError if the cache method is unknown, or the threshold is not finite or is below 0."""
     if method not in CACHE_METHODS:
         raise ValueError(f"The cache method is {method!r}; use one of {', '.join(CACHE_METHODS)}.")
     if not 0 <= threshold < math.inf:

@@ -1,4 +1,4 @@
-"""What each command does, once its arguments have been read."""
+"""The commands, once their arguments have been parsed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from .shown import sentence
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command that `options` name; the exit status is that of `__main__.main`."""
+    """Run the command in `options` and return the exit status, as in `__main__.main`."""
     interrupts.raise_again()
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {sentence(message)}")
     if "device" in options and options.device is None:
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Make a video; with --parallel, together with the other processes of the launcher."""
+    """Make a video; with --parallel, jointly with the launcher's other processes."""
     if options.parallel is None:
         make_video(options, first=True)
         return
@@ -73,15 +73,15 @@ def generate(options: argparse.Namespace) -> None:
     options.device = str(device)
     world = join(device)
     if world.rank:
-        warnings.showwarning = lambda *_, **__: None  # the first member gives it, too
+        warnings.showwarning = lambda *_, **__: None  # the first member shows it already
     with together(world, device):
         make_video(options, first=world.rank == 0)
 
 
 def make_video(options: argparse.Namespace, *, first: bool) -> None:
-    """What a process does for a video; the first one, or the only one, says how far it is and writes."""
+    """One process's part in making a video; the first or only process reports progress and writes the file."""
     if first:
-        check_writable(options.output)  # before anything is loaded, as the next
+        check_writable(options.output)  # like the checks below, before anything is loaded
     arguments = pipeline_arguments(options)
     steps = options.steps * check_rounds(arguments, options.output)
     pipe = load_pipeline(options, options.parallel, first=first, on_load=say if first else None)
@@ -115,7 +115,7 @@ def decode(options: argparse.Namespace) -> None:
 
 
 def numbered(output: Path, count: int) -> list[Path]:
-    """A file for each of several videos, or `output` itself for one."""
+    """One output file per video, numbered; `output` itself for a single one."""
     return [output] if count == 1 else [output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
 
 
@@ -145,11 +145,11 @@ def doctor(options: argparse.Namespace) -> int:
 def convert(options: argparse.Namespace) -> None:
     destination: Path = options.destination
     if destination.exists() and not options.force:
-        raise ValueError(f"{destination} exists already; choose another name, or overwrite it with --force.")
+        raise ValueError(f"{destination} already exists; choose another name, or overwrite it with --force.")
     if destination.exists() and destination.is_dir() == (destination.suffix == ".safetensors"):
         raise ValueError(f"{destination} is not a {'file' if destination.is_dir() else 'folder'}; choose another name.")
     if destination.suffix != ".safetensors" and options.to != "diffusers":
-        raise ValueError(f"{destination} must end in .safetensors; only diffusers has a folder for a model.")
+        raise ValueError(f"{destination} must end in .safetensors; only the diffusers layout writes a folder.")
     conversion = plan_conversion(options.source, options.to, options.dtype, options.part)
     with tqdm(total=len(conversion.tensors), unit="tensor") as bar:
         write_conversion(conversion, destination, bar.update, overwrite=options.force)

@@ -1,11 +1,11 @@
-"""What a Mochi model looks like. The defaults are the released Mochi 1; every other size works the same way."""
+"""Model configurations. The defaults are the released Mochi 1; any other sizes work the same way."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 MAX_TEXT_TOKENS = 256
-"""Length of a prompt in T5 tokens, as in Genmo's pipeline: MAX_T5_TOKEN_LENGTH in genmoai/mochi, mochi_preview/pipelines.py."""
+"""Prompt length in T5 tokens, as in Genmo's pipeline: MAX_T5_TOKEN_LENGTH in genmoai/mochi, mochi_preview/pipelines.py."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class TinyVAEConfig:
 
     latent_channels: int = 12
     decoder_channels: tuple[int, ...] = (256, 128, 64, 64)
-    """From the latents to the pixels: of each stage, and before the pixels."""
+    """From latents to pixels: one per stage, then the width before the last convolution."""
     temporal_expansions: tuple[int, ...] = (1, 2, 3)
     blocks: int = 3
-    """Of each stage."""
+    """Memory blocks per stage."""
 
 
 @dataclass(frozen=True)

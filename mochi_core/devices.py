@@ -1,4 +1,4 @@
-"""Devices by name: the one that is taken unless another is named, and whether this machine has it."""
+"""Devices by name: the default, and whether this machine has a given one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from .shown import shown
 
 KINDS = ("cpu", "cuda", "mps", "xpu")
-"""Those that an error names if the machine has them; what else PyTorch has a backend for is taken, too."""
+"""Devices that an error lists if the machine has them; any other PyTorch backend is accepted, too."""
 
 
 def default_device() -> str:
@@ -36,7 +36,7 @@ def check_device(name: torch.device | str | int) -> None:
 
 
 def _count(kind: str) -> int:
-    """How many devices of a kind there are; 0 of those that only stand for something, such as meta."""
+    """Number of devices of a kind; 0 for kinds that are not real devices, such as meta."""
     try:
         return torch.get_device_module(kind).device_count()
     except (RuntimeError, AttributeError):

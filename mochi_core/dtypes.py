@@ -1,4 +1,4 @@
-"""Short names of floating-point dtypes, as people type and read them."""
+"""Short names of floating-point dtypes, as users type and read them."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ SHORT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The short name of a dtype such as bf16, or PyTorch's such as float8_e4m3fn where there is none."""
+    """A dtype's short name, such as bf16, or PyTorch's, such as float8_e4m3fn, if it has none."""
     return SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch."))

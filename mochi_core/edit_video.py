@@ -1,4 +1,4 @@
-"""A video file and two prompts to an edited video file: the command `edit`."""
+"""The command `edit`: turn a video file and two prompts into an edited video file."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .sampling.schedule import check_guidance, linear_quadratic_schedule, schedu
 
 
 def edit_file(options: argparse.Namespace) -> None:
-    """Read a video, change it as the options say, and write what it has become.
+    """Read a video, edit it according to the options, and write the result.
 
     Raises:
-        ValueError, OSError: a file that cannot be used, or settings that make no sense; found before the models are loaded.
+        ValueError, OSError: an unusable file or invalid settings; both are detected before the models are loaded.
     """
     check_writable(options.output)
     for name, defaults in EDIT_DEFAULTS.items():
@@ -41,7 +41,7 @@ def edit_file(options: argparse.Namespace) -> None:
 
 
 def noise_levels(options: argparse.Namespace) -> Tensor:
-    """(steps + 1,) falling noise levels of an edit; ValueError if any setting makes no sense."""
+    """Falling noise levels (steps + 1,) of an edit; ValueError if a setting is invalid."""
     for name in ("guidance", "source_guidance"):
         check_guidance(name, getattr(options, name))
     if not options.inversion:
@@ -52,13 +52,13 @@ def noise_levels(options: argparse.Namespace) -> Tensor:
 
 
 def frames_to_edit(options: argparse.Namespace) -> Any:
-    """The first frames of the video, 6k + 1 of them, (F, height, width, 3) uint8.
+    """The first 6k + 1 frames of the video, (F, height, width, 3) uint8.
 
     Raises:
-        ValueError: a size or length that Mochi cannot make, or a file that cannot be read.
+        ValueError: Mochi cannot make a video of this size or length, or the file cannot be read.
     """
     size = VideoSize(options.height, options.width, 1 if options.frames is None else options.frames)
-    # Enough to see that a video is too long, which is refused and not cut.
+    # Enough to detect a video that is too long, which is refused rather than cut.
     most = size.most_frames + TEMPORAL_COMPRESSION if options.frames is None else options.frames
     frames = read_given_file(options.video, lambda path: read_frames(path, size.height, size.width, most))
     size = replace(size, num_frames=latents_to_frames(frames_to_latents(len(frames))))
@@ -67,7 +67,7 @@ def frames_to_edit(options: argparse.Namespace) -> Any:
 
 @torch.no_grad()
 def edited(pipe: MochiPipeline, frames: Tensor, sigmas: Tensor, options: argparse.Namespace, bars: Bars) -> Tensor:
-    """Frames (F, H, W, 3) in [0, 1] to those of the edited video."""
+    """Frames (F, H, W, 3) in [0, 1] to the frames of the edited video."""
     texts = options.source_prompt, options.prompt, options.negative_prompt
     with pipe.working(pipe.text_encoder):
         assert pipe.text_encoder is not None

@@ -1,4 +1,4 @@
-"""From the options of a shell to a video file: what `generate` and `farm` have in common."""
+"""From command-line options to a video file: what `generate` and `farm` share."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from .transformer.attention import choose_attention
 
 
 def pipeline_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """What a prompt and its settings say, as arguments of `in_rounds`; without rounds, all is made at once.
+    """A prompt and its settings as arguments of `in_rounds`; without rounds, the whole video is made at once.
 
     Raises:
-        ValueError: something that Mochi cannot make, or a file that cannot be read.
+        ValueError: Mochi cannot make such a video, or a file cannot be read.
     """
     frames = options.frames if options.seconds is None else seconds_to_frames(options.seconds)
     at_once = frames if options.round is None else options.round
@@ -61,9 +61,9 @@ def pipeline_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_given(options: argparse.Namespace, size: VideoSize) -> dict[str, Any]:
-    """The files that a video is made from, as arguments of `MochiPipeline`; ValueError if one cannot be read."""
+    """A video's input files as arguments of `MochiPipeline`; ValueError if one cannot be read."""
     if options.image and options.video:
-        raise ValueError("--image and --video are both given; a video begins with one of them.")
+        raise ValueError("--image and --video are both given; a video can only begin with one of them.")
     given: dict[str, Any] = {"keep": options.keep, "start_noise": options.start_noise, "end_noise": options.end_noise}
     read = {
         "image": read_image,
@@ -77,7 +77,7 @@ def read_given(options: argparse.Namespace, size: VideoSize) -> dict[str, Any]:
 
 
 def read_given_file(path: Path, reader: Callable[[Path], Any]) -> Any:
-    """What `reader` makes of a file; a ValueError of it, which says what is wrong with the file, names it, too."""
+    """Return `reader(path)`; a ValueError that it raises about the file's content gets the file's name added."""
     try:
         return reader(path)
     except ValueError as error:
@@ -91,16 +91,16 @@ def load_pipeline(
     first: bool = True,
     on_load: Callable[[str], object] | None = None,
 ) -> MochiPipeline:
-    """The models, and the LoRAs; of processes that share a video by the plan `parallel`, the `first` one reads T5.
+    """Load the models and LoRAs; of the processes that share a video by the plan `parallel`, only the `first` reads T5.
 
-    `on_load` gets a line before each model.
+    `on_load` gets a line of text before each model.
 
     Raises:
-        ValueError, OSError: a file that cannot be used, or an attention that the device does not have.
+        ValueError, OSError: a file cannot be used, or the device does not support the attention.
     """
     check_device(options.device)
     dtype, home = DTYPES[options.dtype], "cpu" if options.offload else options.device
-    choose_attention(options.attention, options.device, dtype)  # before anything is loaded, as the next
+    choose_attention(options.attention, options.device, dtype)  # like the next line, before anything is loaded
     check_models(options, text=first)
     text_encoder = None
     tell = on_load or (lambda _: None)
@@ -130,7 +130,7 @@ def check_models(options: argparse.Namespace, *, text: bool) -> None:
     """Look at the headers of all files of the models, without T5 if not `text`, and at LoRAs.
 
     Raises:
-        ValueError, OSError: one is missing, holds something else, or lacks a block that is to be skipped.
+        ValueError, OSError: a file is missing, holds something else, or lacks a block to be skipped.
     """
     if text:
         open_part(options.t5, "t5")
@@ -143,7 +143,7 @@ def check_models(options: argparse.Namespace, *, text: bool) -> None:
 
 
 def loading(what: str, *files: Path) -> str:
-    """The line that says which files are read next."""
+    """The line that announces which files are read next."""
     return f"loading the {what}: {', '.join(shown(file.name or str(file)) for file in files)}"
 
 
@@ -155,9 +155,9 @@ def make_file(
     on_step: Callable[[], object],
     on_decode: OnProgress | None = None,
 ) -> None:
-    """Make a video, or latents if the name of the file says so, from what `pipeline_arguments` gives.
+    """Make a video, or latents if the file name says so, from the result of `pipeline_arguments`.
 
-    Of processes that make it together, the first one writes.
+    Among processes that make it together, the first one writes the file.
     """
     check_rounds(arguments, output)
     arguments = {**arguments, "on_step": lambda *_: on_step() and False, "on_decode": on_decode}
@@ -173,9 +173,9 @@ def make_file(
 
 
 class Bars:
-    """Progress on stderr: a bar over all steps, and one over the frames of each video that is encoded or decoded.
+    """Progress on stderr: one bar for all steps, and one for the frames of each video that is encoded or decoded.
 
-    The last of them stays below the full bar of the steps; those of rounds before it go when the steps go on.
+    The last frame bar stays below the finished step bar; those of earlier rounds disappear when the steps continue.
     """
 
     def __init__(self, steps: int, *, disable: bool = False) -> None:
@@ -200,7 +200,7 @@ class Bars:
             if is_last := self.sampling.n == self.sampling.total:
                 self.sampling.close()
             self.coding = tqdm(total=total, unit=unit, leave=is_last, disable=self.disable)
-        if new := done - self.coding.n:  # or the speed would be that of the last piece
+        if new := done - self.coding.n:  # an update by 0 would distort the displayed speed
             self.coding.update(new)
 
     def _end_coding(self) -> None:
@@ -210,20 +210,20 @@ class Bars:
 
 
 def memory_sentence(error: BaseException) -> str:
-    """What there is to say of an allocation that failed."""
-    # PyTorch goes on with its settings, and a CPU's allocator begins with a line of its code.
+    """The message for a failed allocation."""
+    # PyTorch's CUDA message goes on about its settings, and the CPU allocator's begins with a line of its code.
     said = str(error).split(" GPU ")[0] if isinstance(error, torch.OutOfMemoryError) else "Main memory is full."
     return f"{said} Use fewer frames, a smaller size, --quantize or --offload."
 
 
 def say(line: str) -> None:
-    """Write a line to stderr, above the bars that may be there."""
+    """Write a line to stderr, above any progress bars."""
     tqdm.write(line, file=sys.stderr)
 
 
 def check_rounds(arguments: dict[str, Any], output: Path) -> int:
-    """How many rounds a video takes; ValueError if it takes several and is to be latents."""
+    """Number of rounds that a video takes; ValueError if there are several and the output is latents."""
     rounds = len(round_sizes(arguments["num_frames"], arguments["at_once"], arguments["keep"]))
     if rounds > 1 and output.suffix in LATENT_SUFFIXES:
-        raise ValueError(f"Rounds make frames and no latents; choose an mp4 file instead of {output.name}.")
+        raise ValueError(f"Rounds produce frames, not latents; choose an mp4 file instead of {output.name}.")
     return rounds

@@ -1,4 +1,4 @@
-"""Sizes: pixels, latents and tokens, and which of them Mochi accepts."""
+"""Sizes in pixels, latents and tokens, and which of them Mochi accepts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ TEMPORAL_COMPRESSION = 6
 FPS = 30  # Mochi's frame rate
 SIZE_STEP = 16  # one latent patch: 8 pixels per latent cell, 2 cells per patch
 KEEP_FRAMES = 19
-"""Frames of a clip that are kept to continue it: 4 latents, as Pusa's authors extend videos."""
+"""Frames of a clip that are kept to continue it: 4 latents, as Pusa's authors do to extend videos."""
 MAX_VIDEO_TOKENS = 2**24
-"""Tokens of all videos that are made at once, at most: 35 minutes of 848 x 480, and 377 times what Mochi was trained for."""
+"""Most tokens of all videos made at once: 35 minutes of 848 x 480, 377 times what Mochi was trained for."""
 
 
 def frames_to_latents(num_frames: int) -> int:
@@ -27,13 +27,13 @@ def latents_to_frames(num_latents: int) -> int:
 
 
 def seconds_to_frames(seconds: float) -> int:
-    """The 6k + 1 frames at 30 per second whose last one is shown nearest to `seconds` after the first; halves go up.
+    """The 6k + 1 frames whose last one comes closest to `seconds` after the first at 30 per second; ties round up.
 
     Raises:
-        ValueError: `seconds` is infinite or not a number.
+        ValueError: `seconds` is infinite or NaN.
     """
     if not math.isfinite(seconds):
-        raise ValueError(f"seconds is {seconds}, but a video has a length; use a number such as 5.4.")
+        raise ValueError(f"seconds is {seconds}, but must be finite; use a number such as 5.4.")
     return latents_to_frames(max(0, math.floor(seconds * FPS / TEMPORAL_COMPRESSION + 0.5)) + 1)
 
 
@@ -42,8 +42,8 @@ class VideoSize:
     """A video that Mochi can make.
 
     Raises:
-        ValueError: height or width is no positive multiple of 16, or num_frames is not 6k + 1; names the nearest
-            valid values. Or there are more than `MAX_VIDEO_TOKENS`.
+        ValueError: height or width is not a positive multiple of 16, or num_frames is not 6k + 1 (the message gives the nearest
+            valid values); or the video has more than `MAX_VIDEO_TOKENS` tokens.
     """
 
     height: int = 480
@@ -71,7 +71,7 @@ class VideoSize:
         return latents_to_frames(MAX_VIDEO_TOKENS * self.num_latents // self.num_tokens)
 
     def latent_shape(self, batch: int = 1) -> tuple[int, int, int, int, int]:
-        """(B, 12, T, H, W) of the latents; ValueError for more than `MAX_VIDEO_TOKENS`."""
+        """Shape (B, 12, T, H, W) of the latents; ValueError for more than `MAX_VIDEO_TOKENS`."""
         if problem := tokens_problem(self, batch):
             raise ValueError(problem)
         height, width = self.height // SPATIAL_COMPRESSION, self.width // SPATIAL_COMPRESSION
@@ -79,14 +79,14 @@ class VideoSize:
 
 
 def size_problem(name: str, value: int) -> str | None:
-    """Why `value` cannot be the height or width, or None if it can."""
+    """Error message if `value` is not a valid height or width, else None."""
     if value > 0 and value % SIZE_STEP == 0:
         return None
     return f"{name} is {value}, but Mochi needs a multiple of {SIZE_STEP}; use {_nearest(value, SIZE_STEP, 0)}."
 
 
 def frames_problem(num_frames: int) -> str | None:
-    """Why `num_frames` cannot be the length, or None if it can."""
+    """Error message if `num_frames` is not a valid length, else None."""
     if num_frames > 0 and num_frames % TEMPORAL_COMPRESSION == 1:
         return None
     nearest = _nearest(num_frames, TEMPORAL_COMPRESSION, 1)
@@ -94,13 +94,13 @@ def frames_problem(num_frames: int) -> str | None:
 
 
 def tokens_problem(size: VideoSize, batch: int = 1) -> str | None:
-    """Why `batch` videos of that size cannot be made at once, or None if they can."""
+    """Error message if `batch` videos of that size cannot be made at once, else None."""
     if batch * size.num_tokens <= MAX_VIDEO_TOKENS:
         return None
     videos = f"{batch} videos" if batch > 1 else "A video"
     return (
-        f"{videos} of {size.num_frames} frames of {size.width} x {size.height} pixels would be more than the "
-        f"{MAX_VIDEO_TOKENS:,} tokens that are made at once; make it smaller or shorter."
+        f"{videos} of {size.num_frames} frames of {size.width} x {size.height} pixels would exceed the limit of "
+        f"{MAX_VIDEO_TOKENS:,} tokens at once; make it smaller or shorter."
     )
 
 

@@ -16,13 +16,13 @@ PACKAGE, COMMANDS = "mochi_core", ("mochi", "mochi.exe")
 
 
 def end_at_once() -> None:
-    """Have Ctrl-C end this program, if it is one of our commands, until `raise_again` is called."""
+    """Make Ctrl-C end this program at once, if it is one of our commands, until `raise_again` is called."""
     if is_command() and _handler_is(signal.default_int_handler):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def raise_again() -> None:
-    """Have Ctrl-C raise KeyboardInterrupt again."""
+    """Make Ctrl-C raise KeyboardInterrupt again."""
     if _handler_is(signal.SIG_DFL):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -51,9 +51,9 @@ def _handler_is(handler: object, number: int = signal.SIGINT) -> bool:
 
 
 def is_command() -> bool:
-    """Whether this program is one of our commands, also while it is still imported."""
+    """Whether this program is one of our commands, even while it is still importing."""
     if sys.argv[:1] != ["-m"]:
         return Path("".join(sys.argv[:1])).name in COMMANDS
-    # `python -m` is looking for a module, and imports the packages around it.
+    # `python -m` is still locating the module, and importing its parent packages.
     module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
     return module.split(".")[0] == PACKAGE

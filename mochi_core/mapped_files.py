@@ -1,7 +1,7 @@
-"""Models whose weights lie in memory-mapped files: which weights do, and whether their files are still the same.
+"""Track which weights of a model are in memory-mapped files, and whether the files are unchanged.
 
-A mapped weight takes no memory of its own, is shared by all processes that map it, and is read from the file when it is first
-used. So the file must stay as it is: written over, it changes the weights; cut, it ends the process.
+A mapped weight takes no memory of its own, is shared by all processes that map it, and is read from the file on first use. So
+the file must not change: overwriting it changes the weights, truncating it crashes the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ATTRIBUTE = "mapped_files"
 
 @dataclass(frozen=True)
 class FileState:
-    """A file at one time: which one it is, its size in bytes and its date in ns."""
+    """A file at one point in time: its identity, its size in bytes and its modification time in ns."""
 
     path: Path
     inode: int
@@ -32,58 +32,58 @@ class FileState:
 
     @property
     def changed(self) -> bool:
-        """Whether the file has been written to or cut since.
+        """Whether the file has been written to or truncated since.
 
-        One that was removed, or that another one has taken the place of, has not: it stays until nobody maps it.
+        A file that was removed or replaced does not count: it persists until nobody maps it.
         """
         now = FileState.of(self.path) if self.path.exists() else self
         return now.inode == self.inode and now != self
 
     def check_while_loading(self) -> None:
-        """Raise a ValueError if the file has changed since it was opened: a map of one that shrinks ends the process."""
+        """Raise a ValueError if the file has changed since it was opened: reading a mapped file that shrank crashes the process."""
         if self.changed:
-            raise ValueError(f"{self.path.name} changed while it was loaded; load it again when it is complete.")
+            raise ValueError(f"{self.path.name} changed while it was being loaded; load it again when it is complete.")
 
 
 @dataclass(frozen=True)
 class MappedFiles:
-    """What is known of the files that a model's weights may lie in."""
+    """The files that a model's weights may be mapped from."""
 
     states: tuple[FileState, ...]
-    """Every file when it was opened."""
+    """State of every file when it was opened."""
     addresses: frozenset[int]
-    """Where the weights lay in memory that were not copied."""
+    """Memory addresses of the weights that were not copied."""
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor that was read from a file lies in it still, and not in memory that PyTorch has allocated."""
+    """Whether a tensor read from a file is still in the mapped file, not in memory that PyTorch allocated."""
     return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
 
 
 def is_much_mapped(module: nn.Module) -> bool:
-    """Whether more than a quarter of the bytes of the parameters and buffers lie in a file.
+    """Whether more than a quarter of the bytes of the parameters and buffers are mapped.
 
-    Of diffusers' layout it is 40 %, because the other layers are merged; of converted weights, what is always float32.
+    In diffusers' layout 40 % are, because the other layers are merged; with converted weights, only those always in float32.
     """
     sizes = [(tensor.nbytes, is_mapped(tensor)) for _, tensor in named_tensors(module)]
     return 4 * sum(size for size, mapped in sizes if mapped) > sum(size for size, _ in sizes)
 
 
 def copy_mapped(module: nn.Module) -> None:
-    """Give the parameters and buffers of `module` that lie in a file memory of their own."""
+    """Copy the mapped parameters and buffers of `module` to memory of their own."""
     for _, tensor in named_tensors(module):
         if is_mapped(tensor):
             tensor.data = tensor.data.clone()
 
 
 def remember(model: nn.Module, states: tuple[FileState, ...]) -> None:
-    """Note which parameters and buffers of `model` lie in files, and that these were as in `states`."""
+    """Record which parameters and buffers of `model` are mapped, and the state of their files."""
     addresses = frozenset(tensor.data_ptr() for _, tensor in named_tensors(model) if is_mapped(tensor))
     setattr(model, ATTRIBUTE, MappedFiles(states, addresses))
 
 
 def mapped_weights(model: nn.Module) -> list[str]:
-    """Names of the parameters and buffers of a loaded model that lie in a mapped file now."""
+    """Names of the parameters and buffers of a loaded model that are in a mapped file now."""
     files = getattr(model, ATTRIBUTE, None)
     return (
         [] if files is None else [name for name, tensor in named_tensors(model) if tensor.data_ptr() in files.addresses]
@@ -91,15 +91,15 @@ def mapped_weights(model: nn.Module) -> list[str]:
 
 
 def check_mapped_files(model: nn.Module) -> None:
-    """Raise a ValueError if a file has changed that weights of `model` lie in."""
+    """Raise a ValueError if a file that weights of `model` are mapped from has changed."""
     files = getattr(model, ATTRIBUTE, None)
     if files is None or not mapped_weights(model):
         return
     for state in files.states:
         if state.changed:
             raise ValueError(
-                f"{state.path.name} changed after it was loaded, and weights are read from it when they are used; load it "
-                "again, with mmap=False if it will change once more."
+                f"{state.path.name} changed after it was loaded, but weights are still read from it on use; load it "
+                "again, with mmap=False if it will keep changing."
             )
 
 

@@ -1,4 +1,4 @@
-"""Files that are there when they are complete, and not before."""
+"""Output files that appear only once they are complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_writable(path: Path) -> None:
-    """Raise an OSError if no file can be made where `path` is."""
+    """Raise an OSError if no file can be written at `path`."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; choose the name of a file.")
     if path.exists() and not path.is_file():
@@ -29,23 +29,23 @@ def check_writable(path: Path) -> None:
 
 
 def temporary_file(path: Path) -> Path:
-    """A new name beside the file that `path` leads to, for what is not complete yet; no program lists models under it."""
-    return target_of(path).with_name(f".{token_hex(4)}.part")  # short: names of files have some 255 bytes at most
+    """A new name next to the file that `path` refers to, for an incomplete file; no program lists it as a model."""
+    return target_of(path).with_name(f".{token_hex(4)}.part")  # short: file names are limited to some 255 bytes
 
 
 def target_of(path: Path) -> Path:
-    """Where `path` leads; unlike `Path.resolve`, links that lead to themselves raise no RuntimeError here."""
+    """The file that `path` refers to; unlike `Path.resolve`, circular links do not raise a RuntimeError."""
     return Path(os.path.realpath(path))
 
 
 @contextmanager
 def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """A temporary file beside `path`: what is written to it takes the place of `path` at the end, and is gone if anything fails.
+    """Yield a temporary file next to `path` that replaces it at the end, or is deleted if anything fails.
 
-    A link stays, and the file that it leads to is replaced.
+    If `path` is a link, the file that it refers to is replaced.
 
     Raises:
-        OSError: `path` cannot be written, the disk is full, or without `overwrite` there is a file by then.
+        OSError: `path` cannot be written, the disk is full, or `overwrite` is False and the file exists by then.
     """
     check_writable(path)
     temporary = temporary_file(path)
@@ -54,13 +54,15 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         yield temporary
         if not overwrite and path.exists():
             raise FileExistsError(
-                f"{path} has been written by another program meanwhile, and stays; choose another name."
+                f"{path} has meanwhile been written by another program, and is kept; choose another name."
             )
         temporary.replace(target_of(path))
-    except OSError as error:  # of what is read for it, too
+    except OSError as error:  # including errors from reading the input
         if error.errno not in NO_ROOM:
             raise
-        raise OSError(f"There is no room for {path} ({error.strerror}); free some, or choose another place.") from error
+        raise OSError(
+            f"There is no room for {path} ({error.strerror}); free some space, or choose another place."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
         UNFINISHED.discard(temporary)
@@ -75,7 +77,7 @@ def remove_unfinished() -> None:
 
 @contextmanager
 def folder(path: Path) -> Iterator[None]:
-    """Have a folder; what had to be made of it and of the folders around it is gone if anything fails."""
+    """Create a folder and its missing parents for the duration; if anything fails, those created are removed again."""
     made = [path, *path.parents]
     there = (i for i, place in enumerate(made) if place.exists())
     made = made[: next(there, len(made))]  # on Windows even a drive may be missing
@@ -84,6 +86,6 @@ def folder(path: Path) -> Iterator[None]:
         yield
     except BaseException:
         for place in made:
-            with suppress(OSError):  # another program has put something there
+            with suppress(OSError):  # another program has put something in it
                 place.rmdir()
         raise

@@ -1,4 +1,4 @@
-"""What the commands need to be installed: a Python without it gets a sentence instead of code."""
+"""Check that the packages the commands need are installed, and report missing ones without a traceback."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 from . import interrupts
 
 NEEDED = ("torch", "safetensors", "einops", "numpy", "psutil", "tqdm", "transformers", "tokenizers", "av", "PIL")
-"""Names that the extra `standalone` of pyproject.toml makes importable."""
+"""Modules that the extra `standalone` of pyproject.toml installs."""
 TRAINING = ("pydantic", "yaml")
-"""What reading a training's file needs besides; `accelerate` and `matplotlib` are asked for when they are used."""
+"""Further modules needed to read a training configuration; `accelerate` and `matplotlib` are checked on use."""
 REMEDY = (
     "run the command in the folder of the pack with ComfyUI's Python (in the portable version "
     r"..\..\..\python_embeded\python.exe -m mochi_core doctor), or install what it needs: "
@@ -19,7 +19,7 @@ REMEDY = (
 
 
 def check(needed: tuple[str, ...] = NEEDED, extra: str = "standalone") -> None:
-    """End this program with a sentence and status 2, if it is one of our commands and this Python lacks a package for it."""
+    """Exit with a one-sentence error and status 2 if this program is one of our commands and this Python lacks a package."""
     missing = [name for name in needed if importlib.util.find_spec(name) is None] if interrupts.is_command() else []
     if missing:
         sys.stderr.write(f"error: {sys.executable} has no {', '.join(missing)}; {REMEDY.format(extra=extra)}\n")

@@ -36,19 +36,19 @@ OFFLOADS = (False, True, "stream")
 
 
 class MochiPipeline(NamedLoras):
-    """The three models of Mochi, run one after the other; without a text encoder, for text that is encoded already.
+    """Mochi's three models, run in turn; the text encoder may be omitted if text is already encoded.
 
-    LoRAs of the denoiser can have names, see `NamedLoras`.
+    LoRAs of the denoiser can be named, see `NamedLoras`.
 
-    Without `offload`, each model works where it is. With it, the models stay on the CPU and only the one at work is on
-    `device`, the denoiser by `offload.offload_modulation`. With "stream", the denoiser has only two of its blocks on `device`,
-    by `offload.stream_blocks`, and the text encoder works on the CPU.
+    Without `offload`, each model runs where it is. With it, the models stay on the CPU and only the one in use is on `device`,
+    the denoiser by `offload.offload_modulation`. With "stream", the denoiser has at most two of its blocks on `device`, by
+    `offload.stream_blocks`, and the text encoder runs on the CPU.
 
-    With `parallel`, the processes that a launcher such as torchrun has started make each video together. All of them call the
-    pipeline with the same arguments and get the videos; the first one alone needs a text encoder.
+    With `parallel`, the processes started by a launcher such as torchrun make each video together. All of them call the pipeline
+    with the same arguments and get the videos; only the first needs a text encoder.
 
     Raises:
-        ValueError: `offload` without `device`, or another way to offload; a device that is not there; `parallel` without a
+        ValueError: `offload` without `device`, or an unknown offload mode; a device that does not exist; `parallel` without a
             launcher, or a plan for another number of processes.
     """
 
@@ -65,19 +65,19 @@ class MochiPipeline(NamedLoras):
     ) -> None:
         """`attention` is one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device.
 
-        `parallel` is a `Plan`, its text, such as "guidance=2,ulysses=4", or "auto" for the one that suits each video.
+        `parallel` is a `Plan`, its text, such as "guidance=2,ulysses=4", or "auto" for one chosen for each video.
         """
         if offload not in OFFLOADS:
             raise ValueError(f"offload is {offload!r}; use one of {', '.join(map(repr, OFFLOADS))}.")
         if offload and device is None:
-            raise ValueError(f"offload={offload!r} needs device=..., the device on which the models take turns.")
+            raise ValueError(f"offload={offload!r} needs device=..., the device on which the models run in turn.")
         check_device("cpu" if device is None else device)
         if getattr(dit, "hf_device_map", None) and (offload or parallel):
             other, reason = ("parallel", "runs in one process") if parallel else ("offload", "stays on its devices")
             raise ValueError(f"device_map and {other} exclude each other: a split model {reason}.")
         super().__init__(dit)
         self.vae, self.text_encoder = vae, text_encoder
-        # Where `device` is the CPU, whole models are there already: a copy of the denoiser's weights would only take memory.
+        # If `device` is the CPU, the models are already there: a copy of the denoiser's weights would only take memory.
         moves = offload == "stream" or (offload and torch.device(device or "cpu").type != "cpu")
         self.work_device = device if moves else None
         self.offload_context = stream_blocks if offload == "stream" else offload_modulation
@@ -117,44 +117,45 @@ class MochiPipeline(NamedLoras):
         negative_prompt_embeds: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
     ) -> Any:
-        """Make one video per prompt, or several.
+        """Make one or several videos per prompt.
 
         Args:
             prompt, negative_prompt: one string, or one per video; an empty negative prompt means no text at all.
             height, width: pixels, multiples of 16.
             num_frames: 6k + 1, played at 30 frames per second.
-            guidance_scale: one number, or one per step; a step with 1 costs one forward instead of two.
-            seed: of the noise, which is made on the CPU: the same seed gives the same video on every device.
+            guidance_scale: one number, or one per step; a step with 1 costs one forward pass instead of two.
+            seed: of the noise, which is generated on the CPU, so that a seed gives the same video on every device.
             latents: (B, 12, T, H, W) starting noise in DiT space, instead of `seed`.
             output_type: "np" for float32 (B, F, H, W, 3) in [0, 1], "pt" for a (B, F, 3, H, W) tensor in [0, 1], "pil" for a
                 list of images per video, "latent" for VAE-space latents (B, 12, T, H, W).
             sigmas: noise levels from 1 down to 0, instead of the linear-quadratic schedule of `num_inference_steps`.
             on_step: called as on_step(step, latents) after each step; returning True stops the run.
-            on_decode: called as on_decode(frames done, frames of all videos), often, while they are decoded.
-            cache: skips blocks where little changes, see `block_cache`.
-            guidance: what is done beside classifier-free guidance, see `guidance`.
-            image, last_image: frames that the video begins and ends with, see `as_frames`; cropped and resized to its size. The
-                last image stands still for 6 frames, which one latent holds; several images are the end of a clip.
-            video: frames to continue instead of `image`; the new video begins with the last `keep` (6k + 1) of them.
-            start_noise, end_noise: 0 keeps the given frames as they are, 1 makes them anew. Weights without noise levels of
-                single frames (`AsymmDiT.has_frame_levels`) have them held, which is inpainting in time: see `sampling.given`.
-            num_videos_per_prompt: videos with noise of their own, those of one prompt one after the other.
-            prompt_embeds, prompt_attention_mask: features (B, L, width) and valid tokens (B, L), as `TextEncoder.encode` gives
-                them, instead of `prompt`; without a mask, all tokens are.
-            negative_prompt_embeds, negative_prompt_attention_mask: the same instead of `negative_prompt`.
+            on_decode: called often during decoding as on_decode(frames done, frames of all videos).
+            cache: skips blocks when little changes, see `block_cache`.
+            guidance: additions to classifier-free guidance, see `guidance`.
+            image, last_image: frames that the video begins and ends with, see `as_frames`; resized and cropped to its size. A
+                single last image is repeated for the 6 frames of one latent; several images are the end of a clip.
+            video: frames to continue, instead of `image`; the new video begins with the last `keep` (6k + 1) of them.
+            start_noise, end_noise: 0 keeps the given frames as they are, 1 regenerates them. If the weights do not support
+                per-frame noise levels (`AsymmDiT.has_frame_levels`), the frames are held (temporal inpainting, see
+                `sampling.given`).
+            num_videos_per_prompt: videos per prompt, each with its own noise; those of one prompt are consecutive.
+            prompt_embeds, prompt_attention_mask: features (B, L, width) and valid tokens (B, L) from `TextEncoder.encode`,
+                instead of `prompt`; without a mask, all tokens are valid.
+            negative_prompt_embeds, negative_prompt_attention_mask: the same, instead of `negative_prompt`.
 
         Returns:
-            The videos, as `output_type` says.
+            The videos, in the form given by `output_type`.
 
         Raises:
-            ValueError: a size that Mochi cannot make, or arguments that do not fit together.
+            ValueError: Mochi cannot make a video of this size, or arguments contradict each other.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; use one of {', '.join(OUTPUT_TYPES)}.")
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt is {num_videos_per_prompt}; use 1 or more.")
         if image is not None and video is not None:
-            raise ValueError("image and video are both given; a video begins with one of them.")
+            raise ValueError("image and video are both given; a video can only begin with one of them.")
         wanted = _given("prompt", prompt, prompt_embeds, prompt_attention_mask)
         size = VideoSize(height, width, num_frames)
         noise = _starting_noise(size.latent_shape(_count(wanted) * num_videos_per_prompt), seed, latents)
@@ -181,14 +182,14 @@ class MochiPipeline(NamedLoras):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files: the first one of several, or the only one."""
+        """Whether this is the process that writes files: the first of several, or the only one."""
         return self.team is None or self.team.world.rank == 0
 
     def _members(self, scales: Sequence[float]) -> Members | None:
         return self.team and self.team.members(guided=any(scale != 1 for scale in scales))
 
     def _encoded(self, given: list[str] | EncodedPrompts, members: Members | None) -> EncodedPrompts:
-        """The given text, encoded by the first member alone."""
+        """The given text, encoded by the first member only."""
         if members is None or isinstance(given, tuple):
             return self._encoded_here(given)
         own = members.world.rank == 0
@@ -200,19 +201,21 @@ class MochiPipeline(NamedLoras):
         if isinstance(given, tuple):
             if (width := given[0].shape[2]) != self.dit.config.text_width:
                 raise ValueError(
-                    f"The text has features of width {width}; this denoiser reads {self.dit.config.text_width}."
+                    f"The text features have width {width}; this denoiser needs {self.dit.config.text_width}."
                 )
             return given
         if self.text_encoder is not None:
             return self.text_encoder.encode(given)
         if any(given):
-            raise ValueError("There is no text encoder here; pass prompt_embeds, or load one with load_text_encoder.")
+            raise ValueError(
+                "This pipeline has no text encoder; pass prompt_embeds, or load one with load_text_encoder."
+            )
         return empty_prompts(len(given), self.dit.config.text_width)
 
     def _given_frames(
         self, size: VideoSize, start: Any, end: Any, keep: int, noise: tuple[float, float], members: Members | None
     ) -> Given | None:
-        """What the video is made from, if anything: `start` and `end` are as `as_frames` takes them, `noise` of each."""
+        """The frames given for the video, if any: `start` and `end` are as for `as_frames`, with the `noise` of each."""
         if start is None and end is None:
             return None
         first, last = (None if frames is None else as_frames(frames) for frames in (start, end))
@@ -221,11 +224,11 @@ class MochiPipeline(NamedLoras):
             given = given_frames(self.encode_frames, size, first, last, **options)
         if members is None:
             return given
-        # Each member may have encoded them a little differently: strips that fit free memory round differently.
+        # Members may have encoded them slightly differently: rounding depends on the strips, and these on free memory.
         return replace(given, latents=members.world.broadcast(given.latents.cpu()))
 
     def encode_frames(self, frames: Tensor, on_progress: OnProgress | None = None) -> Tensor:
-        """Frames (6k + 1, H, W, 3) in [0, 1] to DiT-space latents (1, 12, k + 1, H / 8, W / 8); `on_progress` as in `vae`."""
+        """Frames (6k + 1, H, W, 3) in [0, 1] to DiT-space latents (1, 12, k + 1, H / 8, W / 8); see `AsymmVAE.encode`."""
         video = frames.movedim(-1, 0)[None] * 2 - 1
         return normalize_latents(self.vae.encode(video, on_progress=on_progress).mode().float())
 
@@ -245,12 +248,12 @@ class MochiPipeline(NamedLoras):
 
     @contextmanager
     def working(self, model: AsymmDiT | AsymmVAE | TextEncoder | None) -> Iterator[None]:
-        """Have `model` on the working device for the duration, if the pipeline offloads."""
+        """Keep `model` on the working device for the duration, if the pipeline offloads."""
         if self.work_device is None or model is None:
             yield
             return
         check_mapped_files(model.model if isinstance(model, TextEncoder) else model)
-        model.to("cpu")  # it may have been given on another device
+        model.to("cpu")  # it may have been passed in on another device
         try:
             if isinstance(model, AsymmDiT):
                 with self.offload_context(model, self.work_device):
@@ -269,7 +272,7 @@ class MochiPipeline(NamedLoras):
 def _given(
     name: str, prompt: str | Sequence[str] | None, embeds: Tensor | None, mask: Tensor | None
 ) -> list[str] | EncodedPrompts:
-    """What one prompt argument and its encoded form say: texts, or features and the mask of their valid tokens."""
+    """Resolve a prompt argument and its encoded form to texts, or to features and the mask of their valid tokens."""
     if embeds is not None:
         if prompt:
             raise ValueError(f"{name} and {name}_embeds are both given; pass one of them.")
@@ -283,7 +286,7 @@ def _given(
         raise ValueError(f"{name}_attention_mask is for {name}_embeds, which are not given.")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if not prompts:
-        raise ValueError(f"There is no {name}; pass one text, or a list of one or more.")
+        raise ValueError(f"There is no {name}; pass a string, or a list of one or more.")
     return prompts
 
 
@@ -292,13 +295,13 @@ def _count(given: list[str] | EncodedPrompts) -> int:
 
 
 def _repeated(encoded: EncodedPrompts, count: int) -> EncodedPrompts:
-    """`count` of each of several prompts, one after the other; a single one goes to all videos."""
+    """Repeat each of several prompts `count` times, consecutively; a single one applies to all videos as is."""
     embeds, mask = encoded
     return encoded if len(embeds) == 1 else (embeds.repeat_interleave(count, 0), mask.repeat_interleave(count, 0))
 
 
 def _starting_noise(shape: tuple[int, ...], seed: int, latents: Tensor | None) -> Tensor:
-    """The given `latents`, if they have the shape of the videos, or the noise of `seed`."""
+    """The given `latents`, which must have this shape, or noise from `seed`."""
     if latents is None:
         return initial_noise(shape, seed)
     if latents.shape != shape:
@@ -307,5 +310,5 @@ def _starting_noise(shape: tuple[int, ...], seed: int, latents: Tensor | None) -
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Standard normal float32 noise from a generator of its own on the CPU."""
+    """Standard normal float32 noise from a separate CPU generator."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Long videos in rounds: each continues the last frames of the one before, so that no more is made at once than fits."""
+"""Long videos in rounds: each continues the previous one's last frames, so that no more is made at once than fits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .sampling.image_to_video import kept_frames
 
 Frames = NDArray[np.floating]
 MOST_ROUNDS = 10_000
-"""Far above what anybody makes: 14 hours in rounds of 163 frames that keep 13."""
+"""Far more than anybody needs: 14 hours in rounds of 163 frames that keep 13."""
 
 
 def round_sizes(num_frames: int, at_once: int, keep: int) -> list[int]:
-    """Frames of each round of a video of `num_frames`, at most `at_once`; from the second on, those that are kept included.
+    """Frames in each round of a video of `num_frames`, at most `at_once`; from the second round on, this includes those kept.
 
     Raises:
-        ValueError: a number of frames that is not 6k + 1, a round in which nothing would be new, or more than `MOST_ROUNDS`.
+        ValueError: a number of frames is not 6k + 1, rounds would have no new frames, or there would be more than `MOST_ROUNDS`.
     """
     for frames in (num_frames, at_once):
         if problem := frames_problem(frames):
@@ -29,12 +29,12 @@ def round_sizes(num_frames: int, at_once: int, keep: int) -> list[int]:
     if num_frames > at_once and kept == at_once:
         fewer = f"keep {at_once - TEMPORAL_COMPRESSION}, or " if at_once > TEMPORAL_COMPRESSION else ""
         raise ValueError(
-            f"Rounds of {at_once} frames that keep {keep} have no room for new ones; {fewer}take rounds of "
+            f"Rounds of {at_once} frames that keep {keep} have no room for new ones; {fewer}use rounds of "
             f"{kept_frames(keep, keep) + TEMPORAL_COMPRESSION} frames or more."
         )
     if num_frames > at_once + (MOST_ROUNDS - 1) * (at_once - kept):
         raise ValueError(
-            f"{num_frames} frames are more than {MOST_ROUNDS:,} rounds of {at_once} that keep {kept} make; take longer rounds, "
+            f"{num_frames} frames are more than {MOST_ROUNDS:,} rounds of {at_once} that keep {kept} make; use longer rounds, "
             "or make a shorter video."
         )
     sizes, made = [min(num_frames, at_once)], min(num_frames, at_once)
@@ -58,12 +58,12 @@ def in_rounds(
     start_noise: float = 0.0,
     **arguments: Any,
 ) -> Frames:
-    """One video (F, H, W, 3) in [0, 1] of `num_frames`, in rounds of at most `at_once` frames.
+    """Make one video (F, H, W, 3) in [0, 1] of `num_frames`, in rounds of at most `at_once` frames.
 
-    The first round begins with `image` or `video`, the last one ends with `last_image`, and each other one continues the last
-    `keep` frames of the one before, with the next seed. All other arguments are those of a `MochiPipeline`, for one video.
-    `start_noise` is of the frames that the first round begins with; what later ones keep is in the video as it was made, so they
-    get none, or the new frames would continue others.
+    The first round begins with `image` or `video`, the last one ends with `last_image`, and every later round continues the last
+    `keep` frames of the previous one, with the next seed. All other arguments are those of a `MochiPipeline`, for one video.
+    `start_noise` applies only to the frames that the first round begins with: frames kept by later rounds are already in the
+    video, and with noise the new frames would continue different ones.
 
     Raises:
         ValueError: see `round_sizes` and `MochiPipeline`.
@@ -79,7 +79,7 @@ def in_rounds(
 
 
 def continued(video: NDArray[np.uint8] | None, made: Frames, keep: int) -> NDArray[np.uint8] | Frames:
-    """A given video (F, H, W, 3), if there is one, and the frames that continue it; `made` begins with its last ones."""
+    """Append the frames that continue a given video (F, H, W, 3), if there is one, to it; `made` begins with its last ones."""
     if video is None:
         return made
     new = made[kept_frames(len(video), keep) :]

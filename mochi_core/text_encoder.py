@@ -1,7 +1,7 @@
 """Prompts to T5 features, with the T5 encoder of `transformers`.
 
-This is the only file of the core that uses `transformers`, and it imports it when a text encoder is loaded: that takes
-seconds, which the rest of the core should not cost.
+This is the only file of the core that uses `transformers`. It imports it only when a text encoder is loaded, because that takes
+seconds.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 MAX_CHARACTERS = 20_000
-"""Length up to which all of a prompt becomes tokens: one of T5 has 16 characters at most, and a megabyte takes ten seconds."""
+"""Prompts are tokenized up to this length: a T5 token has at most 16 characters, and tokenizing a megabyte takes ten seconds."""
 LINE = 120
-"""Characters of a prompt that a warning quotes at most."""
+"""Most characters of a prompt that a warning quotes."""
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 Token = TypeVar("Token")
 
 
 def cut_text(prompt: str) -> tuple[str, str]:
-    """The beginning of a prompt, which is all of it unless it is very long, and the rest; they are parted at a space if possible.
+    """Split a prompt into its beginning, which is all of it unless it is very long, and the rest; at a space if possible.
 
     Raises:
-        ValueError: a half of a surrogate pair, which T5 cannot read.
+        ValueError: the prompt contains a lone surrogate, which T5 cannot read.
     """
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        half = f"half of a character, U+{ord(prompt[error.start]):04X}, at place {error.start + 1}"
+        half = f"half of a character, U+{ord(prompt[error.start]):04X}, at position {error.start + 1}"
         raise ValueError(f"The prompt has {half}; delete it, or write the whole character.") from None
     if len(prompt) <= MAX_CHARACTERS:
         return prompt, ""
-    text = " ".join(prompt.split())  # runs of spaces are one to T5
+    text = " ".join(prompt.split())  # T5 treats a run of spaces as one
     end = len(text) if len(text) <= MAX_CHARACTERS else max(text.rfind(" ", 0, MAX_CHARACTERS), 0) or MAX_CHARACTERS
     return text[:end], text[end:]
 
@@ -54,10 +54,10 @@ def cut_text(prompt: str) -> tuple[str, str]:
 def cut_tokens(
     tokens: list[Token], decode: Callable[[list[Token]], str], rest: str = ""
 ) -> tuple[list[Token], str | None]:
-    """The first 255 tokens of a prompt of more than 256, and the last one, which is T5's end token.
+    """Cut a prompt of more than 256 tokens to the first 255 and the last one, which is T5's end token.
 
-    A second result is a warning that quotes what was cut off, as `decode` spells it, and `rest`, which never became tokens;
-    None if nothing was.
+    Also returns a warning that quotes what was cut off, the tokens decoded by `decode` and the untokenized `rest`, or None if
+    nothing was.
     """
     if len(tokens) <= MAX_TEXT_TOKENS and not rest:
         return tokens, None
@@ -68,11 +68,11 @@ def cut_tokens(
     )
     count = f"more than {len(tokens)}" if rest else len(tokens)
     quote = _shortened((decode(lost) if lost else "") + rest)
-    return kept + end, f"The prompt has {count} tokens and Mochi reads {MAX_TEXT_TOKENS}; cut off: “{quote}”"
+    return kept + end, f"The prompt has {count} tokens, but Mochi reads {MAX_TEXT_TOKENS}; cut off: “{quote}”"
 
 
 def _shortened(text: str) -> str:
-    """Text as at most a line: where it is longer, its beginning and its end."""
+    """Text shortened to a line: only the beginning and the end if it is longer."""
     begin, end = (" ".join(part.split()) for part in (text[:LINE], text[-LINE:]))
     line = f"{begin[: LINE // 2]} ... {end[-LINE // 2 :]}" if len(text) > LINE else begin
     return shown(line, 2 * LINE)
@@ -83,7 +83,7 @@ def empty_prompts(
 ) -> tuple[Tensor, Tensor]:
     """Features of empty prompts, (count, 256, width) zeros, and their mask of valid tokens, (count, 256) bool, all False.
 
-    Genmo's pipeline zeroes both, the end token included (genmoai/mochi, mochi_preview/pipelines.py).
+    Genmo's pipeline zeroes both, including the end token (genmoai/mochi, mochi_preview/pipelines.py).
     """
     embeds = torch.zeros(count, MAX_TEXT_TOKENS, width, dtype=dtype, device=device)
     return embeds, torch.zeros(count, MAX_TEXT_TOKENS, dtype=torch.bool, device=device)
@@ -98,10 +98,10 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Features of each prompt as Mochi was trained with them, on the device of the model.
+        """Features of each prompt as Mochi was trained with, on the device of the model.
 
         An empty prompt has no valid token, not even T5's end token. A prompt of more than 256 tokens is cut, with a warning
-        that quotes what was lost.
+        that quotes what was cut off.
 
         Returns:
             (B, 256, width) features, zero where no token is valid, and the (B, 256) bool mask of valid tokens.
@@ -119,9 +119,9 @@ class TextEncoder:
         return embeds, mask
 
     def tokenize(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, at most 256, the end token last; a warning quotes what was cut off."""
+        """Token ids of a prompt, at most 256, with the end token last; a warning quotes what was cut off."""
         text, rest = cut_text(prompt)
-        ids = self.tokenizer(text, verbose=False).input_ids  # or transformers warns of what is cut here
+        ids = self.tokenizer(text, verbose=False).input_ids  # verbose, transformers would warn about the length itself
         ids, warning = cut_tokens(ids, lambda lost: str(self.tokenizer.decode(lost)), rest)
         if warning:
             warnings.warn(warning, stacklevel=3)
@@ -144,13 +144,13 @@ def load_text_encoder(
     """Load a T5 encoder of any size from a file or a (sharded) folder.
 
     Args:
-        path: weights, in Hugging Face's names.
-        tokenizer: tokenizer file, or folder with one; by default looked for beside the weights.
+        path: weights; any layout that `open_part` reads.
+        tokenizer: tokenizer file, or folder with one; by default searched for next to the weights.
         dtype: T5 overflows in float16 on some prompts; Genmo runs it in float32.
         mmap: as for `load_transformer`.
 
     Raises:
-        ValueError: the weights are not those of a T5 encoder, or there is no tokenizer or no such device.
+        ValueError: the weights are not those of a T5 encoder, there is no tokenizer, or the device does not exist.
     """
     from transformers.models.auto.tokenization_auto import AutoTokenizer
     from transformers.models.t5.configuration_t5 import T5Config
@@ -167,7 +167,7 @@ def load_text_encoder(
 
 
 def find_tokenizer(path: str | Path, tokenizer: str | Path | None = None) -> Path:
-    """The folder of a T5 tokenizer: as named, or beside the weights at `path`; ValueError if there is none."""
+    """The folder of a T5 tokenizer: the given one, or one near the weights at `path`; ValueError if there is none."""
     weights = Path(path)
     if tokenizer is None:
         beside = weights if weights.is_dir() else weights.parent
@@ -179,6 +179,6 @@ def find_tokenizer(path: str | Path, tokenizer: str | Path | None = None) -> Pat
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             return folder
     raise ValueError(
-        f"There is no T5 tokenizer in {', '.join(map(str, places))}; pass tokenizer=... with a folder that holds "
+        f"There is no T5 tokenizer in {', '.join(map(str, places))}; pass tokenizer=... with a folder that contains "
         "tokenizer.json, for example comfy/text_encoders/t5_tokenizer inside ComfyUI."
     )
