@@ -1,1 +1,1 @@
-"""AsymmVAE, the autoencoder of Mochi 1: both halves, streaming and the scales of its latents."""
+"""AsymmVAE, Mochi 1's autoencoder: encoder, decoder, streaming and latent scaling."""

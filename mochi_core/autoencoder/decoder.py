@@ -1,4 +1,4 @@
-"""The half of the autoencoder that makes video from latents. Parameter names are those of Genmo's checkpoints."""
+"""The decoder half of the autoencoder: latents to video. Parameter names are those of Genmo's checkpoints."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class DecoderStage(nn.Module):
         super().__init__()
         self.temporal_expansion, self.spatial_expansion = expansion
         unfolded = channels[1] * self.temporal_expansion * self.spatial_expansion**2
-        self.expansion = unfolded / channels[0]  # values that the projection makes of one
+        self.expansion = unfolded / channels[0]  # output values of the projection per input value
         self.blocks = nn.Sequential(*(ResBlock(channels[0], ops=ops, **factory) for _ in range(num_blocks)))
         self.proj = ops.Linear(channels[0], unfolded, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) to (B, C', t(T - 1) + 1, sH, sW), t and s being the expansions in time and space."""
+        """(B, C, T, H, W) to (B, C', t(T - 1) + 1, sH, sW), where t and s are the temporal and spatial expansions."""
         x = self.blocks(x)  # (B, C, T, H, W)
         x = self.unfold(x)  # (B, C', tT, sH, sW)
         return x[:, :, self.surplus :]  # (B, C', t(T - 1) + 1, sH, sW)
@@ -45,7 +45,7 @@ class DecoderStage(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to video, plain and differentiable; `AsymmVAE.decode` gives the same in bounded memory."""
+    """Latents to video, plain and differentiable; `AsymmVAE.decode` gives the same result in bounded memory."""
 
     def __init__(self, config: AsymmVAEConfig, *, ops: Ops, **factory: Any) -> None:
         super().__init__()

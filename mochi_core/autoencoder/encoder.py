@@ -1,4 +1,4 @@
-"""The half of the autoencoder that makes latents from video. Parameter names are those of Genmo's checkpoints."""
+"""The encoder half of the autoencoder: video to latents. Parameter names are those of Genmo's checkpoints."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FOURIER_CHANNELS = RGB * (1 + 2 * len(FOURIER_EXPONENTS))
 def fourier_features(video: Tensor) -> Tensor:
     """(B, 3, F, H, W) to (B, 15, F, H, W), at least in float32: the pixels, then their sines, then their cosines.
 
-    The frequencies 2^6 and 2^7 turns per unit leave nothing of a pixel that was rounded to 16 bits.
+    At 2^6 and 2^7 cycles per unit, a pixel rounded to 16 bits has lost all phase information.
     """
     video = video.to(torch.promote_types(video.dtype, torch.float32))
-    # Numbers, not a tensor of them: bringing that to a GPU would wait until all earlier work there is done.
+    # Python numbers, not a tensor: copying one to a GPU would wait until all work queued there is done.
     angles = [video * (2.0**exponent * 2 * math.pi) for exponent in FOURIER_EXPONENTS]
     angles = rearrange(angles, "k b c f h w -> b (c k) f h w")
     return torch.cat((video, angles.sin(), angles.cos()), dim=1)
@@ -50,7 +50,7 @@ class EncoderStage(nn.Module):
         return cast("nn.Conv3d", self.layers[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, t(T - 1) + 1, sH, sW) to (B, C', T, H, W), t and s being the reductions in time and space."""
+        """(B, C, t(T - 1) + 1, sH, sW) to (B, C', T, H, W), where t and s are the temporal and spatial reductions."""
         _, *blocks = self.layers
         before = self.down.kernel_size[0] - 1
         x = F.pad(x, (0, 0, 0, 0, before, 0), mode="replicate")  # (B, C, tT, sH, sW)
@@ -61,7 +61,7 @@ class EncoderStage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Video to the moments of its latents, plain and differentiable; `AsymmVAE.encode` gives the same in bounded memory."""
+    """Video to latent moments, plain and differentiable; `AsymmVAE.encode` gives the same result in bounded memory."""
 
     def __init__(self, config: AsymmVAEConfig, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """Video (B, 3, 6(T - 1) + 1, 8H, 8W) in [-1, 1] to moments (B, 2 * 12, T, H, W): means, then log-variances.
 
-        Video is best given in float32, whatever the dtype of the weights, see `fourier_features`.
+        Pass video in float32 whatever the dtype of the weights; see `fourier_features`.
         """
         proj_in, *blocks_and_stages = self.layers
         features = fourier_features(video).to(self.output_norm.weight.dtype)  # (B, 15, 6T - 5, 8H, 8W)

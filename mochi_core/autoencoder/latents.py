@@ -1,4 +1,4 @@
-"""The two scales of the latents.
+"""The two scalings of the latents.
 
 The autoencoder works in VAE space, the denoiser in DiT space: VAE space = DiT space * std + mean, per channel.
 """
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..geometry import LATENT_CHANNELS
 
-# Source: genmoai/mochi, src/genmo/mochi_preview/vae/vae_stats.py; equal in the config.json of diffusers' AutoencoderKLMochi and
-# in ComfyUI's latent_formats.Mochi.
+# Source: genmoai/mochi, src/genmo/mochi_preview/vae/vae_stats.py; the same in the config.json of diffusers' AutoencoderKLMochi
+# and in ComfyUI's latent_formats.Mochi.
 LATENTS_MEAN = (
     -0.06730895953510081, -0.038011381506090416, -0.07477820912866141, -0.05565264470995561,
     0.012767231469026969, -0.04703542746246419, 0.043896967884726704, -0.09346305707025976,
@@ -26,24 +26,24 @@ LATENTS_STD = (
 
 
 def shape_problem(shape: Sequence[int], channels: int = LATENT_CHANNELS) -> str | None:
-    """Why latents of this shape are none of Mochi's, (B, 12, T, H, W) with at least one of each, or None if they are."""
+    """Error message if this is not a shape of Mochi latents, (B, 12, T, H, W) with no dimension empty, else None."""
     if len(shape) == 5 and shape[1] == channels and 0 not in shape:
         return None
     return f"latents have shape {(*shape,)}, but Mochi's are (batch, {channels}, T, H, W) with at least one of each."
 
 
 def latents_problem(latents: Tensor, channels: int = LATENT_CHANNELS) -> str | None:
-    """Why `latents` are none of Mochi's, which are finite (B, 12, T, H, W) with at least one of each, or None if they are.
+    """Error message if `latents` are not finite floats of shape (B, 12, T, H, W) with no dimension empty, else None.
 
-    One number that is not finite is enough to make a whole video of them, in the denoiser and in the autoencoder.
+    A single non-finite value spreads to the whole video, in the denoiser as in the autoencoder.
     """
     if problem := shape_problem(latents.shape, channels):
         return problem
     if not latents.is_floating_point():
-        return f"latents are {str(latents.dtype).removeprefix('torch.')}, but they have to be real numbers, such as float32."
+        return f"latents are {str(latents.dtype).removeprefix('torch.')}, but must be floating point, such as float32."
     if bad := latents.numel() - int(latents.isfinite().sum()):
         return (
-            f"latents hold {bad} values of {latents.numel()} that are infinite or not a number, which would spoil the whole "
+            f"latents contain {bad} infinite or NaN values out of {latents.numel()}, which would spoil the whole "
             "video; make them again, in bf16 or fp32 if it was fp16."
         )
     return None

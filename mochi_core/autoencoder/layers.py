@@ -1,6 +1,6 @@
 """Blocks of the autoencoder, causal in time: residual block and temporal attention. Clips are (B, C, T, H, W).
 
-Parameter names are those of Genmo's checkpoints. How the blocks take a clip in pieces stands in steps.py.
+Parameter names are those of Genmo's checkpoints. steps.py runs the blocks on a clip piece by piece.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from ..ops import Ops
 
 # Source of both: genmoai/mochi, src/genmo/mochi_preview/vae/models.py (GroupNormSpatial, ResBlock).
 NORM_GROUPS = 32
-# CUDA refuses attention over more batch entries than fit a 16-bit grid, and every pixel is one; Genmo's code splits at the
-# same number (there, too).
+# CUDA rejects attention over more batch entries than fit a 16-bit grid dimension, and every pixel is a batch entry; Genmo's code
+# in the same file splits at the same number.
 MAX_ATTENTION_BATCH = 2**15
 CONV_SIZE = 3
 RGB = 3
 
 
 def frame_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Group norm of x (B, C, T, H, W) with the statistics of each frame alone."""
+    """Group norm of x (B, C, T, H, W) with per-frame statistics."""
     frames = norm(x.transpose(1, 2).flatten(0, 1))  # (B * T, C, H, W)
     return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 def causal_conv(conv: nn.Module, x: Tensor) -> Tensor:
-    """3 x 3 x 3 convolution that never sees later frames, (B, C, T, H, W) to the same shape.
+    """3 x 3 x 3 convolution that never sees later frames; (B, C, T, H, W) to the same shape.
 
-    Padding repeats the border in space and the first frame in time.
+    Padding replicates the border in space and the first frame in time.
     """
     return convolve(conv, F.pad(x, (1, 1, 1, 1, CONV_SIZE - 1, 0), mode="replicate"))
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """The 3 x 3 x 3 convolution of a padded clip, (B, C, 2 + T, 2 + H, 2 + W) to (B, C', T, H, W).
+    """3 x 3 x 3 convolution of a padded clip, (B, C, 2 + T, 2 + H, 2 + W) to (B, C', T, H, W).
 
-    Where PyTorch would unfold it, it is one of two dimensions for each frame, in which three frames are channels side by side. A
-    host's own class has its own way round.
+    Where PyTorch would unfold the input, each output frame is computed by a 2D convolution with its three input frames stacked as
+    channels. A host's own Conv3d subclass is called as is: it has its own workaround.
     """
     if type(conv) is not nn.Conv3d or not unfolds_conv3d(x):
         return conv(x)
@@ -54,16 +54,16 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def unfolds_conv3d(x: Tensor) -> bool:
-    """Whether PyTorch takes 3D convolutions of `x` away from cuDNN, and copies every value 27 times instead."""
+    """Whether PyTorch bypasses cuDNN for 3D convolutions of `x` and copies every value 27 times instead."""
     return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and leaves_out_cudnn()
 
 
 @cache
 def leaves_out_cudnn() -> bool:
-    """Whether this is a PyTorch that does so, because some cuDNN computed wrong results of very large inputs in 16 bits.
+    """Whether this PyTorch bypasses cuDNN in 16 bits, because some cuDNN versions get very large inputs wrong.
 
-    PyTorch 2.9.0 does it with cuDNN 9.8 and all later ones (pull request 163581), later ones up to cuDNN 9.14 (166480); issue
-    166643 has what it costs.
+    PyTorch 2.9.0 does so with cuDNN 9.8 and later (pull request 163581), later releases with cuDNN 9.8 to 9.14 (166480); issue
+    166643 reports the cost.
     """
     release = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:3])
     cudnn = 0 if torch.version.hip else torch.backends.cudnn.version() or 0
@@ -71,12 +71,12 @@ def leaves_out_cudnn() -> bool:
 
 
 def pointwise(linear: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer over the channels of x, (B, C, ...) to (B, C', ...)."""
+    """Linear layer over the channels of x, (B, C, ...) to (B, C', ...)."""
     return linear(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class ResBlock(nn.Module):
-    """Two normed causal convolutions around a skip, optionally followed by temporal attention."""
+    """Two causal convolutions with norms and a skip connection, optionally followed by temporal attention."""
 
     def __init__(self, channels: int, head_dim: int | None = None, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class ResBlock(nn.Module):
 
 
 class TemporalAttentionBlock(nn.Module):
-    """Each pixel attends to itself in this and earlier frames; added to the input."""
+    """Each pixel attends to itself in this and earlier frames; the result is added to the input."""
 
     def __init__(self, channels: int, head_dim: int, *, ops: Ops, **factory: Any) -> None:
         super().__init__()

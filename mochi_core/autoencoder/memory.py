@@ -1,4 +1,4 @@
-"""What streaming a clip through one half of the autoencoder will take: bytes, and units of progress."""
+"""Estimates for streaming a clip through the encoder or decoder: bytes, and units of progress."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from ..config import AsymmVAEConfig
 from .layers import CONV_SIZE
 from .plan import MemoryEstimate
 
-CACHED_PER_BLOCK = 2 * (CONV_SIZE - 1)  # frames: each of two convolutions remembers as many
-FRAMES_AT_WORK = 3  # of a residual block: input, hidden, output
+CACHED_PER_BLOCK = 2 * (CONV_SIZE - 1)  # frames: each of the two convolutions caches CONV_SIZE - 1
+FRAMES_AT_WORK = 3  # in a residual block: input, hidden, output
 
 
 class EncoderLevel(NamedTuple):
@@ -21,12 +21,12 @@ class EncoderLevel(NamedTuple):
     reduction: int
     """Frames that become one after these blocks."""
     pixels: int
-    """Values of one channel of one frame."""
+    """Pixels per frame at this level."""
     frames: int
 
 
 def decoder_memory_estimate(config: AsymmVAEConfig, height: int, width: int, itemsize: int) -> MemoryEstimate:
-    """Bytes to decode latents of `height` rows and `width` columns, whatever their number."""
+    """Bytes to decode any number of latent frames of `height` rows and `width` columns."""
     pixels = height * width
     head, *counts = config.decoder_blocks
     cached, widest, waiting = head * config.decoder_channels[0] * pixels, 0, 0
@@ -41,11 +41,11 @@ def decoder_memory_estimate(config: AsymmVAEConfig, height: int, width: int, ite
 def encoder_memory_estimate(
     config: AsymmVAEConfig, frames: int, height: int, width: int, itemsize: int
 ) -> MemoryEstimate:
-    """Bytes to encode a video; the clip that gathers for temporal attention grows with its length."""
+    """Bytes to encode a video; the clip collected for temporal attention grows with the video's length."""
     cached = widest = waiting = gathered = 0
     for level in _encoder_levels(config, frames, height, width):
         frame = level.channels * level.pixels
-        # Where a clip gathers behind every block, the caches of the block before are gone.
+        # Where the clip is collected after every block, the previous block's caches are already freed.
         cached, widest = cached + (1 if level.attends else level.blocks) * frame, max(widest, frame)
         waiting, gathered = waiting + level.reduction * frame, max(gathered, level.attends * frame * level.frames)
     convolutions = _block_memory(cached, widest, waiting, itemsize)
@@ -53,14 +53,14 @@ def encoder_memory_estimate(
 
 
 def encoder_progress_units(config: AsymmVAEConfig, frames: int) -> int:
-    """Frames in front of all steps that take the whole clip, and latent frames at the end."""
+    """Frames collected before each step that takes the whole clip, plus the latent frames at the end."""
     levels = _encoder_levels(config, frames, 1, 1)
     return sum(level.blocks * level.attends * level.frames for level in levels) + levels[-1].frames
 
 
 def _block_memory(cached: int, widest: int, waiting: int, itemsize: int) -> MemoryEstimate:
-    """Memory of residual blocks from values: in a frame of each, in a frame of the widest, and waiting between stages."""
-    # While a block makes its next caches, its present ones still exist.
+    """Memory of residual blocks; arguments count values: one frame of every block, one of the widest, waiting between stages."""
+    # While a block computes its next caches, its current ones still exist.
     caches, frames = CACHED_PER_BLOCK * (cached + widest), FRAMES_AT_WORK * widest + waiting
     return MemoryEstimate(caches * itemsize, frames * itemsize)
 

@@ -1,8 +1,8 @@
-"""AsymmVAE, the autoencoder of Mochi 1: 8 x 8 pixels and 6 frames per latent.
+"""AsymmVAE, Mochi 1's autoencoder: 8 x 8 pixels and 6 frames per latent.
 
 Video is (B, 3, F, 8H, 8W) with F = 6(T - 1) + 1, nominally in [-1, 1]; latents are (B, 12, T, H, W) in VAE space (see
-latents.py). Both halves are causal in time and stream: memory depends on the size of a frame, and the result equals that
-of one pass over the whole clip.
+latents.py). Both halves are causal in time and stream: memory depends on the frame size, and the result equals that of one
+pass over the whole clip.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from .streaming import OomRetry, OutOfMemory, Step, release_pinned_memory, strea
 LOGVAR_RANGE = (-30.0, 20.0)
 
 OnProgress = Callable[[int, int], object]
-"""Called with the work done and the whole of it, in frames, before every step; what it raises ends the work."""
+"""Called before every step with the frames done and the total; raise an exception in it to stop."""
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """What the encoder knows of the latents, in VAE space: a Gaussian per value, both tensors (B, 12, T, H, W)."""
+    """Distribution of the latents in VAE space, one Gaussian per value; both tensors are (B, 12, T, H, W)."""
 
     mean: Tensor
     logvar: Tensor
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> Posterior:
-        """Split what an `Encoder` returns, (B, 2 * 12, T, H, W)."""
+        """Split an `Encoder`'s output (B, 2 * 12, T, H, W)."""
         return cls(*moments.chunk(2, dim=1))
 
     def mode(self) -> Tensor:
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw latents; the noise is made on the CPU in float32, so that a seed means the same on every device."""
+        """Draw latents; the noise is generated on the CPU in float32, so that a seed gives the same on every device."""
         noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
         return self.mean + noise * (0.5 * self.logvar.clamp(*LOGVAR_RANGE)).exp()
 
 
 class AsymmVAE(nn.Module):
-    """Encoder and decoder; a file may bring only one of them.
+    """Encoder and decoder; either may be missing, as in a file that holds only one.
 
     `encode` and `decode` stream without gradients; `forward`, `encoder(video)` and `decoder(latents)` are the plain network,
     with gradients and all frames of a layer at once.
@@ -79,7 +79,7 @@ class AsymmVAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are and `encode` and `decode` compute in; a subclass whose layers cast weights gives another."""
+        """Dtype of the weights, in which `encode` and `decode` compute; overridden by a subclass whose layers cast weights."""
         return next(self.parameters()).dtype
 
     def forward(self, video: Tensor) -> Tensor:
@@ -99,14 +99,14 @@ class AsymmVAE(nn.Module):
         """Latents (B, 12, T, H, W) to video (B, 3, 6(T - 1) + 1, 8H, 8W), not clamped, on the device of `latents`.
 
         Args:
-            memory_limit: bytes to use on the device besides weights and output; None for what is free. The video is the same
-                with any; less is slower, and some whole frames are held in any case.
-            on_progress: called often, with finished and all frames; what it raises ends the decode.
+            memory_limit: bytes to use on the device besides weights and output; None for all that is free. It does not change the
+                video; a lower limit is slower, and a few whole frames are held in any case.
+            on_progress: called often with the finished and the total frames; raise an exception in it to stop.
             out: write into this tensor, on any device, instead of a new one.
-            device: where to work; by default where the weights are.
+            device: where to compute; by default where the weights are.
 
         Raises:
-            ValueError: the model has no decoder, or `latents` has another shape, no rows, or values that are not finite.
+            ValueError: the model has no decoder, or `latents` has the wrong shape, an empty dimension or non-finite values.
             OutOfMemory: not even one row of a frame at a time fits.
         """
         self.check_decoder(latents.shape)
@@ -126,15 +126,15 @@ class AsymmVAE(nn.Module):
         on_progress: OnProgress | None = None,
         device: torch.device | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the decoded video in pieces (B, 3, f, 8H, 8W) as they are finished, on the device where it works.
+        """Yield the decoded video in pieces (B, 3, f, 8H, 8W) as they are finished, on the device that computes them.
 
-        The arguments are those of `decode`, and so are the errors.
+        Arguments and errors are those of `decode`.
         """
         decoder = self.check_decoder(latents.shape)
         if problem := latents_problem(latents, self.config.latent_channels):
             raise ValueError(problem)
         height, width = latents.shape[3:]
-        # A batch is as one latent of values that are so many times as large.
+        # For memory, a batch of n is one latent whose values are n times as large.
         estimate = decoder_memory_estimate(self.config, height, width, len(latents) * self.dtype.itemsize)
         on_step = _on_step(on_progress, self.decoded_shape(latents.shape)[2])
         device = device or self._home()
@@ -149,8 +149,8 @@ class AsymmVAE(nn.Module):
     ) -> Posterior:
         """Video (B, 3, 6k + 1, 8H, 8W) in [-1, 1] to the `Posterior` of its latents, on the device of `video`.
 
-        The arguments are those of `decode`, but `on_progress` counts frames in front of every attention, too. Attention in time
-        needs the features of all frames of one layer at a time; they gather in main memory if the device has no room for them.
+        Arguments are those of `decode`, but `on_progress` also counts the frames before every attention layer. Temporal attention
+        needs a layer's features of all frames at once; they are collected in main memory if the device has no room for them.
 
         Raises:
             ValueError: the model has no encoder, or the video's size does not fit it.
@@ -170,18 +170,18 @@ class AsymmVAE(nn.Module):
         return next(self.parameters()).device
 
     def encoder_steps(self, encoder: Encoder) -> list[Step]:
-        """The steps that `encode` sends a video through."""
+        """The steps that `encode` runs a video through."""
         return encoder_steps(encoder, self.dtype)
 
     def decoded_shape(self, shape: Sequence[int]) -> tuple[int, int, int, int, int]:
-        """(B, 3, F, 8H, 8W) of the video of latents (B, 12, T, H, W)."""
+        """Shape (B, 3, F, 8H, 8W) of the video decoded from latents (B, 12, T, H, W)."""
         batch, _, latents, height, width = shape
         frames = math.prod(self.config.temporal_expansions) * (latents - 1) + 1
         scale = math.prod(self.config.spatial_expansions)
         return batch, RGB, frames, height * scale, width * scale
 
     def check_decoder(self, shape: Sequence[int]) -> Decoder:
-        """The decoder, if there is one and latents of that shape fit it; ValueError otherwise."""
+        """The decoder; ValueError if there is none or latents of that shape do not fit it."""
         if self.decoder is None:
             raise ValueError(
                 "This autoencoder has no decoder; load a file that has one, such as mochi_vae.safetensors."
@@ -192,7 +192,7 @@ class AsymmVAE(nn.Module):
         return self.decoder
 
     def check_encoder(self, video: Tensor) -> Encoder:
-        """The encoder, if there is one and `video` fits it; ValueError otherwise."""
+        """The encoder; ValueError if there is none or `video` does not fit it."""
         if self.encoder is None:
             raise ValueError(
                 "This autoencoder has no encoder; load a file that has one, such as mochi_vae.safetensors."
@@ -219,7 +219,7 @@ def _stream_clip(
     on_step: Callable[[int], object],
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """Pieces of what the steps make of a clip, in order."""
+    """Run a clip through the steps and yield pieces of the result in order."""
     limit = free_memory(device) if memory_limit is None else memory_limit
     retry = OomRetry(estimate.choose_plan(limit, device), on_step)
     try:
@@ -234,22 +234,22 @@ def _stream_clip(
 
 
 def _shortage(shape: Sequence[int], needed: int, available: int, reason: str) -> str:
-    """The sentence for a clip of that shape that did not fit; `needed` and `available` are bytes."""
+    """Error message for a clip of that shape that did not fit; `needed` and `available` are bytes."""
     request = re.search(r"allocate (\d[\d.]* \w+)", reason)
-    asked = f", and {request[1]} could not be had" if request else ""
-    missing = f", {(needed - available) / GIB:.2f} GiB more than there is" if needed > available else ""
+    asked = f", and {request[1]} could not be allocated" if request else ""
+    missing = f", {(needed - available) / GIB:.2f} GiB more than is free" if needed > available else ""
     unit = "pixels" if shape[1] == RGB else "latents"
     return (
         f"Out of memory: frames of {shape[3]} x {shape[4]} {unit} need {needed / GIB:.2f} GiB besides the weights even one row "
-        f"at a time{missing}{asked}; make the video smaller or close what else uses the device."
+        f"at a time{missing}{asked}; make the video smaller or close other programs that use the device."
     )
 
 
 def _on_step(on_progress: OnProgress | None, units: int) -> Callable[[int], object]:
-    """What `OomRetry` calls with the frames finished, for what a caller wants to hear."""
+    """Adapt a caller's `on_progress` to `OomRetry.on_step`, which is called with the frames finished."""
     return (lambda finished: on_progress(finished, units)) if on_progress else (lambda _: None)
 
 
 def _of_one(on_progress: OnProgress | None, index: int, count: int) -> OnProgress | None:
-    """Progress of one video of several."""
+    """Progress callback for one video of a batch."""
     return on_progress and (lambda done, total: on_progress(index * total + done, count * total))

@@ -1,8 +1,8 @@
-"""How the modules of the autoencoder take a clip in pieces: some frames at a time, in strips of rows.
+"""Run the modules of the autoencoder on a clip in pieces: a few frames at a time, in strips of rows.
 
-The second way through the modules of layers.py, encoder.py and decoder.py: it gives what their forwards give, without
-gradients and in a bounded working set (see streaming.py). Statistics of a norm are those of the whole frame, and a
-convolution sees the rows beside its strip, so that strips leave no trace. Clips are (B, C, T, H, W).
+A second way through the modules of layers.py, encoder.py and decoder.py: it gives the results of their forward methods, without
+gradients and in a bounded working set (see streaming.py). Norms use the statistics of the whole frame, and convolutions see the
+rows next to their strip, so there are no seams. Clips are (B, C, T, H, W).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .layers import CONV_SIZE, RGB, ResBlock, TemporalAttentionBlock, convolve, 
 from .plan import Plan
 from .streaming import Cache, ClipStep, Neighbour, OomRetry, Step, StreamStep, by_strips, empty_cache, store, strip_step
 
-# Values that temporal attention holds per value that it takes: itself, normed and attended; then q, k, v and copies of them.
+# Values that temporal attention holds per input value: the strip itself, normed and attended; then q, k, v and their copies.
 STRIP_EXPANSION, ATTENTION_EXPANSION = 3, 8
 
 
@@ -50,7 +50,7 @@ def encoder_steps(encoder: Encoder, dtype: torch.dtype) -> list[Step]:
 
 
 def stream_steps(*modules: nn.Module) -> list[Step]:
-    """The steps of blocks and stages, one after the other."""
+    """The steps of blocks and stages, in order."""
     steps: list[Step] = []
     for module in modules:
         if isinstance(module, ResBlock):
@@ -77,7 +77,7 @@ def _encoder_output(norm: nn.GroupNorm, linear: nn.Linear, x: Tensor, _: Cache, 
 
 
 def res_block(block: ResBlock, x: Tensor, cache: Cache, plan: Plan) -> tuple[Tensor, Cache]:
-    """The convolutions of a `ResBlock` and its skip; the cache holds the last two frames that went into each."""
+    """The convolutions of a `ResBlock` and its skip connection; the cache holds each convolution's last two input frames."""
     norm_1, conv_1, norm_2, conv_2 = block.norms_and_convs()
     past_1, past_2 = cache or (None, None)
     h, past_1 = norm_silu_conv(norm_1, conv_1, x, past_1, plan)
@@ -89,7 +89,7 @@ def res_block(block: ResBlock, x: Tensor, cache: Cache, plan: Plan) -> tuple[Ten
 def norm_silu_conv(
     norm: nn.GroupNorm, conv: nn.Conv3d, x: Tensor, past: Tensor | Neighbour | None, plan: Plan
 ) -> tuple[Tensor, Tensor]:
-    """Causal convolution of silu(norm(x)), and what the next call needs as `past`: the last two frames that went into it."""
+    """Causal convolution of silu(norm(x)), and its last two input frames, which the next call needs as `past`."""
     past = past if past is None or isinstance(past, Tensor) else past(norm, x)
     strips, height = plan.strips(x), x.shape[3]
     padded_rows = _padded_rows(norm, x, strips)
@@ -105,9 +105,9 @@ def norm_silu_conv(
 
 
 def _padded_rows(norm: nn.GroupNorm, x: Tensor, strips: list[slice]) -> Callable[..., Tensor]:
-    """A function that makes some rows of silu(norm(x)), behind the same rows of the past and padded as by `pad_causal`.
+    """A function that computes some rows of silu(norm(x)), preceded by the same rows of the past, padded as by `pad_causal`.
 
-    It puts the last two frames, without what is beside the rows, into its argument `kept`.
+    It writes the last two frames, without the padding or neighbouring rows, to its argument `kept`.
     """
     if kernels.fused(x, norm.weight):
         mean, variance = kernels.merge_sums(kernels.frame_sums(x), norm.num_groups, x.shape[3] * x.shape[4])
@@ -138,10 +138,10 @@ def _keep(padded: Tensor, kept: Tensor) -> Tensor:
 
 
 def pad_causal(before: Tensor, frames: Tensor, *, above: bool, below: bool) -> Tensor:
-    """Two frames in front, and a replicated pixel left, right and where there is no row above or below.
+    """Prepend two frames, and replicate a pixel left, right, and above or below where asked.
 
-    `before` (B, C, 2 or 1, r, W) and `frames` (B, C, f, r, W), to (B, C, 2 + f, r + above + below, W + 2);
-    written once, where padding and joining would each copy everything.
+    `before` (B, C, 2 or 1, r, W) and `frames` (B, C, f, r, W) to (B, C, 2 + f, r + above + below, W + 2);
+    written once, where `cat` and `pad` would each copy everything.
     """
     batch, channels, count, rows, width = frames.shape
     padded = frames.new_empty(batch, channels, CONV_SIZE - 1 + count, above + rows + below, width + 2)
@@ -156,9 +156,9 @@ def pad_causal(before: Tensor, frames: Tensor, *, above: bool, below: bool) -> T
 
 
 def downsample(conv: nn.Conv3d, x: Tensor, cache: Cache, plan: Plan) -> tuple[Tensor, Cache]:
-    """Convolve blocks of frames and pixels that do not overlap; the first frame is repeated to fill the first block.
+    """Convolve non-overlapping blocks of frames and pixels; the first frame is repeated to fill the first block.
 
-    The cache holds the frames that did not fill a block; it and the output may have no frame.
+    The cache holds the frames that did not fill a block; the cache and the output may each be empty.
     """
     time, space, _ = conv.kernel_size
     before = x[:, :, :1].expand(-1, -1, time - 1, -1, -1)
@@ -176,7 +176,7 @@ def downsample(conv: nn.Conv3d, x: Tensor, cache: Cache, plan: Plan) -> tuple[Te
 
 
 def upsample(stage: DecoderStage, x: Tensor, cache: Cache, plan: Plan) -> tuple[Tensor, Cache]:
-    """`DecoderStage.unfold`; the surplus frames go at the start of a clip alone, which is when there is no cache yet."""
+    """`DecoderStage.unfold`; surplus frames are dropped only at the start of a clip, when there is no cache yet."""
     strips = plan.strips(x, stage.expansion)
     x = by_strips(strips, lambda rows: stage.unfold(x[..., rows, :]), scale=stage.spatial_expansion)
     return (x[:, :, stage.surplus :] if cache is None else x), ()
@@ -203,7 +203,7 @@ def _piece_statistics(norm: nn.GroupNorm, piece: Tensor, retry: OomRetry) -> tup
 def _attend_rows(
     block: TemporalAttentionBlock, pieces: list[Tensor], top: int, mean: Tensor, variance: Tensor, plan: Plan
 ) -> int:
-    """Attend in as many rows from `top` as the plan allows; returns the first row that is left."""
+    """Attend in as many rows from `top` as the plan allows; returns the first row left to do."""
     frames = [piece.shape[2] for piece in pieces]
     rows = slice(top, top + plan.rows(pieces[0][:, :, :1], STRIP_EXPANSION * sum(frames)))
     strip = torch.cat([piece[..., rows, :].to(plan.device) for piece in pieces], dim=2)  # (B, C, T, r, W)
@@ -211,7 +211,7 @@ def _attend_rows(
     batch = plan.items(pixels[0], ATTENTION_EXPANSION)
     attended = torch.cat([block.attn(some) for some in pixels.split(batch)])  # (B * r * W, T, C)
     strip += rearrange(attended, "(b h w) t c -> b c t h w", b=strip.shape[0], w=strip.shape[4])
-    # All is made before anything is overwritten: running out of memory halfway would leave rows done twice.
+    # Nothing is overwritten until everything is computed: after running out of memory halfway, rows would be done twice.
     done = [part.to(piece.device) for part, piece in zip(strip.split(frames, dim=2), pieces, strict=True)]
     for piece, part in zip(pieces, done, strict=True):
         piece[..., rows, :] = part
@@ -219,7 +219,7 @@ def _attend_rows(
 
 
 def strip_norm(norm: nn.GroupNorm, x: Tensor, strips: list[slice]) -> Callable[[slice], Tensor]:
-    """`frame_norm(norm, x)` as a function that makes some rows of it."""
+    """`frame_norm(norm, x)` as a function that computes a slice of its rows."""
     if len(strips) == 1:
         return lambda _: frame_norm(norm, x)
     statistics = frame_statistics(x, norm.num_groups, strips)
@@ -231,17 +231,17 @@ def norm_with(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor) -> 
     batch, channels, frames = x.shape[:3]
     mean, variance = (s.repeat_interleave(channels // norm.num_groups, dim=1).flatten() for s in (mean, variance))
     weight, bias = (p.to(mean)[None, :, None].expand(batch, -1, frames).flatten() for p in (norm.weight, norm.bias))
-    # Given statistics are what a batch norm takes: every channel of every frame is one of its channels.
+    # Batch norm accepts given statistics: every channel of every frame becomes one of its channels.
     return F.batch_norm(x.flatten(0, 2)[None], mean, variance, weight, bias, eps=norm.eps).view(x.shape)
 
 
 def frame_statistics(
     x: Tensor, groups: int, strips: list[slice], device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B, groups, T) of the channel groups of each frame, at least in float32, on `device` or that of x.
+    """Mean and variance (B, groups, T) of each frame's channel groups, at least in float32, on `device` or that of x.
 
-    Strips are merged by count, mean and sum of squared deviations (Chan, Golub & LeVeque, 1979): an average of variances
-    would leave out how the means of the strips differ.
+    Strips are merged by count, mean and sum of squared deviations (Chan, Golub & LeVeque, 1979): averaging the variances
+    would ignore the differences between the means of the strips.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean = deviations = x.new_zeros(x.shape[0], groups, x.shape[2], dtype=dtype, device=device)

@@ -1,11 +1,11 @@
-"""Frames through a stack of steps, depth first, in a bounded working set.
+"""Run frames through a stack of steps, depth first, in a bounded working set.
 
-A step takes as many whole frames as the working set holds; of frames that do not fit, it makes one strip of rows after the
-other. What it needs from earlier frames comes in as a cache and goes out as the next one. The frames that a step has made
-go on to the next step before it takes more, so that large activations exist for few frames at a time. Only a step that
-relates all frames to each other lets the whole clip gather in front of it.
+A step takes as many whole frames as the working set holds, and works through larger frames in strips of rows. What it needs from
+earlier frames comes in as a cache, and it returns the next one. Its output goes on to the next step before it takes more
+frames, so that large activations exist for few frames at a time. Only for a step that relates all frames to each other is the
+whole clip collected first.
 
-The result does not depend on the plan, beyond the order in which sums are rounded.
+The result does not depend on the plan, except for the order in which sums are rounded.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from .plan import Plan
 
-# What PyTorch says on CUDA, in cuBLAS and cuDNN (which tries other engines until none is left), and on the CPU of Linux, macOS
-# and Windows.
+# PyTorch's wording on CUDA, in cuBLAS and cuDNN (which tries other engines until none is left), and on the CPU under Linux,
+# macOS and Windows.
 ALLOCATION_FAILED = (
     "out of memory", "alloc_failed", "unable to find an engine", "can't allocate memory", "not enough memory",
 )  # fmt: skip
 
 Neighbour = Callable[[nn.GroupNorm, Tensor], Tensor | None]
-"""(norm, x) -> the two frames that go into a convolution before those of `x` (B, C, f, H, W), normed and activated, or None at
-the start of a clip. Another device may have them; it is told the last ones of `x` meanwhile."""
+"""(norm, x) -> the two convolution input frames that precede `x` (B, C, f, H, W), normed and activated, or None at the start of
+a clip. They may be on another device; in exchange, the last frames of `x` are sent on."""
 Cache = tuple[Tensor | Neighbour, ...] | None
 Result = TypeVar("Result")
 
@@ -36,23 +36,23 @@ class OutOfMemory(RuntimeError):  # noqa: N818 - as torch's own
 
 
 class OomRetry:
-    """Runs steps under a plan, and shrinks the plan for all that follows when a step runs out of memory.
+    """Runs steps under a plan, and shrinks the plan for all later steps when one runs out of memory.
 
-    `on_step` is called before every step with the number of frames that have reached a `ClipStep` or the end so far; what it
-    raises ends the work.
+    `on_step` is called before every step with the number of frames that have reached a `ClipStep` or the end so far; raise an
+    exception in it to stop.
     """
 
     def __init__(self, plan: Plan, on_step: Callable[[int], object] = lambda _: None) -> None:
         self.plan, self.on_step = plan, on_step
         self.finished = 0
         self.clips: list[list[Tensor]] = []
-        """Pieces that have gathered or are still to be read; they move when the plan says so."""
+        """Pieces collected so far or still to be read; they move when the plan's cache device changes."""
 
     def run(self, step: Callable[..., Result], *arguments: object) -> Result | None:
-        """What `step(*arguments, plan)` returns, or None if it ran out of memory: the caller asks again, under a smaller plan.
+        """Return `step(*arguments, plan)`, or None if it ran out of memory: the caller then retries under a smaller plan.
 
         Raises:
-            OutOfMemory: it did so under the smallest plan.
+            OutOfMemory: it ran out of memory under the smallest plan.
         """
         self.on_step(self.finished)
         try:
@@ -63,7 +63,7 @@ class OomRetry:
             plan = self.plan.smaller()
             if plan is None:
                 raise OutOfMemory(str(error)) from error
-        # The error is gone by now, and with it what the step had made.
+        # The error is released by now, and with it the step's tensors.
         self.plan = plan
         for clip in self.clips:
             clip[:] = [piece.to(plan.cache_device) for piece in clip]
@@ -71,19 +71,19 @@ class OomRetry:
 
 
 class StreamStep(NamedTuple):
-    """A step that takes some frames at a time: `run(x, cache, plan)` returns what it makes of them, and the next cache.
+    """A step that takes a few frames at a time: `run(x, cache, plan)` returns its output and the next cache.
 
     `x` (B, C, f, H, W) is on the plan's device; `cache` is None at the start of a clip. A step that ran out of memory is
-    called again with the same two, so it changes neither.
+    called again with the same `x` and `cache`, so it must change neither.
     """
 
     run: Callable[[Tensor, Cache, Plan], tuple[Tensor, Cache]]
     expansion: float = 1
-    """Values at work per value of `x`, at least 1."""
+    """Values in use per value of `x`, at least 1."""
     convolutions: int = 0
-    """Causal convolutions in it; instead of what each has cached, `run` may be given a `Neighbour` for it."""
+    """Number of causal convolutions; `run` may be given a `Neighbour` in place of the cache of each."""
     time: int = 1
-    """Frames that it makes of one."""
+    """Output frames per input frame."""
 
 
 class ClipStep(NamedTuple):
@@ -97,7 +97,7 @@ Step = StreamStep | ClipStep
 
 @torch.no_grad()
 def stream(steps: Sequence[Step], pieces: Iterable[Tensor], retry: OomRetry) -> Iterator[Tensor]:
-    """Send a clip, in `pieces` (B, C, f, H, W) on any device, through `steps` and yield pieces of the result in order.
+    """Run a clip, in `pieces` (B, C, f, H, W) on any device, through `steps` and yield pieces of the result in order.
 
     Raises:
         OutOfMemory: a step ran out of memory under the smallest plan.
@@ -145,13 +145,13 @@ def _run(step: StreamStep, x: Tensor, cache: Cache, plan: Plan) -> tuple[Tensor,
 
 
 def _taken_from(pieces: list[Tensor]) -> Iterator[Tensor]:
-    """Each piece, given up by the list before it is used, so that it is freed when the next is wanted."""
+    """Yield each piece after removing it from the list, so that it is freed when the next is requested."""
     while pieces:
         yield pieces.pop(0)
 
 
 def by_strips(strips: list[slice], compute: Callable[[slice], Tensor], scale: int = 1) -> Tensor:
-    """Join what `compute` makes of each strip of rows; its rows are `scale` times as many."""
+    """Join the results of `compute` for each strip of rows; each has `scale` times as many rows."""
     if len(strips) == 1:
         return compute(strips[0])
     out = None
@@ -165,7 +165,7 @@ def by_strips(strips: list[slice], compute: Callable[[slice], Tensor], scale: in
 
 
 def strip_step(compute: Callable[[Tensor], Tensor], expansion: float = 1) -> StreamStep:
-    """A step without a cache whose `compute` takes some rows of some frames, (B, C, f, r, W), whatever is beside them."""
+    """A step without a cache whose `compute` takes rows of frames, (B, C, f, r, W), independent of their neighbours."""
 
     def run(x: Tensor, _: Cache, plan: Plan) -> tuple[Tensor, Cache]:
         return by_strips(plan.strips(x, expansion), lambda rows: compute(x[..., rows, :])), ()
@@ -174,7 +174,7 @@ def strip_step(compute: Callable[[Tensor], Tensor], expansion: float = 1) -> Str
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on whatever device: only CUDA has an exception class of its own."""
+    """Whether an allocation failed, on any device: only CUDA has an exception class of its own."""
     said = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(phrase in said for phrase in ALLOCATION_FAILED)
@@ -182,9 +182,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def empty_cache(x: Tensor, frames: int, device: torch.device) -> Tensor:
-    """A cache of so many frames like those of `x` (B, C, T, H, W), on `device`.
+    """An uninitialised cache on `device` for `frames` frames like those of `x` (B, C, T, H, W).
 
-    In main memory beside a GPU, strips of rows are each one piece of pinned memory: only such are copied while the host goes on.
+    For a GPU's cache in main memory, a strip of rows is contiguous in pinned memory: only then are copies asynchronous.
     """
     batch, channels, _, height, width = x.shape
     if device == x.device:
@@ -192,20 +192,22 @@ def empty_cache(x: Tensor, frames: int, device: torch.device) -> Tensor:
     shape, dtype = (height, batch, channels, frames, width), x.dtype
     try:
         rows = torch.empty(shape, dtype=dtype, device=device, pin_memory=x.is_cuda)
-    except RuntimeError:  # systems limit how much may be pinned
+    except RuntimeError:  # systems limit pinned memory
         rows = torch.empty(shape, dtype=dtype, device=device)
     return rows.permute(1, 2, 3, 0, 4)
 
 
 def store(frames: Tensor, cache: Tensor) -> None:
-    """Copy frames into an `empty_cache`, or some rows of them; what reads it next must be a copy queued on the device, too."""
+    """Copy frames, or some of their rows, into an `empty_cache`; it may next be read only by a copy queued on the device."""
     if cache.device != frames.device and cache.stride() != frames.stride():
-        frames = torch.empty_like(cache, device=frames.device).copy_(frames)  # with rows outermost, as there
-    cache.copy_(frames, non_blocking=frames.is_cuda)  # only CUDA has pinned memory: elsewhere it may change on the way
+        frames = torch.empty_like(cache, device=frames.device).copy_(frames)  # rows outermost, as in the cache
+    cache.copy_(
+        frames, non_blocking=frames.is_cuda
+    )  # only CUDA has pinned memory: elsewhere `frames` may change mid-copy
 
 
 def release_pinned_memory() -> None:
-    """Give back pinned memory that PyTorch would keep for the next time; before 2.10 it keeps it."""
+    """Release the pinned memory that PyTorch caches for reuse; before 2.10 that is not possible."""
     release = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
     if release is not None:
         release()

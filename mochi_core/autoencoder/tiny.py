@@ -1,8 +1,8 @@
 """TAEM1, Ollin Boer Bohan's tiny autoencoder for Mochi 1 (madebyollin/taem1, MIT): the decoder, for previews.
 
-It imitates Mochi's decoder with 9.8 million weights in place of 362 million, so its videos are only like those. Names and
-arithmetic are those of taem1.py in its repository: frames are convolved one by one, and a `MemoryBlock` also sees what it was
-given for the frame before. Latents come in DiT space, pixels go out in [0, 1].
+It imitates Mochi's decoder with 9.8 million weights instead of 362 million, so its videos are only approximate. Names and
+arithmetic are those of taem1.py in its repository: frames are convolved one by one, and a `MemoryBlock` also sees its input
+for the previous frame. The network takes latents in DiT space and returns pixels in [0, 1].
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..ops import Ops
 from .latents import latents_problem, normalize_latents
 
 BOUND = 3.0
-"""Latents are held inside of this by a hyperbolic tangent: `Clamp` in taem1.py."""
+"""Latents are limited to (-BOUND, BOUND) by a hyperbolic tangent: `Clamp` in taem1.py."""
 FIRST_FRAMES = 5
-"""Frames made of the first latent that are dropped: it stands for one frame, the decoder makes six of each."""
+"""Frames dropped from those of the first latent: it stands for one frame, but the decoder makes six per latent."""
 
 
 class Clamp(nn.Module):
@@ -30,7 +30,7 @@ class Clamp(nn.Module):
 
 
 class MemoryBlock(nn.Module):
-    """Three convolutions over a frame and the one before, with a residual."""
+    """Three convolutions over a frame and the previous one, with a residual connection."""
 
     def __init__(self, width: int, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
@@ -43,12 +43,12 @@ class MemoryBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
-        """`x` and the frame before each, (frames, width, H, W) each, to the same shape."""
+        """`x` and the previous frame of each, both (frames, width, H, W), to the same shape."""
         return torch.relu(self.conv(torch.cat((x, past), dim=1)) + x)
 
 
 class TimeGrowth(nn.Module):
-    """A 1x1 convolution that makes `factor` frames of each."""
+    """A 1x1 convolution that turns each frame into `factor` frames."""
 
     def __init__(self, width: int, factor: int, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class TinyDecoder(nn.Module):
         layers += [nn.ReLU(), ops.Conv2d(widths[-1], 3, 3, padding=1, **factory)]
         self.decoder = nn.Sequential(*layers)
         self.last_memory = max(i for i, layer in enumerate(layers) if isinstance(layer, MemoryBlock))
-        """Index of the last layer that knows of other frames than its own."""
+        """Index of the last layer that sees frames other than its own."""
 
     def decoded_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """(B, 12, T, H, W) to (B, 3, 6 * (T - 1) + 1, 8 * H, 8 * W)."""
@@ -97,10 +97,10 @@ class TinyDecoder(nn.Module):
     def decode(self, latents: Tensor, on_progress: Callable[[int, int], object] = lambda *_: None) -> Tensor:
         """VAE-space latents (B, 12, T, H, W) to video (B, 3, F, 8 * H, 8 * W), float32 in about [0, 1], on their device.
 
-        One latent frame at a time, so that memory does not grow with the length but by the video.
+        Decodes one latent frame at a time: memory beyond the video itself does not grow with its length.
 
         Raises:
-            ValueError: the latents are none of Mochi's.
+            ValueError: these are not Mochi latents.
         """
         if problem := latents_problem(latents):
             raise ValueError(problem)
@@ -118,9 +118,9 @@ class TinyDecoder(nn.Module):
 
     @torch.no_grad()
     def last_frames(self, latents: Tensor) -> Iterator[Tensor]:
-        """For each frame of DiT-space latents (12, T, H, W), the last of those made of it, (3, 8 * H, 8 * W) in about [0, 1].
+        """For each frame of DiT-space latents (12, T, H, W), its last video frame, (3, 8 * H, 8 * W) in about [0, 1].
 
-        The others of its six are left out where layers no longer look at them, which is where frames are largest.
+        The other five are skipped once no later layer needs them, which is where frames are largest.
         """
         pasts: dict[int, Tensor] = {}
         for frame in latents.to(next(self.parameters()).dtype).unbind(1):
@@ -129,7 +129,7 @@ class TinyDecoder(nn.Module):
     def _decode_frames(self, x: Tensor, pasts: dict[int, Tensor], last_only: bool = False) -> Tensor:
         """Latent frames (t, 12, H, W) to (6 * t, 3, 8 * H, 8 * W), or the last of them; updates `pasts`.
 
-        These are the last frame that each block was given, by its index.
+        `pasts` maps the index of each memory block to its last input frame.
         """
         for i, layer in enumerate(self.decoder):
             if isinstance(layer, MemoryBlock):
