@@ -1,4 +1,4 @@
-"""Rewrite a checkpoint in other names or another dtype, one tensor at a time."""
+"""Rewrite a checkpoint with other tensor names or another dtype, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from .names.t5 import hugging_face_entries
 from .tensors import QUANTIZATION, Checkpoint, LazyStateDict, LazyTensor, from_state_dict, merge
 
 TARGET_DTYPES = {KEEP: None, **DTYPES, FP8_SCALED: torch.bfloat16}
-"""The dtype that weights are converted to; with fp8_scaled, those that are not quantised. None keeps the stored dtype."""
-# Names of the weights file in a folder of diffusers or transformers.
+"""The dtype that weights are converted to; for fp8_scaled, that of the unquantised ones. None keeps the stored dtype."""
+# Name of the weights file in a diffusers or transformers folder.
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
@@ -41,7 +41,7 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is to be written."""
+    """What to write."""
 
     tensors: LazyStateDict
     metadata: dict[str, str]
@@ -52,7 +52,7 @@ class Conversion:
 
 
 def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str | None = None) -> Conversion:
-    """Open and check the sources; nothing but headers is read until the conversion is written.
+    """Open and check the sources; only headers are read until the conversion is written.
 
     Args:
         sources: a file or folder, or the two halves of an autoencoder.
@@ -60,7 +60,8 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
         part: one of `PARTS`, if the source holds several.
 
     Raises:
-        FileNotFoundError, ValueError: see `open_checkpoint`, `select_part` and `check_fit`; or the model cannot be written so.
+        FileNotFoundError, ValueError: see `open_checkpoint`, `select_part` and `check_fit`.
+        ValueError: the model cannot be written in that layout or dtype.
     """
     files = [open_checkpoint(source) for source in sources]
     part = part or _only_part(files)
@@ -71,7 +72,7 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
     if dtype == FP8_SCALED:
         if part in ("vae", "tiny_vae") or layout != "canonical":
             raise ValueError(
-                "Scaled fp8 is for a transformer or T5 in canonical names; diffusers loads none, use --dtype bf16."
+                "Scaled fp8 is for a transformer or T5 with canonical names; diffusers cannot load it, use --dtype bf16."
             )
         converted = _with_fp8(converted)
     if layout == "diffusers":
@@ -80,7 +81,7 @@ def plan_conversion(sources: Sequence[Path], layout: str, dtype: str, part: str 
         converted = _to_diffusers(converted, model)
     metadata = {key: value for key, value in checkpoint.metadata.items() if key != QUANTIZATION}
     if part == "transformer" and has_frame_levels(checkpoint):
-        metadata[FRAME_LEVELS_KEY] = "true"  # the file may get a name that does not say it
+        metadata[FRAME_LEVELS_KEY] = "true"  # the new file name may not show it
     return Conversion(converted, {"format": "pt", **metadata}, _config_entries(model), WEIGHTS[part])
 
 
@@ -90,7 +91,7 @@ def write_conversion(
     """Write a .safetensors file or, under any other name, a folder that `from_pretrained` loads.
 
     Raises:
-        OSError: it cannot be written; without `overwrite`, also if there is a file by the end.
+        OSError: it cannot be written; without `overwrite`, also if the file exists by the time writing ends.
     """
     if destination.suffix == ".safetensors":
         with folder(destination.parent):
@@ -113,11 +114,11 @@ def _only_part(files: list[Checkpoint]) -> str:
 
 
 def _cast(checkpoint: Checkpoint, model: ModelSpec, dtype: torch.dtype | None) -> Checkpoint:
-    """The tensors in the order of the model; those that it keeps in float32 whatever its dtype stay as they are stored."""
+    """The tensors in the model's order; those that the model always keeps in float32 stay in their stored dtype."""
 
     def cast(name: str, tensor: LazyTensor) -> LazyTensor:
         if dtype is None and tensor.dtype.itemsize == 1:
-            raise checkpoint.error(f"has {name} in 8 bits or fewer; say with --dtype what it is to become.")
+            raise checkpoint.error(f"has {name} in 8 bits or fewer; choose its new dtype with --dtype.")
         exact = model.parameters[name].dtype != dtype and tensor.dtype.itemsize > 1
         target = tensor.dtype if dtype is None or exact else dtype
         return tensor.map(lambda value: value.to(target), dtype=target)
@@ -126,7 +127,7 @@ def _cast(checkpoint: Checkpoint, model: ModelSpec, dtype: torch.dtype | None) -
 
 
 def _with_fp8(tensors: LazyStateDict) -> LazyStateDict:
-    """The matrices of the blocks in fp8, each with its scale and a note about its format, as ComfyUI names them."""
+    """Quantise the blocks' matrices to fp8, each with its scale and a note about its format, under ComfyUI's names."""
 
     @lru_cache(maxsize=1)
     def quantized(name: str) -> tuple[Tensor, Tensor]:
@@ -151,14 +152,14 @@ def _to_diffusers(tensors: LazyStateDict, model: ModelSpec) -> LazyStateDict:
     if isinstance(config, AsymmDiTConfig):
         return to_diffusers(tensors, transformer_rules(config.depth))
     if not all(halves(tensors).values()):
-        raise ValueError("diffusers' autoencoder needs both halves; name the encoder's and the decoder's file.")
+        raise ValueError("diffusers' autoencoder needs both halves; give both the encoder's and the decoder's file.")
     return to_diffusers(tensors, autoencoder_rules(config.encoder_blocks, config.decoder_blocks))
 
 
 def _config_entries(model: ModelSpec) -> dict[str, Any]:
     config = model.config
     if isinstance(config, TinyVAEConfig):
-        return {}  # no library has a folder for it
+        return {}  # no library defines a folder layout for it
     if isinstance(config, T5EncoderConfig):
         return {"architectures": ["T5EncoderModel"], "model_type": "t5", **hugging_face_entries(config)}
     return _dit_entries(config) if isinstance(config, AsymmDiTConfig) else _vae_entries(config)

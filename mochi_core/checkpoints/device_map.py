@@ -1,4 +1,4 @@
-"""A denoiser whose blocks lie on several devices, one after the other, for cards none of which holds all of them."""
+"""A denoiser with its blocks spread over several devices, for when no single card holds them all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..transformer.block import AsymmetricJointBlock
 from ..transformer.model import AsymmDiT
 
 Place = int | str
-"""A device as accelerate names them: the number of a card, "cpu" or "disk"."""
+"""A device as accelerate names it: the index of a card, "cpu" or "disk"."""
 
 
 def check_places(device_map: str | Mapping[str, Place]) -> None:
@@ -29,11 +29,11 @@ def place_on_devices(
     """Move the parts of `dit` to devices that `check_places` has seen; accelerate moves what they are called with between them.
 
     Args:
-        device_map: the device of each module by name; or "auto", for as much on each card as `max_memory` allows.
-        max_memory: bytes on each device for weights, or text such as "12GB"; None for what is free.
+        device_map: the device of each module by name; or "auto", to put as much on each card as `max_memory` allows.
+        max_memory: bytes for weights on each device, or text such as "12GB"; None for what is free.
 
     Raises:
-        ValueError: accelerate is not installed, or the devices have no room for all weights.
+        ValueError: accelerate is not installed, or the weights do not fit on the devices.
     """
     try:
         from accelerate import dispatch_model, infer_auto_device_map  # optional

@@ -1,4 +1,4 @@
-"""Say what is in a file, without reading its weights."""
+"""Report what a file contains without reading its weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN_NAMES = 20
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What a file or folder is; `render` makes text of it.
+    """Report what a file or folder contains; `render` formats it as text.
 
     Raises:
         FileNotFoundError, ValueError: see `open_checkpoint`.
@@ -34,7 +34,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _inspect_part(file: Checkpoint, part: str) -> dict[str, Any]:
-    """Configuration and what does not fit it; or the reason why there is none."""
+    """The configuration and the tensors that do not fit it, or the reason why there is none."""
     try:
         found = select_part(file, part)
         model = model_spec(found, part)
@@ -55,7 +55,7 @@ def _stored(tensors: LazyStateDict) -> dict[str, dict[str, int]]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """`inspect`'s report as lines of text."""
+    """Format the report of `inspect` as text."""
     lines = [f"{sentence(report['file'])}: {report['is']}"]
     for part, found in report["parts"].items():
         lines += ["", *_render_part(part, found)]
@@ -74,7 +74,7 @@ def _render_part(part: str, found: dict[str, Any]) -> list[str]:
     lines += [f"  {key} = {value}" for key, value in found["config"].items()]
     kinds = ("missing", "unexpected", "misshapen", NOT_FLOATING)
     complete = not any(found[kind] for kind in kinds)
-    lines += ["  complete: every tensor is there, and no unknown one"] if complete else []
+    lines += ["  complete: no tensor is missing or unknown"] if complete else []
     for kind in kinds:
         names = found[kind]
         lines += [f"  {len(names)} {kind}: {shown_names(names, SHOWN_NAMES)}"] if names else []

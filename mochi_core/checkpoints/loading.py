@@ -1,4 +1,4 @@
-"""Files to models: open a file, select a part of it, build an empty model of its sizes, check that all fits, fill it."""
+"""Load models: open a file, select a part, build an empty model of matching sizes, check that it fits, fill it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .names.t5 import t5_config, t5_shapes
 from .tensors import Checkpoint, LazyStateDict, LazyTensor, merge
 
 NOT_FLOATING = "not floating-point"
-# The first bit pattern, without its sign, that is no finite number.
+# The smallest bit pattern, without the sign, that is not a finite number.
 FP8_INFINITY = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 SIGN_BIT = 0x80
 
@@ -47,23 +47,23 @@ def load_transformer(
 ) -> AsymmDiT:
     """Load a denoiser from a file or folder in any known layout, ready for inference.
 
-    `pos_frequencies` and the q/k norm weights stay float32 whatever `dtype` is. Linear layers whose weights the file
-    stores quantised (scaled or plain fp8, int8, GGML blocks) keep them so and compute in the dtype of their input;
-    `quantize` ("fp8", "int8" or "q4_0") does the same to the other matrices of the blocks; with "fp8_rowwise" all of them but
-    `mod_x` and `mod_y` get fp8 with a scale per row, and their inputs, too: products are then in fp8 where the device can.
+    `pos_frequencies` and the q/k norm weights stay float32 whatever `dtype` is. Linear layers whose weights are stored
+    quantised (scaled or plain fp8, int8, GGML blocks) keep them quantised and compute in the dtype of their input; `quantize`
+    ("fp8", "int8" or "q4_0") quantises the blocks' other matrices in the same way. "fp8_rowwise" stores all of these but `mod_x`
+    and `mod_y` in fp8 with a scale per row, and quantises their inputs, too: matrix products run in fp8 where the device can.
 
-    On the CPU, weights that keep their dtype stay in the mapped file (`mapped_files.mapped_weights` names them): they take no
-    memory until they are used, and the file must stay as it is. That is looked at before each run. With `mmap=False`, or where
-    most weights are converted, all are copies.
+    On the CPU, weights that keep their dtype stay in the mapped file (listed by `mapped_files.mapped_weights`): they take no
+    memory until they are used, and the file must not change, which is checked before each run. With `mmap=False`, or where
+    most weights are converted, all are copied.
 
-    `frame_levels` says whether the weights were trained with a noise level of each latent frame, as Pusa's are; None leaves it to
-    the file's metadata and name. It changes nothing but how videos are made from images.
+    `frame_levels` says whether the weights were trained with per-frame noise levels, as Pusa's were; None decides by the file's
+    metadata and name. It affects only how videos are made from images.
 
-    `device_map` and `max_memory` put the blocks on several devices instead of `device`, see `device_map.place_on_devices`.
+    `device_map` and `max_memory` put the blocks on several devices instead of `device`; see `device_map.place_on_devices`.
 
     Raises:
-        ValueError: the file is not a whole Mochi transformer, it cannot be quantised so, it does not fit on the devices, or one
-            of them is not there.
+        ValueError: the file is not a complete Mochi transformer, cannot be quantised in that way or does not fit on the devices,
+            or a device does not exist.
         FileNotFoundError: there is no such file.
     """
     check_places("auto" if device_map is None else device_map)
@@ -88,8 +88,8 @@ def load_vae(
     `mmap` is as for `load_transformer`.
 
     Raises:
-        ValueError: the files are not a Mochi autoencoder or halves of one, or bring the same half twice; there are none, or
-            there is no such device.
+        ValueError: the files are not a Mochi autoencoder or halves of one, or hold the same half twice; no files were given, or
+            the device does not exist.
         FileNotFoundError: there is no such file.
     """
     check_device(device)
@@ -105,10 +105,10 @@ def load_vae(
 def load_tiny_vae(
     path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> TinyDecoder:
-    """Load the decoder of TAEM1, a tiny autoencoder for previews, from its .pth or what `convert` made of it.
+    """Load the decoder of TAEM1, a tiny autoencoder for previews, from its .pth or a file written by `convert`.
 
     Raises:
-        ValueError: the file is no TAEM1, or there is no such device.
+        ValueError: the file is not TAEM1, or the device does not exist.
         FileNotFoundError: there is no such file.
     """
     check_device(device)
@@ -119,7 +119,7 @@ def load_tiny_vae(
 
 
 def open_part(path: str | Path, part: str) -> Checkpoint:
-    """`select_part` of a file, of a folder, or of the subfolder of a diffusers pipeline that has it.
+    """Open a file, a folder, or the part's subfolder of a diffusers pipeline, and select the part.
 
     Raises:
         FileNotFoundError, ValueError: see `open_checkpoint` and `select_part`.
@@ -129,16 +129,16 @@ def open_part(path: str | Path, part: str) -> Checkpoint:
 
 
 def empty_transformer(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> AsymmDiT:
-    """A denoiser of the sizes of canonical tensors, on the meta device; ValueError if they do not tell its sizes."""
+    """A denoiser on the meta device, sized to canonical tensors; ValueError if they do not determine its sizes."""
     with checkpoint.named_errors():
         return AsymmDiT(dit_config(checkpoint.tensors), device="meta", dtype=dtype)
 
 
 def empty_vae(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> AsymmVAE:
-    """An autoencoder of the sizes of canonical tensors, with the halves that are there, on the meta device.
+    """An autoencoder on the meta device, sized to canonical tensors, with the halves that they include.
 
     Raises:
-        ValueError: the tensors do not tell its sizes.
+        ValueError: the tensors do not determine its sizes.
     """
     tensors = checkpoint.tensors
     there = halves(tensors)
@@ -149,7 +149,7 @@ def empty_vae(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Asymm
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model of the sizes of a file's tensors."""
+    """The configuration and parameters of a model sized to a file's tensors."""
 
     config: AsymmDiTConfig | AsymmVAEConfig | T5EncoderConfig | TinyVAEConfig
     parameters: dict[str, Tensor]
@@ -157,7 +157,7 @@ class ModelSpec:
 
 
 def model_spec(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None = None) -> ModelSpec:
-    """The specification of one of `PARTS`; ValueError if the canonical tensors do not tell its sizes."""
+    """The specification of one of `PARTS`; ValueError if the canonical tensors do not determine its sizes."""
     if part == "t5":
         config = t5_config(checkpoint)
         shapes = t5_shapes(config)
@@ -170,14 +170,14 @@ def model_spec(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None = No
 
 
 def load_into(module: nn.Module, checkpoint: Checkpoint, device: torch.device | str, *, mmap: bool = True) -> None:
-    """Give a module built on the meta device its weights, in the dtypes that it was built with.
+    """Load weights into a module built on the meta device, in the dtypes that it was built with.
 
     A linear layer with a quantised weight becomes a `QuantizedLinear`; any other quantised tensor is dequantised. Tensors
-    are read, cast and moved one by one, so a second copy of the model never exists. With `mmap`, weights that need neither
-    stay in the mapped file, unless they are less than a quarter of the model: then all are copies.
+    are read, cast and moved one by one, so there is never a second copy of the model. With `mmap`, weights that need no cast or
+    move stay in the mapped file, unless they are less than a quarter of the model: then all are copied.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of the wrong shape, or have values that are no numbers.
+        ValueError: tensors are missing, unexpected, of the wrong shape or not floating-point, or hold non-finite values.
     """
     parameters, tensors = dict(module.named_parameters()), checkpoint.tensors
     check_fit(parameters, checkpoint)
@@ -189,7 +189,7 @@ def load_into(module: nn.Module, checkpoint: Checkpoint, device: torch.device | 
             module.set_submodule(owner, layer)
         else:
             value = tensors[name].read().to(device, parameter.dtype)
-            # A quantised layer gets its bias here, too: `named_parameters` lists a layer's weight before its bias.
+            # This sets a quantised layer's bias, too: `named_parameters` lists a layer's weight before its bias.
             setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
         if not mmap:
             copy_mapped(layer)
@@ -203,14 +203,14 @@ def load_into(module: nn.Module, checkpoint: Checkpoint, device: torch.device | 
 
 
 def check_fit(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Raise one ValueError that names every difference between the parameters of a model and the tensors of a file."""
+    """Raise one ValueError that lists all differences between a model's parameters and a file's tensors."""
     differences = state_dict_diff(parameters, checkpoint.tensors)
     if problems := [_listed(kind, names) for kind, names in differences.items() if names]:
         raise checkpoint.error(f"does not fit the model: {'; '.join(problems)}. Download it again or use another file.")
 
 
 def state_dict_diff(parameters: Mapping[str, Tensor], tensors: LazyStateDict) -> dict[str, list[str]]:
-    """Tensors that are missing, unexpected, of the wrong shape, or no floating-point numbers, by these kinds."""
+    """Names of tensors that are missing, unexpected, misshapen or not floating-point, by kind."""
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return {
         "missing": sorted(name for name in expected if name not in tensors),
@@ -233,17 +233,17 @@ def _listed(kind: str, names: list[str]) -> str:
 
 
 def check_finite(checkpoint: Checkpoint, name: str, value: Tensor | QuantizedWeight) -> None:
-    """Raise a ValueError if the value of a tensor of the file holds a NaN or an infinity."""
+    """Raise a ValueError if a tensor of the file contains NaN or infinity."""
     floats = value.floats() if isinstance(value, QuantizedWeight) else [value]
     if not all(map(is_finite, floats)):
         raise checkpoint.error(
-            f"holds NaN or infinite values in {name}, or values too large for this dtype; download it again or use another "
+            f"has NaN or infinite values in {name}, or values too large for this dtype; download it again or use another "
             "dtype."
         )
 
 
 def checked_when_read(checkpoint: Checkpoint) -> Checkpoint:
-    """Have every tensor of a file checked by `check_finite` when it is read, in whichever form."""
+    """Apply `check_finite` to every tensor of a file when it is read, plain or quantised."""
 
     def checked(name: str, tensor: LazyTensor) -> LazyTensor:
         def finite(value: V) -> V:
@@ -256,11 +256,11 @@ def checked_when_read(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no infinity, in one pass over the memory, on the tensor's device."""
+    """Whether a tensor has no NaN or infinity, in one pass over its memory, on its device."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     if tensor.dtype in FP8_INFINITY:
-        # No arithmetic on these; but what is not finite has the largest bit patterns, positive or negative.
+        # fp8 supports no arithmetic, but non-finite values have the largest bit patterns, positive and negative.
         first = FP8_INFINITY[tensor.dtype]
         positive, negative = tensor.view(torch.int8).amax(), tensor.view(torch.uint8).amax()
         return bool((positive < first) & (negative < first + SIGN_BIT))

@@ -1,4 +1,4 @@
-"""Tensors that have not been read yet, and the opened files that they lie in."""
+"""Tensors that have not been read yet, and the opened files that hold them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ T = TypeVar("T")
 FLOATS = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
 }  # fmt: skip
-"""Dtypes that weights may have which are not quantised."""
+"""Dtypes that unquantised weights may have."""
 QUANTIZATION = "_quantization_metadata"
-"""The entry of a file's metadata that tells the formats of its quantised layers."""
+"""Metadata key under which a file states the formats of its quantised layers."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """The dtype in the file, or the one that `map` was told; uint8 for blocks."""
+    """The dtype in the file, or the one given to `map`; uint8 for blocks."""
     read: Callable[[], Tensor]
-    """Reads the values, those of a quantised weight dequantised to float32; they may share memory with the file, so do not
-    write to them, and clone what must outlive it."""
+    """Reads the values, dequantised to float32 for a quantised weight; they may share memory with the file, so do not write
+    to them, and clone what must outlive it."""
     quantized: Callable[[], QuantizedWeight] | None = None
     """Reads a quantised weight in its stored form; None for other tensors."""
     block_type: str | None = None
@@ -49,7 +49,7 @@ class LazyTensor:
 
     @property
     def is_float(self) -> bool:
-        """Whether `read` gives numbers that a weight can have: not bool, integers, complex numbers or powers of two alone."""
+        """Whether `read` gives values that a weight can have: not bool, integers, complex numbers or pure exponents (e8m0)."""
         return self.quantized is not None or self.block_type is not None or self.dtype in FLOATS
 
     @property
@@ -72,7 +72,7 @@ class LazyTensor:
         shape: tuple[int, ...] | None = None,
         dtype: torch.dtype | None = None,
     ) -> LazyTensor:
-        """The tensor that `change` makes of this one when it is read, with another `shape` or `dtype` if one is given.
+        """Apply `change` when the tensor is read; `shape` and `dtype` are those of the result, if they differ.
 
         `change_quantized` does the same to the stored form of a quantised weight; without it the result is not quantised.
         """
@@ -86,7 +86,7 @@ class LazyTensor:
         )
 
     def guarded(self, check: Callable[[], None]) -> LazyTensor:
-        """The same tensor; `check` is called before it is read in either form."""
+        """The same tensor, with `check` called before it is read in either form."""
 
         def after_check(read: Callable[[], T]) -> Callable[[], T]:
             return lambda: (check(), read())[1]
@@ -99,32 +99,32 @@ LazyStateDict = dict[str, LazyTensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened weights file or folder, which says its name when something is wrong with it."""
+    """An opened weights file or folder, whose errors state its name."""
 
     name: str
-    """What errors call it: the name of a file, the path of a folder, "a and b" for two that were merged."""
+    """Its name in errors: the name of a file, the path of a folder, or "a and b" for two merged files."""
     path: Path
-    """The file; of several that were merged, the first."""
+    """The file; the first of several merged ones."""
     tensors: LazyStateDict
     metadata: dict[str, str] = field(default_factory=dict)
     files: tuple[FileState, ...] = ()
-    """All files that the tensors lie in, as they were when they were opened."""
+    """State, on opening, of all the files that hold the tensors."""
 
     def with_tensors(self, tensors: LazyStateDict) -> Checkpoint:
         """The same file with other tensors, such as renamed ones."""
         return replace(self, tensors=tensors)
 
     def error(self, problem: str) -> ValueError:
-        """The error to raise for what is wrong with the file, such as "holds no tensors.", on one line."""
+        """The error to raise for a problem with the file, such as "holds no tensors.", on one line."""
         return ValueError(sentence(f"{self.name} {problem}"))
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
-        """Raise every ValueError from inside again, as `error("does not fit Mochi: ...")`."""
+        """Re-raise any ValueError from the body as `error("does not fit Mochi: ...")`."""
         try:
             yield
         except ValueError as error:
-            # Without the cause, whose text a traceback would show as it is.
+            # Without the cause, whose text a traceback would show unescaped.
             raise self.error(f"does not fit Mochi: {error}") from None
 
     def main_dtype(self) -> tuple[torch.dtype, str | None]:
@@ -136,12 +136,12 @@ class Checkpoint:
 
 
 def merge(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
-    """The tensors of several files together; ValueError if two bring the same."""
+    """Merge the tensors of several files; ValueError if two files hold the same tensor."""
     first, *others = checkpoints
     merged = replace(first, name=" and ".join(file.name for file in checkpoints))
     for file in others:
         if twice := sorted(merged.tensors.keys() & file.tensors.keys()):
-            raise merged.error(f"bring {shown(twice[0])} a second time; give each half of the autoencoder once.")
+            raise merged.error(f"both hold {shown(twice[0])}; give each half of the autoencoder once.")
         merged = replace(
             merged,
             tensors=merged.tensors | file.tensors,
@@ -152,7 +152,7 @@ def merge(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
 
 
 def from_state_dict(state_dict: Mapping[str, Tensor]) -> LazyStateDict:
-    """Tensors that are already in memory as lazy ones."""
+    """Wrap tensors that are already in memory as lazy ones."""
     return {
         name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
         for name, tensor in state_dict.items()
@@ -160,12 +160,12 @@ def from_state_dict(state_dict: Mapping[str, Tensor]) -> LazyStateDict:
 
 
 def quantized_weight(shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], QuantizedWeight]) -> LazyTensor:
-    """A weight whose stored form is what `read` returns; `dtype` is what it has in the file."""
+    """A weight whose stored form `read` returns; `dtype` is its dtype in the file."""
     return LazyTensor(shape, dtype, lambda: read().dequantized(), read)
 
 
 def block_weight(stored: LazyTensor, block_type: str, scale: LazyTensor | None = None) -> LazyTensor:
-    """The matrix whose blocks are stored as (rows, bytes of a row) uint8, all times `scale`: one number, or one for each row."""
+    """A matrix whose blocks are stored as (rows, bytes per row) uint8, times `scale`: one number, or one per row."""
     shape = (stored.shape[0], columns(stored.shape[1], block_type))
 
     def read() -> QuantizedWeight:

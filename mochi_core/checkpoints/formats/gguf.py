@@ -1,7 +1,7 @@
 """GGUF containers: a header of keys and tensor descriptions, then the data, all little-endian.
 
-Nothing that the header says is believed before it has been compared with the size of the file. Layout: docs/gguf.md of
-ggml-org/ggml; numbers of the types: its enum ggml_type.
+Nothing in the header is trusted until it has been checked against the file size. Layout: docs/gguf.md of ggml-org/ggml; type
+numbers: its enum ggml_type.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ OTHER_TYPES = {
 }  # fmt: skip
 DEFAULT_ALIGNMENT, ALIGNMENTS = 32, {2**power for power in range(3, 17)}
 TRUE_SHAPE = "comfy.gguf.orig_shape."
-"""Key under which converters (city96/ComfyUI-GGUF) keep the shape of a tensor that they flattened to make whole blocks."""
+"""Key prefix under which converters (city96/ComfyUI-GGUF) store the shape of a tensor flattened to fill whole blocks."""
 
 
 @dataclass
 class _Cursor:
-    """Reads the header from front to end, never past it."""
+    """Reads the header sequentially, never past its end."""
 
     data: memoryview
     place: int = 0
     texts: int = 0
-    """Texts in lists that have been passed over."""
+    """Number of strings skipped in lists."""
 
     def take(self, count: int) -> memoryview:
         piece = self.data[self.place : self.place + count]
@@ -64,17 +64,17 @@ class _Cursor:
         return bytes(self.take(self.number("Q"))).decode("utf-8", errors="replace")
 
     def name(self) -> str:
-        """The text that names a key or a tensor."""
+        """The name of a key or a tensor."""
         name = self.text()
         if len(name) > MAX_NAME:
-            raise ValueError(f"it has the name {shown(name)}, and {MAX_NAME} are read at most")
+            raise ValueError(f"it has the name {shown(name)}, longer than the limit of {MAX_NAME} characters")
         return name
 
     def numbers(self, code: str, count: int) -> tuple[Any, ...]:
         return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}")))
 
     def value(self) -> Any:
-        """The value of a key: a number, a text, or the first few entries of a list."""
+        """The value of a key: a number, a string, or the first few entries of a list."""
         kind = self.number("I")
         if kind != ARRAY:
             return self._scalar(kind)
@@ -90,7 +90,7 @@ class _Cursor:
     def _skip_texts(self, count: int) -> None:
         self.texts += count
         if self.texts > MAX_GGUF_TEXTS:
-            raise ValueError(f"its lists hold more than {MAX_GGUF_TEXTS:,} texts")
+            raise ValueError(f"its lists hold more than {MAX_GGUF_TEXTS:,} strings")
         length_at, bytes_of_length = struct.Struct("<Q").unpack_from, struct.calcsize("<Q")
         try:
             for _ in range(count):
@@ -120,7 +120,7 @@ def open_gguf(path: Path) -> Checkpoint:
     """Open a GGUF file without reading its tensors; scalar keys become its metadata.
 
     Raises:
-        ValueError: it is no GGUF file, it is cut off, or it holds tensors of a type that cannot be read.
+        ValueError: it is not a GGUF file, it is truncated, or it holds tensors of an unsupported type.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -151,23 +151,25 @@ def _refuse_types(path: Path, descriptions: list[_Description]) -> None:
     for d in descriptions:
         if d.type in OTHER_TYPES:
             raise ValueError(
-                f"{path.name} has {shown(d.name)} in the type {OTHER_TYPES[d.type]}, which cannot be read here; "
+                f"{path.name} has {shown(d.name)} of type {OTHER_TYPES[d.type]}, which is not supported; "
                 "use a file in F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS or MXFP4."
             )
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], list[_Description], int]:
-    """Keys, descriptions of the tensors, and the place where the data begins."""
+    """Keys, tensor descriptions, and the offset at which the data begins."""
     version, num_tensors, num_keys = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
     if version not in VERSIONS:
-        raise ValueError(f"its GGUF version is {version} and must be 2 or 3")
+        raise ValueError(f"its GGUF version is {version}, but must be 2 or 3")
     if max(num_tensors, num_keys) > MAX_TENSORS:
-        raise ValueError(f"it claims {num_tensors:,} tensors and {num_keys:,} keys; {MAX_TENSORS:,} are read at most")
+        raise ValueError(
+            f"it claims {num_tensors:,} tensors and {num_keys:,} keys; at most {MAX_TENSORS:,} are allowed"
+        )
     keys = {cursor.name(): cursor.value() for _ in range(num_keys)}
     descriptions = [_describe(cursor) for _ in range(num_tensors)]
     alignment = keys.get("general.alignment", DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment not in ALIGNMENTS:  # 32.0 is in there, too
-        raise ValueError(f"its alignment is {shown(str(alignment))} and must be a power of two from 8 to 65536")
+    if not isinstance(alignment, int) or alignment not in ALIGNMENTS:  # 32.0 is in the set, too
+        raise ValueError(f"its alignment is {shown(str(alignment))}, but must be a power of two from 8 to 65536")
     return keys, descriptions, -(-cursor.place // alignment) * alignment
 
 
@@ -175,7 +177,7 @@ def _describe(cursor: _Cursor) -> _Description:
     name, dimensions = cursor.name(), cursor.number("I")
     if dimensions > MAX_AXES:
         raise ValueError(f"{shown(name)} has {dimensions} dimensions")
-    shape = tuple(reversed(cursor.numbers("Q", dimensions)))  # the file counts the innermost first
+    shape = tuple(reversed(cursor.numbers("Q", dimensions)))  # the file lists the innermost first
     if 0 in shape:
         raise ValueError(f"{shown(name)} is empty")
     return _Description(name, shape, cursor.number("I"), cursor.number("Q"))
@@ -194,13 +196,13 @@ def _stored(description: _Description, data: Tensor, keys: dict[str, Any]) -> La
     d = description
     shape = keys.get(TRUE_SHAPE + d.name, d.shape)
     if not isinstance(shape, tuple) or not _same_size(shape, d.shape):
-        raise ValueError(f"{shown(d.name)} has the shape {d.shape}, which cannot become {shown(str(shape))}")
+        raise ValueError(f"{shown(d.name)} has shape {d.shape}, which cannot be reshaped to {shown(str(shape))}")
     if d.type in PLAIN_TYPES:
         dtype = PLAIN_TYPES[d.type]
         piece = _piece(d, data, math.prod(shape) * dtype.itemsize)
         return LazyTensor(shape, dtype, lambda: piece.view(dtype).reshape(shape))
     if d.type not in BLOCK_NAMES:
-        raise ValueError(f"{shown(d.name)} has the type {d.type}, which no version of the format has")
+        raise ValueError(f"{shown(d.name)} has type {d.type}, which no version of the format defines")
     return _stored_blocks(d, data, shape)
 
 
@@ -209,11 +211,11 @@ def _same_size(shape: tuple[Any, ...], other: tuple[int, ...]) -> bool:
 
 
 def _stored_blocks(d: _Description, data: Tensor, shape: tuple[int, ...]) -> LazyTensor:
-    """Blocks run along the innermost dimension as the file has it."""
+    """A tensor in blocks, which run along the innermost dimension of the shape in the file."""
     block = BLOCK_TYPES[BLOCK_NAMES[d.type]]
     columns = d.shape[-1] if d.shape else 1
     if columns % block.weights:
-        raise ValueError(f"{shown(d.name)} has rows of {columns}, no whole number of {BLOCK_NAMES[d.type]} blocks")
+        raise ValueError(f"{shown(d.name)} has rows of {columns}, not a whole number of {BLOCK_NAMES[d.type]} blocks")
     row_bytes = columns // block.weights * block.bytes
     piece = _piece(d, data, math.prod(d.shape) // block.weights * block.bytes).view(-1, row_bytes)
     weight = block_weight(LazyTensor(tuple(piece.shape), torch.uint8, lambda: piece), BLOCK_NAMES[d.type])
@@ -222,5 +224,7 @@ def _stored_blocks(d: _Description, data: Tensor, shape: tuple[int, ...]) -> Laz
 
 def _piece(d: _Description, data: Tensor, count: int) -> Tensor:
     if d.offset % 8 or d.offset + count > len(data):
-        raise ValueError(f"{shown(d.name)} lies at byte {d.offset:,} with {count:,} bytes, the data has {len(data):,}")
+        raise ValueError(
+            f"{shown(d.name)} is at offset {d.offset:,} and takes {count:,} bytes; the data has {len(data):,}"
+        )
     return data[d.offset : d.offset + count]

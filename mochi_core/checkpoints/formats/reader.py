@@ -1,4 +1,4 @@
-"""Open weight files without reading them: every tensor is a shape, a dtype and a way to read it."""
+"""Open weight files without reading them: every tensor is a shape, a dtype and a function that reads it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is nothing at `path`, or a shard is missing.
-        OSError: the system does not let it be read.
-        ValueError: it is no readable weights file, or it is incomplete. Reading a tensor raises it, too, if the file has
+        OSError: the system denies access.
+        ValueError: it is not a readable weights file, or it is incomplete. Reading a tensor raises it, too, if the file has
             changed since.
     """
     path = Path(path)
@@ -38,10 +38,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except ValueError as error:
         raise ValueError(sentence(error)) from None
     except OSError as error:
-        if error.errno is None:  # a sentence of ours, about a shard
+        if error.errno is None:  # our own message, about a shard
             raise
         raise type(error)(
-            f"{path.name} cannot be read ({error.strerror}); check who may read it, and its disk."
+            f"{path.name} cannot be read ({error.strerror}); check its permissions and its disk."
         ) from None
     tensors = {name: tensor.guarded(state.check_while_loading) for name, tensor in file.tensors.items()}
     return replace(file, tensors=tensors, files=file.files or (state,))
@@ -56,13 +56,15 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _choose(folder: Path) -> Path:
-    """The sharded or single file of a folder; among variants such as `.fp16`, the one without a variant's name."""
+    """The shard index or single file in a folder; among variants such as `.fp16`, the one without a variant suffix."""
     found = next((files for pattern in FOLDER_PATTERNS if (files := sorted(folder.glob(pattern)))), [])
     choice = found if len(found) == 1 else [file for file in found if not _has_variant(file.name)]
     if len(choice) == 1:
         return choice[0]
     names = shown_names([file.name for file in found]) or "none"
-    raise ValueError(f"{folder} must hold one weights file or one shard index, found: {names}; name the file itself.")
+    raise ValueError(
+        f"{folder} must hold one weights file or one shard index, found: {names}; give the path of the file itself."
+    )
 
 
 def _has_variant(name: str) -> bool:
@@ -84,7 +86,7 @@ def _open_shards(index: Path) -> Checkpoint:
 
 
 def _joined_metadata(index: Path, shards: list[dict[str, str]]) -> dict[str, str]:
-    """The metadata of all shards; each has notes on the quantised layers of its own."""
+    """The metadata of all shards, with their notes on quantised layers merged: each shard describes only its own."""
     joined = {key: value for shard in shards for key, value in shard.items()}
     try:
         notes = [read_json(shard[QUANTIZATION])["layers"] for shard in shards if QUANTIZATION in shard]
@@ -96,11 +98,11 @@ def _joined_metadata(index: Path, shards: list[dict[str, str]]) -> dict[str, str
 
 def _read_index(index: Path) -> dict[str, str]:
     if (size := index.stat().st_size) > MAX_INDEX_BYTES:
-        raise ValueError(f"{index.name} has {size:,} bytes; {MAX_INDEX_BYTES:,} are read of an index at most.")
+        raise ValueError(f"{index.name} has {size:,} bytes; an index may have at most {MAX_INDEX_BYTES:,}.")
     try:
         weight_map = read_json(index.read_text(encoding="utf-8"))["weight_map"]
         shards = set(weight_map.values())
-        # A shard is no index again, or opening it might never end.
+        # A shard may not be another index: opening it might never end.
         is_index = bool(weight_map) and not any(Path(shard).match(INDEX_PATTERN) for shard in shards)
     except (ValueError, KeyError, AttributeError, TypeError):
         is_index = False
@@ -108,14 +110,14 @@ def _read_index(index: Path) -> dict[str, str]:
         raise ValueError(f"{index.name} is not a shard index; download it again.")
     if len(weight_map) > MAX_TENSORS or len(shards) > MAX_SHARDS:
         raise ValueError(
-            f"{index.name} lists {len(weight_map):,} tensors in {len(shards):,} files; {MAX_TENSORS:,} in {MAX_SHARDS:,} are "
-            "read at most."
+            f"{index.name} lists {len(weight_map):,} tensors in {len(shards):,} files; at most {MAX_TENSORS:,} in {MAX_SHARDS:,} "
+            "are allowed."
         )
     return weight_map
 
 
 def _open_shard(index: Path, name: str) -> Checkpoint:
-    # A shard list is somebody else's text: it may only name files of its own folder.
+    # A shard index is untrusted: it may only name files in its own folder.
     if Path(name).name != name or name == ".." or "\0" in name or len(name) > MAX_NAME:
         raise ValueError(f"{index.name} names the shard {shown(name)} outside its folder; do not trust this file.")
     if not (index.parent / name).is_file():

@@ -1,7 +1,7 @@
-"""Safetensors files: the library checks the header, this module says what people have instead of a whole file.
+"""Safetensors files: the library checks the header, this module reports truncated files and files of other types.
 
-Layout: 8 bytes length of the header (little-endian), the header in JSON, then the tensors' bytes, without gaps.
-Source: the section "Format" of the README of huggingface/safetensors.
+Layout: the header's length in 8 bytes (little-endian), the header in JSON, then the tensors' bytes, without gaps.
+Source: section "Format" of the README of huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..tensors import Checkpoint, LazyTensor
 
 LENGTH_BYTES = 8
 SUFFIXES = (".safetensors", ".sft", ".latent")
-"""How such files are called; another one has been chosen by mistake, and not been damaged."""
+"""Usual suffixes of such files; a file with another suffix was chosen by mistake rather than damaged."""
 DTYPE_CODES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -31,9 +31,9 @@ DTYPE_CODES = {
 }  # fmt: skip
 if hasattr(torch, "float8_e8m0fnu"):  # since PyTorch 2.7; the scales of mxfp8
     DTYPE_CODES["F8_E8M0"] = torch.float8_e8m0fnu
-# How files begin that people have instead of a safetensors file.
+# First bytes of files that users have in place of a safetensors file.
 OTHER_FILE_TYPES = (
-    (b"version https://git-lfs", "a Git LFS pointer, which only stands for one"),
+    (b"version https://git-lfs", "a Git LFS pointer to one"),
     (b"<", "a web page"),
     (b"PK\x03\x04", "a torch.save file, whose name should end in .pt"),
     (b"GGUF", "a GGUF file, whose name should end in .gguf"),
@@ -44,7 +44,7 @@ def open_safetensors(path: Path) -> Checkpoint:
     """Open a safetensors file without reading its tensors.
 
     Raises:
-        ValueError: it is no safetensors file, it is cut off, or its header is wrong.
+        ValueError: it is not a safetensors file, it is truncated, or its header is invalid.
     """
     text = _read_header(path)
     try:
@@ -52,7 +52,7 @@ def open_safetensors(path: Path) -> Checkpoint:
         header.pop("__metadata__", None)
         _check_counts(header)
     except ValueError as error:
-        raise ValueError(_wrong_header(path, error)) from None  # their text would be in the traceback as it is
+        raise ValueError(_wrong_header(path, error)) from None  # a traceback would show the file's text unescaped
     _check_size(path, len(text), header)
     try:
         file = safe_open(path, framework="pt")
@@ -79,7 +79,7 @@ def _read_header(path: Path) -> bytes:
 
 def _refuse_other_file_types(path: Path, start: bytes, length: int) -> None:
     begins = start[LENGTH_BYTES : LENGTH_BYTES + 1]
-    if begins == b"{" and length <= MAX_HEADER_BYTES:  # whatever the bytes of the length look like
+    if begins == b"{" and length <= MAX_HEADER_BYTES:  # a header, even if the length bytes match another magic
         return
     what = next((what for magic, what in OTHER_FILE_TYPES if start.lstrip().startswith(magic)), None)
     if not start:
@@ -91,30 +91,30 @@ def _refuse_other_file_types(path: Path, start: bytes, length: int) -> None:
         raise ValueError(f"{path.name} is not a safetensors file but {what}; {remedy}.")
     if length > MAX_HEADER_BYTES:
         raise ValueError(
-            f"{path.name} says that its header has {length:,} bytes; {MAX_HEADER_BYTES:,} are read at most. "
-            "Use another file, or one without so much metadata."
+            f"{path.name} claims a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed. "
+            "Use another file, or one with less metadata."
         )
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The library lets the last of two tensors of one name win."""
+    """Refuse duplicate names, of which the library would silently keep the last."""
     content = dict(pairs)
     if len(content) < len(pairs):
         twice, _ = (Counter(name for name, _ in pairs)).most_common(1)[0]
-        raise ValueError(f"{shown(twice)} is there twice")
+        raise ValueError(f"{shown(twice)} occurs twice")
     return content
 
 
 def _check_counts(header: dict[str, Any]) -> None:
-    """Refuse what no real file has, before time or memory goes into it."""
+    """Refuse counts that no real file has, before they cost time or memory."""
     if len(header) > MAX_TENSORS:
-        raise ValueError(f"{len(header):,} tensors; {MAX_TENSORS:,} are read at most")
+        raise ValueError(f"{len(header):,} tensors; at most {MAX_TENSORS:,} are allowed")
     for name, entry in header.items():
         if len(name) > MAX_NAME:
-            raise ValueError(f"the name {shown(name)}; {MAX_NAME} are read at most")
+            raise ValueError(f"the name {shown(name)}; at most {MAX_NAME} characters are allowed")
         shape = entry.get("shape") if isinstance(entry, dict) else None
         if isinstance(shape, list) and len(shape) > MAX_AXES:
-            raise ValueError(f"{shown(name)} has {len(shape):,} axes; {MAX_AXES} are read at most")
+            raise ValueError(f"{shown(name)} has {len(shape):,} axes; at most {MAX_AXES} are allowed")
 
 
 def _no_constant(name: str) -> None:
@@ -122,14 +122,14 @@ def _no_constant(name: str) -> None:
 
 
 def _check_size(path: Path, header_bytes: int, header: dict[str, Any]) -> None:
-    """The library says only that a size is wrong; people want to know whether a download was cut off."""
+    """Report a truncated download as such: the library says only that a size is wrong."""
     size, expected = path.stat().st_size, LENGTH_BYTES + header_bytes
-    with suppress(TypeError, KeyError, IndexError):  # a wrong header, which the library will name
+    with suppress(TypeError, KeyError, IndexError):  # an invalid header, which the library will report
         expected += max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size < expected:
             raise ValueError(_incomplete(path, size, expected))
         if size > expected:
-            raise ValueError(f"{path.name} has {size - expected:,} bytes too many at its end; download it again.")
+            raise ValueError(f"{path.name} has {size - expected:,} surplus bytes at its end; download it again.")
 
 
 def _lazy(path: Path, get: Callable[[str], Tensor], name: str, entry: dict[str, Any]) -> LazyTensor:
@@ -147,4 +147,4 @@ def _incomplete(path: Path, size: int, expected: int) -> str:
 
 def _wrong_header(path: Path, error: Exception) -> str:
     reason = str(error).removeprefix("Error while deserializing header: ")
-    return f"{path.name} has a wrong header ({shown(reason)}); download it again or use another file."
+    return f"{path.name} has an invalid header ({shown(reason)}); download it again or use another file."

@@ -1,7 +1,7 @@
-"""torch.save files: what their pickle would do is worked out first, so that neither code is run nor memory asked for.
+"""torch.save files: the pickle is analysed before it is loaded, so that it cannot run code or exhaust memory.
 
-PyTorch's own restricted reader runs no code, but it makes a `bytearray` of any size, unpacks deflated members of any size and
-hashes tuples whose parts are shared so often that it never ends.
+PyTorch's own restricted unpickler runs no code, but it creates a `bytearray` of any size, unpacks deflated members of any size,
+and hashes tuples whose parts are shared so often that it never finishes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ..tensors import Checkpoint, from_state_dict
 from .safetensors import DTYPE_CODES
 from .torchao_pickle import flattened, torchao_stand_ins
 
-# Keys under which trainers keep the weights inside a torch.save file.
+# Keys under which training code stores the weights in a torch.save file.
 WEIGHTS_KEYS = ("state_dict", "module", "model")
 ZIP_MAGIC, ZIP_END, ZIP_END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
 PICKLES_WITHOUT_ZIP = 5
-"""Before version 1.6, torch.save wrote a mark, a version, notes on the machine, the content and the names of the storages."""
-# What takes memory or time by its arguments, and stands in no description of plain tensors.
+"""Before PyTorch 1.6, torch.save wrote a magic number, a version, system info, the content and the storage keys."""
+# Globals whose arguments decide how much memory or time they take; none occurs in a pickle of plain tensors.
 ALLOCATING = re.compile(
     r"(builtins|__builtin__) bytearray|_codecs encode|torch._utils _rebuild_qtensor|torch(\.\S*)? \w*Tensor"
 )
@@ -39,11 +39,11 @@ DESCRIPTION = re.compile(r"[^/]+/data\.pkl")
 
 
 def open_torch(path: Path) -> Checkpoint:
-    """Open a torch.save file of named tensors, mapped if it is a zip archive; it may have weights of torchao.
+    """Open a torch.save file of named tensors, mapped if it is a zip archive; torchao's quantised weights are supported.
 
     Raises:
         ValueError: it holds something else, or cannot be read.
-        OSError: the system does not let it be read.
+        OSError: the system denies access.
     """
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
@@ -52,8 +52,8 @@ def open_torch(path: Path) -> Checkpoint:
         content = _load(path, mmap=is_zip)
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle fails in any way it likes
-        # Without the cause: a traceback would quote its text, with PyTorch's advice to switch the check off.
+    except Exception as error:  # a damaged pickle can raise anything
+        # Without the cause: a traceback would quote its text, with PyTorch's advice to turn the check off.
         raise ValueError(
             f"{path.name} is not a file of plain tensors ({_reason(error)}); use a .safetensors file."
         ) from None
@@ -77,15 +77,15 @@ def _load(path: Path, *, mmap: bool) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Why a file is refused, in our words: PyTorch's own go on with advice."""
+    """Why a file is refused, in our own words: PyTorch's message adds unsafe advice."""
     text = str(error)
     if unsupported := re.search(r"GLOBAL (\S+)", text):
         return f"it asks for {shown(unsupported[1])}"
-    return text if isinstance(error, _RefusalError) else "it is damaged, or of another kind"
+    return text if isinstance(error, _RefusalError) else "it is damaged or another type of file"
 
 
 def _is_plain(name: Any, value: Any) -> bool:
-    """A named tensor with all of its elements in the file: an expanded one would take any memory when it is copied."""
+    """Whether it is a named tensor with all its elements in the file: copying an expanded one could take any amount of memory."""
     if not isinstance(name, str) or type(value) not in (Tensor, Parameter) or value.device.type != "cpu":
         return False
     if value.layout != torch.strided or value.is_nested or value.dtype not in DTYPE_CODES.values():
@@ -94,11 +94,11 @@ def _is_plain(name: Any, value: Any) -> bool:
 
 
 class _RefusalError(ValueError):
-    """The reason, a clause, why a file is not read."""
+    """The reason why a file is refused, as a clause."""
 
 
 class _ShortReads(FileIO):
-    """A file of which `zipfile` reads no more at once than the list of members of a real one takes."""
+    """A file from which `zipfile` cannot read more at once than a genuine central directory takes."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size > MAX_PICKLE_BYTES:
@@ -112,11 +112,13 @@ class _ShortReads(FileIO):
 
 
 def _check_zip(path: Path) -> None:
-    """Compare what an archive claims to hold with its size, and look at the pickle in it."""
+    """Check the sizes that an archive claims against its own, and the pickle in it."""
     size = path.stat().st_size
     with _ShortReads(path) as file:
         file.seek(max(0, size - ZIP_END_BYTES))
-        if not file.read(len(ZIP_END)) == ZIP_END:  # anything behind could make PyTorch read another list than we do
+        if (
+            not file.read(len(ZIP_END)) == ZIP_END
+        ):  # with trailing data, PyTorch might read another directory than we do
             raise _RefusalError("it is incomplete")
         with zipfile.ZipFile(file) as archive:  # pyright: ignore[reportArgumentType] - FileIO is a file of bytes
             members = archive.infolist()
@@ -138,17 +140,17 @@ def _check_pickles(path: Path) -> None:
 
 
 class _Value(NamedTuple):
-    """What is known of a value that a pickle makes, without making it."""
+    """What is known about a value that a pickle would create, without creating it."""
 
     content: Any = None
-    """A number, a text, a tuple of contents, or None for all else."""
+    """A number, a string, a tuple of contents, or None for anything else."""
     size: int = 1
-    """Values in it, each as often as it occurs: to hash a tuple takes so long."""
+    """Number of nested values, counting repeats: hashing a tuple takes time in proportion."""
     has_storage_class: bool = False
 
 
 def _check_pickle(file: IO[bytes], file_bytes: int | None) -> None:
-    """Raise a `_RefusalError` if the next pickle of a file would take memory or time out of all proportion.
+    """Raise a `_RefusalError` if loading the next pickle in a file would take disproportionate memory or time.
 
     `file_bytes` is the size of a file whose storages are allocated before they are read; None for a mapped one.
     """
@@ -177,7 +179,7 @@ def _steps(file: IO[bytes]) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
 
 
 def _take(stack: list[_Value | None], code: pickletools.OpcodeInfo) -> list[_Value]:
-    """Take from the stack what a step of the pickle uses up: a fixed number of values, or all above a mark, too."""
+    """Pop what an opcode consumes: a fixed number of values, and for some also all above the last mark."""
     before = list(code.stack_before)
     taken: list[_Value | None] = []
     if pickletools.markobject in before:
@@ -191,7 +193,7 @@ def _take(stack: list[_Value | None], code: pickletools.OpcodeInfo) -> list[_Val
 
 
 def _made(name: str, argument: Any, parts: list[_Value]) -> _Value:
-    """What a step of the pickle makes of its parts."""
+    """The value that an opcode makes of its operands."""
     if name in ("GLOBAL", "INST") and ALLOCATING.fullmatch(argument):
         raise _RefusalError(f"it asks for {shown(argument.replace(' ', '.'))}")
     if name == "GLOBAL":
@@ -200,17 +202,17 @@ def _made(name: str, argument: Any, parts: list[_Value]) -> _Value:
         return _Value(None if parts else argument)
     size, storage = 1 + sum(part.size for part in parts), any(part.has_storage_class for part in parts)
     if size > MAX_PICKLE_STEPS or (storage and name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BUILD")):
-        raise _RefusalError("it asks for more than the file has")
+        raise _RefusalError("it asks for more than the file holds")
     content = tuple(part.content for part in parts) if "TUPLE" in name else argument
     return _Value(content, size, storage)
 
 
 def _count_storage(storages: dict[Any, int], key: Any, file_bytes: int | None) -> None:
-    """Add up the storages: ("storage", class, key, device, number of elements)."""
+    """Add a storage to the total; its key is ("storage", class, key, device, number of elements)."""
     if file_bytes is None:
         return
     if not isinstance(key, tuple) or len(key) < 5 or not isinstance(key[4], int):
         raise _RefusalError("it has a storage without a size")
     storages[key[2]] = key[4]
     if sum(storages.values()) > file_bytes:
-        raise _RefusalError("it asks for more than the file has")
+        raise _RefusalError("it asks for more than the file holds")

@@ -1,7 +1,7 @@
-"""torch.save files with weights that torchao has quantised, read without torchao and without running any of its code.
+"""torch.save files with weights quantised by torchao, read without torchao and without running any of its code.
 
-Such a file names torchao's classes. Stand-ins take their places, which do no more than hold the tensors that they are given; the
-names of these are then those of torchao's safetensors files, which `names.torchao` knows.
+Such a file refers to torchao's classes. Stand-ins replace them that only hold their tensors; these are then named as in torchao's
+safetensors files, which `names.torchao` reads.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ SETTINGS = (
 
 
 class SavedTensor(Tensor):
-    """Attributes of a quantised tensor; no operation is defined on it."""
+    """Holds the attributes of a quantised tensor; supports no operations."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise TypeError(f"{cls.__name__} has no operations; its parts are to be read.")
+        raise TypeError(f"{cls.__name__} supports no operations; read its parts instead.")
 
 
 class SavedSetting:
-    """How something was quantised, which is not needed to read it."""
+    """How a tensor was quantised; not needed to read it."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -46,16 +46,16 @@ class SavedSetting:
 
 @contextmanager
 def torchao_stand_ins() -> Iterator[None]:
-    """Have PyTorch's restricted reader make stand-ins of torchao's classes."""
+    """Make PyTorch's restricted unpickler substitute stand-ins for torchao's classes."""
     tensors: list[Any] = [(type(name, (SavedTensor,), {}), f"torchao.quantization.{name}") for name in TENSOR_CLASSES]
     with torch.serialization.safe_globals([*tensors, *((SavedSetting, name) for name in SETTINGS)]):
         yield
 
 
 def flattened(content: Any) -> tuple[Any, dict[str, str]]:
-    """A state dict with the parts of torchao's tensors in place of these, and the metadata that says what they are.
+    """A state dict with torchao's tensors replaced by their parts, and metadata with their types.
 
-    In a process that has imported torchao, the tensors are torchao's own. What is no dict comes back as it is.
+    In a process that has imported torchao, the tensors are torchao's own. Anything but a dict is returned unchanged.
     """
     if not isinstance(content, dict):
         return content, {}

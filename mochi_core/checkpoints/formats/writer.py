@@ -1,4 +1,4 @@
-"""Write safetensors files tensor by tensor: a model of any size in the memory of one tensor."""
+"""Write safetensors files tensor by tensor: a model of any size takes the memory of one tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_safetensors(
     *,
     overwrite: bool = True,
 ) -> None:
-    """Read the tensors in their order and write each to its place; `path` appears when it is complete.
+    """Read the tensors in order and write each at its offset; `path` appears only when the file is complete.
 
     Raises:
         OSError: see `replacing`; or a tensor cannot be read.
@@ -41,7 +41,7 @@ def write_safetensors(
 
 
 def layout(tensors: LazyStateDict, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The header with its length, and where each tensor begins behind it; wide dtypes come first, so that all are aligned."""
+    """The header including its length, and the offset of each tensor after it; wide dtypes come first to keep all aligned."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     places, position = {}, 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):

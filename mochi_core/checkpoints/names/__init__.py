@@ -1,1 +1,1 @@
-"""Tensor names: from what files call tensors to the canonical names, which are Genmo's."""
+"""Tensor names: from those in files to the canonical names, which are Genmo's."""

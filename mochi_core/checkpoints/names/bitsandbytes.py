@@ -1,8 +1,8 @@
-"""Weights that bitsandbytes has quantised, as transformers and diffusers save them.
+"""Weights quantised by bitsandbytes, as transformers and diffusers save them.
 
-int8: `X.weight` with the largest magnitude of each row, `X.SCB`; a weight is value * SCB / 127. 4 bits: `X.weight` in uint8, two
-values in a byte, with `X.weight.absmax` (a scale for each block of values), `X.weight.quant_map` (what the values stand for) and
-`X.weight.quant_state.bitsandbytes__nf4` (JSON as bytes). With nested scales, absmax is quantised itself: places in
+int8: `X.weight`, with the largest magnitude of each row in `X.SCB`; a weight is value * SCB / 127. 4 bits: `X.weight` in uint8,
+two codes per byte, with `X.weight.absmax` (a scale per block of values), `X.weight.quant_map` (the value of each code) and
+`X.weight.quant_state.bitsandbytes__nf4` (JSON as bytes). With nested scales, absmax is itself quantised: indices into
 `X.weight.nested_quant_map`, times `X.weight.nested_absmax` for each block of scales, plus an offset. Source: bitsandbytes,
 functional.py (QuantState) and nn/modules.py.
 """
@@ -36,15 +36,15 @@ class State:
     block_type: str
     shape: tuple[int, int]
     block_size: int
-    """Number of values that share a scale; the matrix is cut into blocks row after row."""
+    """Number of values that share a scale; blocks follow the matrix in row-major order."""
     nested_block_size: int
     nested_offset: float
 
 
 def translate_bitsandbytes(tensors: LazyStateDict) -> LazyStateDict:
-    """Give int8 weights the names that ComfyUI has for them, and make one tensor of the parts of each 4-bit weight.
+    """Rename int8 weights to ComfyUI's names, and merge the parts of each 4-bit weight into one tensor.
 
-    What cannot be read gets a note of its format, which `unknown_formats` finds.
+    A weight that cannot be read gets a note of its format, which `unknown_formats` finds.
     """
     translated = dict(tensors)
     for name, tensor in tensors.items():
@@ -67,7 +67,7 @@ def _translate_int8(tensors: LazyStateDict, layer: str, largest: LazyTensor) -> 
 
 
 def _parts_of_4_bits(tensors: LazyStateDict) -> dict[str, LazyStateDict]:
-    """The tensors `X.weight.*` of each weight that has a state beside it, by what is in place of the star."""
+    """The tensors `X.weight.*` of each weight with a quantisation state, keyed by what the asterisk stands for."""
     parts = {match["weight"]: LazyStateDict() for name in tensors if (match := STATE.fullmatch(name))}
     for name, tensor in tensors.items():
         if (match := PART.fullmatch(name)) and match["weight"] in parts:
@@ -97,7 +97,7 @@ def _read_state(tensor: LazyTensor) -> State | None:
 
 
 def _fits(state: State, packed: LazyTensor, parts: LazyStateDict) -> bool:
-    """Whether the parts have the sizes and values that the state says."""
+    """Whether the parts have the sizes and values that the state implies."""
     count, scales = math.prod(state.shape), parts.get("absmax")
     if packed.dtype != torch.uint8 or packed.numel * 2 != count or count % state.block_size or scales is None:
         return False
@@ -117,7 +117,7 @@ def _fits(state: State, packed: LazyTensor, parts: LazyStateDict) -> bool:
 
 
 def _weight(state: State, packed: LazyTensor, parts: LazyStateDict) -> LazyTensor:
-    """The weight in blocks, if no block reaches over the end of a row; otherwise dequantised when it is read."""
+    """The weight in blocks if none extends past the end of a row; otherwise it is dequantised when read."""
     block = BLOCK_TYPES[state.block_type]
     rows, columns = state.shape
     row_bytes = columns // block.weights * block.bytes
@@ -147,6 +147,6 @@ def _scales(state: State, parts: LazyStateDict) -> Tensor:
     if not state.nested_block_size:
         return scales.float()
     table, largest = (parts[f"nested_{part}"].read().float().flatten() for part in ("quant_map", "absmax"))
-    # Blocks of more scales than there are would take the memory of all that the state says.
+    # Capped: an untrusted block size larger than the number of scales would allocate that much.
     each = largest.repeat_interleave(min(state.nested_block_size, len(scales)))[: len(scales)]
     return table[scales.int()] * each + state.nested_offset

@@ -1,8 +1,8 @@
-"""nvfp4 and mxfp8 weights as ComfyUI saves them: values, and scales of blocks in the order that GPUs multiply with.
+"""nvfp4 and mxfp8 weights as ComfyUI saves them: values, and block scales in the order that GPU matrix products expect.
 
-nvfp4: `X.weight` uint8, two values in a byte, a float8_e4m3fn scale for each 16 of them in `X.weight_scale` and one for the whole
-weight in `X.weight_scale_2`. mxfp8: `X.weight` float8_e4m3fn, a float8_e8m0fnu scale for each 32 in `X.weight_scale`. The scales
-are padded to tiles of 128 rows and 4 columns; in a tile, row r and column c are at 16 * (r % 32) + 4 * (r // 32) + c. Source:
+nvfp4: `X.weight` uint8, two values per byte, a float8_e4m3fn scale per 16 values in `X.weight_scale` and one for the whole
+weight in `X.weight_scale_2`. mxfp8: `X.weight` float8_e4m3fn, a float8_e8m0fnu scale per 32 values in `X.weight_scale`. Scales
+are padded to tiles of 128 rows and 4 columns; in a tile, row r, column c is at 16 * (r % 32) + 4 * (r // 32) + c. Source:
 NVIDIA, cuBLAS documentation, "1D Block Scaling Factors Layout".
 """
 
@@ -19,7 +19,7 @@ VALUE_DTYPES = {"nvfp4": torch.uint8, "mxfp8": torch.float8_e4m3fn}
 
 
 def gather_block_scaled(tensors: LazyStateDict, layer: str, format: str) -> bool:
-    """Make one weight in blocks of the parts of a layer; False, and nothing is changed, if they do not fit."""
+    """Merge a layer's parts into one weight in blocks; returns False and changes nothing if they do not fit together."""
     values, scales = tensors[layer + "weight"], tensors.get(layer + "weight_scale")
     factor = tensors.get(layer + "weight_scale_2")
     if scales is None or not _fit(values, scales, format) or layer + "pre_quant_scale" in tensors:
@@ -49,7 +49,7 @@ def _fit(values: LazyTensor, scales: LazyTensor, format: str) -> bool:
 
 
 def untiled(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Scales in the order of tiles, of any shape, to (rows, columns)."""
+    """Scales in tiled order, of any shape, to (rows, columns)."""
     across = -(-columns // TILE_COLUMNS)
     tiles = scales.reshape(-1, across, 32, 4, TILE_COLUMNS)  # tile row, tile column, r % 32, r // 32, c
     return tiles.permute(0, 3, 2, 1, 4).reshape(-1, across * TILE_COLUMNS)[:rows, :columns]

@@ -1,4 +1,4 @@
-"""Which models a file holds, and the tensors of one of them under canonical names."""
+"""Detect which models a file holds, and select the tensors of one under canonical names."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .quantized import gather_quantized, unknown_formats
 from .sizes import check_depth, count_by_place, count_numbers
 from .t5 import COMPANIONS, UMT5, canonical_t5
 
-# What torch.compile, sharding and activation checkpointing put anywhere in a name; kohya's trainers make dots underscores.
+# Inserted anywhere in a name by torch.compile, sharding and activation checkpointing; kohya's trainers turn dots into underscores.
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]")
-# Numbers that a training keeps among the weights: counters and rates of moving averages.
+# Training state stored among the weights: counters and decay rates of moving averages.
 TRAINING_STATE = re.compile(r"(.*\.)?(n_averaged|num_updates|decay|initted|step|global_step|num_batches_tracked)")
 QUOTED_NAMES = 3
 FRAME_LEVELS_KEY = "frame_levels"
 """Entry of a file's metadata: "true" for a transformer that was trained with a noise level of each latent frame. An empty tensor
 of that name says the same."""
 FRAME_LEVELS_CHOICES = {"auto": None, "on": True, "off": False}
-"""How a person says whether a transformer was trained so; auto leaves it to the file."""
+"""User's choice of whether a transformer was trained with per-frame noise levels; auto decides by the file."""
 TRAINED_FOR_FRAME_LEVELS = "pusa"
-"""In the names of other people's files of that kind, whose tensors have the same names and shapes as Genmo's."""
+"""Occurs in the names of third-party files of that kind; their tensors have the same names and shapes as Genmo's."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """How files spell one of the models that a video takes."""
+    """How files name and lay out one of the models needed to make a video."""
 
     phrase: str
     example: str
@@ -39,12 +39,12 @@ class Part:
     subfolder: str
     """Folder of the model in a diffusers pipeline."""
     prefixes: re.Pattern[str]
-    """What wrappers and whole pipelines put in front of the model's own names, in any combination."""
+    """Prefixes that wrappers and whole pipelines add to the model's own names, in any combination."""
     signatures: tuple[str, ...]
-    """Ends of tensor names; every layout has one of them."""
+    """Endings of tensor names; every layout has one of them."""
     to_canonical: Callable[[LazyStateDict], LazyStateDict]
     companions: re.Pattern[str] | None = None
-    """Names of tensors that whole files of the model bring, and that a video does not need."""
+    """Names of tensors that complete files of the model include but a video does not need."""
 
 
 @dataclass(frozen=True)
@@ -53,32 +53,32 @@ class Content:
 
     phrase: str
     sorts: tuple[str, ...]
-    """Names in `PARTS`, or the sort of another file (see `others.py`); none of what is not known."""
+    """Names in `PARTS`, or the sort of another known file (see `others.py`); empty for an unknown one."""
 
 
 class OtherModelError(ValueError):
-    """A file holds something else than the model that was asked for; the message says "FILE holds CONTENT"."""
+    """A file does not hold the requested model; the message says "FILE holds CONTENT"."""
 
     def __init__(self, message: str, file: str = "", content: Content = Content("", ())) -> None:
         super().__init__(sentence(message))
         self.file, self.content = file, content
 
     def with_loaders(self, taken: str) -> OtherModelError:
-        """The same error with the place where such a file belongs, such as ", which Load VAE takes from models/vae"."""
+        """The same error with where such a file belongs added, such as ", which Load VAE takes from models/vae"."""
         holds = f" holds {self.content.phrase}"
         return OtherModelError(str(self).replace(holds, holds + taken, 1), self.file, self.content)
 
 
 def select_part(checkpoint: Checkpoint, part: str) -> Checkpoint:
-    """The tensors of "transformer", "vae", "t5" or "tiny_vae" under their canonical names, whatever the file calls them.
+    """The tensors of "transformer", "vae", "t5" or "tiny_vae" under their canonical names, whatever their names in the file.
 
-    Prefixes are stripped, diffusers' names converted, tensors of other models left out. What is known to belong to the same
-    model or its training, such as T5's decoder, is left out with a line in the log. Names of the autoencoder always begin with
-    `encoder.` or `decoder.`. A quantised weight is one tensor, with its stored form in `quantized`.
+    Prefixes are stripped, diffusers' names converted, and tensors of other models left out. Known extras of the same model or its
+    training, such as T5's decoder, are left out and logged. Names of the autoencoder always begin with `encoder.` or `decoder.`.
+    A quantised weight is one tensor, with its stored form in `quantized`.
 
     Raises:
         OtherModelError: the file holds no such model.
-        ValueError: it holds it in a form that cannot be loaded.
+        ValueError: the model is in a form that cannot be loaded.
     """
     if (found := find_parts(checkpoint).get(part)) is None:
         holds, wanted, name = content(checkpoint), PARTS[part], checkpoint.name
@@ -96,7 +96,7 @@ def select_part(checkpoint: Checkpoint, part: str) -> Checkpoint:
 
 
 def _without_companions(checkpoint: Checkpoint, tensors: LazyStateDict, part: Part) -> LazyStateDict:
-    """The tensors of a model without those that are known not to belong to it; the log names some of these."""
+    """A model's tensors without the known ones that it does not need; the log names some of those left out."""
 
     def is_companion(name: str, tensor: LazyTensor) -> bool:
         known = part.companions is not None and part.companions.fullmatch(name)
@@ -105,21 +105,21 @@ def _without_companions(checkpoint: Checkpoint, tensors: LazyStateDict, part: Pa
     needed = {name: tensor for name, tensor in tensors.items() if not is_companion(name, tensor)}
     if companions := [name for name in tensors if name not in needed]:
         some, name = shown_names(companions, QUOTED_NAMES), shown(checkpoint.name)
-        logging.info(f"{name}: {len(companions)} tensors that {part.phrase} does not need are left out: {some}")
+        logging.info(f"{name}: skipped {len(companions)} tensors that {part.phrase} does not need: {some}")
     return needed
 
 
 def has_frame_levels(checkpoint: Checkpoint) -> bool:
-    """Whether a transformer was trained with a noise level of each latent frame, by the file's metadata or else its name."""
+    """Whether a transformer was trained with per-frame noise levels, by the file's metadata or else its name."""
     said = checkpoint.metadata.get(FRAME_LEVELS_KEY)
     return TRAINED_FOR_FRAME_LEVELS in checkpoint.path.name.lower() if said is None else said.lower() == "true"
 
 
 def find_parts(checkpoint: Checkpoint) -> dict[str, LazyStateDict]:
-    """The tensors of every one of "transformer", "vae", "t5" and "tiny_vae" that a file holds, without prefixes and wrappers.
+    """The tensors of each of "transformer", "vae", "t5" and "tiny_vae" that a file holds, without prefixes and wrappers.
 
     Raises:
-        ValueError: a name occurs with and without wrappers.
+        ValueError: a name occurs both with and without wrappers.
     """
     tensors = gather_quantized(checkpoint)
     unwrapped = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
@@ -136,7 +136,7 @@ def describe(checkpoint: Checkpoint) -> str:
 
 
 def content(checkpoint: Checkpoint) -> Content:
-    """What a file holds: parts of Mochi, something else that is known, or a few of its names."""
+    """What a file holds: parts of Mochi, another known model, or a few of its tensor names."""
     if parts := find_parts(checkpoint):
         return Content(" and ".join(_describe_part(part, found) for part, found in parts.items()), tuple(parts))
     names = list(gather_quantized(checkpoint))
@@ -156,7 +156,7 @@ def _describe_part(part: str, tensors: LazyStateDict) -> str:
 
 
 def _strip(tensors: LazyStateDict, part: str) -> LazyStateDict | None:
-    """The tensors of one part without their prefix; None if the part is not there."""
+    """The tensors of one part without their prefix; None if the file does not hold it."""
     prefixes = {name.removesuffix(end) for name in tensors for end in PARTS[part].signatures if name.endswith(end)}
     for prefix in sorted(filter(PARTS[part].prefixes.fullmatch, prefixes), key=len):
         found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -166,12 +166,12 @@ def _strip(tensors: LazyStateDict, part: str) -> LazyStateDict | None:
 
 
 def _is_t5(tensors: LazyStateDict) -> bool:
-    """A umT5 begins like a T5."""
+    """Tell T5 from umT5, which has the same signature."""
     return not any(map(UMT5.fullmatch, tensors))
 
 
 def _is_taem1(tensors: LazyStateDict) -> bool:
-    """Other tiny autoencoders have the same names, and make fewer frames or other channels."""
+    """Tell TAEM1 from other tiny autoencoders, which have the same names but fewer frames or other channels."""
     shapes = {name: tuple(tensors[name].shape) for name in TAEM1_SHAPES if name in tensors}
     return shapes == TAEM1_SHAPES
 
@@ -209,7 +209,7 @@ def _canonical_vae(tensors: LazyStateDict) -> LazyStateDict:
 
 
 def _resnets(tensors: LazyStateDict, stages: str) -> tuple[int, ...]:
-    """How many residual blocks one half of a diffusers autoencoder has before, in and after its stages."""
+    """Number of residual blocks that one half of a diffusers autoencoder has before, in and after its stages."""
     half = stages.partition(".")[0]
     count = check_depth(count_numbers(tensors, re.escape(stages) + r"\.(\d+)\..*"))
     numbered = [f"{stages}.{i}" for i in range(count)]
@@ -220,9 +220,9 @@ def _resnets(tensors: LazyStateDict, stages: str) -> tuple[int, ...]:
 
 
 TAEM1_SHAPES = {"decoder.1.weight": (256, 12, 3, 3), "decoder.19.conv.weight": (192, 64, 1, 1)}
-"""What the first convolution and the last growth in time have in madebyollin/taem1."""
+"""Shapes of the first convolution and the last temporal expansion in madebyollin/taem1."""
 LOOKS: dict[str, Callable[[LazyStateDict], bool]] = {"vae": _is_mochi_vae, "t5": _is_t5, "tiny_vae": _is_taem1}
-"""Where names do not tell a part: whether tensors with its signature are those of Mochi's."""
+"""For parts that names alone do not identify: whether tensors with the signature are Mochi's."""
 PARTS = {
     "transformer": Part(
         "a Mochi transformer", "mochi_preview_bf16.safetensors", "transformer",

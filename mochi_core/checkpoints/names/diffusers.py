@@ -1,8 +1,8 @@
-"""diffusers' names for the tensors of Mochi, as tables that are read in both directions.
+"""diffusers' names for Mochi's tensors, as tables that are used in both directions.
 
-A rule pairs one canonical name with the foreign tensors that make it up: several are concatenated along their rows, and
-`swap_halves` exchanges the two halves of the rows (diffusers keeps gate after value, and scale before shift). Names as in
-diffusers' models/transformers/transformer_mochi.py and models/autoencoders/autoencoder_kl_mochi.py.
+A rule pairs a canonical name with the diffusers tensors that make it up: several are concatenated along their rows, and
+`swap_halves` swaps the two halves of the rows (diffusers puts gate after value, and scale before shift). Names as in diffusers'
+models/transformers/transformer_mochi.py and models/autoencoders/autoencoder_kl_mochi.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..tensors import LazyStateDict, LazyTensor
 
 @dataclass(frozen=True)
 class NameRule:
-    """One tensor of Mochi under its canonical name, and the tensors of diffusers that it is made of."""
+    """The canonical name of a tensor, and the names of the diffusers tensors that make it up."""
 
     canonical: str
     foreign: tuple[str, ...]
@@ -31,7 +31,7 @@ Rules = list[NameRule]
 
 
 def transformer_rules(depth: int) -> Rules:
-    """Names of a denoiser with so many blocks."""
+    """Rules for a denoiser of `depth` blocks."""
     return [
         NameRule("pos_frequencies", ("pos_frequencies",)),
         *_layer("x_embedder.proj", "patch_embed.proj"),
@@ -69,7 +69,7 @@ def _block(i: int, *, is_last: bool) -> Rules:
 
 
 def autoencoder_rules(encoder_blocks: tuple[int, ...], decoder_blocks: tuple[int, ...]) -> Rules:
-    """Names of an autoencoder with so many residual blocks before, in and after its stages (see `AsymmVAEConfig`)."""
+    """Rules for an autoencoder, given its residual blocks before, in and after its stages (see `AsymmVAEConfig`)."""
     return [*_decoder(*decoder_blocks), *_encoder(*encoder_blocks)]
 
 
@@ -132,12 +132,12 @@ def _layer(canonical: str, foreign: str, *, swap_halves: bool = False) -> Rules:
 
 
 def to_canonical(tensors: LazyStateDict, rules: Rules) -> LazyStateDict:
-    """Rename, merge and swap diffusers' tensors; merging happens when a tensor is read.
+    """Rename, merge and swap diffusers' tensors; tensors are merged when they are read.
 
-    A rule none of whose tensors occur is passed over: not every layer has a bias, an attention or a text side.
+    A rule is skipped if none of its tensors occur: not every layer has a bias, attention or a text stream.
 
     Raises:
-        ValueError: names that no rule knows, or a merge of which a part is missing.
+        ValueError: a name matches no rule, a tensor to be merged is missing, or tensors to be merged differ in shape.
     """
     canonical: LazyStateDict = {}
     for rule in rules:
@@ -155,10 +155,10 @@ def to_canonical(tensors: LazyStateDict, rules: Rules) -> LazyStateDict:
 
 
 def to_diffusers(tensors: LazyStateDict, rules: Rules) -> LazyStateDict:
-    """The way back: canonical names to diffusers' names.
+    """The inverse of `to_canonical`: canonical names to diffusers' names.
 
     Raises:
-        ValueError: names that no rule knows.
+        ValueError: a name matches no rule.
     """
     foreign: LazyStateDict = {}
     for rule in rules:
@@ -176,7 +176,7 @@ def swapped_halves(tensor: Tensor) -> Tensor:
 
 
 def _concatenate(parts: list[LazyTensor]) -> LazyTensor:
-    """The rows of several tensors one after the other; quantised weights of one stored dtype stay quantised."""
+    """Concatenate several tensors along their rows; quantised weights of one stored dtype stay quantised."""
     if len(parts) == 1:
         return parts[0]
     readers = [part.quantized for part in parts if part.quantized is not None]
@@ -196,19 +196,19 @@ def _split(tensor: LazyTensor, count: int) -> list[LazyTensor]:
 
 
 def _map_rows(tensor: LazyTensor, change: Callable[[Tensor], Tensor], parts: int = 1) -> LazyTensor:
-    """The tensor with `change` applied to its rows, which leaves 1/`parts` of them; a quantised weight stays quantised."""
+    """Apply `change` to a tensor's rows, keeping 1/`parts` of them; a quantised weight stays quantised."""
     shape = (tensor.shape[0] // parts, *tensor.shape[1:])
     return tensor.map(change, lambda weight: _arrange_rows([weight], lambda t: change(t[0])), shape=shape)
 
 
 def _arrange_rows(weights: list[QuantizedWeight], arrange: Callable[[list[Tensor]], Tensor]) -> QuantizedWeight:
-    """Quantised weights of one stored dtype made one: `arrange` is applied to their values and to their scales."""
+    """Combine quantised weights of one stored dtype by applying `arrange` to their values and to their scales."""
     scaled = any(weight.scale is not None for weight in weights)
     return replace(
         weights[0],
         values=arrange([weight.values for weight in weights]),
         scale=arrange([weight.scale_per_row() for weight in weights]) if scaled else None,
-        input_scale=weights[0].input_scale if len(weights) == 1 else None,  # one divisor cannot stand for several
+        input_scale=weights[0].input_scale if len(weights) == 1 else None,  # several cannot share one divisor
         exact_product=all(weight.exact_product for weight in weights),
         fp8_product=all(weight.fp8_product for weight in weights),
     )
@@ -217,4 +217,4 @@ def _arrange_rows(weights: list[QuantizedWeight], arrange: Callable[[list[Tensor
 def _refuse_unknown(names: set[str]) -> None:
     if names:
         some = shown_names(sorted(names))
-        raise ValueError(f"{len(names)} tensors have no place in it, e.g. {some}; this is a file of another model.")
+        raise ValueError(f"{len(names)} tensors do not belong to it, e.g. {some}; this is a file of another model.")

@@ -1,6 +1,6 @@
-"""What people choose instead of a file of Mochi, known by its tensor names: other models, LoRAs, latents.
+"""Files that users mistake for Mochi's, recognised by their tensor names: other models, LoRAs, latents.
 
-The names are those of the released files, in their authors' layout and in diffusers'; the tests take them from the classes of
+The names are those of the released files, in the authors' layout and in diffusers'; the tests take them from the classes of
 ComfyUI and diffusers.
 """
 
@@ -13,29 +13,29 @@ from dataclasses import dataclass, replace
 from .t5 import UMT5
 
 LORA = r"\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|dora_scale|diff|diff_b|w_norm|b_norm)(\.|$)"
-# Beside a diffusion model, names of the other models that a whole checkpoint brings.
+# Names of the other models that a full checkpoint holds besides the diffusion model.
 ALL_IN_ONE = re.compile(r"^(first_stage_model|vae|cond_stage_model|conditioner|text_encoders)\.", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class OtherFile:
-    """A kind of file, and how it is known."""
+    """A kind of file, and how to recognise it."""
 
     phrase: str
     sort: str
-    """What it is used as, one word for all models: diffusion model, autoencoder, text encoder ..."""
+    """Its role, whatever the model: diffusion model, autoencoder, text encoder ..."""
     marks: tuple[str, ...]
-    """Patterns that all occur in the names, one name on a line."""
+    """Patterns that must all occur in the names, one name per line."""
 
 
 def other_file(names: Iterable[str]) -> OtherFile | None:
-    """The kind of a file with tensors of these names; None if it is not known."""
+    """The kind of a file with tensors of these names; None if it is unknown."""
     lines = "\n".join(names)
     found = next(
         (kind for kind in OTHER_FILES if all(re.search(mark, lines, re.MULTILINE) for mark in kind.marks)), None
     )
     if found is not None and found.sort == DIFFUSION and ALL_IN_ONE.search(lines):
-        return replace(found, phrase=f"a whole checkpoint with {found.phrase}", sort=CHECKPOINT)
+        return replace(found, phrase=f"a full checkpoint with {found.phrase}", sort=CHECKPOINT)
     return found
 
 
@@ -44,7 +44,7 @@ PREVIEW, VISION, CONTROL, UPSCALER = "preview autoencoder", "vision model", "con
 LORA_OF_MOCHI, LORA_OF_OTHERS, LORA_OF_BOTH = "lora", "lora of another model", "lora with text encoder"
 LATENTS, NO_MODEL = "latents", "no model"
 
-# The first that fits counts: what looks like a part of another comes before it.
+# The first match counts, so kinds whose names also match another pattern come before it.
 OTHER_FILES = (
     OtherFile("latents", LATENTS, (r"^latent_tensor$",)),
     OtherFile("a prepared clip for training", NO_MODEL, (r"^logvar$", r"^embeds$")),
@@ -89,7 +89,7 @@ OTHER_FILES = (
     OtherFile("a umT5 text encoder", TEXT, (UMT5.pattern,)),
     OtherFile("a CLIP text encoder", TEXT, (r"text_model\.encoder\.layers\.0\.|(?<!visual\.)transformer\.resblocks\.0\.",)),
     OtherFile("a CLIP vision model", VISION, (r"vision_model\.encoder\.layers\.0\.|visual\.transformer\.resblocks\.0\.",)),
-    OtherFile("a language model as text encoder", TEXT, (r"layers\.0\.self_attn\.|blk\.0\.attn_q\.",)),
+    OtherFile("a language model used as a text encoder", TEXT, (r"layers\.0\.self_attn\.|blk\.0\.attn_q\.",)),
     OtherFile("a Wan or Qwen-Image autoencoder", VAE, (r"decoder\.middle\.0\.residual\.|mid_block\.resnets\.0\.norm1\.gamma",)),
     OtherFile("another video model's autoencoder", VAE, (r"decoder\.conv_in\.conv\.|decoder\.unpatcher3d\.",)),
     OtherFile("an image autoencoder", VAE, (r"decoder\.(mid|mid_block|up_blocks\.0\.resnets\.0\.norm1)\.",)),

@@ -1,11 +1,11 @@
-"""Quantised weights inside files: several tensors of the file become one weight that knows its stored form.
+"""Quantised weights in files: several tensors of a file become one weight that knows its stored form.
 
-There are four spellings: `X.weight` in fp8 with `X.scale_weight` (and `X.scale_input`) beside it and a marker tensor
-`scaled_fp8` in the file; `X.weight` with `X.weight_scale`, `X.input_scale` and `X.comfy_quant` (JSON as bytes, or the JSON of
-all layers in the file's metadata); `X.weight` in plain fp8; GGML blocks in `X.Q4_0_qweight` and the like. Those of other tools
-are translated first: `torchao`, `bitsandbytes`. What ComfyUI saves of a model in blocks is of the second kind, with the format
-`blocks_Q4_0` or `blocks_NF4` (in files of version 0.1 `ggml_Q4_0`); of one that multiplies in fp8 with scales per row, with the
-format `float8_e4m3fn_rowwise`.
+There are four layouts: `X.weight` in fp8 with `X.scale_weight` (and `X.scale_input`) and a marker tensor `scaled_fp8` in the
+file; `X.weight` with `X.weight_scale`, `X.input_scale` and `X.comfy_quant` (JSON as bytes, or JSON for all layers in the file's
+metadata); `X.weight` in plain fp8; GGML blocks in `X.Q4_0_qweight` and the like. Those of other tools are translated first:
+`torchao`, `bitsandbytes`. Models in blocks that ComfyUI saves use the second layout, with the format `blocks_Q4_0` or
+`blocks_NF4` (`ggml_Q4_0` in files of version 0.1); models that multiply in fp8 with scales per row, with the format
+`float8_e4m3fn_rowwise`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MARKER = re.compile(r"(.*\.)?scaled_fp8")
 STORED_AS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, INT8: torch.int8}
 ROWWISE_FORMAT = "float8_e4m3fn_rowwise"
 BLOCK_FORMAT = "blocks_"
-"""What the formats of layers in blocks begin with, before the name of the block type."""
+"""Prefix of the formats of layers in blocks; the name of the block type follows."""
 READ_BLOCK_FORMAT = re.compile(rf"(?:{BLOCK_FORMAT}|ggml_)(\w+)")
 SCALES, INPUT_SCALES = ("weight_scale", "scale_weight"), ("input_scale", "scale_input")
 BLOCK_MATRIX = re.compile(r"blocks\..*\.weight|encoder\.block\..*\.(q|k|v|o|wi_0|wi_1|wo)\.weight")
@@ -48,9 +48,9 @@ MODULATION = re.compile(r".*\.mod_[xy]\.weight")
 
 
 def gather_quantized(checkpoint: Checkpoint) -> LazyStateDict:
-    """The tensors of a file, but every quantised weight is one `X.weight`, whatever its parts are called.
+    """The tensors of a file, with every quantised weight merged into one `X.weight`, whatever the names of its parts.
 
-    Layers in a format that cannot be read here are left as they are; `unknown_formats` names them.
+    Layers in an unsupported format are left unchanged; `unknown_formats` lists these formats.
 
     Raises:
         ValueError: the metadata about quantised layers cannot be read.
@@ -58,12 +58,12 @@ def gather_quantized(checkpoint: Checkpoint) -> LazyStateDict:
     tensors = translate_torchao(checkpoint.tensors, checkpoint.metadata)
     tensors = translate_bitsandbytes(tensors) | _notes_in_metadata(checkpoint)
     markers = {name: tensor for name, tensor in tensors.items() if MARKER.fullmatch(name)}
-    # A marker of two elements asks for products in full precision.
+    # A marker with two elements requests matrix products in full precision.
     exact = tuple(name.removesuffix("scaled_fp8") for name, marker in markers.items() if marker.shape == (2,))
     gathered = {name: tensor for name, tensor in tensors.items() if name not in markers}
     for name, tensor in tensors.items():
         if tensor.quantized is not None:
-            continue  # of a GGUF file, which says itself what its blocks are
+            continue  # from a GGUF file, which states its block types itself
         is_matrix, is_weight = len(tensor.shape) == 2, name.endswith(".weight")
         if is_weight and _is_rotated(gathered, name.removesuffix("weight")):
             continue
@@ -77,7 +77,7 @@ def gather_quantized(checkpoint: Checkpoint) -> LazyStateDict:
 
 
 def _notes_in_metadata(checkpoint: Checkpoint) -> LazyStateDict:
-    """The notes of quantised layers in a file's metadata, as the tensors in which other files have them."""
+    """The notes on quantised layers in a file's metadata, as the tensors that other files store them in."""
     try:
         layers = read_json(checkpoint.metadata.get(QUANTIZATION, "{}")).get("layers", {})
         return from_state_dict({f"{layer}.{NOTE}": note_tensor(note) for layer, note in layers.items()})
@@ -86,18 +86,18 @@ def _notes_in_metadata(checkpoint: Checkpoint) -> LazyStateDict:
 
 
 def is_block_matrix(name: str, tensor: LazyTensor | Tensor) -> bool:
-    """Whether a tensor is a matrix of the blocks of a transformer or of T5; no other is ever quantised while it is loaded."""
+    """Whether a tensor is a matrix in a block of the transformer or T5; only these are ever quantised on loading."""
     return BLOCK_MATRIX.fullmatch(name) is not None and len(tensor.shape) == 2
 
 
 def quantize_block_matrices(checkpoint: Checkpoint, kind: str | None) -> Checkpoint:
-    """Have the matrices of the blocks quantised when they are read, in one of `QUANTIZERS`; with None, nothing changes.
+    """Quantise the blocks' matrices when they are read, with one of `QUANTIZERS`; None changes nothing.
 
-    What the file has quantised stays in the file's form. With fp8_rowwise, `mod_x` and `mod_y` are left as they are: they
-    have a row for each prompt only, so that there is nothing to gain from a faster product.
+    Weights already quantised in the file keep their form. fp8_rowwise leaves `mod_x` and `mod_y` unchanged: their input has only
+    one row per prompt, so a faster product gains nothing.
 
     Raises:
-        ValueError: another kind.
+        ValueError: `kind` is unknown.
     """
     if kind is None:
         return checkpoint
@@ -117,7 +117,7 @@ def quantize_block_matrices(checkpoint: Checkpoint, kind: str | None) -> Checkpo
 
 
 def unknown_formats(tensors: LazyStateDict) -> set[str]:
-    """Formats, as the file names them, of the layers that `gather_quantized` could not read."""
+    """The file's names for the formats of layers that `gather_quantized` could not read."""
     notes = [_note(tensors, name.removesuffix(NOTE)) for name in tensors if name.endswith("." + NOTE)]
     bare = any(
         tensor.dtype == torch.int8 and tensor.quantized is None and name.removesuffix("weight") + NOTE not in tensors
@@ -128,7 +128,7 @@ def unknown_formats(tensors: LazyStateDict) -> set[str]:
 
 
 def _is_rotated(tensors: LazyStateDict, layer: str) -> bool:
-    """Whether a layer's note says that its weight was rotated before it was quantised, in whichever format."""
+    """Whether a layer's note says that its weight was rotated before quantisation, in any format."""
     note = _note(tensors, layer)
     params = note.get("params")
     return bool(note.get("convrot") or (isinstance(params, dict) and params.get("convrot")))
@@ -151,7 +151,7 @@ def _gather_blocks(tensors: LazyStateDict, layer: str) -> None:
 
 
 def _gather_scaled(tensors: LazyStateDict, layer: str, *, exact_product: bool) -> None:
-    """Replace the parts of one layer by its weight, unless they are in an unknown format."""
+    """Replace the parts of a layer with its weight, unless they are in an unknown format."""
     note, values = _note(tensors, layer), tensors[layer + "weight"]
     if note.get("format") == "mxfp8" and gather_block_scaled(tensors, layer, "mxfp8"):
         del tensors[layer + NOTE]
@@ -187,7 +187,7 @@ def _count(scale: LazyTensor | None) -> int:
 
 
 def _read_scale(scale: LazyTensor, axes: int) -> Tensor:
-    """One float32 number, or (rows, 1), with more ones for the kernels of convolutions."""
+    """A float32 scalar, or (rows, 1), with further axes of size 1 for convolution kernels."""
     return scale.read().float().reshape(() if _count(scale) == 1 else (-1, *(1,) * (axes - 1)))
 
 
@@ -196,7 +196,7 @@ def _first(tensors: LazyStateDict, layer: str, leaves: tuple[str, ...]) -> LazyT
 
 
 def _note(tensors: LazyStateDict, layer: str) -> dict[str, Any]:
-    """What the file says about the format of a layer; empty if nothing."""
+    """The file's note on a layer's format; empty if there is none."""
     if layer + NOTE not in tensors:
         return {}
     note = None

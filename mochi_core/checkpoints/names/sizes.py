@@ -1,4 +1,4 @@
-"""Configurations from canonical tensors: every size is read from a shape or counted from names."""
+"""Infer configurations from canonical tensors: every size is read from a shape or counted from names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def dit_config(tensors: LazyStateDict) -> AsymmDiTConfig:
 
 
 def vae_config(tensors: LazyStateDict) -> AsymmVAEConfig:
-    """Read the sizes of an autoencoder from its canonical tensors; a half that is not there keeps the defaults."""
+    """Read the sizes of an autoencoder from its canonical tensors; a missing half keeps the defaults."""
     found = halves(tensors)
     encoder = _encoder_sizes(tensors) if found["encoder"] else {}
     decoder = _decoder_sizes(tensors) if found["decoder"] else {}
@@ -45,7 +45,7 @@ def halves(tensors: LazyStateDict) -> dict[str, bool]:
 
 
 def _decoder_sizes(tensors: LazyStateDict) -> dict[str, Any]:
-    """Every stage doubles height and width; what is left of a projection's rows is its temporal expansion."""
+    """Sizes of the decoder: every stage doubles height and width; the rest of a projection's growth is its temporal expansion."""
     stages = count_numbers(tensors, r"decoder\.blocks\.(\d+)\.proj\.weight")
     projections = [shape_of(tensors, f"decoder.blocks.{i + 1}.proj.weight") for i in range(stages)]
     widths = (*(columns for _, columns in projections), shape_of(tensors, "decoder.output_proj.weight")[1])
@@ -82,9 +82,9 @@ def _encoder_sizes(tensors: LazyStateDict) -> dict[str, Any]:
 
 
 def shape_of(tensors: LazyStateDict, name: str, axes: int = 2) -> tuple[int, ...]:
-    """The shape of a tensor that must be there with so many axes, each of at least 1; ValueError otherwise."""
+    """The shape of a tensor; ValueError unless it exists with `axes` axes, none of them empty."""
     if name not in tensors:
-        raise ValueError(f"it lacks {name}, which is needed to tell its size; download it again.")
+        raise ValueError(f"it lacks {name}, which is needed to determine its size; download it again.")
     shape = tensors[name].shape
     if len(shape) != axes or 0 in shape:
         raise ValueError(f"{name} is {shape}, but needs {axes} axes of at least 1; download it again.")
@@ -92,18 +92,18 @@ def shape_of(tensors: LazyStateDict, name: str, axes: int = 2) -> tuple[int, ...
 
 
 def count_numbers(tensors: LazyStateDict, pattern: str) -> int:
-    """How many different numbers the names have where the pattern has its group."""
+    """Count the distinct numbers that the pattern's group matches in the names."""
     return len({match[1] for name in tensors if (match := re.fullmatch(pattern, name))})
 
 
 def count_by_place(tensors: LazyStateDict, pattern: str) -> Counter[str]:
-    """How many different numbers the names have in the pattern's second group, for each text in its first."""
+    """Count the distinct numbers that the pattern's second group matches, for each match of its first."""
     found = {match.groups() for name in tensors if (match := re.fullmatch(pattern, name))}
     return Counter(place for place, _ in found)
 
 
 def check_depth(blocks: int) -> int:
-    """The number of blocks of a model; ValueError if it is beyond all models, so that nobody builds them."""
+    """Return the number of blocks; ValueError if no real model has so many, before a model is built from it."""
     if blocks > MAX_BLOCKS:
-        raise ValueError(f"it has {blocks:,} blocks; {MAX_BLOCKS} are read at most.")
+        raise ValueError(f"it has {blocks:,} blocks; at most {MAX_BLOCKS} are allowed.")
     return blocks

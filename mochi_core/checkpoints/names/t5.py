@@ -1,4 +1,4 @@
-"""A T5 v1.1 encoder: canonical names, shapes from its sizes, and its configuration in Hugging Face's words."""
+"""A T5 v1.1 encoder: canonical names, shapes from its sizes, and its configuration in Hugging Face's terms."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from .sizes import check_depth, shape_of
 
 ATTENTION, FEED_FORWARD = "encoder.block.{}.layer.0.SelfAttention", "encoder.block.{}.layer.1.DenseReluDense"
 POSITION_BIAS = ATTENTION.format(0) + ".relative_attention_bias.weight"
-# Names of llama.cpp's GGUF files (gguf-py/gguf/constants.py) inside a block, and Hugging Face's.
+# Names within a block in llama.cpp's GGUF files (gguf-py/gguf/constants.py), and Hugging Face's.
 LLAMA_CPP_T5 = {
     "attn_norm": "0.layer_norm", "attn_rel_b": "0.SelfAttention.relative_attention_bias",
     **{f"attn_{part}": f"0.SelfAttention.{part}" for part in "qkvo"},
     "ffn_norm": "1.layer_norm", "ffn_gate": "1.DenseReluDense.wi_0", "ffn_up": "1.DenseReluDense.wi_1",
     "ffn_down": "1.DenseReluDense.wo",
 }  # fmt: skip
-# What files bring besides the encoder: the decoder of a whole T5 in either spelling, and what ComfyUI saves of a CLIP.
+# What files hold besides the encoder: the decoder of a full T5 under either naming, and what ComfyUI saves with a CLIP.
 COMPANIONS = re.compile(
     r"decoder\.(block\.\d+\.layer|embed_tokens|final_layer_norm)\..*|lm_head\.weight|dec\.(blk\.\d+|output_norm)\..*"
     r"|output\.weight|logit_scale|text_projection(\.weight)?|spiece_model"
 )
 
-# Only the first block of a T5 has position biases, every block of a umT5 (Wan's text encoder), with a vocabulary of its own.
+# In a T5, only the first block has position biases; in a umT5 (Wan's text encoder, with its own vocabulary), every block does.
 UMT5 = re.compile(
     r"encoder\.block\.[1-9]\d*\.layer\.0\.SelfAttention\.relative_attention_bias\.weight|enc\.blk\.[1-9]\d*\.attn_rel_b\.weight"
 )
 
 
 def canonical_t5(tensors: LazyStateDict) -> LazyStateDict:
-    """Files hold the token embedding under one of two names, or under both; GGUF files have names of their own."""
+    """Rename to canonical names: files hold the token embedding under either or both of two names, and GGUF has its own names."""
     tensors = {_from_llama_cpp(name): tensor for name, tensor in tensors.items()}
     canonical = {name: tensor for name, tensor in tensors.items() if name != "encoder.embed_tokens.weight"}
     if "encoder.embed_tokens.weight" in tensors:
@@ -47,7 +47,7 @@ def _from_llama_cpp(name: str) -> str:
 
 
 def t5_config(checkpoint: Checkpoint) -> T5EncoderConfig:
-    """Read the sizes of an encoder from its canonical tensors; ValueError if they do not tell them."""
+    """Read the sizes of an encoder from its canonical tensors; ValueError if they do not determine them."""
     tensors = checkpoint.tensors
     with checkpoint.named_errors():
         vocabulary, width = shape_of(tensors, "shared.weight")
@@ -67,7 +67,7 @@ def t5_config(checkpoint: Checkpoint) -> T5EncoderConfig:
 
 
 def t5_shapes(config: T5EncoderConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of an encoder; the embedding is there once, as `shared.weight`."""
+    """The shape of every tensor of an encoder; the embedding occurs once, as `shared.weight`."""
     width, inner = config.width, config.num_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "shared.weight": (config.vocabulary, width),
@@ -84,7 +84,7 @@ def t5_shapes(config: T5EncoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def hugging_face_entries(config: T5EncoderConfig) -> dict[str, Any]:
-    """Entries of config.json, and arguments of transformers' T5Config."""
+    """Entries of config.json, which are also the arguments of transformers' T5Config."""
     return {
         "vocab_size": config.vocabulary,
         "d_model": config.width,

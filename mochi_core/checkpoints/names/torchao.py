@@ -1,6 +1,6 @@
-"""Weights that torchao has quantised: the parts of `X.weight` are `X._weight_qdata`, `X._weight_scale` and the like.
+"""Weights quantised by torchao: the parts of `X.weight` are `X._weight_qdata`, `X._weight_scale` and the like.
 
-What they are is in the file's metadata, under `X.weight`: JSON with the class and its attributes. Source: torchao,
+Their type is in the file's metadata, under `X.weight`: JSON with the class and its attributes. Source: torchao,
 prototype/safetensors/safetensors_support.py.
 """
 
@@ -23,7 +23,7 @@ FLOAT8_FORMATS = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "floa
 
 
 def translate_torchao(tensors: LazyStateDict, metadata: Mapping[str, str]) -> LazyStateDict:
-    """Give int8 and fp8 weights the names that ComfyUI has for them; what cannot be read gets a note of its format."""
+    """Rename int8 and fp8 weights to ComfyUI's names; a weight that cannot be read gets a note of its format."""
     translated, layers = dict(tensors), dict[str, LazyStateDict]()
     for name in tensors:
         if match := PART.fullmatch(name):
@@ -47,7 +47,7 @@ def _kind(text: str) -> str:
 
 
 def _note(kind: str, parts: LazyStateDict) -> dict[str, Any]:
-    """ComfyUI's note for values with one scale, or one for each row; torchao's class for everything else."""
+    """ComfyUI's note for values with a single scale or one per row; torchao's class name for everything else."""
     values, scale = parts.get("qdata"), parts.get("scale")
     if values is not None and scale is not None and _is_per_row(values, scale):
         zeros = parts.get("zero_point")
