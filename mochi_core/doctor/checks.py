@@ -1,4 +1,4 @@
-"""What works on a device, each compared with plain arithmetic on a small input; and why the rest does not."""
+"""Check what works on a device, comparing each result with plain arithmetic on a small input; and why the rest does not."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..transformer.model import AsymmDiT
 from .attempt import attempt, compared
 
 DTYPE = torch.bfloat16
-"""What the probes compute in: the dtype of the released weights."""
+"""Dtype of the probes: that of the released weights."""
 TOLERANCE, NETWORK_TOLERANCE, TOLERANCE_8_BITS = 0.02, 0.05, 0.1
-"""Bounds of a probe's largest error: rounding in bf16 of one operation and of a network, and operands in 8 bits."""
+"""Bounds on a probe's largest error: for bf16 rounding of one operation, of a network, and for 8-bit operands."""
 IN_8_BITS = ("sage", FP8_ROWWISE)
 ATTENTION_SHAPE = (3, 1, 2, 333, 128)
-"""q, k and v, (B, heads, length, head_dim) each; head_dim is the released one, the length no power of two."""
+"""q, k and v, each (B, heads, length, head_dim); head_dim is the released model's, length is not a power of two."""
 DIT = AsymmDiTConfig(
     depth=2,
     hidden_size_x=256,
@@ -41,27 +41,25 @@ VAE = AsymmVAEConfig(
     encoder_channels=(32, 32, 32, 32),
     encoder_blocks=(1, 1, 1, 1, 1),
 )
-"""The smallest that have all kinds of layers; group norms have 32 groups."""
+"""The smallest models with all kinds of layers; group norms have 32 groups."""
 M = TypeVar("M", bound=nn.Module)
 
 
 def kernels(device: torch.device) -> dict[str, Any]:
-    """Which kernels `device` gets between matrix products: {"chosen", "reason"}, reason None if they are fused ones."""
+    """Kernels used on `device` between matrix products: {"chosen", "reason"}; the reason is None if they are fused."""
     return {"chosen": fused_kernels.chosen(device), "reason": fused_kernels.reason(device)}
 
 
 def convolutions(device: torch.device) -> dict[str, Any]:
-    """How the core's autoencoder convolves in 16 bits on `device`: {"chosen", "reason"}, reason None if nothing is in the way."""
+    """How the core's autoencoder convolves in 16 bits on `device`: {"chosen", "reason"}; the reason is None for plain 3D."""
     if not unfolds_conv3d(torch.empty(1, device=device, dtype=DTYPE)):
         return {"chosen": "in three dimensions", "reason": None}
-    reason = (
-        f"PyTorch {torch.__version__} copies every value of those in three dimensions 27 times instead of using cuDNN"
-    )
+    reason = f"for 3D convolutions, PyTorch {torch.__version__} copies every value 27 times instead of using cuDNN"
     return {"chosen": "frame by frame", "reason": f"{reason} {torch.backends.cudnn.version()}"}
 
 
 def networks(device: torch.device) -> dict[str, Any]:
-    """A small denoiser and decoder in bf16 on `device`, with the kernels that it gets, beside plain float32 on the CPU."""
+    """Compare a small denoiser and decoder in bf16 on `device`, with its kernels, with plain float32 on the CPU."""
     return {"denoiser": attempt(_denoiser, device), "decoder": attempt(_decoder, device)}
 
 
@@ -82,7 +80,7 @@ def _decoder(device: torch.device) -> dict[str, Any]:
 
 
 def attention(device: torch.device) -> dict[str, Any]:
-    """What "auto" is on `device`, and every backend: its error beside float64, or the reason why it cannot be used."""
+    """The backend that "auto" selects on `device`, and for every backend its error against float64 or why it is unavailable."""
     q, k, v = gaussian(*ATTENTION_SHAPE).to(DTYPE)
     exact = sdpa(q.double(), k.double(), v.double())
     here = [t.to(device) for t in (q, k, v)]
@@ -101,7 +99,7 @@ def _backend(name: str, qkv: list[Tensor], exact: Tensor) -> dict[str, Any]:
 
 
 def products(device: torch.device) -> dict[str, Any]:
-    """Layers with each kind of quantised weight: the error beside float64, or the reason why it cannot be used as meant."""
+    """For layers with each kind of quantised weight, the error against float64 or why the kind does not work as intended."""
     return {kind: attempt(_product, kind, device) for kind in QUANTIZERS}
 
 
@@ -119,13 +117,13 @@ def _tolerance(name: str) -> float:
 
 
 def gaussian(*shape: int) -> Tensor:
-    """The same standard normal values in every run, float32 on the CPU; the generators of the process are left alone."""
+    """The same standard normal values in every run, float32 on the CPU; does not touch the global generators."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def randomized(module: M) -> M:
-    """Random weights under which signals neither vanish nor explode; those of norms stay 1."""
+    """Set random weights that keep signals from vanishing or exploding; norm weights stay 1."""
     for parameter in module.parameters():
         if parameter.ndim > 1:
             parameter.copy_(gaussian(*parameter.shape) * parameter[0].numel() ** -0.5)

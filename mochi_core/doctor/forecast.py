@@ -1,4 +1,4 @@
-"""The memory of one run in one sentence, before it begins."""
+"""A one-sentence estimate of a run's memory before it starts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .needs import STEPS
 
 GIB, MIB = 2**30, 2**20
 ONE_MEMORY = ("cpu", "mps")
-"""Devices whose memory is the main memory."""
+"""Devices that use main memory."""
 
 
 def denoising_bytes(config: AsymmDiTConfig, size: VideoSize, videos: int, window: int | None, itemsize: int) -> int:
-    """Bytes that denoising takes besides the weights, one half of guidance after the other, which is the least.
+    """Bytes that denoising takes besides the weights, with the two halves of guidance run in turn, which takes least.
 
-    `videos` are made at once; `window` is the number of latent frames that are denoised together, None for all.
+    `videos` are made at once; `window` is the number of latent frames denoised together, None for all.
     """
     latents = min(window or size.num_latents, size.num_latents)
     tokens = videos * latents * size.num_tokens // size.num_latents
@@ -23,14 +23,14 @@ def denoising_bytes(config: AsymmDiTConfig, size: VideoSize, videos: int, window
 
 
 def memory_sentence(working: int, weights: int | None, total: int, device: str) -> str:
-    """What a run takes in bytes, what `device` has in `total`, and what follows; `weights` are None if they are not known."""
+    """Sentence with a run's bytes, the `total` of `device` and the consequence; `weights` is None if unknown."""
     held = "the weights" if weights is None else f"{_binary(weights)} of weights"
-    needs = f"about {_binary(working)} to sample, beside {held}; {device} has {_binary(total)}"
+    needs = f"about {_binary(working)} to sample, plus {held}; {device} has {_binary(total)}"
     everything = working + (weights or 0)
-    least = everything if device in ONE_MEMORY else working  # weights can be left in main memory
+    least = everything if device in ONE_MEMORY else working  # weights can stay in main memory
     if least > total:
-        return f"{needs}: too little; make the video smaller or shorter"
-    return f"{needs}: weights that do not fit are fetched in every step" if everything > total else needs
+        return f"{needs}: not enough; make the video smaller or shorter"
+    return f"{needs}: weights that do not fit are transferred at every step" if everything > total else needs
 
 
 def _binary(count: int) -> str:

@@ -19,9 +19,9 @@ from .attempt import attempt
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 10
-"""Longest wait for another program's answer."""
+"""Timeout for external programs."""
 OPTIONAL = ("triton", *sorted({backend.package.split(".")[0] for backend in BACKENDS.values() if backend.package}))
-"""Modules that are used where they are installed."""
+"""Optional modules, used if installed."""
 NOT_INSTALLED = "not installed"
 
 
@@ -31,7 +31,7 @@ def system() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Version of the pack, of what it runs on, and of optional packages; what does not apply is left out."""
+    """Versions of the pack, of what it runs on, and of optional packages; those that do not apply are left out."""
     host = sys.modules.get("comfyui_version")
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     found = {
@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 
 def _own_version() -> str:
-    """Version and commit of the pack that this file lies in; version of the installed core where there is no pack around it."""
+    """Version and commit of the pack that contains this file; the version of the installed core if there is none."""
     project = ROOT / "pyproject.toml"
     if not project.exists():
         return importlib.metadata.version("mochi-nodes")
@@ -70,24 +70,24 @@ def _version(module: str) -> str:
 
 
 def driver() -> str:
-    """The version of NVIDIA's or AMD's driver, in a sentence where there is none."""
+    """Version of the NVIDIA or AMD driver, or a sentence if there is none."""
     if torch.version.hip:
         return f"amdgpu {Path('/sys/module/amdgpu/version').read_text(encoding='utf-8').strip()}"
     if not torch.cuda.is_available():
-        return "none is used: PyTorch sees no GPU of NVIDIA or AMD"
+        return "none in use: PyTorch sees no NVIDIA or AMD GPU"
     query = _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return f"NVIDIA {query.splitlines()[0]}"
 
 
 def _answer(*command: str) -> str:
-    """What a program prints; raises where it does not exist, takes too long or fails."""
+    """Output of a program; raises if it does not exist, takes too long or fails."""
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout.strip()
 
 
 def devices(chosen: torch.device) -> list[dict[str, Any]]:
-    """Every device that PyTorch can use, with bytes of memory; the CPU's are main memory.
+    """Every device that PyTorch can use, with bytes of memory; the CPU's is main memory.
 
-    What is free is only asked of the CPU and of the chosen device: a GPU needs a CUDA context to answer, which takes hundreds of
+    Only the CPU and the chosen device are queried for free memory: on a GPU this needs a CUDA context, which takes hundreds of
     MiB of its memory until the process ends.
     """
     if chosen.type == "cuda" and chosen.index is None and torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What the models of a file would need on a device, from its header alone."""
+"""Memory that the models in a file would need on a device, from its header alone."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from ..transformer.memory import modulation_bytes, working_bytes
 from .attempt import attempt
 
 LENGTHS = (25, 85, 163)
-"""Frames of 848x480 for which needs are given."""
+"""Numbers of 848x480 frames for which needs are reported."""
 STEPS = 64
-SAMPLE_ROWS = 16  # fp8 wants multiples of them
+SAMPLE_ROWS = 16  # fp8 needs multiples of 16
 MODULATOR = re.compile(r"blocks\.\d+\.mod_[xy]\..*")
 BLOCK = re.compile(r"blocks\.(\d+)\..*")
 RESIDENT, OFFLOAD, STREAM = "resident", "offload=True", 'offload="stream"'
 
 
 def file_needs(path: str | Path, device: torch.device) -> dict[str, Any]:
-    """What is in a file or folder, and for each model in it what it would need on `device`.
+    """What a file or folder holds, and what each model in it would need on `device`.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_checkpoint`.
+        FileNotFoundError, ValueError: see `open_checkpoint`.
     """
     file = open_checkpoint(path)
     found: dict[str, Any] = {"is": describe(file)}
@@ -54,9 +54,9 @@ def file_needs(path: str | Path, device: torch.device) -> dict[str, Any]:
 
 
 def transformer_needs(checkpoint: Checkpoint, device: torch.device) -> dict[str, Any]:
-    """Weights under each way of offloading, and for each length the working memory of a guided run and the first way that fits.
+    """Weights under each offloading mode, and for each length the working memory of a guided run and the first mode that fits.
 
-    Weights that the file does not quantise are counted in bf16. `plan` is None where none fits into what is free.
+    Weights not quantised in the file are counted in bf16. `plan` is None where no mode fits in free memory.
     """
     spec = model_spec(checkpoint, "transformer")
     check_fit(spec.parameters, checkpoint)
@@ -73,7 +73,7 @@ def transformer_needs(checkpoint: Checkpoint, device: torch.device) -> dict[str,
 
 
 def offload_bytes(tensors: LazyStateDict) -> dict[str, int]:
-    """Bytes of a denoiser's weights on the device at once, by the way of offloading, as in `transformer.offload`."""
+    """Bytes of a denoiser's weights on the device at once, by offloading mode, as in `transformer.offload`."""
     size = {name: held_bytes({name: tensor}, 2) for name, tensor in tensors.items()}
     kept = {name: count for name, count in size.items() if not MODULATOR.fullmatch(name)}
     blocks: dict[str, int] = {}
@@ -86,7 +86,7 @@ def offload_bytes(tensors: LazyStateDict) -> dict[str, int]:
 
 
 def vae_needs(checkpoint: Checkpoint, device: torch.device) -> dict[str, Any]:
-    """Weights, and for each length the video's bytes; a decode's own memory is that of its plan, whatever the length."""
+    """Weights, and for each length the video's bytes; the decode's own memory depends on its plan, not on the length."""
     spec = model_spec(checkpoint, "vae")
     check_fit(spec.parameters, checkpoint)
     assert isinstance(spec.config, AsymmVAEConfig)
@@ -112,7 +112,7 @@ def vae_needs(checkpoint: Checkpoint, device: torch.device) -> dict[str, Any]:
 
 
 def t5_needs(checkpoint: Checkpoint, _: torch.device) -> dict[str, Any]:
-    """Weights as they are stored, and in float32, in which Genmo runs them."""
+    """Weights as stored, and in float32, as Genmo runs them."""
     check_fit(model_spec(checkpoint, "t5").parameters, checkpoint)
     stored, _block_type = checkpoint.main_dtype()
     as_stored = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
@@ -120,7 +120,7 @@ def t5_needs(checkpoint: Checkpoint, _: torch.device) -> dict[str, Any]:
 
 
 def tiny_vae_needs(checkpoint: Checkpoint, _: torch.device) -> dict[str, Any]:
-    """Weights as they are stored."""
+    """Weights as stored."""
     check_fit(model_spec(checkpoint, "tiny_vae").parameters, checkpoint)
     stored, _block_type = checkpoint.main_dtype()
     weights = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
@@ -128,7 +128,7 @@ def tiny_vae_needs(checkpoint: Checkpoint, _: torch.device) -> dict[str, Any]:
 
 
 def loaded_bytes(checkpoint: Checkpoint, itemsize: int, quantize: str | None = None) -> int:
-    """Bytes of a denoiser's weights when its file is loaded with `quantize`, as in `load_transformer`; see `held_bytes`."""
+    """Bytes of a denoiser's weights if its file is loaded with `quantize`, as in `load_transformer`; see `held_bytes`."""
     stored, loaded = checkpoint.tensors, quantize_block_matrices(checkpoint, quantize).tensors
     changed = {name for name, tensor in stored.items() if tensor.quantized is None and loaded[name].quantized}
     left = held_bytes({name: tensor for name, tensor in stored.items() if name not in changed}, itemsize)
@@ -137,7 +137,7 @@ def loaded_bytes(checkpoint: Checkpoint, itemsize: int, quantize: str | None = N
 
 @cache
 def quantized_bytes(shape: tuple[int, ...], kind: str) -> int:
-    """Bytes of a matrix (rows, columns) quantised in one of `QUANTIZERS`, scales included."""
+    """Bytes of a matrix (rows, columns) quantised with one of `QUANTIZERS`, including scales."""
     rows, columns = shape
     some = QUANTIZERS[kind](torch.zeros(SAMPLE_ROWS, columns))
     tensors = [some.values] if some.scale is None else [some.values, some.scale]
@@ -145,7 +145,7 @@ def quantized_bytes(shape: tuple[int, ...], kind: str) -> int:
 
 
 def held_bytes(tensors: LazyStateDict, itemsize: int) -> int:
-    """Bytes in memory: quantised matrices as they are stored, everything else with `itemsize` bytes a value."""
+    """Bytes in memory: quantised matrices as stored, everything else at `itemsize` bytes per value."""
     return sum(
         tensor.num_bytes if tensor.quantized and len(tensor.shape) == 2 else math.prod(tensor.shape) * itemsize
         for tensor in tensors.values()

@@ -1,4 +1,4 @@
-"""The report as data: every probe by name, with what it found or its problem. `text.render` makes text of it."""
+"""The report as data: every probe by name, with its finding or problem. `text.render` formats it as text."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ CHECKS = {
     "attention": checks.attention,
     "products": checks.products,
 }
-"""Functions of the device that models would work on."""
+"""Functions of the device that models would run on."""
 
 
 def examine(device: torch.device | str, files: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """Look at the machine and at the headers of model files; plain data that JSON can hold, and never an error.
+    """Examine the machine and the headers of model files; returns JSON-serialisable data and never raises.
 
-    A probe that fails, and a file that cannot be read, is {"problem": a sentence}.
+    A failed probe or an unreadable file becomes {"problem": a sentence}.
     """
     found: dict[str, Any] = {"device": str(device)}
     found |= {name: attempt(probe) for name, probe in MACHINE.items()}
@@ -42,12 +42,12 @@ def examine(device: torch.device | str, files: Sequence[str | Path] = ()) -> dic
     found["files"] = [{"file": Path(file).name, **attempt(_on, device, file_needs, file)} for file in files]
     private = {str(Path(file).parent) + os.sep: "" for file in files if Path(file).parent != Path()}
     private |= {str(ROOT): "<pack>", tempfile.gettempdir(): "<temporary>", str(Path.home()): "~"}
-    private.pop(Path.home().anchor, None)  # the home of a container's nameless user, and of nobody
+    private.pop(Path.home().anchor, None)  # "/" is the home of an unnamed user in a container, and of nobody
     return without_folders(found, private)
 
 
 def without_folders(found: Any, folders: dict[str, str]) -> Any:
-    """Data with these folders, some of which bear the names of people, replaced in all of its strings."""
+    """Replace these folders, some of which contain user names, in all strings of the data."""
     if isinstance(found, dict):
         return {key: without_folders(value, folders) for key, value in found.items()}
     if isinstance(found, list):

@@ -11,14 +11,14 @@ from .machine import NOT_INSTALLED
 
 WIDTH = 100
 MAX_LINES = 2
-"""Most lines of one finding; a longer one is cut in the text, and whole in the data."""
+"""Most lines per finding; longer ones are cut in the text, but complete in the data."""
 MAX_DEVICES = 8
 GB, MB, GIB = 1e9, 1e6, 2**30
-PROBLEM = "could not be found out: "
+PROBLEM = "could not be determined: "
 
 
 def render(report: dict[str, Any]) -> str:
-    """`examine`'s report as text for people; a part of it that cannot be told becomes a line, too."""
+    """Format the report of `examine` as text; a probe that failed gets a line, too."""
     lines = [f"Mochi doctor, for work on {report['device']}"]
     for name, tell in SECTIONS.items():
         found = report[name]
@@ -30,7 +30,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def failures(report: dict[str, Any]) -> list[str]:
-    """What has failed, by name: probes, single checks, and files that cannot be used; ways that are not there have not."""
+    """Names of failed probes, single checks and unusable files; an unavailable alternative is not a failure."""
     names = [name for name in SECTIONS if _is_problem(report[name])]
     names += [f"device {one['device']}" for one in _parts(report["devices"], list) if _is_problem(one)]
     for section in CHECKED:
@@ -40,7 +40,7 @@ def failures(report: dict[str, Any]) -> list[str]:
 
 
 def _parts(found: Any, kind: type) -> Any:
-    """What a probe found, if it found anything."""
+    """A probe's finding; empty if it failed."""
     return kind() if _is_problem(found) else found
 
 
@@ -50,7 +50,7 @@ def _has_failed(one: dict[str, Any]) -> bool:
 
 def _verdict(failed: list[str]) -> str:
     if not failed:
-        return 'Nothing has failed; "no" lines are other ways that are not there.'
+        return 'Nothing failed; "no" marks alternatives that are not available here.'
     return f"{len(failed)} {'check has' if len(failed) == 1 else 'checks have'} FAILED: {', '.join(failed)}"
 
 
@@ -101,7 +101,7 @@ def _outcomes(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _outcome(one: dict[str, Any]) -> str:
-    """One check: its error and a verdict, or why there is none."""
+    """A check's error and verdict, or why there is none."""
     if _is_problem(one):
         return f"FAILED: {one['problem']}"
     if "chosen" in one:
@@ -119,13 +119,13 @@ def _file(file: dict[str, Any]) -> list[str]:
         if part in file:
             found = file[part]
             lines += [f"  {part}: {found['problem']}"] if _is_problem(found) else tell(found)
-    return lines if len(lines) > 1 else [lines[0] + "; no model of Mochi's"]
+    return lines if len(lines) > 1 else [lines[0] + "; not a Mochi model"]
 
 
 def _transformer(found: dict[str, Any]) -> list[str]:
     weights = ", ".join(f"{way} {_gb(count)}" for way, count in found["weights"].items())
     lengths = [
-        f"{frames} frames {_gib(one['working_bytes'])}, {one['plan'] or 'no way fits'}"
+        f"{frames} frames {_gib(one['working_bytes'])}, {one['plan'] or 'nothing fits'}"
         for frames, one in found["frames"].items()
     ]
     return [
@@ -137,7 +137,7 @@ def _transformer(found: dict[str, Any]) -> list[str]:
 def _vae(found: dict[str, Any]) -> list[str]:
     lines = [f"  weights in {found['dtype']}: {_gb(found['weights'])}"]
     if "decode" not in found:
-        return [*lines, "  no decoder in it"]
+        return [*lines, "  no decoder"]
     plan = found["decode"]
     video = ", ".join(f"{frames} frames {_gib(count)}" for frames, count in found["video_bytes"].items())
     return [
@@ -173,11 +173,11 @@ SECTIONS = {
     "devices": _devices,
     "kernels": _chosen("kernels"),
     "convolutions": _chosen("convolutions"),
-    "networks": _checked("networks in bf16, beside plain float32 on the CPU"),
-    "attention": _checked("attention in bf16, beside float64"),
-    "products": _checked("layers with quantised weights, beside float64"),
+    "networks": _checked("networks in bf16, compared with plain float32 on the CPU"),
+    "attention": _checked("attention in bf16, compared with float64"),
+    "products": _checked("layers with quantised weights, compared with float64"),
 }
-"""How each probe of the report is told."""
+"""How each probe of the report is formatted."""
 CHECKED = ("networks", "attention", "products")
-"""Probes that are several checks."""
+"""Probes that consist of several checks."""
 PARTS = {"transformer": _transformer, "vae": _vae, "t5": _t5, "tiny_vae": _tiny_vae}
