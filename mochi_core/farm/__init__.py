@@ -1,1 +1,1 @@
-"""Many prompts on many GPUs and machines: Ray hands them out, each is made by one worker."""
+"""Many prompts on many GPUs and machines: Ray distributes them, one worker makes each video."""

@@ -1,4 +1,4 @@
-"""Ray, which the rest of the project does not know: processes on this machine or on others."""
+"""The only module that uses Ray: processes on this machine or on others."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .member import Member, Outcome
 
 NEEDS_RAY = 'The farm needs Ray: python -m pip install "ray>=2.52"'
 OBJECT_STORE = 200 * 2**20
-"""Bytes of memory in which Ray hands over what is larger than 100 kB; files of videos, and pictures that they begin with."""
+"""Bytes of shared memory through which Ray passes objects over 100 kB: video files, and images that videos begin with."""
 LOCAL = {
-    # Read by Ray on any system when it is imported; without a cluster, it listens on the loopback interface only.
+    # Read by Ray on import, on any system; with clusters disabled, it listens on the loopback interface only.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
 }
 VISIBLE_CARDS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-"""Where Ray says which GPUs a process has."""
+"""Environment variables in which Ray lists a process's GPUs."""
 
 
-class WorkerDied(RuntimeError):  # noqa: N818 - what happened to it
-    """A process of a worker has ended."""
+class WorkerDied(RuntimeError):  # noqa: N818 - named for the event
+    """One of a worker's processes has died."""
 
 
 def import_ray() -> Any:
@@ -40,15 +40,15 @@ def import_ray() -> Any:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """Have Ray for the duration: what runs already in this process, the cluster at `address`, or processes of our own.
+    """Use Ray for the duration: the session already running in this process, the cluster at `address`, or our own processes.
 
-    The latter listen on this machine's loopback interface, and to whoever has a token that only they have.
+    Our own processes listen on this machine's loopback interface only, and require a token that only they have.
 
     Raises:
-        ValueError: there is no Ray, or none at `address`.
+        ValueError: Ray is not installed or cannot be used, or there is no cluster at `address`.
     """
     if address is None:
-        # From the environment rather than from a file in the home folder, where Ray would leave one.
+        # The token is set in the environment; Ray would otherwise leave it in a file in the home folder.
         for name, value in {**LOCAL, "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
             os.environ.setdefault(name, value)
     ray = import_ray()
@@ -73,11 +73,11 @@ def cluster(address: str | None) -> Iterator[None]:
 
 
 def room(gpus: int, wanted: int | None) -> tuple[int, int]:
-    """How many workers there are to be, and how many processor cores each has.
+    """The number of workers, and of processor cores for each.
 
     Args:
-        gpus: GPUs of one machine that each has to itself; without, there is one on each machine, or as many as are wanted.
-        wanted: workers, instead of as many as there is room for.
+        gpus: GPUs of one machine reserved for each worker; with 0 there is one worker per machine, or as many as wanted.
+        wanted: number of workers; None for as many as there is room for.
 
     Raises:
         ValueError: there is no room for them.
@@ -86,18 +86,18 @@ def room(gpus: int, wanted: int | None) -> tuple[int, int]:
     most = sum(int(machine.get("GPU", 0)) // gpus for machine in machines) if gpus else wanted or len(machines)
     if (count := wanted or most) > most or not most:
         raise ValueError(
-            f"Ray has room for {most} workers of {gpus} GPUs on a machine, not for {count or 1}; use other numbers for "
-            "--workers and --gpus-per-worker, or --device cpu."
+            f"Ray has room for {most} workers with {gpus} GPUs of one machine each, not for {count or 1}; change --workers and "
+            "--gpus-per-worker, or use --device cpu."
         )
     neighbours = -(-count // len(machines))
     return count, min(int(machine.get("CPU", 1)) for machine in machines) // neighbours
 
 
 class PlacedMember(Member):
-    """A member who knows where Ray has put it."""
+    """A member that knows where Ray has placed it."""
 
     def meet(self) -> tuple[str, dict[str, str]]:
-        """The machine that it is on, and what other processes there have to know to work together with it."""
+        """The machine it is on, and the environment that other processes there need to work with it."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -110,14 +110,14 @@ class PlacedMember(Member):
 
 
 class Worker:
-    """One process with the models, or several that make each video together, and what they have been asked for last.
+    """One process with the models, or several that make each video together, and their current task.
 
-    The first process has the GPUs and cores of all, so that they are of one machine; the others join it there.
+    The first process reserves the GPUs and cores of all, so that they are on one machine; the others join it there.
     """
 
     def __init__(self, options: argparse.Namespace, cores: int) -> None:
         self.options, self.size = options, options.gpus_per_worker
-        # One thread makes videos while the other says how far the first is.
+        # One thread makes videos while the other reports progress.
         self.member = import_ray().remote(max_concurrency=2, num_cpus=0, num_gpus=0)(PlacedMember)
         gpus = self.size if options.device == "cuda" else 0
         self.first = self.member.options(num_cpus=cores, num_gpus=gpus, scheduling_strategy="SPREAD")
@@ -128,7 +128,7 @@ class Worker:
         self.steps = 0
 
     def start(self) -> None:
-        """Start processes, in place of those that there may be, and have them load the models."""
+        """Start processes, replacing any existing ones, and have them load the models."""
         self.stop()
         self.members = [self.first.remote()]
         self.is_meeting = self.size > 1
@@ -136,7 +136,7 @@ class Worker:
         self.pending = [first.meet.remote() if self.is_meeting else first.load.remote(self.options)]
 
     def _gather(self, machine: str, launch: dict[str, str]) -> None:
-        """Start the other processes where the first one is, and have all of them load the models."""
+        """Start the other processes on the first one's machine, and have all of them load the models."""
         there = import_ray().util.scheduling_strategies.NodeAffinitySchedulingStrategy(machine, soft=False)
         self.members += [self.member.options(scheduling_strategy=there).remote() for _ in range(1, self.size)]
         self.is_meeting = False
@@ -148,16 +148,16 @@ class Worker:
         ]
 
     def make(self, arguments: dict[str, Any]) -> None:
-        """Have a video made of what `pipeline_arguments` gives."""
+        """Start making a video from the result of `pipeline_arguments`."""
         self.pending = [member.make.remote(arguments, self.options.fps) for member in self.members]
         self.counting, self.steps = None, 0
 
     def missing(self) -> list[Any]:
-        """What the processes have not answered yet."""
+        """Results that the processes have not returned yet."""
         return import_ray().wait(self.pending, num_returns=len(self.pending), timeout=0)[1] if self.pending else []
 
     def outcome(self) -> Outcome | None:
-        """What has become of what it was asked for, or None if it goes on; WorkerDied if a process has ended."""
+        """Outcome of the last task, or None while it continues; WorkerDied if a process has died."""
         answers, self.pending = [self._answer(reference) for reference in self.pending], []
         if failures := [answer for answer in answers if isinstance(answer, Outcome) and answer.error]:
             return failures[0]
@@ -169,7 +169,7 @@ class Worker:
         return answers[0]
 
     def _answer(self, reference: Any) -> Any:
-        """What a process has answered; None if it has ended."""
+        """The result from a process; None if it has died."""
         ray = import_ray()
         try:
             return ray.get(reference)
@@ -177,7 +177,7 @@ class Worker:
             return None
 
     def look(self) -> int:
-        """Steps of the video that it makes, as it has said last."""
+        """Steps done of the current video, as last reported."""
         if self.counting and import_ray().wait([self.counting], timeout=0)[0]:
             self.steps, self.counting = self._answer(self.counting) or self.steps, None
         self.counting = self.counting or self.members[0].steps_done.remote()
@@ -190,7 +190,7 @@ class Worker:
 
 
 def finished(workers: list[Worker], timeout: float) -> list[Worker]:
-    """Those of the workers at work that are ready by now, or when the next answer comes; none after `timeout` seconds."""
+    """Busy workers that have finished, waiting up to `timeout` seconds for the next result if none has."""
     if done := [worker for worker in workers if worker.pending and not worker.missing()]:
         return done
     missing = [reference for worker in workers for reference in worker.missing()]

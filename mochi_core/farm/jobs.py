@@ -1,4 +1,4 @@
-"""A file of prompts as jobs: a JSON object on each line, whose keys are the options of `generate` that a video may have."""
+"""Read a file of prompts as jobs: one JSON object per line, whose keys are per-video options of `generate`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ..shown import shown, shown_names, without_advice
 
 EXAMPLE = '{"prompt": "a red kite", "seed": 7}'
 WORDS_LENGTH = 40
-"""Characters of a prompt in the name of its file, at most; with four bytes each and what follows, a name may have 255."""
+"""Most characters of the prompt in a file name; at four bytes each plus the rest, it stays below the limit of 255 bytes."""
 NOT_THE_VIDEO = {"command", "prompts", "output", "address", "workers", "gpus_per_worker", "device", "offload"}
-"""Options that say where and how a video is made, and not which one."""
+"""Options that affect where and how a video is made, but not which one."""
 GIVEN_FILES = ("image", "last_image", "video")
-"""Options that name what a video is made from: of these files the content counts, of those of models the path."""
+"""Options with input files of a video: the checksum covers their content, but only the paths of model files."""
 
 
 @dataclass
 class Job:
-    """A video that is asked for, and what has become of it."""
+    """A requested video and its state."""
 
     line: int
     options: argparse.Namespace
@@ -46,10 +46,10 @@ class Job:
 
 
 def read_jobs(path: Path, common: argparse.Namespace) -> list[Job]:
-    """The jobs of a file, whose lines go before the options that are `common` to all; empty lines are left out.
+    """The jobs in a file, whose lines override the `common` options; empty lines are skipped.
 
     Raises:
-        ValueError: a line that cannot be made, or that asks for the video of another line; or nothing is asked for.
+        ValueError: a line is invalid or asks for the same video as another line, or the file has no lines.
         OSError: the file cannot be read.
     """
     jobs: dict[str, Job] = {}
@@ -66,7 +66,7 @@ def read_jobs(path: Path, common: argparse.Namespace) -> list[Job]:
         job = Job(number, options, file, steps)
         if same := jobs.get(job.file):
             raise ValueError(
-                f"{path.name}, line {number} asks for the video of line {same.line}; give it another seed."
+                f"{path.name}, line {number} asks for the same video as line {same.line}; give it another seed."
             )
         jobs[job.file] = job
     if not jobs:
@@ -76,17 +76,17 @@ def read_jobs(path: Path, common: argparse.Namespace) -> list[Job]:
 
 def read_lines(path: Path) -> list[str]:
     try:
-        # Not splitlines: JSON may hold the other ends of lines that Python knows.
+        # Not splitlines: JSON strings may contain the other line separators that it splits at.
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text (byte {error.start}); save it as such.") from error
 
 
 def line_options(line: str, common: argparse.Namespace) -> argparse.Namespace:
-    """What `generate` would be asked with: the options of a line, and those of `common` that it does not name.
+    """The equivalent options of `generate`: those of a line, and those of `common` that it does not set.
 
     Raises:
-        ValueError: the line is not a JSON object of such options.
+        ValueError: the line is not a JSON object of valid options.
     """
     try:
         said = json.loads(line)
@@ -99,7 +99,7 @@ def line_options(line: str, common: argparse.Namespace) -> argparse.Namespace:
     add_settings(parser)
     names = vars(parser.parse_args([]))
     if unknown := [name for name in said if name not in names]:
-        raise ValueError(f"{shown_names(unknown)} is not a setting of a video; use {', '.join(names)}.")
+        raise ValueError(f"{shown_names(unknown)} is not a video setting; use {', '.join(names)}.")
     if "frames" in said:
         common = argparse.Namespace(**{**vars(common), "seconds": None})
     inherited = {name: value for name, value in vars(common).items() if name not in said}
@@ -108,26 +108,26 @@ def line_options(line: str, common: argparse.Namespace) -> argparse.Namespace:
 
 
 def as_arguments(name: str, value: Any, default: Any) -> list[str]:
-    """A JSON value as the arguments of a shell; `default` tells what may be repeated."""
+    """A JSON value as command-line arguments; an option whose `default` is a list may be repeated."""
     option = f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
         return [option] * value
     if isinstance(value, list) and isinstance(default, list):
         return [argument for each in value for argument in as_arguments(name, each, None)]
     if not isinstance(value, str | int | float):
-        raise ValueError(f"{name} is {shown(json.dumps(value))}; write a text or a number, or leave it out.")
+        raise ValueError(f"{name} is {shown(json.dumps(value))}; write a string or a number, or leave it out.")
     return [f"{option}={value}"]
 
 
 class LineParser(argparse.ArgumentParser):
-    """Raises what a parser of a shell would print."""
+    """Raises errors instead of printing them and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(shown(message.removeprefix("argument --")))
 
 
 def video_name(options: argparse.Namespace) -> str:
-    """A file name that is safe everywhere: words of the prompt, and a checksum of the options and of the given frames."""
+    """A portable file name: words of the prompt, and a checksum of the options and input files."""
     text = unicodedata.normalize("NFC", options.prompt[: 10 * WORDS_LENGTH]).lower()
     words = re.sub(r"[\W_]+", "-", text)[:WORDS_LENGTH].strip("-")
     asked = {name: value for name, value in sorted(vars(options).items()) if name not in NOT_THE_VIDEO}

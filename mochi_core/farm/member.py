@@ -1,4 +1,4 @@
-"""What a process of the farm does: it holds the models, and makes one video after the other."""
+"""A process of the farm: it holds the models and makes one video after another."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from ..pipeline import MochiPipeline
 from ..shown import sentence
 
 EXPECTED = (ValueError, OSError, SafetensorError, OutOfMemory)
-"""Errors after which a process can make other videos, as it can after memory was full; after others, such as those of a GPU's
-kernel, it may not."""
+"""Errors after which a process can go on to other videos, as it can after running out of memory; after others, such as a GPU
+kernel's, it may not."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task: an mp4 file, or nothing where there was none to make, or one sentence of what went wrong."""
+    """Result of a task: an mp4 file, nothing if there was none to make, or a sentence about what went wrong."""
 
     video: bytes = b""
     error: str = ""
     broken: bool = False
-    """Whether the process should not be used any more."""
+    """Whether the process should no longer be used."""
     warnings: tuple[str, ...] = ()
 
 
 class Member:
-    """Lives in a process of its own; `steps_done` is called from another thread of it."""
+    """Lives in its own process; `steps_done` is called from another thread there."""
 
     pipe: MochiPipeline
 
     def __init__(self) -> None:
         self.steps = 0
         self.session = ExitStack()
-        """What it does together with other members, from the time that they have met."""
+        """The session with other members, once they have joined."""
 
     def load(self, options: argparse.Namespace, launch: Mapping[str, str] | None = None) -> Outcome:
-        """Load the models; with the environment of a launcher, `launch`, for videos that several members make together."""
+        """Load the models; `launch` is a launcher's environment, for videos that several members make together."""
 
         def work() -> bytes:
             parallel, first = None, True
@@ -65,7 +65,7 @@ class Member:
         return outcome_of(work, self.session)
 
     def make(self, arguments: dict[str, Any], fps: int) -> Outcome:
-        """Make a video from what `pipeline_arguments` gives; of several members, the first one has it."""
+        """Make a video from the result of `pipeline_arguments`; among several members, the first returns it."""
         self.steps = 0
 
         def work() -> bytes:
@@ -80,15 +80,15 @@ class Member:
         self.steps += 1
 
     def steps_done(self) -> int:
-        """Steps of the video that is being made."""
+        """Steps done of the current video."""
         return self.steps
 
 
 def outcome_of(work: Callable[[], bytes], session: ExitStack) -> Outcome:
-    """Do something, and have whatever it raises as a sentence; it ends the session with other members.
+    """Run `work` and turn any exception into a sentence; an exception ends the session with other members.
 
     Raises:
-        SystemExit: another member has failed before.
+        SystemExit: another member failed first.
     """
     with warnings.catch_warnings(record=True) as caught:
         try:
@@ -100,14 +100,14 @@ def outcome_of(work: Callable[[], bytes], session: ExitStack) -> Outcome:
                 sentence_of(failure),
                 not (isinstance(failure, EXPECTED) or is_out_of_memory(failure)),
             )
-    gc.collect()  # of a failure, tensors that its frames held
+    gc.collect()  # after a failure, tensors held by its stack frames
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return Outcome(video, error, broken, tuple(sentence(warning.message) for warning in caught))
 
 
 def ended_by(failure: Exception, session: ExitStack) -> Exception:
-    """What is to be said of a failure that ends the session."""
+    """The error to report for a failure that ends the session."""
     try:
         session.__exit__(type(failure), failure, failure.__traceback__)
     except MemberError as error:

@@ -1,4 +1,4 @@
-"""Jobs handed out to workers, until each is made or has failed; and the report of it."""
+"""Hand out jobs to workers until each is done or has failed, and write a report."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .cluster import Worker, WorkerDied, cluster, finished, room
 from .jobs import Job, read_jobs
 
 ATTEMPTS = 3
-"""Processes that may end while they make one video, or one after the other while they load the models."""
+"""Most processes that may die while making one video, or in succession while loading the models."""
 LOOK_EVERY = 1.0
-"""Seconds between two looks at how far the workers are."""
+"""Seconds between two checks of the workers' progress."""
 REPORT = "report.json"
-ENDED = "its process ended {} times, as it does where main memory is short; Ray's logs may say more."
+ENDED = "its process died {} times, as happens when main memory runs out; Ray's logs may say more."
 
 
 def farm(options: argparse.Namespace) -> int:
-    """Make the videos of a file of prompts that are not there yet; 0 if all are there at the end, 1 if some failed.
+    """Make the videos in a file of prompts that do not exist yet; returns 0 if all exist at the end, 1 if some failed.
 
     Raises:
-        ValueError: an option or a line of the file cannot be used, there is no Ray, or no worker could start.
+        ValueError: an option or a line of the file is invalid, Ray cannot be used, or no worker could start.
         OSError: the file cannot be read, or a video cannot be written.
     """
     for name in ("workers", "gpus_per_worker"):
@@ -55,14 +55,14 @@ def farm(options: argparse.Namespace) -> int:
 
 
 class Farm:
-    """The loop that hands out jobs. A job whose worker has died goes to the next one that is free, as the first of all."""
+    """The loop that hands out jobs. A job whose worker died goes first, to the next free worker."""
 
     def __init__(self, jobs: list[Job], workers: list[Worker], output: Path) -> None:
         self.jobs, self.workers, self.output = jobs, workers, output
         self.waiting = deque(job for job in jobs if job.status == "waiting")
         self.at_work: dict[Worker, Job] = {}
         self.starts = dict.fromkeys(workers, 0)
-        """Processes of each worker that have ended since one has loaded the models."""
+        """Processes of each worker that have died since one last loaded the models."""
         self.problem = ""
 
     def run(self) -> None:
@@ -88,7 +88,7 @@ class Farm:
                 job.attempts += 1
                 try:
                     arguments = pipeline_arguments(job.options)
-                except (ValueError, OSError) as error:  # a picture that is not there any more
+                except (ValueError, OSError) as error:  # such as an image that no longer exists
                     self._fail(job, sentence(error))
                     continue
                 self.at_work[worker] = job
@@ -123,7 +123,7 @@ class Farm:
     def _lost(self, worker: Worker, job: Job | None) -> None:
         self.starts[worker] += 1
         if job is not None and job.attempts < ATTEMPTS:
-            say(f"note: the process that made {job.name} has ended; it is tried again.")
+            say(f"note: the process making {job.name} died; trying again.")
             self.waiting.appendleft(job)
         elif job is not None:
             self._fail(job, ENDED.format(ATTEMPTS))
@@ -151,10 +151,10 @@ class Farm:
 
 
 def report(jobs: list[Job], path: Path) -> None:
-    """Write what has become of the jobs, and say how many of each there are."""
+    """Write the state of every job, and print how many are in each."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps([job.report() for job in jobs], indent=1) + "\n", encoding="utf-8")
     counts = Counter(job.status for job in jobs)
-    said = {"made": "made", "kept": "there before", "failed": "failed", "waiting": "left out"}
+    said = {"made": "made", "kept": "already there", "failed": "failed", "waiting": "not started"}
     counted = ", ".join(f"{counts[key]} {word}" for key, word in said.items() if counts[key])
     tqdm.write(f"{counted}: {path}", file=sys.stdout)
