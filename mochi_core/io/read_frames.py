@@ -1,4 +1,4 @@
-"""Frames of files: images, and videos at Mochi's frame rate."""
+"""Read frames from files: images, and videos at Mochi's frame rate."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from av import VideoFrame
     from av.filter import Graph
 
-# FFmpeg filters by a video's rotation note in degrees, counterclockwise: phones store frames lying and leave the turning
-# to the player.
+# FFmpeg filters by a video's rotation metadata in degrees, counterclockwise: phones store frames sideways and leave rotating
+# them to the player.
 UPRIGHT = {
     90: [("transpose", "cclock")],
     -90: [("transpose", "clock")],
@@ -26,10 +26,10 @@ UPRIGHT = {
 
 
 def read_image(path: Path) -> np.ndarray[Any, Any]:
-    """An image as one frame (1, H, W, 3) uint8, upright as a camera has noted.
+    """An image as one frame (1, H, W, 3) uint8, rotated upright according to its EXIF orientation.
 
     Raises:
-        ValueError: it is no image.
+        ValueError: it is not a readable image.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError  # optional outside ComfyUI
 
@@ -39,18 +39,18 @@ def read_image(path: Path) -> np.ndarray[Any, Any]:
             upright = ImageOps.exif_transpose(image) or image
             return np.asarray(upright.convert("RGB"))[None]
     except UnidentifiedImageError as error:
-        raise ValueError("it is not an image, or of an unknown kind; save it as PNG or JPEG.") from error
+        raise ValueError("it is not an image, or an unsupported type; save it as PNG or JPEG.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"it cannot be read ({error}); save the image again, as PNG or JPEG.") from error
 
 
 def read_frames(path: Path, height: int, width: int, most: int | None = None) -> np.ndarray[Any, Any]:
-    """The first frames of a video at 30 frames per second, cropped in the middle and resized, (F, height, width, 3) uint8.
+    """The first frames of a video at 30 frames per second, resized and centre-cropped, (F, height, width, 3) uint8.
 
-    `most` is how many at most, None for all.
+    `most` is the maximum number of frames, None for all.
 
     Raises:
-        ValueError: it is no video, or there are no frames in it.
+        ValueError: it is not a readable video, or it has no frames.
     """
     import av  # optional outside ComfyUI, and slow to import
     from av.error import FFmpegError
@@ -59,40 +59,40 @@ def read_frames(path: Path, height: int, width: int, most: int | None = None) ->
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise ValueError("there is no picture in it; choose a video.")
+                raise ValueError("it has no video stream; choose a video.")
             frames = islice(_resampled(container.decode(video=0), height, width), most)
             images = [frame.to_ndarray(format="rgb24") for frame in frames]
     except (FFmpegError, OSError) as error:
         raise ValueError(
-            f"it cannot be read ({error.strerror or error}); choose a video, or make an mp4 of it."
+            f"it cannot be read ({error.strerror or error}); choose a video, or convert it to mp4."
         ) from error
     if not images:
-        raise ValueError("there are no frames in it; choose another video.")
+        raise ValueError("it has no frames; choose another video.")
     return np.stack(images)
 
 
 def _check_file(path: Path) -> None:
-    """Raise a ValueError unless `path` leads to a file: a pipe may never say anything, and a device never end."""
+    """Raise a ValueError unless `path` is a regular file: reading a pipe may block forever, and a device may never end."""
     if path.is_dir():
-        raise ValueError("it is a folder; name a file.")
+        raise ValueError("it is a folder; choose a file.")
     if not path.exists():
         raise ValueError("there is no such file; check the name.")
     if not path.is_file():
-        raise ValueError("it is a pipe or a device; save what comes from it as a file, and name that.")
+        raise ValueError("it is a pipe or a device; save its output to a file, and choose that.")
 
 
 def _resampled(frames: Iterator[VideoFrame], height: int, width: int) -> Iterator[VideoFrame]:
-    """Upright frames of that size, 30 per second, made by FFmpeg's filters."""
+    """Upright frames of that size, 30 per second, from FFmpeg's filters."""
     first = next(frames, None)
     if first is None:
         return
     graph = _filters(first, height, width)
-    for frame in chain([first], frames, [None]):  # the last asks for what is still inside
+    for frame in chain([first], frames, [None]):  # None flushes the graph
         graph.vpush(frame)
         while True:
             try:
                 yield graph.vpull()
-            except (BlockingIOError, EOFError):  # it wants another frame, or is done
+            except (BlockingIOError, EOFError):  # it needs another frame, or is done
                 break
 
 

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ENCODING = {"crf": "18", "mbtree": "0", "threads": "4"}
-"""The same file of the same frames, whatever the number of cores; tried on one machine, with one core and with two.
+"""The same frames give the same file, whatever the number of cores; tested on one machine, with one core and with two.
 
-Its macroblock tree is off: with it, two encodings of the same frames can differ. A rate factor of 18 without it gives about the
-size and quality of 17 with it (noisy drawn clips of 64 x 64 to 848 x 480). The number of threads is fixed, as each works on a
+The macroblock tree is off: with it, two encodings of the same frames can differ. A rate factor of 18 without it gives about the
+size and quality of 17 with it (noisy drawn clips of 64 x 64 to 848 x 480). The number of threads is fixed, as each encodes a
 slice of the frame."""
 BT709 = 1
-"""Primaries, transfer function and matrix of HD video, one code for all three (ITU-T H.273, tables 2 to 4)."""
+"""Primaries, transfer function and matrix of HD video; the code is the same for all three (ITU-T H.273, tables 2 to 4)."""
 LIMITED_RANGE = 1
-"""Black is 16 and white 235 of 255, as players expect of video (AVCOL_RANGE_MPEG in FFmpeg's libavutil/pixfmt.h)."""
+"""Black is 16 and white 235 out of 255, as players expect (AVCOL_RANGE_MPEG in FFmpeg's libavutil/pixfmt.h)."""
 
 
 def to_unit_range(video: Tensor) -> Tensor:
@@ -36,15 +36,15 @@ def to_unit_range(video: Tensor) -> Tensor:
 
 
 def save_video(frames: np.ndarray[Any, Any] | Tensor, path: str | Path, fps: int = FPS) -> None:
-    """Write one video as H.264 mp4, in the colours of BT.709; the same frames make the same file.
+    """Write one video as H.264 mp4 in BT.709 colour; the same frames give the same file.
 
     Args:
         frames: (F, H, W, 3) or (1, F, H, W, 3); floats in [0, 1] or uint8; even H and W.
-        path: where to; the folder must exist.
+        path: where to write it; the folder must exist.
         fps: frames per second.
 
     Raises:
-        ValueError: another shape, or an odd size.
+        ValueError: the shape is wrong, or the height or width is odd.
         OSError: it cannot be written.
     """
     with video_file(path, fps) as writer:
@@ -53,7 +53,7 @@ def save_video(frames: np.ndarray[Any, Any] | Tensor, path: str | Path, fps: int
 
 @contextmanager
 def video_file(path: str | Path, fps: int = FPS) -> Iterator[VideoWriter]:
-    """Write an H.264 mp4 while its frames are made; the file is there when all is well at the end.
+    """Write an H.264 mp4 while its frames are made; the file appears only if all goes well.
 
     Raises:
         OSError: it cannot be written.
@@ -67,7 +67,7 @@ def video_file(path: str | Path, fps: int = FPS) -> Iterator[VideoWriter]:
 
 
 class VideoWriter:
-    """The frames of a `video_file`: converted as BT.709 with limited range, and marked so, that players need not guess."""
+    """Writes the frames of a `video_file`: converted to limited-range BT.709 and tagged as such, so that players need not guess."""
 
     def __init__(self, container: OutputContainer, fps: int) -> None:
         self.container = container
@@ -78,14 +78,14 @@ class VideoWriter:
         codec.color_range = LIMITED_RANGE
 
     def write(self, frames: np.ndarray[Any, Any] | Tensor) -> None:
-        """Append frames, of the shapes that `save_video` takes."""
+        """Append frames in any shape that `save_video` accepts."""
         from av import VideoFrame
 
         images = _as_uint8(frames)
         if not self.stream.codec_context.is_open:
             height, width = images.shape[1:3]
             if height % 2 or width % 2:
-                raise ValueError(f"frames have {width} x {height} pixels; H.264 takes even sizes.")
+                raise ValueError(f"frames are {width} x {height} pixels; H.264 needs even sizes.")
             self.stream.height, self.stream.width = height, width
         for image in images:
             frame = VideoFrame.from_ndarray(image, format="rgb24").reformat(
@@ -95,7 +95,7 @@ class VideoWriter:
 
 
 def as_images(frames: np.ndarray[Any, Any] | Tensor) -> list[Image]:
-    """Frames of one video, of the shapes that `save_video` takes, as PIL images."""
+    """Frames of one video, in any shape that `save_video` accepts, as PIL images."""
     from PIL.Image import fromarray  # optional outside ComfyUI
 
     return [fromarray(frame) for frame in _as_uint8(frames)]
@@ -105,15 +105,15 @@ def as_frames(frames: Any) -> Tensor:
     """Frames (F, H, W, 3) in [0, 1], float32 on the CPU, from an image or a video.
 
     Args:
-        frames: (H, W, 3) or (F, H, W, 3) as array or tensor, floats in [0, 1] or uint8; or a PIL image, or several.
+        frames: an array or tensor (H, W, 3) or (F, H, W, 3), floats in [0, 1] or uint8; or one or several PIL images.
 
     Raises:
-        ValueError: another shape, or other values.
+        ValueError: the shape or values are wrong.
     """
     try:
         array = _as_array(frames)
     except ValueError as error:
-        raise ValueError("Images of a clip have different sizes; give them one.") from error
+        raise ValueError("Images of a clip have different sizes; make them the same size.") from error
     if array.ndim not in (3, 4) or array.shape[-1] not in (3, 4) or 0 in array.shape:
         raise ValueError(f"An image has shape {array.shape}; give (height, width, 3), or (frames, height, width, 3).")
     scaled = torch.from_numpy(array[..., :3].astype(np.float32) / (255 if array.dtype == np.uint8 else 1))

@@ -1,4 +1,4 @@
-"""LoRAs for the denoiser: files of every kind, and the layers that they add."""
+"""LoRAs for the denoiser: files in every common format, and the layers that they add."""
 
 from .files import LoraDelta, LoraFile, ParameterDelta, read_lora
 from .layers import Lora, dora_scale, finite_strength, fuse_loras, load_lora

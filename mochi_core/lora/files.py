@@ -1,7 +1,7 @@
-"""LoRA files of Genmo's, PEFT's, diffusers', kohya's and ComfyUI's kinds, all read as changes of canonical parameters.
+"""LoRA files in Genmo's, PEFT's, diffusers', kohya's and ComfyUI's formats, all read as changes to canonical parameters.
 
-A LoRA changes a weight (rows, columns) to weight + scale * up @ down, where scale is alpha / rank. A DoRA then multiplies
-every row so that it has the length in the file. Files by ComfyUI also bring what is added to norms, biases and whole weights.
+A LoRA changes a weight (rows, columns) to weight + scale * up @ down, where scale is alpha / rank. A DoRA then rescales every
+row to the length given in the file. ComfyUI's files may also hold changes to norms, biases and whole weights.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ..config import AsymmDiTConfig
 from ..shown import shown, shown_names
 from .targets import TargetRows, find_target, lora_targets
 
-# Tensor names of LoRAs: the name of a layer, then one of the spellings of the tensor's role.
+# Tensor names in LoRAs: the name of a layer, then one of the names for the tensor's role.
 LORA_KEY = re.compile(
     r"(?P<layer>.+)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up)|(?P<alpha>alpha)"
     r"|(?P<magnitude>dora_scale|lora_magnitude_vector))(?:\.(?!bias$)\w+){0,2}"
-    r"|(?P<whole_layer>.+)\.(?:(?P<weight>diff|w_norm)|(?P<bias>diff_b|b_norm))"  # names of ComfyUI's comfy/lora.py
+    r"|(?P<whole_layer>.+)\.(?:(?P<weight>diff|w_norm)|(?P<bias>diff_b|b_norm))"  # names from ComfyUI's comfy/lora.py
 )
 LEAVES = ("bias", "weight")
-"""Roles of tensors that are added to the parameter of that name."""
+"""Roles of tensors that are added to the parameter of the same name."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ class LoraDelta:
     layer: str
     """Canonical name, e.g. blocks.3.attn.qkv_x."""
     rows: tuple[int, int]
-    """First row and the one after the last; a part of the layer where the file has q, k and v apart."""
+    """First row and the one after the last; only part of the layer where the file has q, k and v separately."""
     down: Tensor
     """(rank, columns)."""
     up: Tensor
     """(rows, rank)."""
     scale: float
-    """alpha / rank, or alpha / sqrt(rank) if the file asks for it."""
+    """alpha / rank, or alpha / sqrt(rank) if the file says so."""
     magnitude: Tensor | None
-    """(rows,) lengths that the changed rows get with DoRA, see `dora_scale`; None without DoRA."""
+    """(rows,) lengths to which DoRA rescales the changed rows, see `dora_scale`; None without DoRA."""
 
 
 @dataclass(frozen=True)
 class ParameterDelta:
-    """A change of any parameter, number by number: parameter[rows] becomes parameter[rows] + change."""
+    """An elementwise change to any parameter: parameter[rows] becomes parameter[rows] + change."""
 
     parameter: str
     """Canonical name, e.g. blocks.3.attn.q_norm_x.weight."""
@@ -66,15 +66,15 @@ class ParameterDelta:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What a LoRA file holds for a denoiser."""
+    """A LoRA file's changes to a denoiser."""
 
     checkpoint: Checkpoint
     deltas: tuple[LoraDelta | ParameterDelta, ...]
     unmatched: tuple[str, ...]
-    """Layers and tensors that Mochi has no place for, or that are in no form that is read here."""
+    """Layers and tensors that Mochi does not have, or that are in an unsupported form."""
 
     def report(self, read_elsewhere: Collection[str] = ()) -> str | None:
-        """A sentence that names what was left out, None if that is nothing; `read_elsewhere` is what a host has read.
+        """A sentence that lists what was left out, None if nothing was; `read_elsewhere` lists what a host has read.
 
         Raises:
             OtherModelError: nothing was read.
@@ -89,7 +89,7 @@ class LoraFile:
                 holds,
             )
         name, some = shown(self.checkpoint.name), shown_names(left)
-        sentence = f"{name}: Mochi has no place for {len(left)} of its names, left out: {some}."
+        sentence = f"{name}: Mochi has no layers for {len(left)} of its names, which are ignored: {some}."
         return sentence if left else None
 
 
@@ -100,12 +100,12 @@ class Alphas:
     by_ending: dict[str, float]
     """Alpha by the last components of a layer's name."""
     default: float | None = None
-    """Alpha of layers that `by_ending` does not name; None means alpha = rank."""
+    """Alpha of layers that `by_ending` does not list; None means alpha = rank."""
     rank_stabilised: bool = False
     """Whether alpha is divided by the square root of the rank (rsLoRA, arXiv:2312.03732)."""
 
     def of(self, layer: str) -> float | None:
-        """Alpha of a layer, by its name in the file; None if it equals the rank."""
+        """Alpha of a layer by its name in the file; None means alpha = rank."""
         endings = (alpha for ending, alpha in self.by_ending.items() if f".{layer}".endswith(f".{ending}"))
         return next(endings, self.default)
 
@@ -119,7 +119,7 @@ def read_lora(path: str | Path, config: AsymmDiTConfig) -> LoraFile:
     """Read a LoRA file for a denoiser of the sizes in `config`.
 
     Raises:
-        ValueError: the file is no LoRA, is one for another model, or does not fit.
+        ValueError: the file is not a LoRA, or does not fit the denoiser.
         FileNotFoundError: there is no such file.
     """
     file = open_checkpoint(path)
@@ -146,7 +146,7 @@ def read_lora(path: str | Path, config: AsymmDiTConfig) -> LoraFile:
 
 
 def _group(file: Checkpoint) -> tuple[dict[str, dict[str, LazyTensor]], list[str]]:
-    """The tensors of each layer by role (down, up, alpha, magnitude, or one of `LEAVES`), and names that have no such role."""
+    """The tensors of each layer by role (down, up, alpha, magnitude, or one of `LEAVES`), and names without such a role."""
     layers: dict[str, dict[str, LazyTensor]] = {}
     others = []
     for name, tensor in file.tensors.items():
@@ -158,7 +158,7 @@ def _group(file: Checkpoint) -> tuple[dict[str, dict[str, LazyTensor]], list[str
 
 
 def _read_whole(file: Checkpoint, layer: str, tensor: LazyTensor, target: TargetRows) -> ParameterDelta:
-    """What is added to a whole parameter, or to the rows of it that the file's layer stands for."""
+    """Read the change to a whole parameter, or to those of its rows that the file's layer corresponds to."""
     if tensor.shape != target.shape:
         raise file.error(
             f"does not fit: the change of {layer} is {tensor.shape}, but {target.parameter} in Mochi is {target.shape}; "
@@ -170,14 +170,14 @@ def _read_whole(file: Checkpoint, layer: str, tensor: LazyTensor, target: Target
 
 
 def _read_finite(file: Checkpoint, layer: str, tensor: LazyTensor) -> Tensor:
-    """A copy of the values, because a trainer may write the file again while the LoRA is in use."""
+    """A copy of the values, because a trainer may overwrite the file while the LoRA is in use."""
     if not tensor.is_float:
         raise file.error(
-            f"has {tensor.stored_dtype} in {layer}, where floating-point numbers belong; use another file."
+            f"has {tensor.stored_dtype} values in {layer}, but they must be floating point; use another file."
         )
     value = tensor.read().clone()
     if not is_finite(value):
-        raise file.error(f"has NaN or infinite numbers in {layer}; its training failed, use another.")
+        raise file.error(f"has NaN or infinite values in {layer}; its training failed, use another.")
     return value
 
 
@@ -190,7 +190,7 @@ def _read_delta(
     down, up = values["down"].flatten(1), values["up"].flatten(1)
     scale = alphas.scale(alpha, len(down))
     if not math.isfinite(scale):
-        raise file.error(f"has NaN or infinite numbers in {layer}; its training failed, use another.")
+        raise file.error(f"has NaN or infinite values in {layer}; its training failed, use another.")
     magnitude = values["magnitude"].flatten() if "magnitude" in values else None
     if target.swap_halves:
         up = swapped_halves(up)
@@ -201,7 +201,7 @@ def _read_delta(
 
 def _check(file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], target: TargetRows) -> None:
     if not {"down", "up"} <= tensors.keys():
-        raise file.error(f"has one half of {layer} only; download it again.")
+        raise file.error(f"has only one half of {layer}; download it again.")
     rank, expected = tensors["down"].shape[:1], (target.rows, target.columns)
     down, up = (_as_matrix(tensors[role].shape) for role in ("down", "up"))
     if (down, up) != ((*rank, target.columns), (target.rows, *rank)) or rank == (0,):
@@ -212,21 +212,21 @@ def _check(file: Checkpoint, layer: str, tensors: dict[str, LazyTensor], target:
     if "magnitude" in tensors and _as_matrix(tensors["magnitude"].shape) not in ((target.rows, 1), (target.rows,)):
         raise file.error(
             f"does not fit: the DoRA scale of {layer} is {tensors['magnitude'].shape}, but must have "
-            f"{target.rows} rows; scales of columns are not supported."
+            f"{target.rows} rows; per-column scales are not supported."
         )
     if "alpha" in tensors and math.prod(tensors["alpha"].shape) != 1:
         raise file.error(f"has {tensors['alpha'].shape} alphas for {layer}, but must have one.")
     if "alpha" in tensors and tensors["alpha"].dtype in (torch.bool, torch.complex64, torch.complex128):
-        raise file.error(f"has {tensors['alpha'].stored_dtype} for the alpha of {layer}, where a number belongs.")
+        raise file.error(f"has {tensors['alpha'].stored_dtype} for the alpha of {layer}, but it must be a real number.")
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without trailing axes: some files keep the factors of linear layers as 1x1 convolutions."""
+    """A shape with trailing axes flattened: some files store the factors of linear layers as 1x1 convolutions."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape
 
 
 def _alphas(file: Checkpoint) -> Alphas:
-    """Alphas from the metadata: Genmo's trainer has them under `kwargs`, diffusers and PEFT the adapter's configuration."""
+    """Alphas from the metadata: Genmo's trainer stores them in `kwargs`, diffusers and PEFT in the adapter's configuration."""
     beside = file.path.with_name("adapter_config.json")
     try:
         if "kwargs" in file.metadata:
@@ -236,7 +236,7 @@ def _alphas(file: Checkpoint) -> Alphas:
         if file.path.name.startswith("adapter_model.") and beside.is_file():
             return _peft_alphas(read_json(beside.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, OverflowError):
-        raise file.error("has notes on its alpha that make no sense; save it again.") from None
+        raise file.error("has invalid metadata about its alpha; save it again.") from None
     return Alphas({})
 
 
@@ -254,6 +254,6 @@ def _peft_alphas(notes: dict[str, Any]) -> Alphas:
 
 
 def _content(file: Checkpoint) -> Content:
-    """What a file holds that does not fit Mochi."""
+    """The content of a file that does not fit Mochi."""
     found = content(file)
     return Content("a LoRA for another model", ()) if found.phrase == "a LoRA" else found

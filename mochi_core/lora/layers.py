@@ -1,8 +1,8 @@
-"""LoRAs applied to a denoiser.
+"""Apply LoRAs to a denoiser.
 
-Each LoRA adds to the output of its linear layers and leaves their weights alone, so weights may have any dtype or be
-quantised. Biases, norms and the few other parameters are small: what LoRAs add to them is added to their values, and the
-original is kept. After removal the denoiser computes what it did before, bit for bit.
+Each LoRA adds to the output of its linear layers and leaves their weights unchanged, so weights may have any dtype or be
+quantised. Biases, norms and the few other parameters are small: LoRAs change their values, and the originals are kept. After
+removal the denoiser computes what it did before, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Lora:
     """A LoRA applied to a denoiser. `strength` may be set at any time; `remove` takes the LoRA out.
 
     Raises:
-        ValueError: a strength that is no finite number.
+        ValueError: the strength is not finite.
     """
 
     def __init__(self, dit: AsymmDiT, deltas: Iterable[LoraDelta | ParameterDelta], strength: float) -> None:
@@ -36,13 +36,13 @@ class Lora:
             for delta in deltas:
                 self._parts.append(_attached(dit, delta))
             self.strength = strength
-        except BaseException:  # nobody would have a handle to take out what is attached already
+        except BaseException:  # the caller gets no handle with which to detach the parts already attached
             self.remove()
             raise
 
     @property
     def strength(self) -> float:
-        """Factor of the LoRA's change to each weight: 0 is off, 1 as trained; ValueError if it is set to no finite number."""
+        """Factor of the LoRA's change to each weight: 0 is off, 1 as trained. Setting a non-finite value raises ValueError."""
         return self._strength
 
     @strength.setter
@@ -59,14 +59,14 @@ class Lora:
 
 
 def load_lora(dit: AsymmDiT, path: str | Path, strength: float = 1.0) -> Lora:
-    """Apply a LoRA file of any known kind to a denoiser, in place; the changes of several LoRAs add up.
+    """Apply a LoRA file in any known format to a denoiser, in place; the changes of several LoRAs add up.
 
-    The `strength` of the returned `Lora` can be changed at any time, and its `remove` leaves the denoiser exactly as it was.
-    Names in the file that Mochi has no layer for are reported in a warning. Blocks that were compiled by other means than
-    `AsymmDiT.compile_blocks` have to be compiled again.
+    The `strength` of the returned `Lora` can be changed at any time, and its `remove` restores the denoiser exactly.
+    A warning lists names in the file for which Mochi has no layer. Blocks compiled by means other than
+    `AsymmDiT.compile_blocks` must be recompiled.
 
     Raises:
-        ValueError: the file is no LoRA for this denoiser, or `strength` is not finite.
+        ValueError: the file is not a LoRA for this denoiser, or `strength` is not finite.
         FileNotFoundError: there is no such file.
     """
     finite_strength(strength)  # before the file is read
@@ -77,20 +77,20 @@ def load_lora(dit: AsymmDiT, path: str | Path, strength: float = 1.0) -> Lora:
 
 
 def fuse_loras(dit: AsymmDiT) -> None:
-    """Compute all LoRAs of a denoiser into its weights, in float32 and rounded once, and take them out as layers.
+    """Merge all LoRAs of a denoiser into its weights, in float32 and rounded once, and remove their layers.
 
-    A step then costs what it does without LoRAs. Rounding to the dtype of the weights is a loss that LoRAs beside them have not.
+    A step then costs the same as without LoRAs. Rounding to the weights' dtype loses precision that unfused LoRAs keep.
 
     Raises:
-        ValueError: a weight is quantised, and would lose more; nothing is changed then.
+        ValueError: a weight is quantised, and would lose more precision; nothing is changed then.
     """
     changed = [(name, layer) for name, layer in dit.named_modules() if hasattr(layer, "lora")]
     for name, layer in changed:
         if not isinstance(layer, nn.Linear):
-            raise ValueError(f"{name} is quantised, and a LoRA cannot be fused into it; leave the LoRA beside it.")
+            raise ValueError(f"{name} is quantised, so a LoRA cannot be fused into it; use the LoRA without fusing.")
     for _, layer in changed:
         weight = cast(nn.Parameter, layer.weight)
-        # Not in place: it may be mapped from a file.
+        # Not in place: the weight may be mapped from a file.
         weight.data = _adapters(layer).changed(weight.float()).to(weight.dtype)
         _adapters(layer).hook.remove()
         del layer.lora
@@ -100,22 +100,22 @@ def fuse_loras(dit: AsymmDiT) -> None:
 
 
 def finite_strength(strength: float) -> float:
-    """`strength`, which must be a finite number; ValueError if it is not."""
+    """Return `strength`; ValueError if it is not finite."""
     if not math.isfinite(strength):
-        raise ValueError(f"The strength of a LoRA is {strength}, but must be a number; 1 is as trained.")
+        raise ValueError(f"The strength of a LoRA is {strength}, but must be finite; 1 is as trained.")
     return strength
 
 
 def dora_scale(changed: Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA's factor for each row of a weight: magnitude / length of the row (Liu et al. 2024, arXiv:2402.09353, eq. 5).
+    """DoRA's factor for each row of a weight: magnitude / row length (Liu et al. 2024, arXiv:2402.09353, eq. 5).
 
-    `changed` (rows, columns) is the weight with the low-rank change, `magnitude` (rows,) the trained lengths.
+    `changed` (rows, columns) is the weight including the low-rank change, `magnitude` (rows,) the trained lengths.
     """
     return magnitude.to(changed) / torch.linalg.vector_norm(changed, dim=1)
 
 
 def _attached(dit: AsymmDiT, delta: LoraDelta | ParameterDelta) -> LoraLayer | ParameterChange:
-    """One delta, attached to the denoiser with strength 1."""
+    """Attach one delta to the denoiser with strength 1."""
     parameter = delta.parameter if isinstance(delta, ParameterDelta) else f"{delta.layer}.weight"
     owner, _, leaf = parameter.rpartition(".")
     layer = dit.get_submodule(owner)
@@ -125,10 +125,10 @@ def _attached(dit: AsymmDiT, delta: LoraDelta | ParameterDelta) -> LoraLayer | P
 
 
 class LoraLayer(nn.Module):
-    """One delta beside its linear layer: buffers that move with the layer but are not in its state dict.
+    """One delta attached to its linear layer: buffers that move with the layer but are not in its state dict.
 
-    `up` is None where the whole weight is changed by `down`. With DoRA, the row factors are multiplied into `up`, and
-    `dora_scale_minus_1` (rows of the layer,) is what they add to the layer's own output; it is zero for rows that the delta
+    `up` is None where `down` changes the whole weight. With DoRA, the row factors are multiplied into `up`, and
+    `dora_scale_minus_1` (rows of the layer,) scales what they add to the layer's own output; it is zero for rows that the delta
     does not change.
     """
 
@@ -153,13 +153,13 @@ class LoraLayer(nn.Module):
         self.dora_scale_minus_1: Tensor | None
         for name, value in (("down", down), ("up", up), ("dora_scale_minus_1", minus_1)):
             self.register_buffer(name, None if value is None else value.to(dtype), persistent=False)
-        self._layer = (layer,)  # in a tuple, so that it is no submodule of this one
+        self._layer = (layer,)  # in a tuple, so that it is not registered as a submodule
         _attach(layer, self)
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
-        """Add what the delta makes of `x` (N, columns) to `out` (N, rows of the layer)."""
+        """Add the delta applied to `x` (N, columns) to `out` (N, rows of the layer)."""
         x, factor = (x, self.down) if self.up is None else (x @ self.down.T, self.up)
-        # In place, because the outputs of the largest layers leave no room for a second tensor of their size.
+        # In place: there may be no memory for a second tensor as large as the largest layers' outputs.
         out[:, slice(*self.rows)].addmm_(x, factor.T, alpha=self.strength)
 
     def set_strength(self, strength: float) -> None:
@@ -170,14 +170,14 @@ class LoraLayer(nn.Module):
 
 
 class LoraAdapters(nn.ModuleList):
-    """All `LoraLayer`s beside one linear layer; each is relative to the layer's own weight, so their order does not matter."""
+    """All `LoraLayer`s of one linear layer; each is relative to the layer's own weight, so their order does not matter."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.hook = layer.register_forward_hook(_lora_hook)
 
     def forward(self, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's input `x` (..., columns) and output `out` (..., rows), which is overwritten, to the changed output."""
+        """The changed output from the layer's input `x` (..., columns) and output `out` (..., rows), which may be overwritten."""
         active = [lora_layer for lora_layer in cast(list[LoraLayer], list(self)) if lora_layer.strength]
         if not active or not out.numel():
             return out
@@ -190,7 +190,7 @@ class LoraAdapters(nn.ModuleList):
         return out
 
     def changed(self, weight: Tensor) -> Tensor:
-        """The layer's weight (rows, columns) in float32 with all changes."""
+        """The layer's `weight` (rows, columns) in float32 with all changes applied."""
         total = weight.clone()
         for lora_layer in cast(list[LoraLayer], list(self)):
             if (scale := lora_layer.dora_scale_minus_1) is not None:
@@ -231,18 +231,18 @@ def _dense_weight(layer: nn.Module) -> Tensor:
 
 
 class ParameterChange:
-    """One delta of a parameter that is no weight of a linear layer: it is added to the parameter's values."""
+    """One delta of a parameter other than a linear layer's weight: it is added to the parameter's values."""
 
     def __init__(self, layer: nn.Module, leaf: str, delta: LoraDelta | ParameterDelta) -> None:
         self.rows, self.strength = delta.rows, 1.0
         changed = layer.__dict__.setdefault("lora_parameters", {})
         self._parameter: ChangedParameter = changed.get(leaf) or ChangedParameter(layer, leaf)
         self.change = delta.change if isinstance(delta, ParameterDelta) else self._product(delta)
-        changed[leaf] = self._parameter  # last, so that a change that fails leaves nothing
+        changed[leaf] = self._parameter  # last, so that a failed change leaves nothing behind
         self._parameter.changes.append(self)
 
     def _product(self, delta: LoraDelta) -> Tensor:
-        """The low-rank change of a convolution as a matrix (rows, columns), with DoRA that of its lengths, too."""
+        """The low-rank change to a convolution as a matrix (rows, columns), including DoRA's rescaling if there is any."""
         change = delta.scale * delta.up.float() @ delta.down.float()
         if delta.magnitude is None:
             return change
@@ -261,7 +261,7 @@ class ParameterChange:
 
 
 class ChangedParameter:
-    """The original of a parameter, and all that LoRAs add to it."""
+    """A parameter's original value, and all changes that LoRAs add to it."""
 
     def __init__(self, layer: nn.Module, leaf: str) -> None:
         self.layer, self.leaf = layer, leaf
@@ -269,7 +269,7 @@ class ChangedParameter:
         self.changes: list[ParameterChange] = []
 
     def update(self) -> None:
-        """Give the parameter its original plus all changes, summed in float32 and rounded once; wherever it is by now."""
+        """Set the parameter to its original plus all changes, summed in float32 and rounded once, on its current device."""
         parameter: nn.Parameter = getattr(self.layer, self.leaf)
         active = [change for change in self.changes if change.strength]
         value = self.original.float().clone() if active else self.original
@@ -281,7 +281,7 @@ class ChangedParameter:
             self.layer.__dict__["lora_parameters"].pop(self.leaf, None)
 
     def fuse(self) -> None:
-        """Make what LoRAs have added a part of the original."""
+        """Make the changes permanent: the current value becomes the original."""
         self.original = getattr(self.layer, self.leaf).data
         self.changes.clear()
         self.update()

@@ -1,4 +1,4 @@
-"""Targets of LoRAs: which rows of which parameter of the denoiser a name in a LoRA file means."""
+"""LoRA targets: which rows of which parameter of the denoiser a name in a LoRA file refers to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..checkpoints.names.diffusers import transformer_rules
 from ..config import AsymmDiTConfig
 from ..transformer.model import AsymmDiT
 
-# Possible beginnings of a layer's name in a file, in any combination; dots are underscores here, as kohya's trainers write.
+# Possible prefixes of a layer's name in a file, in any combination; with underscores for dots, as in kohya's files.
 LAYER_PREFIXES = (
     "base_model_model_", "model_", "diffusion_model_", "transformer_", "unet_", "module_", "lora_unet_",
     "lora_transformer_", "lycoris_",
@@ -19,15 +19,15 @@ LAYER_PREFIXES = (
 
 @dataclass(frozen=True)
 class TargetRows:
-    """Rows of a parameter that one name in a LoRA file stands for."""
+    """Rows of a parameter that one name in a LoRA file refers to."""
 
     parameter: str
     """Canonical name, e.g. blocks.3.attn.qkv_x.weight."""
     first_row: int
     shape: tuple[int, ...]
-    """Shape of the rows: that of the parameter, or with the rows of one of q, k and v."""
+    """Shape of these rows: the parameter's, or with only the rows of q, k or v."""
     swap_halves: bool
-    """Whether the file keeps the second half of the rows first; see `checkpoints.names.diffusers`."""
+    """Whether the file stores the second half of the rows first; see `checkpoints.names.diffusers`."""
 
     @property
     def rows(self) -> int:
@@ -35,7 +35,7 @@ class TargetRows:
 
     @property
     def columns(self) -> int:
-        """Inputs of a row; of a convolution, all of its kernel."""
+        """Inputs per row; for a convolution, its flattened kernel."""
         return math.prod(self.shape[1:])
 
     @property
@@ -45,7 +45,7 @@ class TargetRows:
 
 
 def lora_targets(config: AsymmDiTConfig) -> dict[str, TargetRows]:
-    """Every parameter of `AsymmDiT` under its canonical and its diffusers names, with underscores for dots."""
+    """Every parameter of `AsymmDiT` under its canonical and diffusers names, with underscores for dots."""
     shapes = {name: tuple(p.shape) for name, p in AsymmDiT(config, device="meta").named_parameters()}
     targets = {}
     for rule in transformer_rules(config.depth):
@@ -60,9 +60,9 @@ def lora_targets(config: AsymmDiTConfig) -> dict[str, TargetRows]:
 
 
 def find_target(targets: dict[str, TargetRows], layer: str, leaf: str = "weight") -> TargetRows | None:
-    """The entry of `lora_targets` for the weight or bias of a layer in a file, whatever prefixes and wrappers its name has.
+    """The entry of `lora_targets` for the weight or bias of a layer in a file, whatever its prefixes and wrappers.
 
-    `layer` may also be the name of a parameter that is in no layer. None if there is no such parameter.
+    `layer` may also be the name of a parameter outside any layer. None if there is no such parameter.
     """
     name = _flat(WRAPPERS.sub("", layer))
     while True:
