@@ -1,9 +1,9 @@
-"""The autoencoder's kernels as PyTorch operators: what they take and give, and in how many programs they run.
+"""The autoencoder's kernels as PyTorch operators: their arguments, results and launch grids.
 
 Clips are (B, C, T, H, W); they may be slices along any axis but the last. G is the number of groups of a norm.
 """
 
-# Annotations are not postponed: custom_op reads its schema from them, and PyTorch 2.4 reads no strings.
+# Annotations are not postponed: custom_op infers its schema from them, and PyTorch 2.4 cannot parse strings.
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from torch.library import custom_op
 from .launch import dense, launch, warps
 
 BLOCK = 2048
-"""Pixels of one channel of one frame that a program works on."""
+"""Pixels of one channel of one frame per program."""
 PAST = 2
-"""Frames in front of a convolution of three."""
+"""Frames that precede the input of a convolution over three frames."""
 
 
 @custom_op("mochi::frame_sums", mutates_args=())
@@ -32,7 +32,7 @@ def frame_sums(x: Tensor) -> Tensor:
 
 @custom_op("mochi::merge_sums", mutates_args=())
 def merge_sums(sums: Tensor, groups: int, pixels: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B, G, T) of each group of channels from what `frame_sums` gives for frames of so many pixels."""
+    """Mean and variance (B, G, T) of each channel group from the result of `frame_sums`, for frames of `pixels` pixels."""
     from . import triton_autoencoder as kernels
 
     mean, variance = _statistics(sums, groups)
@@ -48,15 +48,15 @@ def norm_silu_pad(
     x: Tensor, past: Tensor | None, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float,
     above: bool, below: bool, kept: Tensor,
 ) -> Tensor:  # fmt: skip
-    """silu of the group norm of `x` (B, C, T, H, W) by its statistics, behind two earlier frames and padded for a convolution.
+    """silu(group_norm(x)) of `x` (B, C, T, H, W) with given statistics, after two earlier frames and padded for a convolution.
 
     Args:
-        past: (B, C, 2, H, W), what went into the convolution before; None repeats the first frame.
+        past: (B, C, 2, H, W), the previous two input frames of the convolution; None repeats the first frame.
         mean, variance: (B, G, T) float32.
-        weight, bias: (C,), of the norm.
-        above, below: whether the border is repeated there, as it is left and right. Where it is not, the outermost row of `x`
+        weight, bias: (C,), those of the norm.
+        above, below: whether to replicate the border there, as is done left and right. Where it is not, the outermost row of `x`
             belongs to a neighbouring strip.
-        kept: (B, C, 2, H or less, W), gets the last two frames of the result without their padding and neighbours' rows.
+        kept: (B, C, 2, H or less, W), receives the last two frames of the result without padding and neighbouring rows.
 
     Returns:
         (B, C, 2 + T, above + H + below, W + 2).
@@ -104,5 +104,5 @@ norm_silu_pad.register_fake(lambda x, *rest: _padded(x, *rest[-3:-1]))
 
 
 def _steps(x: Tensor | None) -> tuple[int, ...]:
-    """What separates two samples, channels, frames and rows in memory."""
+    """Strides of samples, channels, frames and rows."""
     return (0,) * 4 if x is None else x.stride()[:4]

@@ -1,4 +1,4 @@
-"""Which kernels run: those in Triton, or plain PyTorch."""
+"""Choose which kernels run: Triton's or plain PyTorch."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from .probe import probe
 Kernels = Literal["auto", "triton", "plain"]
 CHOICES = get_args(Kernels)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels read and write; other dtypes take the plain path."""
+"""Dtypes that the kernels read and write; others take the plain path."""
 INTERPRET = "TRITON_INTERPRET"
-"""Environment variable with which Triton runs kernels on a CPU, in NumPy."""
+"""Environment variable that makes Triton run kernels on the CPU, in NumPy."""
 OLDEST_TRITON = (((10, 0), (3, 3)), ((8, 0), (3, 2)), ((7, 5), (3, 3)), ((0, 0), None))
-"""Compute capabilities, and the oldest Triton that builds the kernels for cards from there on; bf16 on 7.5 needs 3.3."""
+"""The oldest Triton that compiles the kernels for cards of at least each compute capability; bf16 on 7.5 needs 3.3."""
 
 _default: Kernels = "auto"
 _choice: ContextVar[Kernels | None] = ContextVar("mochi_kernels", default=None)
 _verdicts: dict[tuple[torch.device, torch.dtype], str | None] = {}
 _LOCK = threading.Lock()
-"""Held while a device is tried."""
+"""Held while a device is probed."""
 
 
 @contextmanager
 def using(choice: Kernels) -> Iterator[None]:
     """Choose kernels for the duration, in this thread or task: "auto", "triton" or "plain".
 
-    "auto" takes Triton's on a CUDA or ROCm device where a first small call of each gives the right result, and plain PyTorch
-    elsewhere, and where a compiler is at work, which fuses plain operations by itself. "triton" asks for them in any case; on
-    the CPU they run in Triton's interpreter only.
+    "auto" uses Triton's on a CUDA or ROCm device where a small trial call of each gives the right result, and plain PyTorch
+    elsewhere and under torch.compile, which fuses plain operations itself. "triton" always uses Triton's; on the CPU they run
+    only in its interpreter.
 
     Raises:
         ValueError: there is no such choice.
@@ -53,7 +53,7 @@ def using(choice: Kernels) -> Iterator[None]:
 
 
 def set_default(choice: Kernels) -> None:
-    """Choose kernels, as in `using`, for all of the process that chooses none.
+    """Choose kernels, as in `using`, for all code in the process outside `using`.
 
     Raises:
         ValueError: there is no such choice.
@@ -64,7 +64,7 @@ def set_default(choice: Kernels) -> None:
 
 def _checked(choice: Kernels) -> Kernels:
     if choice not in CHOICES:
-        raise ValueError(f"kernels are {', '.join(CHOICES)}; {choice!r} is none of them.")
+        raise ValueError(f"kernels must be one of {', '.join(CHOICES)}, not {choice!r}.")
     return choice
 
 
@@ -72,7 +72,7 @@ def chosen(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Literal
     """Kernels for tensors on `device` of that dtype.
 
     Raises:
-        ValueError: Triton's were asked for and cannot run there.
+        ValueError: Triton's were requested and cannot run there.
     """
     choice = _choice.get() or _default
     if choice == "plain":
@@ -86,22 +86,22 @@ def chosen(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Literal
 
 
 def reason(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Why Triton's kernels do not run on `device` for tensors of that dtype, in a clause; None if they do."""
+    """Why Triton's kernels do not run on `device` for tensors of that dtype, as a clause; None if they do."""
     choice = _choice.get() or _default
     if choice == "plain":
-        return "plain kernels were asked for"
+        return "plain kernels were requested"
     if choice == "triton":
         _require_triton(device)
         return None
     return (
         _refusal(device, dtype)
         if device.type == "cuda"
-        else f"the kernels in Triton are for CUDA and ROCm, not for {device.type}"
+        else f"the Triton kernels are for CUDA and ROCm, not for {device.type}"
     )
 
 
 def fused(*tensors: Tensor) -> bool:
-    """Whether a kernel in Triton is to work on these tensors: the choice for the device of the first, and no gradients."""
+    """Whether to use a Triton kernel for these tensors: it is the choice for the first one's device, and none needs gradients."""
     first = tensors[0]
     if first.dtype not in DTYPES or chosen(first.device, first.dtype) == "plain":
         return False
@@ -111,19 +111,19 @@ def fused(*tensors: Tensor) -> bool:
 def _require_triton(device: torch.device) -> None:
     if device.type != "cuda" and os.environ.get(INTERPRET) != "1":
         raise ValueError(
-            f"Kernels in Triton do not run on {device.type}; choose auto or plain, or set TRITON_INTERPRET=1 to try them in "
+            f"Triton kernels do not run on {device.type}; choose auto or plain, or set TRITON_INTERPRET=1 to try them in "
             "Triton's interpreter."
         )
 
 
 @torch.compiler.assume_constant_result
 def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a CUDA or ROCm device cannot run the kernels for tensors of that dtype, or None; each pair is tried once."""
+    """Why a CUDA or ROCm device cannot run the kernels for tensors of that dtype, or None; each pair is probed once."""
     if device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     with _LOCK:
         if (device, dtype) not in _verdicts:
-            # In a thread of its own no mode of the caller holds: fake tensors, autocast, a trace.
+            # In a new thread, none of the caller's modes apply: fake tensors, autocast, tracing.
             with ThreadPoolExecutor(1) as thread:
                 refusal, lasts = thread.submit(_tried, device, dtype).result()
             if not lasts:
@@ -133,16 +133,16 @@ def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _tried(device: torch.device, dtype: torch.dtype) -> tuple[str | None, bool]:
-    """What speaks against the kernels, or None; and whether it would again: memory and disks may be full for a moment."""
+    """Why the kernels cannot run, or None; and whether that is permanent: memory or a disk may be full only for now."""
     try:
         return _unsuited(device) or probe(device, dtype), True
-    except Exception as error:  # a compiler, a driver or Triton itself may refuse in any way
+    except Exception as error:  # a compiler, a driver or Triton itself can raise anything
         said = (str(error).strip() or "no message").splitlines()[0]
         return f"{type(error).__name__}: {said}", not isinstance(error, torch.OutOfMemoryError | OSError)
 
 
 def _unsuited(device: torch.device) -> str | None:
-    """What is known without a try, which on too old cards or with too old compilers could end the process."""
+    """Why the kernels cannot run, as far as known without a trial, which on old cards or compilers could crash the process."""
     if not torch.cuda.is_available():
         return "there is no such device"
     if os.environ.get(INTERPRET) == "1":

@@ -1,10 +1,10 @@
-"""The denoiser's kernels as PyTorch operators: what they take and give, and in how many programs they run.
+"""The denoiser's kernels as PyTorch operators: their arguments, results and launch grids.
 
 B samples, N visual and L text tokens, K heads of D features; W is the width of a stream. Streams may be slices along their
-first two axes. Modulations (B, W) may be slices of wider ones, and have one row for all samples.
+first two axes. Modulations (B, W) may be slices of wider ones, or have a single row for all samples.
 """
 
-# Annotations are not postponed: custom_op reads its schema from them, and PyTorch 2.4 reads no strings.
+# Annotations are not postponed: custom_op infers its schema from them, and PyTorch 2.4 cannot parse strings.
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from torch.library import custom_op
 from .launch import dense, launch, next_power_of_two, warps
 
 SWIGLU_BLOCK = 1024
-"""Values that one program of `swiglu` makes."""
+"""Output values per program of `swiglu`."""
 HEADS_BLOCK = 8
-"""Heads of one token that one program of `joint_heads` makes."""
+"""Heads of one token per program of `joint_heads`."""
 FP8 = torch.float8_e4m3fn
-"""The dtype of all products and stored weights in fp8."""
+"""The dtype of all fp8 matrix products and weights stored in fp8."""
 
 
 @custom_op("mochi::modulated_norm", mutates_args=())
@@ -43,7 +43,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, eps: float) -> Tenso
 
 @custom_op("mochi::gated_residual_norm", mutates_args=())
 def gated_residual_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What `gated_residual` gives, and its `modulated_norm` by `scale` (B, W), made of the sum before it is rounded."""
+    """`gated_residual`, and its `modulated_norm` by `scale` (B, W), computed before the sum is rounded."""
     out, normed = _like_x(x), _like_x(x)
     _gated_residual(x, branch, gate, scale, (out, normed), eps)
     return out, normed
@@ -116,25 +116,27 @@ def joint_heads(
     """q, k and v of both streams, (3, B, N + L, K, D), with q and k normed and the visual ones rotated.
 
     Args:
-        visual, text: (B, N, 3 * K * D) and (B, L, 3 * K * D), the q, k and v of one stream.
+        visual, text: (B, N, 3 * K * D) and (B, L, 3 * K * D), the packed q, k and v of each stream.
         q_norm_x, k_norm_x, q_norm_y, k_norm_y: (D,), weights of the norms.
         frames, spatial: (T, K, D / 2, 2) and (patches, K, D / 2, 2) float32, the factors of the rotations, see `Rope`.
         eps: added to the mean square of a head.
-        skipped: tokens of the first frame that `visual` does not have; it may end within the last one, too.
+        skipped: leading tokens of the first frame missing from `visual`, which may also end within the last frame.
     """
     from . import triton_denoiser as kernels
 
     visual, text, out = dense(visual), dense(text), _joint(visual, text, frames)
     _, batch, tokens, heads, head_dim = out.shape
     packed, norms = 3 * heads * head_dim, (q_norm_x, k_norm_x, q_norm_y, k_norm_y)
-    past_last = len(frames) * len(spatial) - skipped - visual.shape[1]  # tokens of the last frame that are not there
+    past_last = len(frames) * len(spatial) - skipped - visual.shape[1]  # missing tokens of the last frame
     fits = min(skipped, past_last) >= 0 and max(skipped, past_last) < len(spatial)
     if not fits or not visual.shape[2] == text.shape[2] == packed:
         raise ValueError(
             f"Tokens {(*visual.shape,)} and {(*text.shape,)} do not fit a rotary table of {(*frames.shape,)}."
         )
     if len(text) != batch or any(norm.shape != (head_dim,) or not norm.is_contiguous() for norm in norms):
-        raise ValueError(f"Norm weights must be ({head_dim},), and both streams have as many samples.")
+        raise ValueError(
+            f"Norm weights must be contiguous ({head_dim},), and both streams must have the same number of samples."
+        )
     _check_devices(visual, text, *norms, frames, spatial)
     block = min(HEADS_BLOCK, next_power_of_two(heads))
     features = next_power_of_two(head_dim)
@@ -174,7 +176,7 @@ joint_heads.register_fake(lambda visual, text, *rest: _joint(visual, text, rest[
 
 
 def _check(x: Tensor, *modulations: Tensor, branch: Tensor | None = None) -> None:
-    """Kernels read what they are told to: a tensor that is too small would be read beyond its end."""
+    """Check shapes and devices: the kernels do not, and would read past the end of a tensor that is too small."""
     if any(m.shape not in ((len(x), x.shape[-1]), (1, x.shape[-1])) for m in modulations):
         raise ValueError(f"Modulations {[(*m.shape,) for m in modulations]} do not fit tokens {(*x.shape,)}.")
     if branch is not None and branch.shape != x.shape:
@@ -194,12 +196,12 @@ def _per_token(x: Tensor) -> tuple[int]:
 
 
 def _steps(x: Tensor) -> tuple[int, int, int]:
-    """Tokens of a sample, and what separates two samples and two tokens in memory."""
+    """Tokens per sample, and the strides of samples and tokens."""
     return x.shape[1], x.stride(0), x.stride(1)
 
 
 def _step(modulation: Tensor) -> int:
-    """What separates two samples of a modulation in memory; nothing if it has one row for all."""
+    """Stride of a modulation's samples; 0 if it has one row for all."""
     return 0 if len(modulation) == 1 else modulation.stride(0)
 
 

@@ -1,6 +1,6 @@
-"""First small calls of every operator on a device, each compared with a few lines of plain PyTorch.
+"""Small trial calls of every operator on a device, each compared with a few lines of plain PyTorch.
 
-Compilers, drivers and cards differ in what they can do: a kernel that one of them refuses must not be found out in a run.
+Compilers, drivers and cards differ in what they support: a kernel that does not work must be found before a run, not during it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 from . import autoencoder, denoiser
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""Largest error for values around 1, by what is read and written."""
+"""Largest error for values around 1, by dtype."""
 EPS = 1e-6
 HEADS, HEAD_DIM = 3, 128
 Found = Iterator[tuple[str, Tensor, Tensor]]
-"""Names of operators, what they gave, and what they should have, in float32."""
+"""Names of operators, their results, and the expected results in float32."""
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What the first calls for tensors of that dtype say against the kernels, in a clause; None if all is right."""
+    """What is wrong with the kernels in trial calls with tensors of that dtype, as a clause; None if nothing is."""
     for calls in (_of_streams, _of_heads, _of_frames):
         for name, found, expected in calls(device, dtype):
             error = (found.float() - expected).abs().max().item()
@@ -32,7 +32,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _values(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Numbers from -1 to 1 that look random, exact in `dtype`."""
+    """Pseudo-random numbers from -1 to 1, exact in `dtype`."""
     count = torch.Size(shape).numel()
     return (torch.arange(count) * 0.7).sin().view(shape).to(device, dtype)
 
@@ -56,13 +56,13 @@ def _of_streams(device: torch.device, dtype: torch.dtype) -> Found:
     expected = F.layer_norm(plain_x, (96,), eps=EPS) * factor + plain_shift[:, None]
     yield "final_norm", denoiser.final_norm(x, shift, scale, EPS), expected
     values, factors = (found.cpu() for found in denoiser.quantize_rows(x.flatten(0, 1)))
-    rows = x.flatten(0, 1).cpu()  # where PyTorch converts to fp8 for every device
+    rows = x.flatten(0, 1).cpu()  # on the CPU, where PyTorch can always convert to fp8
     factor = rows.abs().amax(dim=1, keepdim=True).float() / torch.finfo(values.dtype).max
     yield "quantize_rows", values.float() * factors, (rows / factors).to(values.dtype).float() * factor
 
 
 def _of_heads(device: torch.device, dtype: torch.dtype) -> Found:
-    """Two frames of two tokens beside one token of text."""
+    """Two frames of two tokens each, and one text token."""
     visual, text = (_values(device, dtype, 1, count, 3 * HEADS * HEAD_DIM) for count in (4, 1))
     weight = 1 + _values(device, torch.float32, HEAD_DIM) / 2
     angles = _values(device, torch.float32, 4, HEADS, HEAD_DIM // 2)
@@ -80,7 +80,7 @@ def _of_heads(device: torch.device, dtype: torch.dtype) -> Found:
 
 
 def _of_frames(device: torch.device, dtype: torch.dtype) -> Found:
-    """One frame alone, and behind two earlier ones; its last two are kept."""
+    """One frame alone, then after two earlier ones; the last two frames are kept."""
     x, past = _values(device, dtype, 1, 4, 1, 6, 5), _values(device, dtype, 1, 4, 2, 6, 5)
     weight, bias = _values(device, dtype, 2, 4)
     statistics = *autoencoder.merge_sums(autoencoder.frame_sums(x), 2, 30), weight, bias, EPS

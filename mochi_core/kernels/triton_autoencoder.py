@@ -1,7 +1,7 @@
-"""The autoencoder's kernels in Triton: float32 inside, rounded once when stored.
+"""The autoencoder's Triton kernels: computed in float32, rounded once when stored.
 
 A program works on a block of pixels of one channel of one frame. Arguments in capitals are constants of the compiled kernel;
-`*_sample`, `*_channel`, `*_frame` and `*_row` are distances in memory.
+`*_sample`, `*_channel`, `*_frame` and `*_row` are strides.
 """
 
 import triton
@@ -60,7 +60,7 @@ def norm_silu_pad(
     kept_sample, kept_channel, kept_frame, kept_row,
     EPS: tl.constexpr, HAS_PAST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One block of one padded frame: of the past as it is, or normed and through silu."""
+    """One block of one padded frame: copied from the past, or normed and activated."""
     plane = tl.program_id(0).to(tl.int64)
     place, channel, sample = plane % (frames + 2), plane // (frames + 2) % channels, plane // (frames + 2) // channels
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -80,7 +80,7 @@ def norm_silu_pad(
         earlier = past + sample * past_sample + channel * past_channel + place * past_frame + row * past_row + column
         activated = tl.where(is_past, tl.load(earlier, valid & is_past, 0).to(tl.float32), activated)
     tl.store(out + plane * pixels + pixel, activated, valid)
-    own_row = pixel // (width + 2) - 1  # padded, or a neighbour's row, which stands in the same place
+    own_row = pixel // (width + 2) - 1  # row 0 is padding, or a neighbour's row in its place
     inside = (own_row >= 0) & (own_row < own_rows) & (pixel % (width + 2) == column + 1) & (place >= frames)
     later = kept + sample * kept_sample + channel * kept_channel + (place - frames) * kept_frame
     tl.store(later + own_row * kept_row + column, activated, valid & inside)

@@ -1,7 +1,7 @@
-"""The denoiser's kernels in Triton: float32 inside, rounded once when stored.
+"""The denoiser's Triton kernels: computed in float32, rounded once when stored.
 
-A program works on one token, in blocks whose sizes are powers of two; what lies beyond the width is masked. Arguments in capitals
-are constants of the compiled kernel. `*_sample` and `*_token` are distances in memory between samples and between tokens.
+A program works on one token, in blocks whose sizes are powers of two; values beyond the width are masked. Arguments in capitals
+are constants of the compiled kernel. `*_sample` and `*_token` are the strides of samples and tokens.
 """
 
 import triton
@@ -26,7 +26,7 @@ def gated_residual(
     x, branch, gate, scale, out, normed, length, x_sample, x_token, branch_sample, branch_token, gate_sample, scale_sample,
     EPS: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """x + rms_norm(branch) * tanh(gate); with NORM also the norm of that, times 1 + scale."""
+    """x + rms_norm(branch) * tanh(gate); with NORM, also rms_norm of that times 1 + scale."""
     row, sample, token = _place(length)
     column = tl.arange(0, BLOCK)
     valid = column < WIDTH
@@ -41,7 +41,7 @@ def gated_residual(
 
 @triton.jit
 def swiglu(packed, out, length, packed_sample, packed_token, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """silu(gate) * value, one block of one token; the second axis of the grid runs over the blocks."""
+    """silu(gate) * value for one block of one token; the grid's second axis runs over the blocks."""
     row, sample, token = _place(length)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = column < WIDTH
@@ -69,7 +69,7 @@ def final_norm(
 
 @triton.jit
 def quantize_rows(x, values, scale, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
-    """One row divided by its scale, as bytes of float8_e4m3fn; a row of zeros has the scale 1."""
+    """One row divided by its scale, as float8_e4m3fn bytes; a row of zeros gets scale 1."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     valid = column < WIDTH
@@ -86,10 +86,9 @@ def joint_heads(
     tokens, num_visual, num_frames, num_patches, skipped, visual_sample, visual_token, text_sample, text_token, out_third,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, FEATURES: tl.constexpr
 ):  # fmt: skip
-    """Some heads of one token: q and k normed and, if it is a visual token, rotated; v copied.
+    """Some heads of one token: q and k are normed and, for a visual token, rotated; v is copied.
 
-    Programs that follow each other take the same patch in all frames, if those are whole: they find its rotation in space in a
-    cache.
+    If all frames are complete, consecutive programs take the same patch in all frames, so that its spatial rotation is cached.
     """
     _, sample, place = _place(tokens)
     is_visual = place < num_visual
@@ -122,7 +121,7 @@ def joint_heads(
 
 @triton.jit
 def _place(length):
-    """Row of this program among all tokens, its sample, and its token there; 64 bits, as offsets may need them."""
+    """This program's row among all tokens, its sample, and its token within it; 64 bits, as offsets may need them."""
     row = tl.program_id(0).to(tl.int64)
     return row, row // length, row % length
 
@@ -134,14 +133,14 @@ def _read(pointers, valid):
 
 @triton.jit
 def _rms_norm(x, WIDTH: tl.constexpr, EPS: tl.constexpr):
-    """Norm over the last axis, whose values beyond the width are 0; the operations `_rn` round correctly, others need not."""
+    """Norm over the last axis; values beyond the width must be 0. `_rn` operations are correctly rounded, others may not be."""
     square = tl.sum(x * x, axis=-1, keep_dims=True) / WIDTH
     return x * tl.div_rn(1.0, tl.sqrt_rn(square + EPS))
 
 
 @triton.jit
 def _complex_mul(a, b):
-    """Products of neighbouring pairs of two matrices as complex numbers."""
+    """Multiply two matrices elementwise, taking neighbouring pairs as complex numbers."""
     real, imaginary = tl.split(tl.reshape(a, a.shape[0], a.shape[1] // 2, 2))
     cos, sin = tl.split(tl.reshape(b, b.shape[0], b.shape[1] // 2, 2))
     joined = tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos)
@@ -150,7 +149,7 @@ def _complex_mul(a, b):
 
 @triton.jit
 def _tanh(x):
-    """Around 0 Cephes' polynomial (tanhf.c), because 1 - 2 / (exp(2x) + 1) loses its digits there."""
+    """tanh; near 0 by Cephes' polynomial (tanhf.c), because 1 - 2 / (exp(2x) + 1) loses precision there."""
     square = x * x
     series = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square
     series = ((series + 1.33314422036e-1) * square - 3.33332819422e-1) * square
@@ -160,15 +159,15 @@ def _tanh(x):
 
 @triton.jit
 def _e4m3_bytes(x):
-    """float32 of at most 448 to the bytes of float8_e4m3fn, rounded to nearest, ties to even.
+    """float32 up to a magnitude of 448 to float8_e4m3fn bytes, rounded to nearest, ties to even.
 
-    By hand, because Triton only converts to it for cards that can multiply in it.
+    By hand, because Triton converts to fp8 only on cards that can multiply in it.
     """
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     even = (magnitude >> 20) & 1
-    normal = ((magnitude + 0x7FFFF + even) >> 20) - (120 << 3)  # three bits of mantissa, exponent bias 7 for 127
-    # Below 2 ** -6 all are multiples of 2 ** -9: what float32 rounds to when 2 ** 14 is added.
+    normal = ((magnitude + 0x7FFFF + even) >> 20) - (120 << 3)  # 3 mantissa bits; exponent bias 7 instead of 127
+    # Below 2 ** -6, all values are multiples of 2 ** -9, to which float32 rounds when 2 ** 14 is added.
     tiny = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     found = tl.where(magnitude < 0x3C800000, tiny, normal)
     found = tl.where(magnitude > 0x7F800000, 0x7F, found)  # NaN

@@ -1,8 +1,8 @@
-"""Block formats of other tools than llama.cpp: 4-bit and 8-bit floating-point numbers with a scale for each block.
+"""Block formats of tools other than llama.cpp: 4-bit and 8-bit floating-point values with a scale per block.
 
-Files keep values and scales apart; here, a block has its values first and its scale after them, so that rows of a weight can be
-taken, merged and moved like those of any other block format. Sources: NF4, Dettmers et al. 2023, arXiv:2305.14314, appendix E;
-FP4, the table `quant_map` in files by bitsandbytes; E2M1, E4M3 and E8M0, Open Compute Project, Microscaling Formats (MX) 1.0.
+Files store values and scales separately; here, a block holds its values followed by its scale, so that rows of a weight can be
+sliced, merged and moved as in any other block format. Sources: NF4, Dettmers et al. 2023, arXiv:2305.14314, appendix E; FP4,
+the table `quant_map` in bitsandbytes' files; E2M1, E4M3 and E8M0, Open Compute Project, Microscaling Formats (MX) 1.0.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 
 
 def _high_first(data: Tensor) -> Tensor:
-    """4-bit values of bytes, (N, B) to (N, 2 * B): of each byte the upper four bits, then the lower."""
+    """Unpack bytes (N, B) to 4-bit values (N, 2 * B): the upper four bits of each byte, then the lower."""
     return torch.stack((data >> 4, data & 0x0F), dim=-1).flatten(1)
 
 
 def _nf4(blocks: Tensor) -> Tensor:
-    """Bytes 0-31 places in `NF4_VALUES`; 32-35 float32 scale."""
+    """Bytes 0-31 indices into `NF4_VALUES`; 32-35 float32 scale."""
     return looked_up(_high_first(blocks[:, :32]), NF4_VALUES) * numbers_at(blocks, 32, torch.float32)
 
 
 def _fp4(blocks: Tensor) -> Tensor:
-    """Bytes 0-31 places in `FP4_VALUES`; 32-35 float32 scale."""
+    """Bytes 0-31 indices into `FP4_VALUES`; 32-35 float32 scale."""
     return looked_up(_high_first(blocks[:, :32]), FP4_VALUES) * numbers_at(blocks, 32, torch.float32)
 
 
 def _nvfp4(blocks: Tensor) -> Tensor:
-    """Bytes 0-7 E2M1 values; 8 E4M3 scale. The whole weight has another scale."""
+    """Bytes 0-7 E2M1 values; 8 E4M3 scale. The weight as a whole has a further scale."""
     return looked_up(_high_first(blocks[:, :8]), E2M1_VALUES) * numbers_at(blocks, 8, FP8).float()
 
 

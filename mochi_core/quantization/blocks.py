@@ -10,17 +10,17 @@ from .block_type import numbers_at
 from .ggml import BLOCK_TYPES as GGML_BLOCK_TYPES
 
 BLOCK_TYPES = {**GGML_BLOCK_TYPES, **BLOCK_FLOATS}
-"""The block formats that can be read, by their names."""
+"""The supported block formats by name."""
 
 
 def dequantize(rows: Tensor, name: str) -> Tensor:
-    """Rows of blocks (..., bytes of a row) uint8 in the format `name` to (..., weights of a row) float32."""
+    """Rows of blocks (..., bytes per row) uint8 in the format `name` to (..., weights per row) float32."""
     block = BLOCK_TYPES[name]
     return block.dequantize(rows.reshape(-1, block.bytes)).reshape(*rows.shape[:-1], -1)
 
 
 def block_floats(rows: Tensor, name: str) -> list[Tensor]:
-    """All numbers in the blocks of `rows` (..., bytes of a row) uint8 that can be NaN or infinite."""
+    """All numbers in the blocks of `rows` (..., bytes per row) uint8 that can be NaN or infinite."""
     block = BLOCK_TYPES[name]
     blocks = rows.reshape(-1, block.bytes)
     found = [numbers_at(blocks, *place) for place in block.floats]

@@ -1,6 +1,6 @@
-"""Matrix products in fp8: both operands are float8_e4m3fn with one float32 scale per row, sums are float32, results bfloat16.
+"""Matrix products in fp8: float8_e4m3fn operands with a float32 scale per row, float32 accumulation, bfloat16 results.
 
-The input is quantised, too, row by row when it arrives; that changes the result further than a quantised weight alone does.
+The input is also quantised, row by row on the fly, which changes the result more than a quantised weight alone.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ..kernels.denoiser import FP8
 
 FP8_MAX = torch.finfo(FP8).max
 ALIGNMENT = 16
-"""Rows and columns of a weight must be multiples of this: PyTorch's `scaled_mm` refuses other sizes on CUDA devices."""
+"""Rows and columns of a weight must be multiples of this: PyTorch's `scaled_mm` rejects other sizes on CUDA devices."""
 QUANTIZE_ROW_CHUNK = {"cpu": 2048, "default": 8192}
-"""Matrix rows that `quantize_rows` takes at a time, by kind of device, so that its float32 intermediates stay small; on a GPU
-every start of a kernel costs."""
+"""Rows that `quantize_rows` processes at a time, by device type, to keep its float32 intermediates small; more on a GPU, where
+every kernel launch costs."""
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) to float8_e4m3fn values (N, K) and float32 scales (N, 1) that map each row's largest magnitude to `FP8_MAX`."""
     if kernels.fused(x):
         return kernels.quantize_rows(x)
-    if torch.compiler.is_compiling():  # fused code has no intermediates, and each loop length would compile anew
+    if torch.compiler.is_compiling():  # fused code has no intermediates, and every loop length would recompile
         return _quantize(x)
     values, scale = x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)
     rows = QUANTIZE_ROW_CHUNK.get(x.device.type, QUANTIZE_ROW_CHUNK["default"])
@@ -48,7 +48,7 @@ def supports_scaled_mm(shape: tuple[int, ...]) -> bool:
 
 
 def safe_scale(scale: Tensor) -> Tensor:
-    """Scales to divide by: 1 in place of 0, which is the scale of values that are all zero."""
+    """Scales to divide by: 1 in place of 0, the scale of all-zero values."""
     return torch.where(scale == 0, 1.0, scale)
 
 
@@ -59,11 +59,11 @@ def linear_rowwise(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 
 
 def multiply_rowwise(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(x * x_scale) @ (weight * scale).T + bias in bfloat16, the one output dtype that all devices have.
+    """(x * x_scale) @ (weight * scale).T + bias in bfloat16, the only output dtype that all devices support.
 
     `x` (N, K) and `weight` (M, K) are float8_e4m3fn, their scales (N, 1) and (M, 1) float32; the result is (N, M).
     """
-    if not len(x):  # a prompt without text; GPUs of older PyTorch refuse it
+    if not len(x):  # an empty prompt; older PyTorch rejects it on GPUs
         return scale.new_empty(0, len(weight), dtype=torch.bfloat16)
     bias = None if bias is None else bias.to(torch.bfloat16)
     if hasattr(F, "scaled_mm"):  # since PyTorch 2.10
@@ -75,7 +75,7 @@ def multiply_rowwise(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, 
 
 @torch.compiler.assume_constant_result
 def unsupported_reason(device: torch.device) -> str | None:
-    """Reason why `scaled_mm` with row-wise scales fails on `device`, or None if it works.
+    """Why `scaled_mm` with row-wise scales fails on `device`, or None if it works.
 
     Each device is probed once, with a 16x16 product; a failure is also reported in a warning.
     """

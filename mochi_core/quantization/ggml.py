@@ -1,9 +1,9 @@
 """GGML's block formats: rows of weights as bytes, and back to float32.
 
-Every block of 32 or 256 weights is a fixed number of bytes with its own scales and, in some formats, minima. Names are those of
-GGUF files (Q4_0, Q6_K ...). The layouts are published in ggml-org/llama.cpp, as the structs block_q4_0 ... block_mxfp4 of
+Every block of 32 or 256 weights takes a fixed number of bytes, with its own scales and, in some formats, minima. Names are those
+of GGUF files (Q4_0, Q6_K ...). The layouts are those of ggml-org/llama.cpp: structs block_q4_0 ... block_mxfp4 in
 ggml/src/ggml-common.h, with the tables kvalues_iq4nl and kvalues_mxfp4; the arithmetic is that of dequantize_row_* in
-ggml/src/ggml-quants.c and of gguf-py/gguf/quants.py, which a test compares bit for bit.
+ggml/src/ggml-quants.c and of gguf-py/gguf/quants.py, with which a test compares it bit for bit.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 from .block_type import BlockType, numbers_at, power_of_two
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""What the four bits of IQ4_NL and IQ4_XS stand for."""
+"""Values of the 4-bit codes of IQ4_NL and IQ4_XS."""
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""What the four bits of MXFP4 stand for, times two."""
+"""Values of the 4-bit codes of MXFP4, times two."""
 
 
 def quantize_q4_0(weight: Tensor) -> Tensor:
-    """Quantise a matrix (rows, columns) to Q4_0 blocks (rows, bytes of a row) uint8.
+    """Quantise a matrix (rows, columns) to Q4_0 blocks (rows, bytes per row) uint8.
 
-    The scale of a block maps its weight of largest magnitude to -8, as llama.cpp's quantize_row_q4_0_ref does.
+    A block's scale maps its weight of largest magnitude to -8, as in llama.cpp's quantize_row_q4_0_ref.
 
     Raises:
-        ValueError: the number of columns is no multiple of 32.
+        ValueError: the number of columns is not a multiple of 32.
     """
     size = BLOCK_TYPES["Q4_0"].weights
     if weight.shape[1] % size:
@@ -57,17 +57,17 @@ def _bits(data: Tensor, shifts: range, mask: int) -> Tensor:
 
 
 def _nibbles(data: Tensor) -> Tensor:
-    """4-bit values of bytes: (N, 16) to (N, 32), all low nibbles first, then all high ones."""
+    """Unpack bytes (N, 16) to 4-bit values (N, 32): all low nibbles, then all high ones."""
     return _bits(data[:, None], range(0, 8, 4), 0x0F).flatten(1)
 
 
 def _fifth_bits(data: Tensor) -> Tensor:
-    """(N, 4) bytes to (N, 32) values 0 or 16: bit j of the little-endian 32-bit number is the fifth bit of weight j."""
+    """Bytes (N, 4) to values (N, 32), each 0 or 16: bit j of the little-endian 32-bit number is the fifth bit of weight j."""
     return (_bits(data[:, :, None], range(8), 1) << 4).flatten(1)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    """Bytes 0-1 float16 scale; 2-17 four-bit values, stored with 8 added."""
+    """Bytes 0-1 float16 scale; 2-17 four-bit values, stored plus 8."""
     return _float16_at(blocks, 0) * (_nibbles(blocks[:, 2:]).float() - 8)
 
 
@@ -77,7 +77,7 @@ def _q4_1(blocks: Tensor) -> Tensor:
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    """Bytes 0-1 float16 scale; 2-5 fifth bits; 6-21 lower four bits of values that are stored with 16 added."""
+    """Bytes 0-1 float16 scale; 2-5 fifth bits; 6-21 lower four bits of values stored plus 16."""
     return _float16_at(blocks, 0) * ((_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])).float() - 16)
 
 
@@ -93,7 +93,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _q2_k(blocks: Tensor) -> Tensor:
-    """Bytes 0-15 scale (low nibble) and minimum (high) of each 16 weights; 16-79 two-bit values; 80-83 float16 scales of both."""
+    """Bytes 0-15 scale (low nibble) and minimum (high) per 16 weights; 16-79 two-bit values; 80-83 float16 scales of both."""
     scales, levels = blocks[:, :16], _bits(blocks[:, 16:80].unflatten(1, (2, 32)), range(0, 8, 2), 3)
     scale = (_float16_at(blocks, 80) * (scales & 0x0F).float())[..., None]
     minimum = (_float16_at(blocks, 82) * (scales >> 4).float())[..., None]
@@ -101,7 +101,7 @@ def _q2_k(blocks: Tensor) -> Tensor:
 
 
 def _q3_k(blocks: Tensor) -> Tensor:
-    """Bytes 0-31 third bits, inverted; 32-95 lower two bits; 96-107 six-bit scale of each 16 weights; 108-109 float16 scale.
+    """Bytes 0-31 third bits, inverted; 32-95 lower two bits; 96-107 six-bit scale per 16 weights; 108-109 float16 scale.
 
     The lower four bits of the six-bit scales are in bytes 96-103, the upper two in bytes 104-107.
     """
@@ -127,9 +127,9 @@ def _q5_k(blocks: Tensor) -> Tensor:
 
 
 def _scale_and_shift(blocks: Tensor, levels: Tensor) -> Tensor:
-    """Levels (N, 8, 32) of Q4_K or Q5_K to weights (N, 256), scale * level - minimum for each 32 of them.
+    """Levels (N, 8, 32) of Q4_K or Q5_K to weights (N, 256): scale * level - minimum, with one of each per 32 weights.
 
-    Bytes 0-1 and 2-3 are the float16 scales of the scales and of the minima, bytes 4-15 eight six-bit scales and minima.
+    Bytes 0-1 and 2-3 are the float16 scales of the scales and of the minima; bytes 4-15 hold eight six-bit scales and minima.
     """
     first, second, rest = blocks[:, 4:16].split(4, dim=1)
     scales = torch.cat((first & 0x3F, rest & 0x0F | first >> 2 & 0x30), dim=1)
@@ -140,7 +140,7 @@ def _scale_and_shift(blocks: Tensor, levels: Tensor) -> Tensor:
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    """Bytes 0-127 lower four bits; 128-191 upper two bits; 192-207 int8 scale of each 16 weights; 208-209 float16 scale."""
+    """Bytes 0-127 lower four bits; 128-191 upper two bits; 192-207 int8 scale per 16 weights; 208-209 float16 scale."""
     low = _bits(blocks[:, :128].unflatten(1, (2, 64)), range(0, 8, 4), 0x0F).reshape(-1, 16, 16)
     high = _bits(blocks[:, 128:192].unflatten(1, (2, 32)), range(0, 8, 2), 3).reshape(-1, 16, 16)
     scale = _float16_at(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
@@ -148,12 +148,12 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:
-    """Bytes 0-1 float16 scale; 2-17 four-bit places in `IQ4_VALUES`."""
+    """Bytes 0-1 float16 scale; 2-17 four-bit indices into `IQ4_VALUES`."""
     return _float16_at(blocks, 0) * looked_up(_nibbles(blocks[:, 2:]), IQ4_VALUES)
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
-    """Bytes 0-1 float16 scale; 2-3 upper two and 4-7 lower four bits of a six-bit scale of each 32 weights; 8-135 places."""
+    """Bytes 0-1 float16 scale; 2-3 upper two and 4-7 lower four bits of a six-bit scale per 32 weights; 8-135 indices."""
     low = _bits(blocks[:, 4:8, None], range(0, 8, 4), 0x0F).flatten(1)
     high = _bits(blocks[:, 2:4, None], range(0, 8, 2), 3).flatten(1)
     scale = (_float16_at(blocks, 0) * ((low | high << 4).float() - 32))[..., None]
@@ -162,12 +162,12 @@ def _iq4_xs(blocks: Tensor) -> Tensor:
 
 
 def _mxfp4(blocks: Tensor) -> Tensor:
-    """Byte 0 exponent of a power of two, with 127 added; 1-16 four-bit places in `MXFP4_VALUES`, which are doubled."""
+    """Byte 0 exponent of a power of two, plus 127; 1-16 four-bit indices into `MXFP4_VALUES`, which are doubled."""
     return looked_up(_nibbles(blocks[:, 1:]), MXFP4_VALUES) * power_of_two(blocks[:, :1], bias=128)
 
 
 def looked_up(places: Tensor, values: tuple[float, ...]) -> Tensor:
-    """`values` at `places` (any shape, uint8), float32."""
+    """`values` at the indices `places` (any shape, uint8), float32."""
     return torch.tensor(values, dtype=torch.float32, device=places.device)[places.int()]
 
 
@@ -186,4 +186,4 @@ BLOCK_TYPES = {
     "IQ4_XS": BlockType(256, 136, _iq4_xs, _halves(0)),
     "MXFP4": BlockType(32, 17, _mxfp4, ((0, torch.uint8, 1),)),
 }
-"""The block formats of GGUF files that can be read, by their names there."""
+"""The supported block formats of GGUF files, by their names there."""

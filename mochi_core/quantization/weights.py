@@ -1,8 +1,8 @@
-"""Weights stored in 8 bits or fewer, the linear layer that computes with them, and the quantisers that make them.
+"""Weights stored in 8 bits or fewer, the linear layer that computes with them, and their quantisers.
 
-A quantised weight keeps its stored form in memory, on whatever device. `QuantizedLinear` dequantises it for each matrix
-product, or multiplies in fp8 where that is asked for. Only linear layers keep weights quantised: embeddings, convolutions and
-norms are small, and sensitive to rounding.
+A quantised weight keeps its stored form in memory, on any device. `QuantizedLinear` dequantises it for each matrix product, or
+multiplies in fp8 if requested. Only linear layers keep weights quantised: embeddings, convolutions and norms are small, and
+sensitive to rounding.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ FP8_ROWWISE = "fp8_rowwise"
 class QuantizedWeight:
     """A matrix (rows, columns) in its stored form: values * scale, where values are plain numbers or blocks of them.
 
-    Kernels of convolutions may be held in it while a file is read; they are dequantised when they are loaded.
+    It may also hold a convolution kernel while a file is read; kernels are dequantised on loading.
     """
 
     values: Tensor
-    """(rows, columns) float8 or int8; with a `block_type`, (rows, bytes of a row) uint8."""
+    """(rows, columns) float8 or int8; with a `block_type`, (rows, bytes per row) uint8."""
     scale: Tensor | None = None
     """Factor of `values`, float32: one number for the whole matrix, or (rows, 1); None means 1."""
     block_type: str | None = None
     """Layout of the blocks, a key of `blocks.BLOCK_TYPES`; None if `values` are plain numbers."""
     input_scale: Tensor | None = None
-    """Divisor of the inputs that the file proposes to hosts that multiply in fp8; `QuantizedLinear` does not use it."""
+    """Divisor of the inputs that the file suggests to hosts that multiply in fp8; `QuantizedLinear` does not use it."""
     exact_product: bool = True
     """Whether a host that could multiply in fp8 or int8 should dequantise the weight instead."""
     fp8_product: bool = False
-    """Whether the layer quantises its input, too, and multiplies in fp8; needs float8_e4m3fn with a scale per row."""
+    """Whether the layer also quantises its input and multiplies in fp8; needs float8_e4m3fn with a scale per row."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,20 +53,20 @@ class QuantizedWeight:
         return scale.expand(len(self.values), 1)
 
     def floats(self) -> list[Tensor]:
-        """All tensors of the stored form that can hold NaN or infinity."""
+        """All tensors of the stored form that can contain NaN or infinity."""
         values = block_floats(self.values, self.block_type) if self.block_type else [self.values]
         return [tensor for tensor in (*values, self.scale, self.input_scale) if tensor is not None]
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix (rows, columns) that the stored form stands for, computed in float32 and rounded once to `dtype`."""
+        """The dequantised matrix (rows, columns), computed in float32 and rounded once to `dtype`."""
         values = dequantize(self.values, self.block_type) if self.block_type else self.values
         return values.to(dtype) if self.scale is None else (values.to(torch.float32) * self.scale).to(dtype)
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer over a quantised weight; it computes in the dtype of its input.
+    """A linear layer with a quantised weight; it computes in the dtype of its input.
 
-    With `fp8_product`, the weight is still dequantised on devices that cannot multiply in fp8 with a scale per row.
+    Even with `fp8_product`, the weight is dequantised on devices that cannot multiply in fp8 with a scale per row.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> None:
@@ -82,7 +82,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> QuantizedWeight:
-        """The weight in its stored form, of the layer's own buffers."""
+        """The weight in its stored form, sharing the layer's buffers."""
         return QuantizedWeight(self.values, self.scale, self.block_type, fp8_product=self.fp8_product)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -100,7 +100,7 @@ class QuantizedLinear(nn.Module):
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise a weight of any shape to float8_e4m3fn values and one float32 scale; values * scale approximates it.
 
-    The largest magnitude becomes `FP8_MAX`; the relative error is at most 1/16 for all but the tiniest weights.
+    The largest magnitude maps to `FP8_MAX`; the relative error is at most 1/16 for all but the tiniest weights.
     """
     scale = safe_scale(weight.abs().amax().float() / FP8_MAX)
     return (weight.float() / scale).to(FP8), scale
@@ -116,12 +116,12 @@ def quantize_fp8_rowwise(weight: Tensor) -> QuantizedWeight:
     """Quantise a matrix (rows, columns) to float8_e4m3fn with a float32 scale per row, for products in fp8.
 
     Raises:
-        ValueError: rows or columns are no multiple of 16, which GPUs cannot multiply in fp8.
+        ValueError: the number of rows or columns is not a multiple of 16, as GPUs need to multiply in fp8.
     """
     if not supports_scaled_mm(weight.shape):
         rows, columns = weight.shape
         raise ValueError(
-            f"A weight of {rows} x {columns} cannot be multiplied in fp8, where sizes are multiples of 16; use fp8 or int8."
+            f"A {rows} x {columns} weight cannot be multiplied in fp8, which needs multiples of 16; use fp8 or int8."
         )
     return QuantizedWeight(*quantize_rows(weight), exact_product=False, fp8_product=True)
 
@@ -132,4 +132,4 @@ QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "int8": lambda weight: QuantizedWeight(*quantize_int8(weight)),
     "q4_0": lambda weight: QuantizedWeight(quantize_q4_0(weight), block_type="Q4_0"),
 }
-"""Quantisers of a matrix (rows, columns), by the names that `load_transformer(quantize=...)` takes."""
+"""Quantisers of a matrix (rows, columns), by their names in `load_transformer(quantize=...)`."""
