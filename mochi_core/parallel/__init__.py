@@ -1,1 +1,1 @@
-"""One video on several devices: members that exchange tensors, plans of who does what, tokens and frames shared out."""
+"""One video on several devices: members that exchange tensors, plans that divide the work, and split tokens and frames."""

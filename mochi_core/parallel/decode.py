@@ -1,7 +1,7 @@
-"""The decoder shared out in time: each member decodes some latent frames, layer by layer.
+"""Temporally parallel decoding: each member decodes some of the latent frames, layer by layer.
 
-Before each causal convolution a member sends the last two frames that go into it to those whose frames follow, and gets those
-before its own; nobody waits for a whole layer. Norms are those of single frames, so nothing else is exchanged.
+Before each causal convolution, a member sends its last two input frames to the members whose frames follow, and receives those
+before its own; nobody waits for a whole layer. Norms are per frame, so nothing else is exchanged.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def decode_together(
     memory_limit: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Tensor:
-    """Latents (B, 12, T, H, W) to video (B, 3, 6(T - 1) + 1, 8H, 8W), both the same in all members.
+    """Latents (B, 12, T, H, W) to video (B, 3, 6(T - 1) + 1, 8H, 8W), both identical in all members.
 
-    `memory_limit` and `on_progress` are those of `AsymmVAE.decode`, for each member.
+    `memory_limit` and `on_progress` are as for `AsymmVAE.decode`, for each member.
 
     Raises:
         ValueError: see `AsymmVAE.decode`.
@@ -57,7 +57,7 @@ def decode_together(
 
 
 def _plan(vae: AsymmVAE, latents: Tensor, group: Group, limit: int, device: torch.device) -> tuple[Plan, int]:
-    """How to take rows, and how many latent frames the member with the least memory has room for within its limit."""
+    """The plan for each step, and how many latent frames fit in the limit of the member with the least memory."""
     kind = device.type if device.type in MAX_WORKING_SET else "default"
     plan = Plan(device, device, MAX_WORKING_SET[kind])
     estimate = decoder_memory_estimate(vae.config, latents.shape[3], latents.shape[4], vae.dtype.itemsize)
@@ -67,14 +67,14 @@ def _plan(vae: AsymmVAE, latents: Tensor, group: Group, limit: int, device: torc
 
 
 def rounds_of(latents: int, members: int, most: int) -> list[list[int]]:
-    """Latent frames of each member in each round: at most `most`, but in every round each has one, if there are as many."""
+    """Latent frames per member in each round: at most `most`, but at least one for everyone if there are enough."""
     workers = min(members, latents)
     rounds = min(max(1, latents // workers), -(-latents // (workers * max(1, most))))
     return [[*shares(count, workers), *[0] * (members - workers)] for count in shares(latents, rounds)]
 
 
 def _decode_some(steps: list[StreamStep], latents: Tensor, borders: Borders, plan: Plan, size: Sequence[int]) -> Tensor:
-    """This member's part of the video in this round, (1, 3, f, 8H, 8W), in frames of `size`; maybe without a frame."""
+    """This member's part of the video in this round, (1, 3, f, 8H, 8W) with frames of `size`; f may be 0."""
     x, works = latents[:, :, borders.own], borders.own.start < borders.own.stop
     at_start = None if borders.own.start == 0 else ()
     for step in steps:
@@ -88,17 +88,17 @@ def _decode_some(steps: list[StreamStep], latents: Tensor, borders: Borders, pla
 
 
 class Borders:
-    """What goes over the borders between members; it is their `Neighbour` at every convolution of a round.
+    """Exchanges frames at the borders between members, as the `Neighbour` of every convolution in a round.
 
-    Frames are counted from the start of the clip, in the layer that is at work, where the first latent frame has become one
-    frame and each of the others as many as `expansion`.
+    Frames are counted from the start of the clip in the current layer, where the first latent frame has become one frame and
+    each of the others `expansion` frames.
     """
 
     def __init__(self, group: Group, rounds: list[list[int]]) -> None:
         self.group, self.rounds = group, rounds
         self.round, self.starts = -1, [0]
         self.expansion = 1
-        # In the first member: the last frames, up to two, that went into each convolution in the round before, and in this one.
+        # In the first member: the last one or two input frames of each convolution, from the previous and from this round.
         self.before: list[Tensor] = []
         self.kept: list[Tensor] = []
 
@@ -120,19 +120,19 @@ class Borders:
 
     @property
     def frames(self) -> list[int]:
-        """Frames that each member has in this layer."""
+        """Number of frames that each member has in this layer."""
         return [
             self._frame(stop) - self._frame(start) for start, stop in zip(self.starts, self.starts[1:], strict=False)
         ]
 
     def _frame(self, latent: int) -> int:
-        """The first frame of a latent frame."""
+        """Index of a latent frame's first frame."""
         return latent and self.expansion * (latent - 1) + 1
 
     def _sent(self, source: int, target: int) -> range:
-        """Which frames member `source` sends to `target`: the two before those of the target.
+        """The frames that member `source` sends to `target`: those of the two before the target's frames that it has.
 
-        The first member's frames follow those of the last one, in the next round.
+        The first member's frames in the next round follow those of the last member.
         """
         follows = target or self.group.size
         is_last = self.round == len(self.rounds) - 1
@@ -140,11 +140,13 @@ class Borders:
         if idle or source >= follows:
             return range(0)
         end = self._frame(self.starts[follows])
-        first = self._frame(self.starts[source]) if source else 0  # the first one has what came before the round, too
+        first = (
+            self._frame(self.starts[source]) if source else 0
+        )  # the first member also has frames from before the round
         return range(max(end - CONV_SIZE + 1, first), min(end, self._frame(self.starts[source + 1])))
 
     def __call__(self, norm: nn.GroupNorm, x: Tensor) -> Tensor | None:
-        """As `Neighbour`: sends the last frames of `x` on, and gives those before it."""
+        """As a `Neighbour`: sends on the last frames of `x`, and returns those that precede it."""
         tail = F.silu(frame_norm(norm, x[:, :, 1 - CONV_SIZE :]))
         if self.group.rank:
             past = self._exchange(tail)
@@ -156,11 +158,11 @@ class Borders:
         return past
 
     def pass_by(self, like: Tensor) -> None:
-        """Take part in the exchange of a convolution without frames."""
+        """Take part in a convolution's exchange without any frames."""
         self._exchange(like[:, :, :0])
 
     def _exchange(self, tail: Tensor) -> Tensor:
-        """Send the frames of `tail`, up to this member's last one, to those who need them; gives what the others sent."""
+        """Send the frames of `tail`, which ends with this member's last one, to the members that need them; returns theirs."""
         members, rank = range(self.group.size), self.group.rank
         offset = self._frame(self.own.stop) - tail.shape[2]
         sent = [self._sent(rank, target) for target in members]

@@ -1,4 +1,4 @@
-"""Members that work on one video together and exchange tensors: processes of `torch.distributed`, or threads of one process."""
+"""Members that work on a video together and exchange tensors: `torch.distributed` processes, or threads of one process."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor
 
 Shape = Sequence[int]
 Wait = Callable[[], list[Tensor]]
-"""Waits until an exchange that was started is done, and gives what the other members sent."""
+"""Waits for an exchange in progress, and returns the tensors that the members sent."""
 Result = TypeVar("Result")
 Start = Callable[[int, Callable[[], None]], Callable[[], object]]
-"""(rank, work of that member) -> a function that waits until the work, which has begun elsewhere, is done."""
+"""(rank, that member's work) -> a function that waits for the work, which was started elsewhere, to finish."""
 MEETING_TIMEOUT = 600.0
-"""Seconds that a thread waits for the others: as long as processes do, see `launch`."""
+"""Seconds that a thread waits for the others; the same as for processes, see `launch`."""
 
 
 class Group(ABC):
-    """Some members, seen by one of them: the one called `rank`, from 0, of `size`."""
+    """A group of `size` members, from the point of view of the member `rank`, counted from 0."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -32,43 +32,43 @@ class Group(ABC):
         """Bytes that this member has sent to the others so far."""
 
     def start(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> Wait:
-        """Begin to send parts[p] to member p, while member p sends a tensor of shapes[p], of the same dtype, to this one.
+        """Start sending parts[p] to each member p, and receiving a tensor of shape shapes[p] and the same dtype from it.
 
-        All members call it, in the same order. The parts may be views, and be overwritten once the returned function is done.
+        All members call this in the same order. The parts may be views, and may be overwritten once the returned function is done.
         """
         others = (part for p, part in enumerate(parts) if p != self.rank)
         self.sent += sum(part.numel() * part.element_size() for part in others)
         return self._start(parts, shapes)
 
     def exchange(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
-        """What the other members sent, see `start`."""
+        """Exchange tensors as in `start`, and return what every member sent."""
         return self.start(parts, shapes)()
 
     @abstractmethod
     def _start(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> Wait: ...
 
     def gather(self, tensor: Tensor, shapes: Sequence[Shape] | None = None) -> list[Tensor]:
-        """The tensors of all members by rank; `shapes` if they differ in shape."""
+        """The tensors of all members by rank; pass `shapes` if they differ in shape."""
         return self.exchange([tensor] * self.size, shapes or [tensor.shape] * self.size)
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Sum of the tensors of all members, of one shape each, added by rank: every member gets the same bits."""
+        """Sum of all members' tensors, of equal shape, added in order of rank: every member gets the same bits."""
         first, *others = self.gather(tensor)
         for other in others:
             first = first + other
         return first
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """The tensor of member `source`; the other members give one of the same shape and dtype."""
+        """The tensor of member `source`; the other members pass one of the same shape and dtype."""
         own, nothing = self.rank == source, tensor.flatten()[:0]
         shapes = [tensor.shape if p == source else (0,) for p in range(self.size)]
         return self.exchange([tensor if own else nothing] * self.size, shapes)[source]
 
     @abstractmethod
     def grid(self, *sizes: int) -> tuple[Group, ...]:
-        """Members in a grid, the last axis the fastest: for each axis, the group of those that differ from this one in it alone.
+        """Arrange the members in a grid, last axis fastest; for each axis, return the group along it that contains this member.
 
-        All members call it, and the product of the sizes is that of the group.
+        All members call this; the product of the sizes must be the size of the group.
         """
 
 
@@ -87,7 +87,7 @@ class Alone(Group):
 
 
 class Processes(Group):
-    """The processes of a group of `torch.distributed`, by default of all."""
+    """The processes of a `torch.distributed` group, by default all."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -110,7 +110,7 @@ class Processes(Group):
         return wait
 
     def grid(self, *sizes: int) -> tuple[Group, ...]:
-        """As for `Group`; of the group of all processes alone, because each of them takes part in making every group."""
+        """See `Group`; only for the group of all processes, because every process must take part in creating every group."""
         return tuple(self._axis(lines) for lines in _lines(sizes))
 
     def _axis(self, lines: list[list[int]]) -> Group:
@@ -129,32 +129,32 @@ def _lines(sizes: Sequence[int]) -> list[list[list[int]]]:
     return [ranks.movedim(axis, -1).reshape(-1, size).tolist() for axis, size in enumerate(sizes)]
 
 
-class Stopped(RuntimeError):  # noqa: N818 - nothing is wrong with this member
-    """Another member has failed or was cancelled, and this one ends with it."""
+class Stopped(RuntimeError):  # noqa: N818 - not an error of this member
+    """Another member has failed or was cancelled, so this one ends, too."""
 
 
 class Threads:
-    """Threads of one process as members, with a device each.
+    """Threads of one process as members, each with its own device.
 
-    When one of them fails, is cancelled or ends early, all others that wait for it, or will, raise `Stopped`.
+    When one of them fails, is cancelled or ends early, all others raise `Stopped` when they wait for it.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.error: BaseException | None = None
-        """What the first member that failed has raised; `Stopped` if it waited in vain."""
+        """The exception of the first member that failed; `Stopped` if it waited in vain."""
         self._ended: set[int] = set()
         self._changed = threading.Condition()
-        """Held to read or write what members wait for, and notified when it has changed."""
+        """Held while reading or writing the state that members wait on, and notified when it changes."""
         self._meetings: dict[tuple[int, ...], _Meeting] = {}
 
     def run(self, work: Callable[[Group], Result], start: Start | None = None) -> list[Result]:
-        """What `work` returns for each member, in threads of their own, the first in this one; by rank.
+        """Run `work` for each member, the first in this thread and the others in their own; returns the results by rank.
 
-        `start` begins the work of another member, by default in a new thread, or raises why it cannot.
+        `start` starts the work of another member, by default in a new thread, or raises if it cannot.
 
         Raises:
-            The first error of a member.
+            The first error of any member.
         """
         results: dict[int, Result] = {}
 
@@ -172,7 +172,7 @@ class Threads:
             for rank in range(1, self.size):
                 waits.append(begin(rank, partial(run_member, rank)))
             run_member(0)
-        except BaseException as error:  # a member has no thread to work in
+        except BaseException as error:  # a member could not be started
             self.stop(error)
         finally:
             for wait in waits:
@@ -182,22 +182,22 @@ class Threads:
         return [results[rank] for rank in range(self.size)]
 
     def stop(self, error: BaseException) -> None:
-        """End all members because of `error`, which one of them has raised."""
+        """End all members because one of them raised `error`."""
         with self._changed:
             if self.error is None:
                 self.error = error
             self._changed.notify_all()
 
     def meeting(self, ranks: tuple[int, ...]) -> _Meeting:
-        """Where these members exchange tensors."""
+        """The meeting at which these members exchange tensors."""
         with self._changed:
             return self._meetings.setdefault(ranks, _Meeting(len(ranks)))
 
     def meet(self, ranks: tuple[int, ...]) -> None:
-        """Wait until all these members are at this point of their meeting.
+        """Wait until all these members have reached this point of their meeting.
 
         Raises:
-            Stopped: they will not be, or one has failed that may not be among them.
+            Stopped: one of them has ended or does not arrive in time, or any member has failed.
         """
         meeting = self.meeting(ranks)
         with self._changed:
@@ -212,7 +212,7 @@ class Threads:
             if self.error is not None:
                 raise Stopped(f"Another member failed: {self.error}") from self.error
             if meeting.came < all_came:
-                raise Stopped(f"Another member {'has ended already' if over() else 'did not come'}.")
+                raise Stopped(f"Another member {'has already ended' if over() else 'did not arrive in time'}.")
 
 
 def _start_thread(rank: int, work: Callable[[], None]) -> Callable[[], object]:
@@ -222,18 +222,18 @@ def _start_thread(rank: int, work: Callable[[], None]) -> Callable[[], object]:
 
 
 class _Meeting:
-    """Where threads lay out what they send, between two waits for each other."""
+    """Where threads deposit what they send, between two waits for each other."""
 
     def __init__(self, size: int) -> None:
         self.came = 0
-        """How often a member has come, all of them together."""
+        """Number of arrivals so far, of all members together."""
         self.parts: list[Sequence[Tensor]] = [()] * size
         self.made: list[torch.cuda.Event | None] = [None] * size
         self.copied: list[torch.cuda.Event | None] = [None] * size
 
 
 class _Thread(Group):
-    """Some of the members of `Threads`, seen by one of them."""
+    """A group of members of `Threads`, from the point of view of one of them."""
 
     def __init__(self, threads: Threads, ranks: tuple[int, ...], rank: int) -> None:
         super().__init__(rank, len(ranks))
@@ -249,9 +249,9 @@ class _Thread(Group):
         ]
         meeting.copied[self.rank] = _reached(device)
         self.threads.meet(self.ranks)
-        # Others have read what this member sent when their devices come that far; until then it may not be overwritten.
+        # This member's parts may not be overwritten until the others' devices have finished copying them.
         _await_events(meeting.copied, device)
-        meeting.parts[self.rank] = ()  # nobody reads them again, and they would keep memory until the next exchange
+        meeting.parts[self.rank] = ()  # no longer needed, and would hold memory until the next exchange
         return lambda: received
 
     def grid(self, *sizes: int) -> tuple[Group, ...]:
@@ -264,7 +264,7 @@ class _Thread(Group):
 
 
 def _reached(device: torch.device) -> torch.cuda.Event | None:
-    """An event at what is queued on the device now; None where nothing is queued."""
+    """An event that marks the end of the work queued on the device; None for devices without a queue."""
     if device.type != "cuda":
         return None
     with torch.cuda.device(device):
@@ -274,7 +274,7 @@ def _reached(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _await_events(events: Sequence[torch.cuda.Event | None], device: torch.device) -> None:
-    """Have the current stream of `device` wait for the events."""
+    """Make the current stream of `device` wait for the events."""
     for event in events:
         if event is not None:
             torch.cuda.current_stream(device).wait_event(event)

@@ -1,4 +1,4 @@
-"""Processes that a launcher such as torchrun has started: how they find each other, and how they end together."""
+"""Processes started by a launcher such as torchrun: how they find each other, and how they end together."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ NO_LAUNCHER = (
     "Mochi Parallel."
 )
 ERROR = "error"
-"""Key of the store under which the first error of a member stands."""
+"""Key in the store of the first error of any member."""
 LOOK_EVERY = 1.0
-"""Seconds between two looks at whether another member has failed."""
+"""Seconds between checks whether another member has failed."""
 LONGEST_SILENCE = 60.0
-"""Seconds after which a member that shows no sign of life is taken to be dead."""
+"""Seconds without a heartbeat after which a member is presumed dead."""
 
 
 class MemberError(RuntimeError):
-    """A member has failed; the sentence names it, and what it raised."""
+    """A member has failed; the message names it and its error."""
 
 
 def launched() -> bool:
@@ -54,16 +54,16 @@ def own_device(device: str) -> torch.device:
 
 
 def peers() -> bool:
-    """Whether the cards that this process sees read each other's memory."""
+    """Whether the cards that this process sees can access each other's memory."""
     cards = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return all(torch.cuda.can_device_access_peer(a, b) for a in cards for b in cards if a != b)
 
 
 def join(device: torch.device | str) -> Group:
-    """All processes of the launcher, which exchange tensors on `device`, one each, and on the CPU.
+    """The group of all the launcher's processes, which exchange tensors on the CPU and on `device`, one per process.
 
     Raises:
-        ValueError: no launcher has started this process, or the others run another version.
+        ValueError: this process was not started by a launcher, or the others run another version.
     """
     if not launched():
         raise ValueError(NO_LAUNCHER)
@@ -76,7 +76,7 @@ def join(device: torch.device | str) -> Group:
 
 
 def _start(device: torch.device) -> None:
-    # NCCL allocates beside PyTorch, whose cudaMallocAsync, which ComfyUI asks for, would leave it nothing.
+    # NCCL allocates outside PyTorch; the cudaMallocAsync allocator, which ComfyUI requests, would leave it no memory.
     settings = [entry for entry in os.environ.get(ALLOCATOR, "").split(",") if entry and "cudaMallocAsync" not in entry]
     os.environ[ALLOCATOR] = ",".join(settings)
     timeout = timedelta(seconds=MEETING_TIMEOUT)
@@ -85,7 +85,7 @@ def _start(device: torch.device) -> None:
         return
     if not dist.is_nccl_available():
         raise ValueError(
-            "This PyTorch has no NCCL, which GPUs of several processes need; on Windows use WSL, or ComfyUI."
+            "This PyTorch has no NCCL, which several processes with GPUs need; on Windows use WSL, or ComfyUI."
         )
     torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
@@ -100,12 +100,12 @@ def _version(package: str) -> str:
 
 @contextmanager
 def together(world: Group, device: torch.device) -> Iterator[None]:
-    """Have all members of `world` finish what is done here, or none.
+    """Make all members of `world` finish the body, or none.
 
     When one of them fails, or its process dies, the others end within seconds.
 
     Raises:
-        MemberError: in the member that failed first; names it and says what went wrong.
+        MemberError: in the member that failed first; the message names it and its error.
         SystemExit: in the others, with status 2.
     """
     place = f"Member {world.rank} ({device}, host {socket.gethostname()})"
@@ -113,10 +113,10 @@ def together(world: Group, device: torch.device) -> Iterator[None]:
     with _ended_with_a_sentence(watch):
         try:
             yield
-            world.total(torch.zeros(1))  # all have come here
+            world.total(torch.zeros(1))  # all have reached this point
         except Exception as error:
             lost = _lost_connection(error)
-            said = f"{place} lost another member, whose process has ended" if lost else f"{place} failed: {error}"
+            said = f"{place} lost another member, whose process died" if lost else f"{place} failed: {error}"
             if not watch.is_first(said, wait=lost):
                 raise SystemExit(2) from error
             raise MemberError(f"{said}; all {world.size} have stopped.") from error
@@ -127,12 +127,12 @@ def together(world: Group, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _ended_with_a_sentence(watch: Watch) -> Iterator[None]:
-    """Have the first member that is told to end say so: a launcher's own report names only the process that ended by itself.
+    """Make the first member that is told to end report it: a launcher's own report names only the process that ended by itself.
 
-    Python runs a handler between two steps of the main thread, which may be waiting for a device or for other members. So
-    another thread waits for the number of the signal, which comes through a socket at once.
+    Python runs signal handlers between bytecodes of the main thread, which may be waiting for a device or other members. So
+    another thread waits for the signal's number, which arrives through a socket at once.
     """
-    if threading.current_thread() is not threading.main_thread():  # no other may change what signals do
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return
     signals, told = socket.socketpair()
@@ -149,7 +149,7 @@ def _ended_with_a_sentence(watch: Watch) -> Iterator[None]:
 
 
 def _wait_for_the_end(signals: socket.socket, watch: Watch) -> None:
-    """End the process at SIGTERM; return when nobody writes to `signals` any more."""
+    """End the process on SIGTERM; return once the writing end of `signals` is closed."""
     with signals:
         while number := signals.recv(1):
             if number[0] == signal.SIGTERM:
@@ -158,7 +158,7 @@ def _wait_for_the_end(signals: socket.socket, watch: Watch) -> None:
 
 
 def _end(said: str) -> None:
-    """End the process at once, with a sentence if there is one, from a thread: the main one may be waiting and cannot."""
+    """End the process at once, after printing an error if there is one; called from a thread, as the main one may be blocked."""
     if said:
         print(f"error: {said}", file=sys.stderr, flush=True)  # noqa: T201 - nobody else can
     remove_unfinished()
@@ -166,14 +166,14 @@ def _end(said: str) -> None:
 
 
 def _lost_connection(error: Exception) -> bool:
-    """Whether an exchange failed because of another member."""
+    """Whether an exchange failed because another member is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 class Watch:
-    """A thread that ends this process when another member has failed or shows no sign of life.
+    """A thread that ends this process when another member has failed or sends no heartbeat.
 
-    An exchange that waits for such a member cannot be interrupted otherwise.
+    An exchange that waits for such a member cannot be interrupted in any other way.
     """
 
     def __init__(self, rank: int, size: int, place: str) -> None:
@@ -185,20 +185,20 @@ class Watch:
         self.store = PrefixStore(f"mochi/{restart}", store)
         self.rank, self.place, self.stopped = rank, place, threading.Event()
         self.others = {other: ("", time.monotonic()) for other in range(size) if other != rank}
-        """The last sign of life of each other member, and when it was seen."""
+        """The last heartbeat of each other member, and when it was seen."""
         threading.Thread(target=self._look, daemon=True).start()
 
     def stop(self) -> None:
         self.stopped.set()
 
     def is_first(self, said: str, *, wait: bool) -> bool:
-        """Note an error of this member; whether no other has noted one before, or does soon if `wait`."""
+        """Record an error of this member; whether it is the first, after giving others a moment to record theirs if `wait`."""
         end = time.monotonic() + (2 * LOOK_EVERY if wait else 0)
         try:
             while time.monotonic() < end and not self.store.check([ERROR]):
                 time.sleep(0.05)
             return self.store.compare_set(ERROR, "", said).decode() == said
-        except dist.DistError:  # the member that holds the store has ended
+        except dist.DistError:  # the member that hosts the store has ended
             return True
 
     def _look(self) -> None:
@@ -220,10 +220,10 @@ class Watch:
             if beat != last:
                 self.others[other] = beat, now
             elif now - seen > LONGEST_SILENCE:
-                said = f"Member {other} has given no sign of life for {LONGEST_SILENCE:.0f} seconds"
+                said = f"Member {other} has not responded for {LONGEST_SILENCE:.0f} seconds"
                 self._end_soon(said if self.is_first(said, wait=False) else "")
 
     def _end_soon(self, said: str) -> None:
-        """End the process, unless it does so itself in the next seconds."""
+        """End the process, unless it ends by itself within the next seconds."""
         if not self.stopped.wait(2 * LOOK_EVERY):
             _end(f"{said}; all have stopped." if said else "")

@@ -1,4 +1,4 @@
-"""Plans: what each of several devices does of a video."""
+"""Plans: how several devices divide the work on a video."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 HEADS = 24
-"""Heads of Mochi's attention, which Ulysses shares out."""
+"""Mochi's attention heads, which Ulysses distributes."""
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,11 @@ class Plan:
     """Members along three axes; their product is the number of devices."""
 
     guidance: int = 1
-    """2 for the prompt and the negative prompt in different members."""
+    """2 to run the prompt and the negative prompt in different members."""
     ulysses: int = 1
     """Members that exchange tokens for heads, see `sequence`."""
     ring: int = 1
-    """Members, or groups of those, that keys and values go round in."""
+    """Members, or Ulysses groups, around which keys and values circulate."""
 
     @property
     def size(self) -> int:
@@ -33,21 +33,21 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """A plan from text such as "guidance=2,ulysses=4"; ValueError if it is none."""
+        """Parse a plan from text such as "guidance=2,ulysses=4"; ValueError if it is invalid."""
         sizes: dict[str, int] = {}
         for entry in text.split(","):
             name, _, size = (part.strip() for part in entry.partition("="))
             if name not in (field.name for field in fields(cls)) or not size.isascii() or not size.isdecimal():
                 raise ValueError(
-                    f"{text!r} is not a plan; use auto, or one such as guidance=2,ulysses=4 or guidance=2,ring=2."
+                    f"{text!r} is not a plan; use auto, or e.g. guidance=2,ulysses=4 or guidance=2,ring=2."
                 )
             sizes[name] = int(size)
         return cls(**sizes)
 
     def check(self, members: int, heads: int = HEADS, *, guided: bool = True) -> None:
-        """Raise a ValueError unless the plan is for so many members and heads, with guidance or without."""
+        """Raise a ValueError unless the plan suits this number of members and heads, with or without guidance."""
         if self.guidance not in (1, 2) or min(self.ulysses, self.ring) < 1:
-            raise ValueError(f"{self} is not a plan; guidance is 1 or 2, ulysses and ring are 1 or more.")
+            raise ValueError(f"{self} is not a valid plan; guidance must be 1 or 2, ulysses and ring 1 or more.")
         if heads % self.ulysses:
             divisors = [str(count) for count in range(1, heads + 1) if heads % count == 0]
             raise ValueError(
@@ -61,18 +61,18 @@ class Plan:
             )
         if self.guidance > 1 and not guided:
             raise ValueError(
-                f"guidance={self.guidance} is for steps with guidance, and there are none; use --parallel auto "
+                f"guidance={self.guidance} is for steps with guidance, but there are none; use --parallel auto "
                 f"({choose(members, heads, guided=False)})."
             )
 
 
 def choose(members: int, heads: int = HEADS, *, guided: bool = True, peers: bool = True) -> Plan:
-    """The plan that is expected to be the fastest for so many members, by the bytes that each way sends.
+    """The plan expected to be fastest for this number of members, by the bytes that each method sends.
 
     Args:
         guided: whether most steps have guidance.
-        peers: whether devices read each other's memory; where all goes through main memory, the ring, which sends while it
-            computes, takes the place of Ulysses.
+        peers: whether devices can access each other's memory; if everything goes through main memory, the ring replaces
+            Ulysses, because it sends while it computes.
     """
     guidance = 2 if guided and members % 2 == 0 else 1
     rest = members // guidance

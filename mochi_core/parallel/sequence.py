@@ -1,13 +1,12 @@
-"""Tokens of one video shared out to members: each has some of them in every layer, and they meet in attention.
+"""Sequence parallelism: each member has some of a video's tokens in every layer, and they communicate in attention.
 
-Two ways to attend, which combine:
-- Ulysses (DeepSpeed-Ulysses, arXiv 2309.14509): members exchange tokens for heads, attend with some heads over all tokens, and
-  exchange back.
-- Ring attention (arXiv 2310.01889): keys and values go round, and what each part of them gives is merged by the log of its sum of
-  exponentials.
+Two methods, which can be combined:
+- Ulysses (DeepSpeed-Ulysses, arXiv 2309.14509): members exchange tokens for heads, attend with some of the heads over all tokens,
+  and exchange back.
+- Ring attention (arXiv 2310.01889): keys and values circulate, and the partial results are merged by their log-sum-exp.
 
-The text is not shared out: every member computes all of its small stream, so that prompts of any length, empty ones too, need no
-padding. In a ring each member attends to its own copy of the text, once.
+The text is not split: every member computes the whole text stream, which is small, so that prompts of any length, even empty
+ones, need no padding. In a ring, each member attends once, to its own copy of the text.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from ..transformer.attention import Attention, attention_with_lse
 from .group import Alone, Group
 
 MOST_IDLE = 0.03
-"""Share of their time for which members may idle where tokens are shared out in whole parts of a frame."""
+"""Fraction of time that members may idle when tokens are split into equal parts of a frame."""
 _current = threading.local()
-"""`attention` is what members that run compiled blocks attend with just now: operators take no functions as arguments."""
+"""Its `attention` is the current one of a member running compiled blocks: operators cannot take functions as arguments."""
 
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """The members that share the tokens of a forward: in each ring position a Ulysses group."""
+    """The members that share the tokens of a forward pass: a Ulysses group at each ring position."""
 
     ulysses: Group
-    ring: Group = Alone()  # noqa: RUF009 - has no state but a counter that stays 0
+    ring: Group = Alone()  # noqa: RUF009 - its only state is a counter that stays 0
 
     @property
     def size(self) -> int:
@@ -46,30 +45,30 @@ class TokenSplit:
         return self.ring.rank * self.ulysses.size + self.ulysses.rank
 
     def share(self, frames: int, per_frame: int, *, by_frame: bool = False) -> Share:
-        """This member's share of the tokens of so many latent frames; with `by_frame`, in equal parts within frames."""
+        """This member's share of the tokens of `frames` latent frames; with `by_frame`, in equal parts of a frame."""
         unit = unit_of(frames, per_frame, self.size) if by_frame else 1
         units = shares(frames * per_frame // unit, self.size)
         return Share(self, tuple(count * unit for count in units), per_frame, unit if by_frame else None)
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Sum of the tensors of all members, the same bits for each."""
+        """Sum of all members' tensors, bit-identical in each."""
         return self.ring.total(self.ulysses.total(tensor))
 
 
 def shares(count: int, members: int) -> list[int]:
-    """`count` things for so many members, as equal as can be.
+    """Divide `count` items among `members` as equally as possible.
 
     Raises:
-        ValueError: there are more members than things.
+        ValueError: there are more members than items.
     """
     if count < members:
-        raise ValueError(f"{count} tokens cannot be shared out to {members} members; use fewer of them.")
+        raise ValueError(f"{count} tokens cannot be divided among {members} members; use fewer members.")
     few, more = divmod(count, members)
     return [few + (member < more) for member in range(members)]
 
 
 def unit_of(frames: int, per_frame: int, members: int) -> int:
-    """Tokens in which frames are shared out: the largest equal parts of a frame with which members idle at most `MOST_IDLE`."""
+    """Tokens per unit when frames are split: the largest equal parts of a frame that keep idle time within `MOST_IDLE`."""
     for parts in (parts for parts in range(1, per_frame) if per_frame % parts == 0):
         count = frames * parts
         if -(-count // members) * members <= (1 + MOST_IDLE) * count:
@@ -79,14 +78,14 @@ def unit_of(frames: int, per_frame: int, members: int) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """The tokens of one member."""
+    """One member's tokens."""
 
     split: TokenSplit
     counts: tuple[int, ...]
-    """Tokens of each member."""
+    """Number of tokens of each member."""
     per_frame: int
     unit: int | None
-    """Tokens that lie in one frame, of which the share consists, or None if nothing depends on frames."""
+    """Tokens per unit of the share, each within one frame; None if nothing depends on frames."""
 
     @property
     def tokens(self) -> slice:
@@ -101,9 +100,9 @@ class Share:
         return [token // self.per_frame for token in range(self.tokens.start, self.tokens.stop, self.unit)]
 
     def attention(self, attention: Attention) -> Attention:
-        """Attention over the tokens of all members and the text, for the q, k and v of this member's tokens and the text.
+        """Attention over all members' tokens and the text, given q, k and v of this member's tokens and the text.
 
-        `attention` computes a member's part of it; in a ring, `attention_with_lse` does.
+        `attention` computes this member's part; in a ring, `attention_with_lse` does.
         """
         if self.split.ring.size > 1:
             attention = partial(attend_in_ring, self.split.ring, self._ring_counts)
@@ -118,7 +117,7 @@ class Share:
         return attend
 
     def gather(self, x: Tensor) -> Tensor:
-        """Values (B, n, F) of this member's tokens to those of all, (B, N, F)."""
+        """Gather values (B, n, F) of each member's tokens to (B, N, F) of all tokens."""
         for group, counts in (
             (self.split.ulysses, self._rings[self.split.ring.rank]),
             (self.split.ring, self._ring_counts),
@@ -128,7 +127,7 @@ class Share:
 
     @property
     def _rings(self) -> list[tuple[int, ...]]:
-        """Tokens of the members of each Ulysses group."""
+        """Token counts of the members of each Ulysses group."""
         size = self.split.ulysses.size
         return [self.counts[start : start + size] for start in range(0, len(self.counts), size)]
 
@@ -140,11 +139,11 @@ class Share:
 def attend_by_heads(
     group: Group, counts: Sequence[int], attention: Attention, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """Attention over the tokens of all members and the text, by Ulysses.
+    """Attention over all members' tokens and the text, by Ulysses.
 
     Args:
         counts: tokens of each member, N in all.
-        q, k, v: (B, K, n + L, D), of the n tokens of this member and then of the text.
+        q, k, v: (B, K, n + L, D), for this member's n tokens followed by the text.
 
     Returns:
         (B, K, n + L, D).
@@ -166,21 +165,21 @@ def attend_by_heads(
 
 
 def attend_in_ring(group: Group, counts: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over the tokens of all members and the text, while keys and values go round; arguments as `attend_by_heads`."""
+    """Attention over all members' tokens and the text by a ring of keys and values; arguments as for `attend_by_heads`."""
     own, (batch, heads, _, head_dim) = counts[group.rank], k.shape
 
     def send(block: Tensor, count: int) -> Callable[[], Tensor]:
-        """Begin to send a block to the next member; what is waited for has `count` tokens of the one before."""
+        """Start sending a block to the next member; the returned wait gives the previous one's block of `count` tokens."""
         following, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
         parts = [block if p == following else block[:0] for p in range(group.size)]
         shapes = [(2, batch, heads, count, head_dim) if p == before else (0,) for p in range(group.size)]
         wait = group.start(parts, shapes)
         return lambda: wait()[before]
 
-    # Blocks by the way that they come in: this member's own, then those of the members before it.
+    # Blocks in order of arrival: this member's own, then those of the preceding members.
     sizes = [counts[(group.rank - hop) % group.size] for hop in range(group.size)]
     wait = send(torch.stack((k[:, :, :own], v[:, :, :own])), sizes[1])
-    out, lse = attention_with_lse(q, k, v)  # with the text, which is here in every member
+    out, lse = attention_with_lse(q, k, v)  # including the text, which every member has
     for following in (*sizes[2:], None):
         block = wait()  # (2, B, K, count, D)
         if following is not None:
@@ -190,7 +189,7 @@ def attend_in_ring(group: Group, counts: Sequence[int], q: Tensor, k: Tensor, v:
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from that over each, with the log of its sum of exponentials; at least in float32.
+    """Merge attention over two sets of keys by the log-sum-exp of each; at least in float32.
 
     `out` and `other` are (B, K, L, D), `lse` and `other_lse` (B, K, L).
     """
@@ -200,7 +199,7 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
 
 @custom_op("mochi::attend_together", mutates_args=())
 def attend_together(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The attention of the members that this thread works for, as one operation to `torch.compile`; (B, K, n + L, D) each."""
+    """This thread's joint attention, as a single operation for `torch.compile`; all tensors are (B, K, n + L, D)."""
     return _current.attention(q, k, v).contiguous()
 
 

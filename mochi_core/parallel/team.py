@@ -1,4 +1,4 @@
-"""Who does what of a plan: the groups that a member belongs to, and members who make videos together."""
+"""Put plans into practice: the groups that a member belongs to, and teams that make videos together."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ class Members:
     world: Group
     """All members."""
     guidance: Group
-    """Members with the same tokens, under different prompts."""
+    """Members with the same tokens but different prompts."""
     tokens: TokenSplit
     """Members with the same prompt."""
 
     @classmethod
     def of(cls, world: Group, plan: Plan) -> Members:
-        """Groups for a plan; all members of `world` call it."""
+        """Create the groups of a plan; all members of `world` must call this."""
         guidance, ring, ulysses = world.grid(plan.guidance, plan.ring, plan.ulysses)
         return cls(plan, world, guidance, TokenSplit(ulysses, ring))
 
     def any(self, said: bool) -> bool:
-        """Whether one of the members says yes."""
+        """Whether `said` is true in any member."""
         return bool(self.world.total(_number(said)))
 
 
 class Team:
-    """Members who make videos together, by one plan or by the one that suits each video."""
+    """Members that make videos together, by a fixed plan or one chosen for each video."""
 
     def __init__(self, world: Group, plan: Plan | str, heads: int = HEADS, *, peers: bool = True) -> None:
-        """`plan` is a `Plan`, its text, or "auto"; `peers` is that of `choose`, and false for all if it is for one.
+        """`plan` is a `Plan`, its text, or "auto"; `peers` is as for `choose`, and false for all if it is false in any member.
 
         Raises:
-            ValueError: the plan is none, or for another number of members or heads.
+            ValueError: the plan is invalid, or for another number of members or heads.
         """
         self.world, self.heads = world, heads
         self.peers = bool(world.total(_number(peers)) == world.size)
@@ -52,7 +52,7 @@ class Team:
         self.groups: dict[Plan, Members] = {}
 
     def members(self, *, guided: bool) -> Members:
-        """The groups for a video with or without guidance; all members call it."""
+        """The groups for a video with or without guidance; all members must call this."""
         plan = self.plan
         if not isinstance(plan, Plan):
             plan = choose(self.world.size, self.heads, guided=guided, peers=self.peers)
@@ -61,17 +61,17 @@ class Team:
         return self.groups[plan]
 
     def report(self) -> str:
-        """How the last video was shared out."""
-        reason = "as asked for" if isinstance(self.plan, Plan) else "chosen"
+        """How the work on the last video was divided."""
+        reason = "as requested" if isinstance(self.plan, Plan) else "chosen"
         if self.plan == "auto" and not self.peers:
             reason += " for GPUs that reach each other through main memory"
         return f"{self.world.size} members: {[*self.groups][-1]}, {reason}"
 
 
 def agree(group: Group, facts: dict[str, str], place: str = "") -> None:
-    """Raise a ValueError, in every member, that names what of the `facts`, text by name, differs among the members.
+    """Raise a ValueError in every member if one of the `facts`, text by name, differs between members.
 
-    `place` says where this member is.
+    `place` describes where this member runs.
     """
     for name, fact in facts.items():
         said = _texts(group, fact)
