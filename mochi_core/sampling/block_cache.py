@@ -1,14 +1,15 @@
-"""Skipping blocks where little has changed since the last step: faster, and the result changes.
+"""Skip blocks when little has changed since the last step: faster, but the result changes.
 
-What the blocks added to the visual tokens when they last ran, their residual, is kept and added again in a later step that
-resembles that one. Every video of a batch, under each condition, is decided on by itself: its result is what it would have
-been alone.
+What the blocks added to the visual tokens when they last ran, their residual, is kept and added again in later steps that
+resemble that one. Each video of a batch is decided separately under each condition, so its result is the same as if it were
+made alone.
 
-Two measures of change, both relative, the mean absolute difference over the mean absolute value:
-- `teacache` (TeaCache, arXiv 2411.19108): change of the modulated input of the first block since the last step, translated by
-  a polynomial into the change of the output, and summed up until blocks run again. TeaCache4Mochi/README.md in its repository,
+There are two measures of change, both the mean absolute difference relative to the mean absolute value:
+- `teacache` (TeaCache, arXiv 2411.19108): the change of the first block's modulated input since the last step, mapped by a
+  polynomial to the change of the output, and accumulated until blocks run again. TeaCache4Mochi/README.md in its repository,
   ali-vilab/TeaCache, gives thresholds for 64 steps: 0.06 for 1.5 times the speed, 0.09 for 2.1.
-- `first_block`: change of what the first block adds since the last step in which all blocks ran. The first block always runs.
+- `first_block`: the change of the first block's residual since the last step in which all blocks ran. The first block always
+  runs.
 """
 
 from __future__ import annotations
@@ -27,32 +28,32 @@ from .schedule import check_share, in_step_range
 COEFFICIENTS = (-3.51241319e3, 8.11675948e2, -6.09400215e1, 2.42429681, 3.05291719e-3)
 """TeaCache's polynomial for Mochi, highest power first: `coefficients` in TeaCache4Mochi/teacache_mochi.py."""
 LARGEST_FITTED = 0.108
-"""Change of the input up to which the polynomial rises; beyond it falls, and soon is negative."""
+"""Input change up to which the polynomial increases; beyond it decreases, and soon becomes negative."""
 
 BlocksAt = Callable[[int], RunBlock]
-"""step -> how blocks are called in that step."""
+"""step -> function that runs the blocks in that step."""
 
 
 @dataclass
 class BlockCache:
-    """When blocks are skipped, and how often they were in the runs that it was given to.
+    """Settings for skipping blocks, and counts of how often they were skipped in all runs with this cache.
 
     Raises:
-        ValueError: another method, or numbers outside their ranges.
+        ValueError: the method is unknown, or a number is out of range.
     """
 
     method: str
     """One of `CACHE_METHODS`."""
     threshold: float
-    """The smallest change with which all blocks run; 0 skips none."""
+    """The smallest change at which all blocks run; 0 skips none."""
     start: float = 0.0
-    """Fraction of the steps from which on blocks may be skipped; in the first step they always run."""
+    """Fraction of the steps after which blocks may be skipped; in the first step they always run."""
     end: float = 1.0
     """Fraction of the steps up to which blocks may be skipped; in the last step they always run."""
     forwards: int = field(default=0, init=False)
-    """Forwards so far, of one video under one condition each."""
+    """Forward passes so far, counted per video and condition."""
     hits: int = field(default=0, init=False)
-    """Forwards in which blocks were skipped."""
+    """Forward passes in which blocks were skipped."""
 
     def __post_init__(self) -> None:
         check_cache(self.method, self.threshold)
@@ -65,7 +66,7 @@ class BlockCache:
 
     def report(self) -> str:
         return (
-            f"{self.method} with threshold {self.threshold:g} left out blocks in {self.hits} of {self.forwards} forwards "
+            f"{self.method} with threshold {self.threshold:g} skipped blocks in {self.hits} of {self.forwards} forward passes "
             f"({self.hit_rate:.0%})"
         )
 
@@ -81,9 +82,9 @@ class BlockCache:
         run: RunBlock = run_block,
         total: Callable[[Tensor], Tensor] | None = None,
     ) -> BlocksAt:
-        """How to call the `depth` blocks under one condition, for the `batch` videos of one run; `run` calls those needed.
+        """The function that runs the `depth` blocks at each step, for one condition and a run's `batch` videos, by `run`.
 
-        `total` adds up a tensor over the members that share the tokens: they decide together.
+        `total` sums a tensor over the members that share the tokens: they decide together.
         """
         states = [CacheState() for _ in range(batch)]
         return lambda step: CachedBlocks(self, states, self.can_skip(step, num_steps), depth, run, total)
@@ -91,20 +92,20 @@ class BlockCache:
 
 @dataclass
 class CacheState:
-    """What is kept of one video under one condition: in 16 bits, 2 x 274 MB for 163 frames of 848x480."""
+    """What is kept per video and condition: in 16 bits, 2 x 274 MB for 163 frames of 848x480."""
 
     reference: Tensor | None = None
     """(N, Dx), what the next step is compared with."""
     residual: Tensor | None = None
     """(N, Dx), what the blocks added when they last ran."""
     change: float = 0.0
-    """Change since then, as the method measures it."""
+    """Change since then by the method's measure."""
 
 
 class CachedBlocks:
-    """The `RunBlock` of one forward, which calls `run` for those samples of the batch that need it.
+    """The `RunBlock` of one forward pass, which calls `run` for those samples of the batch that need it.
 
-    Between the blocks there are only those samples; the last block gives back the whole batch of x.
+    Only these samples pass between blocks; after the last block, x is the whole batch again.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class CachedBlocks:
         run: RunBlock = run_block,
         total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`states` has one entry per sample; `depth` is the number of blocks; `total` is that of `for_condition`."""
+        """`states` has one entry per sample; `depth` is the number of blocks; `total` is as for `for_condition`."""
         self.cache, self.states, self.can_skip, self.run, self.total = cache, states, can_skip, run, total
         self.last = depth - 1
         self.samples = list(range(len(states)))
@@ -141,7 +142,7 @@ class CachedBlocks:
     def _decide(self, signals: Tensor, x: Tensor) -> None:
         """Find the samples for which the following blocks run.
 
-        `signals` (B, N, Dx) is what is compared with the references, `x` (B, N, Dx) what residuals are added to.
+        `signals` (B, N, Dx) are compared with the references; residuals are added to `x` (B, N, Dx).
         """
         self.entering = x
         self.samples = [i for i, state in enumerate(self.states) if not self._skips(state, signals[i])]
@@ -150,18 +151,18 @@ class CachedBlocks:
         self.cache.hits += len(self.states) - len(self.samples)
 
     def _check_agreement(self, device: torch.device) -> None:
-        """Raise a RuntimeError unless all members chose the same samples: what they send each other next would not fit."""
+        """Raise a RuntimeError unless all members chose the same samples: otherwise the next exchanges would not match."""
         if self.total is None or not self.can_skip:
             return
         chosen = [float(i in self.samples) for i in range(len(self.states))]
         *counts, members = self.total(torch.tensor([*chosen, 1.0], device=device)).tolist()
         if any(count not in (0, members) for count in counts):
             raise RuntimeError(
-                "Members decided differently about the block cache; give all of them the same cache and video."
+                "Members made different block cache decisions; give all of them the same cache and video."
             )
 
     def _skips(self, state: CacheState, signal: Tensor) -> bool:
-        """Whether the blocks are skipped for one sample with this `signal` (N, Dx); notes the change in `state`."""
+        """Whether to skip the blocks for one sample with this `signal` (N, Dx); updates `state`."""
         teacache, skips = self.cache.method == "teacache", False
         if self.can_skip and state.residual is not None and state.reference is not None:
             change = relative_change(signal, state.reference, self.total)
@@ -174,23 +175,23 @@ class CachedBlocks:
         return skips
 
     def _select(self, batch: Tensor) -> Tensor:
-        """The samples that blocks run for, of a tensor (B or 1, ...)."""
+        """The samples of a tensor (B or 1, ...) for which blocks run."""
         if len(batch) in (1, len(self.samples)) and self.samples:
             return batch
-        # Not batch[self.samples]: bringing the indices to a GPU would wait until all earlier work there is done.
+        # Not batch[self.samples]: copying the indices to a GPU would wait until all work queued there is done.
         return torch.cat([batch[:0], *(batch[i : i + 1] for i in self.samples)])
 
     def _select_text(self, y: Tensor, context: BlockContext) -> Tensor:
-        """The samples that blocks run for, of y (B, L, Dy), as long as the longest prompt among them.
+        """The samples of y (B, L, Dy) for which blocks run, cut to the longest prompt among them.
 
-        Two prompts in one, as NAG has them, are left as long as they are.
+        NAG's joint prompts, two in one, are not cut.
         """
         longest = y.shape[1] if context.negative_lengths else max(context.select(self.samples).lengths, default=0)
         return self._select(y)[:, :longest]
 
     def _merge(self, x: Tensor) -> Tensor:
-        """The whole batch (B, N, Dx): results `x` of the samples that blocks ran for, kept residuals for the others."""
-        x = x.to(self.entering.device)  # blocks may lie on several devices
+        """The whole batch (B, N, Dx): results `x` for the samples for which blocks ran, kept residuals for the others."""
+        x = x.to(self.entering.device)  # blocks may be on several devices
         for result, i in zip(x, self.samples, strict=True):
             self.states[i].residual = result - self.entering[i]
         if len(self.samples) == len(self.states):
@@ -204,7 +205,7 @@ class CachedBlocks:
 
 
 def relative_change(signal: Tensor, reference: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> float:
-    """Mean absolute difference over the mean absolute value of `reference`; with `total`, of the tokens of all members."""
+    """Mean absolute difference over mean absolute value of `reference`; with `total`, over the tokens of all members."""
     if total is not None:
         difference, size = total(
             torch.stack([t.abs().sum(dtype=torch.float32) for t in (signal - reference, reference)])

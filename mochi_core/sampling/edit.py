@@ -1,7 +1,7 @@
-"""Editing a given video, as functions over velocities: FlowEdit, and inversion with rectified flows (RF inversion).
+"""Edit a given video, with functions over velocities: FlowEdit, and inversion with rectified flows (RF inversion).
 
-Both need no training. What they keep of the video they keep by following the model's own velocities for it, so the prompts have
-to say what stays as well as what changes.
+Neither needs training. They preserve the video by following the model's own velocities for it, so the prompts must describe what
+stays as well as what changes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .sample import EncodedPrompts, OnStep, prepared_velocities
 from .schedule import check_falling, check_guidance, check_schedule
 
 TRENDS = ("constant", "linear_decrease", "linear_increase")
-"""How the pull of `rf_edit` changes over its window; names of MochiEdit (logtd/ComfyUI-MochiEdit)."""
+"""How the pull of `rf_edit` changes over its window; named as in MochiEdit (logtd/ComfyUI-MochiEdit)."""
 ROUNDING = 1e-5
-"""How far above 1 the last level of a schedule may be: a shift in float32 gives 1 + 1e-7 to 1 + 1e-6."""
+"""How far above 1 the last level of a schedule may be: shifting in float32 gives 1 + 1e-7 to 1 + 1e-6."""
 
 
 def flow_edit(
@@ -33,20 +33,20 @@ def flow_edit(
     noise: Callable[[], Tensor],
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """FlowEdit (arXiv 2412.08629): the video moves by the difference of two velocities, without ever being noise itself.
+    """FlowEdit (arXiv 2412.08629): the video moves by the difference of two velocities, without ever becoming noise.
 
     Args:
-        source, target: velocities under the prompt of the video, and under that of the edited one.
+        source, target: velocities under the prompts of the original and of the edited video.
         clean: (B, C, T, H, W), the video in DiT space.
-        sigmas: (steps + 1,) falling noise levels; the first says how much may change.
-        noise: gives new noise of the shape of `clean` at every step.
+        sigmas: (steps + 1,) falling noise levels; the first determines how much may change.
+        noise: returns fresh noise of the shape of `clean` at every step.
         on_step: called as on_step(step, edited latents) after each step; returning True stops.
 
     Returns:
-        float32 (B, C, T, H, W); bit for bit `clean` where `source` and `target` are the same function.
+        float32 (B, C, T, H, W); bit for bit `clean` if `source` and `target` are the same function.
     """
     clean = clean.float()
-    moved = torch.zeros_like(clean)  # apart from `clean`, so that no rounding makes a difference of equal velocities
+    moved = torch.zeros_like(clean)  # separate from `clean`, so that rounding cannot make equal velocities differ
     for step, (now, following) in enumerate(pairwise(sigmas.tolist())):
         noised = (1 - now) * clean + now * noise().to(clean)
         moved = moved + (now - following) * (target(noised + moved, step) - source(noised, step)).float()
@@ -66,10 +66,10 @@ def invert(
     """The noise that a video comes from: Euler steps along rising noise levels, Algorithm 1 of arXiv 2410.10792.
 
     Args:
-        velocity: under the prompt of the video, or none; without guidance, which cannot be gone back through.
+        velocity: under the prompt of the video or an empty one; without guidance, which cannot be inverted.
         clean: (B, C, T, H, W) in DiT space, at noise level sigmas[0].
         sigmas: (steps + 1,) rising noise levels; only the last may be 1.
-        gamma: 0 follows the velocity, 1 goes straight to `noise`, which it needs.
+        gamma: 0 follows the velocity, 1 goes straight to `noise`, which is needed above 0.
         noise: (B, C, T, H, W), standard normal.
         on_step: called as on_step(step, latents) after each step; returning True stops.
 
@@ -77,7 +77,7 @@ def invert(
         float32 (B, C, T, H, W) at noise level sigmas[-1].
 
     Raises:
-        ValueError: levels that do not rise.
+        ValueError: the noise levels do not rise.
     """
     check_rising(sigmas)
     latents = clean.float()
@@ -92,15 +92,15 @@ def invert(
 
 
 def check_rising(sigmas: Tensor) -> None:
-    """Raise a ValueError unless noise levels rise from step to step, and only the last is 1, but for `ROUNDING`."""
+    """Raise a ValueError unless noise levels rise from step to step and only the last reaches 1, up to `ROUNDING`."""
     check_schedule(sigmas)
     if not (sigmas[1:] > sigmas[:-1]).all():
         raise ValueError(
-            "Inversion goes from a video to noise, so its noise levels have to rise; turn the schedule round (FlipSigmas)."
+            "Inversion goes from a video to noise, so its noise levels must rise; reverse the schedule (FlipSigmas)."
         )
     before, last = sigmas[-2:].tolist()
     if last > 1 + ROUNDING or before >= 1:
-        raise ValueError(f"sigmas go on from {before:.7g} to {last:.7g}, but noise alone is level 1; end there.")
+        raise ValueError(f"sigmas continue from {before:.7g} to {last:.7g}, but pure noise is level 1; end there.")
 
 
 def rf_edit(
@@ -115,17 +115,17 @@ def rf_edit(
 
     Args:
         velocity: under the prompt of the edited video.
-        latents: (B, C, T, H, W) at noise level sigmas[0], such as `invert` gives.
+        latents: (B, C, T, H, W) at noise level sigmas[0], such as the result of `invert`.
         clean: (B, C, T, H, W), the given video in DiT space.
         sigmas: (steps + 1,) falling noise levels.
-        etas: the pull in each step, see `pulls`: 0 is none, 1 goes straight to `clean`, and to the end reaches it.
+        etas: the pull in each step, see `pulls`: 0 is none, 1 goes straight to `clean`, and reaches it if kept to the end.
         on_step: called as on_step(step, latents) after each step; returning True stops.
 
     Returns:
         float32 (B, C, T, H, W) at noise level sigmas[-1].
 
     Raises:
-        ValueError: levels that rise.
+        ValueError: noise levels rise.
     """
     check_falling(sigmas)
     latents, clean = latents.float(), clean.to(latents.device, torch.float32)
@@ -142,22 +142,20 @@ def rf_edit(
 def pulls(sigmas: Tensor, eta: float, start: float, end: float, trend: str = "constant") -> list[float]:
     """The pull of `rf_edit` in each step of `sigmas` (steps + 1,): `eta` at noise levels from `start` down to `end`, else 0.
 
-    By its trend it falls to 0 over those steps, or rises from 0. A level above 1 counts as 1.
+    Depending on `trend`, it is constant over those steps, falls to 0 or rises from 0. A level above 1 counts as 1.
 
     Raises:
-        ValueError: another trend, a number outside [0, 1], or a start below the end.
+        ValueError: the trend is unknown, a number is outside [0, 1], or `start` is below `end`.
     """
     if trend not in TRENDS:
         raise ValueError(f"The trend is {trend!r}; use one of {', '.join(TRENDS)}.")
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta:g}, but the pull goes from 0 (none) to 1 (straight to the given video).")
+        raise ValueError(f"eta is {eta:g}, but must be from 0 (no pull) to 1 (straight to the given video).")
     for name, level in (("from", start), ("down to", end)):
         if not 0 <= level <= 1:
             raise ValueError(f"The pull is {name} noise level {level:g}; use a level from 0 to 1.")
     if start < end:
-        raise ValueError(
-            f"start is {start:g}, below the end {end:g}, but noise falls from start to end; exchange the two."
-        )
+        raise ValueError(f"start is {start:g}, below the end {end:g}, but noise falls from start to end; swap the two.")
     within = [step for step, sigma in enumerate(sigmas[:-1].tolist()) if end <= min(sigma, 1.0) <= start]
     values = [0.0] * (len(sigmas) - 1)
     for i, step in enumerate(within):
@@ -180,13 +178,14 @@ def edit(
     attention: str = "auto",
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """FlowEdit of `clean` (B, C, T, H, W), in DiT space, with two guided velocities of `dit`: four forwards a step.
+    """FlowEdit of `clean` (B, C, T, H, W), in DiT space, with two guided velocities of `dit`: four forward passes per step.
 
     Args:
-        sigmas: (steps + 1,) falling noise levels; `schedule.schedule_below` makes them.
-        source, target, negative: prompts, see `sample.EncodedPrompts`: of the video, of the edited one, and what neither shows.
-        source_scale, scale: guidance of both; the defaults are FlowEdit's for FLUX.
-        seed: of the noise, which is made on the CPU.
+        sigmas: (steps + 1,) falling noise levels, e.g. from `schedule.schedule_below`.
+        source, target, negative: prompts of the original video, of the edited one, and for what neither shows; see
+            `sample.EncodedPrompts`.
+        source_scale, scale: guidance scales of both; the defaults are FlowEdit's for FLUX.
+        seed: of the noise, which is generated on the CPU.
         attention: one of `attention.ATTENTIONS`.
         on_step: called as on_step(step, edited latents) after each step; returning True stops.
 
@@ -194,8 +193,8 @@ def edit(
         DiT-space latents, float32, on the device of `clean`.
 
     Raises:
-        ValueError: latents that are none of Mochi's, prompts that do not fit them, no step, levels that rise, or numbers that
-            are not finite.
+        ValueError: `clean` are not Mochi latents, prompts do not fit them, there is no step, noise levels rise, or numbers are not
+            finite.
     """
     check_falling(sigmas)
     check_guidance("source_scale", source_scale)
@@ -227,10 +226,10 @@ def edit_by_inversion(
     attention: str = "auto",
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """RF inversion of `clean` (B, C, T, H, W), in DiT space, and `rf_edit` of what it gives: three forwards a step.
+    """RF inversion of `clean` (B, C, T, H, W), in DiT space, then `rf_edit` of the result: three forward passes per step.
 
     Args:
-        sigmas: (steps + 1,) noise levels from 1 down to 0, which inversion goes up.
+        sigmas: (steps + 1,) noise levels from 1 down to 0, which inversion follows in reverse.
         source, target, negative: see `edit`; inversion follows `source` without guidance.
         scale: guidance on the way back.
         eta, start, end: see `pulls`.
@@ -238,7 +237,7 @@ def edit_by_inversion(
         on_step: called as on_step(step, latents) after each of the 2 * steps steps; returning True stops the run.
 
     Returns:
-        DiT-space latents, float32, on the device of `clean`; those of the last step where a run is stopped.
+        DiT-space latents, float32, on the device of `clean`; those of the last step if the run was stopped.
 
     Raises:
         ValueError: see `edit` and `pulls`.
@@ -271,6 +270,6 @@ def edit_by_inversion(
 
 
 def fresh_noise(latents: Tensor, seed: int) -> Callable[[], Tensor]:
-    """A function that gives standard normal float32 noise of the shape of `latents`, other noise at every call."""
+    """A function that returns standard normal float32 noise of the shape of `latents`, different at every call."""
     generator = torch.Generator().manual_seed(seed)
     return lambda: torch.randn(latents.shape, generator=generator)

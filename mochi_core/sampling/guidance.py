@@ -1,11 +1,11 @@
-"""Guidance as functions over velocities, and what it changes inside of a forward. The default is classifier-free guidance alone.
+"""Guidance as functions over velocities, and its changes inside a forward pass. The default is plain classifier-free guidance.
 
-- Skip-layer guidance, STG-R of arXiv 2411.18664: away from the velocity that the network has without some of its blocks. The
+- Skip-layer guidance, STG-R of arXiv 2411.18664: steers away from the network's velocity without some of its blocks. The
   authors' figures for Mochi are for block 34 and scale 1.0.
-- CFG-Zero*, arXiv 2503.18886: the unconditional velocity is scaled to its projection on the conditional one, and the first
-  steps stay where they are (zero-init).
-- Normalised attention guidance (NAG), arXiv 2505.21179: away from the negative prompt in every attention, for which models that
-  are distilled need no unconditional velocity. Visual tokens are computed once; they attend to either prompt.
+- CFG-Zero*, arXiv 2503.18886: the unconditional velocity is scaled by its projection coefficient on the conditional one, and the
+  first steps have zero velocity (zero-init).
+- Normalised attention guidance (NAG), arXiv 2505.21179: steers away from the negative prompt in every attention, so that
+  distilled models need no unconditional velocity. Visual tokens are computed once; they attend to each prompt.
 """
 
 from __future__ import annotations
@@ -26,45 +26,45 @@ from .schedule import in_step_range
 Velocity = Callable[[Tensor, int], Tensor]
 """(latents, step) -> velocity at the noise level of that step."""
 Velocities = Callable[[Tensor, int, int], list[Tensor]]
-"""(latents, step, count) -> the first `count` velocities at the noise level of that step: under the prompt, with skip-layer
-guidance under the prompt without some blocks, under the negative prompt."""
+"""(latents, step, count) -> the first `count` velocities at the noise level of that step: under the prompt, under the prompt
+without some blocks (only with skip-layer guidance), under the negative prompt."""
 
 ZERO_INIT = 0.04
-"""Share of the steps that zero-init leaves out, from arXiv 2503.18886. On Mochi's schedule of 64 steps these are three of the
-linear ones, which go from noise level 1 to 0.998."""
+"""Fraction of the steps that zero-init skips, from arXiv 2503.18886. In Mochi's 64-step schedule these are three of the linear
+ones, from noise level 1 to 0.998."""
 SMALLEST_NORM = 1e-6
-"""What NAG divides by at least."""
+"""Lower bound of NAG's divisors."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What is done beside classifier-free guidance; by default nothing.
+    """Additions to classifier-free guidance; none by default.
 
     Raises:
-        ValueError: a number that is not finite or is outside its range.
+        ValueError: a number is not finite or out of range.
     """
 
     skip_blocks: tuple[int, ...] = ()
-    """Blocks left out for skip-layer guidance, counted from 0; published for Mochi: (34,)."""
+    """Blocks skipped for skip-layer guidance, counted from 0; published for Mochi: (34,)."""
     skip_scale: float = 1.0
-    """Factor of the difference that leaving them out makes."""
+    """Factor of the difference made by skipping them."""
     cfg_zero: bool = False
     """Whether guidance is CFG-Zero*."""
     nag_scale: float = 1.0
-    """How far attention goes from the negative prompt; 1 is off, published for joint attention (Flux) is 5."""
+    """How far attention is steered from the negative prompt; 1 is off, the published value for joint attention (Flux) is 5."""
     nag_tau: float = 2.5
-    """By how much the guided output of attention may be larger than the plain one, as a ratio of L1 norms."""
+    """Largest ratio of the L1 norms of attention's guided and plain outputs."""
     nag_alpha: float = 0.25
-    """Share of the guided output."""
+    """Weight of the guided output in the result."""
 
     def __post_init__(self) -> None:
         for name in ("skip_scale", "nag_scale", "nag_tau", "nag_alpha"):
             value = getattr(self, name)
             if not math.isfinite(value):
-                raise ValueError(f"{name} is {value}, but it is a number; leave it out for the published one.")
+                raise ValueError(f"{name} is {value}, but must be finite; omit it to use the published value.")
         if self.nag_tau <= 0 or not 0 <= self.nag_alpha <= 1:
             raise ValueError(
-                f"nag_tau is {self.nag_tau} and nag_alpha {self.nag_alpha}; use a ratio above 0, such as 2.5, and a share "
+                f"nag_tau is {self.nag_tau} and nag_alpha {self.nag_alpha}; use a ratio above 0, such as 2.5, and a fraction "
                 "from 0 to 1, such as 0.25."
             )
 
@@ -73,12 +73,12 @@ class Guidance:
         return self.nag_scale != 1 and self.nag_alpha > 0
 
     def check_depth(self, depth: int) -> None:
-        """Raise a ValueError if there is no block of that number in a denoiser of `depth` blocks."""
+        """Raise a ValueError if a denoiser of `depth` blocks lacks one of `skip_blocks`."""
         for index in self.skip_blocks:
             if index not in range(depth):
                 raise ValueError(
-                    f"skip_blocks names block {index}; this denoiser has the blocks 0 to {depth - 1}, of which 34 is published "
-                    "for Mochi's 48."
+                    f"skip_blocks lists block {index}, but this denoiser has blocks 0 to {depth - 1}; the published choice "
+                    "for Mochi's 48 is 34."
                 )
 
 
@@ -86,9 +86,9 @@ PLAIN = Guidance()
 
 
 def guided(velocities: Velocities, scales: Sequence[float], guidance: Guidance = PLAIN) -> Velocity:
-    """Classifier-free guidance: uncond + scale * (cond - uncond), with one scale per step, and what `guidance` adds.
+    """Classifier-free guidance: uncond + scale * (cond - uncond), with one scale per step, and the additions of `guidance`.
 
-    Scale 1 asks for no unconditional velocity. A step that zero-init leaves out asks for none at all.
+    Scale 1 needs no unconditional velocity. A step skipped by zero-init needs no velocity at all.
     """
     skips = bool(guidance.skip_blocks)
 
@@ -109,16 +109,16 @@ def guided(velocities: Velocities, scales: Sequence[float], guidance: Guidance =
 
 
 def projection(cond: Tensor, uncond: Tensor) -> Tensor:
-    """Factor that brings `uncond` (B, ...) closest to `cond`, one for each video, (B, 1, ...)."""
+    """Factor per video, (B, 1, ...), that brings `uncond` (B, ...) closest to `cond`."""
     axes = tuple(range(1, cond.ndim))
     square = uncond.square().sum(axes, keepdim=True)
     return (cond * uncond).sum(axes, keepdim=True) / square.clamp(min=torch.finfo(square.dtype).tiny)
 
 
 def without_blocks(blocks: Sequence[int], run: RunBlock, *, shared: bool) -> tuple[RunBlock, RunBlock]:
-    """How to call the blocks with all of them, and without `blocks`, after each other for every block.
+    """Two ways to run each block, called in turn: one for all blocks, the other for all but `blocks`.
 
-    With `shared`, what comes before the first of `blocks` is computed once: both are the same until then.
+    With `shared`, everything before the first of `blocks` is computed once, as both are identical up to there.
     """
     first, before = min(blocks) if shared else 0, list[tuple[Tensor, Tensor]]()
 
@@ -137,13 +137,13 @@ def without_blocks(blocks: Sequence[int], run: RunBlock, *, shared: bool) -> tup
 
 @dataclass(frozen=True)
 class PairModulation:
-    """Modulations for a prompt whose text is followed by that of the negative one, see `text_pair`."""
+    """Modulations for a prompt whose text is followed by the negative prompt's, see `text_pair`."""
 
     positive: ScheduleModulation
     negative: ScheduleModulation
 
     def at(self, step: int) -> Modulation:
-        """Modulation of one step: of text (B or 1, 2, ...), as if the two prompts were frames."""
+        """Modulation of one step; that of the text is (B or 1, 2, ...), as if the two prompts were frames."""
         positive, negative = self.positive.at(step), self.negative.at(step)
         both = zip(positive.blocks, negative.blocks, strict=True)
         blocks = tuple((x, torch.stack(torch.broadcast_tensors(y, away), dim=1)) for (x, y), (_, away) in both)
@@ -151,7 +151,7 @@ class PairModulation:
 
 
 def text_pair(positive: TextConditioning, negative: TextConditioning) -> TextConditioning:
-    """Text of two prompts in as many rows each, (B, 2 * rows, Dy)."""
+    """Text of two prompts, padded to the same number of rows and joined, (B, 2 * rows, Dy)."""
     rows = max(1, positive.tokens.shape[1], negative.tokens.shape[1])
     tokens = [F.pad(text.tokens, (0, 0, 0, rows - text.tokens.shape[1])) for text in (positive, negative)]
     return TextConditioning(torch.cat(tokens, dim=1), positive.lengths, positive.pooled, negative.lengths)
@@ -164,16 +164,16 @@ def with_nag(
     negative: TextConditioning,
     away: ScheduleModulation,
 ) -> tuple[tuple[TextConditioning, PairModulation], RunBlock]:
-    """What a prompt and a negative one are to the denoiser together, and how to call blocks with it."""
+    """The denoiser's joint condition for a prompt and a negative prompt, and the function that runs blocks with it."""
     pair = text_pair(text, negative)
     return (pair, PairModulation(modulation, away)), run_with_nag(guidance, pair.tokens.shape[1] // 2)
 
 
 def run_with_nag(guidance: Guidance, rows: int) -> RunBlock:
-    """How to call blocks with the text of `text_pair`, which has `rows` rows for each prompt."""
+    """The function that runs blocks with the text of `text_pair`, which has `rows` rows per prompt."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
-        """As `joint_attention`, q, k, v (B, N + 2 * rows, K, D); each prompt's text sees the visual tokens and itself."""
+        """As `joint_attention`, for q, k, v (B, N + 2 * rows, K, D); each prompt's text attends to itself and the visual tokens."""
         visual, away = q.shape[1] - 2 * rows, context.negative_lengths
         near = visual + max(context.lengths)
         positive = joint_attention(q[:, :near], k[:, :near], v[:, :near], context)
@@ -190,9 +190,9 @@ def run_with_nag(guidance: Guidance, rows: int) -> RunBlock:
 
 
 def nag(positive: Tensor, negative: Tensor, guidance: Guidance) -> Tensor:
-    """What attention gives for the prompt, led away from what it gives for the negative one, (B, N, K * D) each.
+    """Attention's output for the prompt, steered away from that for the negative one, (B, N, K * D) each.
 
-    Extrapolated by the scale, held to tau times the L1 norm of `positive` and mixed with it by alpha, in float32.
+    Extrapolated by the scale, limited to tau times the L1 norm of `positive`, and mixed with it by alpha, in float32.
     """
 
     def mixed(positive: Tensor, negative: Tensor) -> Tensor:

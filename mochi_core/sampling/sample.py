@@ -1,7 +1,7 @@
-"""Sampling: Euler steps over a velocity, and the network as velocities.
+"""Sampling: Euler steps along a velocity, and the network as velocities.
 
 The state is x = sigma * noise + (1 - sigma) * data, so its derivative along falling sigma is velocity = data - noise, and
-an Euler step is x + (sigma_i - sigma_{i+1}) * velocity. State and guidance are float32 whatever the network computes in.
+an Euler step is x + (sigma_i - sigma_{i+1}) * velocity. State and guidance are float32 whatever dtype the network computes in.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from .together import OnStep, counted_together, exchanged, facts, stopping_all
 EncodedPrompts = tuple[Tensor, Tensor]
 """One side of guidance for all videos: text_embeds (B or 1, L, text_width) and text_mask (B or 1, L) bool."""
 Prepared = tuple[TextConditioning, ScheduleModulation | PairModulation]
-"""What a condition is to the denoiser, for a whole schedule."""
+"""A condition prepared for the denoiser, for a whole schedule."""
 
 
 def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
-    """Latents (B, C, T, H, W) moved from sigmas[0] to sigmas[-1], in float32, with one call of `velocity` per step.
+    """Move latents (B, C, T, H, W) from sigmas[0] to sigmas[-1], in float32, with one call of `velocity` per step.
 
-    `sigmas` (steps + 1,), or (steps + 1, T) with noise levels of each latent frame.
+    `sigmas` is (steps + 1,), or (steps + 1, T) for per-frame noise levels.
     """
     latents = latents.float()
     for step, fall in enumerate(_falls(sigmas, latents.device)):
@@ -56,7 +56,7 @@ def euler(velocity: Velocity, latents: Tensor, sigmas: Tensor, on_step: OnStep |
 
 
 def _falls(sigmas: Tensor, device: torch.device) -> Sequence[float] | Tensor:
-    """How far the noise falls in each step: numbers, or by frame (steps, T, 1, 1)."""
+    """How far the noise falls in each step: numbers, or (steps, T, 1, 1) for per-frame levels."""
     if sigmas.ndim == 1:
         return [now - following for now, following in pairwise(sigmas.tolist())]
     by_frame = [[*map(operator.sub, *levels)] for levels in pairwise(sigmas.tolist())]
@@ -64,7 +64,7 @@ def _falls(sigmas: Tensor, device: torch.device) -> Sequence[float] | Tensor:
 
 
 def holding(velocity: Velocity, given: Given, start: Tensor, sigmas: Tensor) -> Velocity:
-    """`velocity`, but held frames go straight from `start` (B, C, T, H, W), which is at sigmas[0], to the given ones."""
+    """`velocity`, except that held frames go straight from `start` (B, C, T, H, W), at sigmas[0], to the given ones."""
     straight = (given.latents.to(start) - start) / sigmas[0]
     levels = sigmas.tolist()
     return lambda latents, step: given.hold(velocity(latents, step), straight, levels[step])
@@ -74,7 +74,7 @@ def scale_per_step(guidance_scale: float | Sequence[float], num_steps: int) -> l
     """One guidance scale per step.
 
     Raises:
-        ValueError: a sequence of another length than the number of steps, or a scale that is no finite number.
+        ValueError: the length of a sequence differs from the number of steps, or a scale is not finite.
     """
     if isinstance(guidance_scale, int | float):
         guidance_scale = [guidance_scale] * num_steps
@@ -100,9 +100,9 @@ def prepared_velocities(
 ) -> Velocities:
     """The network's velocities, with everything that does not depend on the latents computed once for all steps.
 
-    `noise` (B, C, T, H, W) gives the shape and device of the latents, `sigmas` (steps + 1,) the schedule, or (steps + 1, T) one
-    of each latent frame. Conditions, the prompt and then the negative one, share a pass over the weights, see
-    `AsymmDiT.denoise_each`, or are those of different `members`, which exchange the velocities.
+    `noise` (B, C, T, H, W) gives the shape and device of the latents, `sigmas` the schedule (steps + 1,), or (steps + 1, T) for
+    per-frame noise levels. Conditions, the prompt and then the negative one, share a pass over the weights, see
+    `AsymmDiT.denoise_each`, or are divided among `members`, which exchange their velocities.
     """
     if members is not None and members.guidance.size > 1:
         halves, alone = members.guidance, replace(members, guidance=Alone())
@@ -137,16 +137,16 @@ def prepared_velocities(
 def prepare_prompts(
     dit: AsymmDiT, noise: Tensor, sigmas: Tensor, encoded: EncodedPrompts
 ) -> tuple[TextConditioning, ScheduleModulation]:
-    """Text for the batch of `noise` (B, C, T, H, W), and the modulation of all steps of `sigmas` (steps + 1,) or (steps + 1, T).
+    """Text for the batch of `noise` (B, C, T, H, W), and modulation for all steps of `sigmas` (steps + 1,) or (steps + 1, T).
 
     Raises:
-        ValueError: neither one prompt nor one for each video.
+        ValueError: there is neither a single prompt nor one per video.
     """
     embeds, mask = encoded
     batch = noise.shape[0]
     if len(embeds) not in (1, batch):
         raise ValueError(
-            f"There are prompts for {len(embeds)} videos but noise for {batch}; give one prompt each, or one."
+            f"There are prompts for {len(embeds)} videos, but noise for {batch}; give one prompt each, or one for all."
         )
     text = dit.prepare_text(embeds.to(noise.device, dit.dtype), mask.to(noise.device))
     modulation = dit.schedule_modulation(sigmas[:-1], text.pooled)
@@ -176,29 +176,29 @@ def sample(
         noise: (B, C, T, H, W) latents in DiT space at noise level sigmas[0]; pure noise for text to video.
         sigmas: (steps + 1,) falling noise levels.
         cond, uncond: see `EncodedPrompts`; `uncond` may be None when every guidance scale is 1 and there is no NAG.
-        guidance_scale: one number, or one per step. Steps with 1 cost a single forward.
+        guidance_scale: one number, or one per step. Steps with 1 cost a single forward pass.
         on_step: called as on_step(step, latents) after each step; returning True stops the run.
         attention: one of `attention.ATTENTIONS`; "auto" is the fastest exact one for the device.
-        cache: skips blocks where little changes; after the run it keeps nothing but its counters.
-        given: frames that the video is made from, see `given`. Without `held` they are for weights that were trained with a
-            noise level of each frame.
-        guidance: what is done beside classifier-free guidance.
-        members: shares the work with other devices, which call this with the same arguments, apart from `on_step`; each gets
-            the whole result, and a run that one of them stops, stops for all after the same step.
+        cache: skips blocks when little changes; after the run it keeps only its counters.
+        given: frames that the video is made from, see `given`. Without `held`, they are for weights trained with per-frame
+            noise levels.
+        guidance: additions to classifier-free guidance.
+        members: devices to share the work with, which call this with the same arguments, except for `on_step`; each gets the
+            whole result, and if one stops the run, it stops for all after the same step.
 
     Returns:
         DiT-space latents, float32, on the device of `noise`.
 
     Raises:
-        ValueError: guidance without `uncond`, lengths or shapes that do not fit, no step, levels that rise, numbers that are
-            not finite, or an attention that cannot be used here.
+        ValueError: guidance without `uncond`, mismatched lengths or shapes, no step, rising noise levels, non-finite numbers, or
+            an attention that cannot be used here.
     """
     check_falling(sigmas)
     if problem := latents_problem(noise, dit.config.in_channels):
         raise ValueError(problem)
     guidance.check_depth(dit.config.depth)
     scales = scale_per_step(guidance_scale, len(sigmas) - 1)
-    # The working device: offloaded weights lie elsewhere, positions never do.
+    # The working device: weights may be offloaded elsewhere, but position frequencies never are.
     state = noise.to(dit.pos_frequencies.device, torch.float32)
     schedule = sigmas
     if given is not None:
@@ -222,7 +222,7 @@ def sample(
 def _conditions_used(
     cond: EncodedPrompts, uncond: EncodedPrompts | None, scales: Sequence[float], guidance: Guidance
 ) -> list[EncodedPrompts]:
-    """The prompt, and the negative one if a step has guidance; an error if that is None then."""
+    """The prompt, and the negative one if guidance needs it; ValueError if it is then None."""
     if not guidance.uses_nag and all(scale == 1 for scale in scales):
         return [cond]
     if uncond is None:

@@ -1,4 +1,4 @@
-"""A run that several members share: what they exchange, what they must have in common, and how it stops for all."""
+"""A run shared by several members: what they exchange, what they must have in common, and how to stop them all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OnStep = Callable[[int, Tensor], bool | None]
 
 
 def exchanged(velocities: Velocities, positive: int, group: Group, dtype: torch.dtype) -> Velocities:
-    """The velocities of two members, which have this dtype: the first one's are under the prompt, as many as `positive`."""
+    """Velocities of this dtype, shared by two members: the first one computes the first `positive`, those under the prompt."""
 
     def of_both(latents: Tensor, step: int, count: int) -> list[Tensor]:
         counts = min(count, positive), max(0, count - positive)
@@ -34,13 +34,13 @@ def exchanged(velocities: Velocities, positive: int, group: Group, dtype: torch.
 
 
 def stopping_all(on_step: OnStep | None, members: Members) -> OnStep:
-    """`on_step` of this member, after which all stop if that of one says so."""
+    """This member's `on_step`, extended so that all members stop if any member's returns True."""
     return lambda step, latents: members.any(bool(on_step is not None and on_step(step, latents)))
 
 
 @contextmanager
 def counted_together(cache: BlockCache | None, members: Members | None) -> Iterator[None]:
-    """Have a cache count the forwards of all conditions, those of other members too, as one device would."""
+    """Make a cache count the forward passes of all conditions, including other members', as it would on one device."""
     if cache is None or members is None:
         yield
         return
@@ -59,7 +59,7 @@ def facts(
     cache: BlockCache | None,
     given: Given | None,
 ) -> dict[str, str]:
-    """What all members of a run must have in common, as short texts."""
+    """What all members of a run must have in common, as short strings."""
     weights = {name: (tensor.shape, tensor.dtype) for name, tensor in dit.state_dict().items()}
     return {
         "the video has the shape": str(tuple(state.shape)),
@@ -73,7 +73,7 @@ def facts(
 
 
 def _parts(given: Given) -> tuple[Tensor | str, ...]:
-    """What a run uses of given frames: not the latents where a level is 1."""
+    """The parts of given frames that affect a run: not the latents where the level is 1."""
     return given.latents[:, :, given.levels.cpu() < 1].float(), given.levels, str(given.held)
 
 
