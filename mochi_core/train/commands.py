@@ -1,4 +1,4 @@
-"""What each command of the training does, once its arguments have been read."""
+"""The training commands, once their arguments have been parsed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .weights import full_model, lora_model
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command that `options` name; the exit status is that of `__main__.main`."""
+    """Run the command in `options` and return the exit status, as in `__main__.main`."""
     interrupts.raise_again()
     warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {sentence(message)}", file=sys.stderr)
     try:
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def prepare(options: argparse.Namespace) -> int:
-    """Encode the videos and captions that are new, and say how many clips there are; 0 if there is any."""
+    """Encode new videos and captions, and print how many clips there are; returns 0 if there are any, else 2."""
     (width, height), device = options.size, options.device or default_device()
     size = VideoSize(height, width, options.frames)
     settings = {
@@ -64,21 +64,21 @@ def prepare(options: argparse.Namespace) -> int:
         vae.check_encoder(torch.empty(1, 3, size.num_frames, height, width, device="meta"))
         text_encoder = load_text_encoder(options.t5, options.tokenizer, DTYPES[options.t5_dtype], device)
         features = encode_captions(new, text_encoder)
-        del text_encoder  # the two need not fit on the device together
+        del text_encoder  # so that the two need not fit on the device together
         options.output.mkdir(parents=True, exist_ok=True)
         with tqdm(total=len(sources), initial=len(sources) - len(new), unit="clip") as bar:
             encode_videos(new, features, vae.to(device), size, bar.update)
     for path in other_clips(options.output, sources):
         warnings.warn(
-            f"{path.name} is in {options.output}, but not of these videos; delete it if it is old.", stacklevel=1
+            f"{path.name} is in {options.output}, but not from these videos; delete it if it is outdated.", stacklevel=1
         )
     done = sum(source.is_done for source in sources)
-    print(f"{done} of {len(sources)} clips are in {options.output}; {len(sources) - len(new)} were there before.")
+    print(f"{done} of {len(sources)} clips are in {options.output}; {len(sources) - len(new)} were already there.")
     return 0 if done else 2
 
 
 def run_training(options: argparse.Namespace, *, full: bool) -> int:
-    """Train a LoRA, or all weights if `full`, as the YAML file says; 0 at the last step, 130 after Ctrl+C."""
+    """Train a LoRA, or all weights if `full`, as configured in the YAML file; returns 0 at the last step, 130 after Ctrl-C."""
     config = read_config(options.config, full=full)
     accelerator = new_accelerator()
     samples = config.sample and prepare_samples(config.sample)
@@ -86,16 +86,16 @@ def run_training(options: argparse.Namespace, *, full: bool) -> int:
     step = train(config, model, accelerator, samples)
     accelerator.end_training()
     if step < config.steps:
-        accelerator.print(f"Stopped after step {step} of {config.steps}; the same command goes on from there.")
+        accelerator.print(f"Stopped after step {step} of {config.steps}; the same command resumes from there.")
         return 130
     accelerator.print(f"{config.steps} steps are done; see {config.output}.")
     return 0
 
 
 def draw_losses(options: argparse.Namespace) -> int:
-    """Draw the losses of logs into an image file."""
+    """Plot the losses of log files to an image file."""
     plot(options.logs, options.output)
-    print(f"The losses are drawn in {options.output}.")
+    print(f"The losses are plotted in {options.output}.")
     return 0
 
 

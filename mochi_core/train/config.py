@@ -1,4 +1,4 @@
-"""The keys of a training's YAML file, and one sentence for whatever does not fit them."""
+"""The keys of a training configuration in YAML, and a one-sentence error for anything invalid."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ..geometry import VideoSize
 from ..shown import NAME_LENGTH, shown, without_advice
 
 MAX_BYTES = 50_000
-"""Most bytes of a training's file; a real one has a tenth, most of it prompts."""
+"""Most bytes of a configuration file; a real one has a tenth of that, most of it prompts."""
 MAX_COUNT = 2**63 - 1
 MAX_DIGITS = 12
-"""Most digits of a width and a height together."""
+"""Most digits of width and height together."""
 
 
 def read_size(text: Any) -> tuple[int, int]:
-    """(width, height) of "848x480"; ValueError for anything else."""
-    # No text is made of lists: by aliases, they can hold more than any machine could write.
+    """Parse a size such as "848x480" to (width, height); ValueError for anything else."""
+    # Never convert lists to text: through aliases, they can hold more than any machine could write.
     if not isinstance(text, str):
         raise ValueError("it is not text.")
     width, _, height = text.partition("x")
     if len(width) + len(height) > MAX_DIGITS:
-        raise ValueError("no video is so large.")
+        raise ValueError("no video is that large.")
     return int(width), int(height)
 
 
 def _read_number(value: Any) -> Any:
-    """Turn text into a number: YAML 1.1 reads 2e-4 as text, because its numbers have a dot."""
+    """Convert text to a number: YAML 1.1 reads 2e-4 as text, because its floats need a dot."""
     return float(value) if isinstance(value, str) else value
 
 
@@ -43,7 +43,7 @@ def _expanded(path: Path) -> Path:
         raise ValueError("there is no such home folder.") from error
 
 
-# The descriptions end the sentences of `_sentence`: "steps is 0, but must be a whole number, 1 or more."
+# The descriptions complete the sentences of `_sentence`: "steps is 0, but must be a whole number, 1 or more."
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT, description="a whole number, 1 or more")]
 CountOrZero = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT, description="a whole number, 0 or more")]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_read_number)]
@@ -54,16 +54,16 @@ FilePath = Annotated[Path, AfterValidator(_expanded), Field(description="a file 
 Size = Annotated[
     tuple[int, int], BeforeValidator(read_size), Field(description="a width and a height, such as 848x480")
 ]
-Prompts = Annotated[tuple[str, ...], Field(min_length=1, description="a list of texts")]
+Prompts = Annotated[tuple[str, ...], Field(min_length=1, description="a list of strings")]
 BlockCount = Annotated[StrictBool | CountOrZero, Field(description="true, false or a number of blocks")]
 Dtype = Annotated[Literal["bf16", "fp32"], Field(description="one of bf16, fp32")]
-# All but fp8_rowwise: a product in fp8 has no gradient.
+# All but fp8_rowwise: fp8 matrix products have no gradient.
 ExactQuantizer = Literal["fp8", "int8", "q4_0"]
-SECTION = "a section with keys of its own"
+SECTION = "a section with its own keys"
 
 
 class Keys(BaseModel):
-    """Base of the file's sections: their values never change, unknown keys are errors, null is as good as absent."""
+    """Base of the file's sections: immutable, unknown keys are errors, null is the same as absent."""
 
     model_config = {"frozen": True, "extra": "forbid"}
 
@@ -76,7 +76,7 @@ class Keys(BaseModel):
 
 
 class LoraKeys(Keys):
-    """Rank and alpha of a LoRA's factors, under the names that Genmo's fine-tuner gives them."""
+    """Rank and alpha of a LoRA's factors, named as in Genmo's fine-tuner."""
 
     qkv_proj_lora_rank: Count = 16
     qkv_proj_lora_alpha: Positive = 16.0
@@ -85,7 +85,7 @@ class LoraKeys(Keys):
 
 
 class SampleKeys(Keys):
-    """Sample videos that are made during a training: from which prompts, how often, how."""
+    """Sample videos made during training: from which prompts, how often, and how."""
 
     prompts: Prompts
     vae: FilePath
@@ -110,7 +110,7 @@ class SampleKeys(Keys):
 
 
 class Config(Keys):
-    """One training; the defaults are those of Genmo's fine-tuner (genmoai/mochi, demos/fine_tuner) where it has them."""
+    """A training run; the defaults are those of Genmo's fine-tuner (genmoai/mochi, demos/fine_tuner) where it has them."""
 
     transformer: FilePath
     dataset: FilePath
@@ -135,7 +135,7 @@ class Config(Keys):
     @model_validator(mode="after")
     def _warms_up_first(self) -> Config:
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, but must be fewer than steps, {self.steps}.")
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, but must be less than steps, {self.steps}.")
         return self
 
 
@@ -148,16 +148,16 @@ def read_config(path: Path, *, full: bool = False) -> Config:
     """Read a YAML file; paths in it are relative to the current folder.
 
     Raises:
-        ValueError: it is no YAML, or a key is unknown, missing or not what it must be.
+        ValueError: it is not YAML, or a key is unknown, missing or invalid.
         FileNotFoundError: there is no such file.
     """
     if (size := path.stat().st_size) > MAX_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; {MAX_BYTES:,} are read of a training's file at most.")
+        raise ValueError(f"{path} has {size:,} bytes; a training configuration may have at most {MAX_BYTES:,}.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
         raise
-    except Exception as error:  # PyYAML makes dates, numbers and bytes of text, which fail in any way they like
+    except Exception as error:  # PyYAML parses dates, numbers and bytes, which can raise anything
         text = "it is nested too deeply" if isinstance(error, RecursionError) else without_advice(error)
         reason = " ".join(text.split())
         raise ValueError(f"{path} is not a YAML file: {shown(reason)}") from None
@@ -173,23 +173,23 @@ def read_config(path: Path, *, full: bool = False) -> Config:
 
 
 def parse(keys: type[KeysT], values: dict[Any, Any]) -> KeysT:
-    """A section from plain values, as YAML gives them; ValueError names the first key that does not fit."""
+    """Build a section from plain YAML values; ValueError about the first invalid key."""
     try:
         return keys.model_validate(values)
     except ValidationError as error:
-        # A misspelt key first: it is the reason when another one is missing.
+        # A misspelt key first: it explains why another one is missing.
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    # Not while pydantic's error is handled: a traceback would write out the values of both, and by aliases a short file can hold
+    # Not while pydantic's error is being handled: a traceback would print its values, and through aliases a short file can hold
     # more than any machine could write.
     raise ValueError(_sentence(keys, values, first))
 
 
 def _sentence(keys: type[Keys], values: dict[Any, Any], error: ErrorDetails) -> str:
-    """One sentence with key, value and rule for an error of pydantic's; sections are one level deep."""
+    """One sentence with key, value and rule for a pydantic error; sections are one level deep."""
     place, path = "", [str(part) for part in error["loc"]]
     if keys is Config and path and path[0] in SECTIONS and error["type"] != "model_type":
         place, keys, values = f"in {path[0]}, ", SECTIONS[path[0]], values[path.pop(0)]
-    if not path:  # a validator of the whole section raised a sentence of its own
+    if not path:  # a validator of the whole section raised its own message
         return f"{place}{error.get('ctx', {})['error']}"
     name = path[0]
     if error["type"] == "extra_forbidden":
@@ -202,10 +202,10 @@ def _sentence(keys: type[Keys], values: dict[Any, Any], error: ErrorDetails) -> 
 
 
 def _shown_value(value: Any) -> str:
-    """A value as YAML gives it, in a few words: by its aliases, a short file can hold more than any machine could write."""
+    """A YAML value, abbreviated: through aliases, a short file can hold more than any machine could write."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxlong = 2, NAME_LENGTH, NAME_LENGTH
     try:
         return shown(short.repr(value))
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return "a number of thousands of digits"
+    except ValueError:  # Python does not print integers of more than 4,300 digits
+        return "a number with thousands of digits"

@@ -1,6 +1,6 @@
-"""Prepared clips: one safetensors file each, with what the autoencoder and the text encoder made of it.
+"""Prepared clips: one safetensors file each, with the outputs of the autoencoder and the text encoder.
 
-The batch of a step depends on the seed and the step alone, so that an interrupted training goes on with the same batches.
+The batch of a step depends only on the seed and the step, so that an interrupted training resumes with the same batches.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .levels import draw_levels
 SUFFIX = ".safetensors"
 NAMES = {"mean", "logvar", "embeds"}
 Example = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""(latents, embeds, mask, sigma, noise), as `velocity_loss` takes them."""
-# One stream of random numbers for the order of the clips, another for the noise.
+"""(latents, embeds, mask, sigma, noise), the arguments of `velocity_loss`."""
+# Separate streams of random numbers for the order of the clips and for the noise.
 ORDER, NOISE = 0, 1
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One prepared clip; nothing of it is read before it is used."""
+    """One prepared clip; nothing is read before it is used."""
 
     mean: LazyTensor
     """(12, T, H, W) in VAE space, as is `logvar`."""
@@ -43,13 +43,13 @@ class Clip:
 
 
 def write_clip(path: Path, posterior: Posterior, embeds: Tensor, notes: dict[str, str]) -> None:
-    """Write one clip; `posterior` has a batch of one, `embeds` (valid tokens, text_width)."""
+    """Write one clip; `posterior` has a batch of one, `embeds` is (valid tokens, text_width)."""
     tensors = {"mean": posterior.mean[0].cpu(), "logvar": posterior.logvar[0].cpu(), "embeds": embeds.cpu()}
     write_safetensors(path, from_state_dict(tensors), notes)
 
 
 def open_dataset(folder: Path, text_width: int) -> list[Clip]:
-    """The clips of a folder that `prepare` has filled.
+    """The clips in a folder filled by `prepare`.
 
     Raises:
         ValueError: there are none, or they are for a model with another text encoder.
@@ -63,7 +63,7 @@ def open_dataset(folder: Path, text_width: int) -> list[Clip]:
 def _open_clip(path: Path, text_width: int) -> Clip:
     tensors = open_checkpoint(path).tensors
     if set(tensors) != NAMES:
-        raise ValueError(f"{path} is not a clip; keep nothing but what `prepare` writes in a data set's folder.")
+        raise ValueError(f"{path} is not a clip; keep only files written by `prepare` in a dataset's folder.")
     clip = Clip(**tensors)
     if clip.embeds.shape[1] != text_width:
         raise ValueError(
@@ -74,10 +74,9 @@ def _open_clip(path: Path, text_width: int) -> Clip:
 
 
 def batch_at(clips: Sequence[Clip], batch_size: int, seed: int, index: int) -> list[Clip]:
-    """Batch number `index` since the training began; all of its clips have one size.
+    """Batch number `index` since training began; all its clips have the same size.
 
-    In every round through the data each clip comes once, in a new order; a size whose clips do not fill the last batch
-    has a smaller one.
+    In every epoch, each clip occurs once, in a new order; if the clips of a size do not fill the last batch, it is smaller.
     """
     sizes = [[clip for clip in clips if clip.shape == shape] for shape in sorted({clip.shape for clip in clips})]
     round_length = sum(-(-len(group) // batch_size) for group in sizes)
@@ -92,7 +91,7 @@ def batch_at(clips: Sequence[Clip], batch_size: int, seed: int, index: int) -> l
 def example(clips: Sequence[Clip], caption_dropout: float, seed: int, index: int, frame_levels: float = 0.0) -> Example:
     """Draw latents, noise levels, noise and dropped captions for a batch; `index` as for `batch_at`.
 
-    `frame_levels` is the share of clips with a noise level of each latent frame; above 0 the levels are (B, T), else (B,).
+    `frame_levels` is the fraction of clips with per-frame noise levels; above 0 the levels are (B, T), else (B,).
     """
     entropy = np.random.SeedSequence((seed, NOISE, index)).generate_state(1)
     generator = torch.Generator().manual_seed(int(entropy[0]))

@@ -1,8 +1,8 @@
-"""Noise levels of latent frames of their own, for weights that make a video from given frames.
+"""Per-frame noise levels, to train weights that make videos from given frames.
 
 Pusa (arXiv 2507.16116) draws the level of every frame independently. When a video is made from an image, the given frames have a
-level near 0 and all others the same: a third of the clips here are as in Pusa, a third have first frames given, and a third a
-first and a last one.
+level near 0 and all others share one: so here a third of the clips are as in Pusa, a third have first frames given, and a third
+a first and a last one.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 KEPT, MOST_NOISE = 0.5, 0.4
-"""Share of given frames without any noise; the most that the others have of the new frames' level (Pusa publishes 0 to 0.4)."""
+"""Fraction of given frames without noise; the others' largest fraction of the new frames' level (Pusa publishes 0 to 0.4)."""
 
 
 def draw_levels(sigma: Tensor, num_latents: int, generator: torch.Generator) -> Tensor:
-    """Noise levels (B, T) of the latent frames of clips whose new frames have the levels `sigma` (B,)."""
+    """Per-frame noise levels (B, T) for clips whose new frames have the levels `sigma` (B,)."""
     chosen = torch.randint(3, sigma.shape, generator=generator).tolist()
     return torch.stack([_levels(i, level, num_latents, generator) for i, level in zip(chosen, sigma, strict=True)])
 

@@ -1,6 +1,6 @@
-"""The training loop of `python -m mochi_core.train`: steps, log, saved states, samples, on one or several processes.
+"""The training loop of `python -m mochi_core.train`: steps, log, saved states and samples, in one or several processes.
 
-`tiny/loop.py` is the small one for the recipe of the shipped model, with averaged weights and any loss.
+`tiny/loop.py` is the small loop for the recipe of the shipped model, with averaged weights and any loss.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 STATE, LOG, SAMPLES = "state.pt", "log.csv", "samples"
-# All processes wait for the one that is last with its sample video; PyTorch's own limit is 10 or 30 minutes.
+# All processes wait for the slowest to finish its sample videos; PyTorch's own limit is 10 or 30 minutes.
 DDP_TIMEOUT = timedelta(hours=3)
 
 
 def new_accelerator() -> Accelerator:
-    """Device of this process, and reductions over all of them if `accelerate launch` has started several.
+    """This process's device, and reductions over all processes if `accelerate launch` has started several.
 
     Raises:
         ValueError: accelerate is not installed.
@@ -49,7 +49,7 @@ def new_accelerator() -> Accelerator:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Settings, model, data, optimizer and device of a training, as every step needs them."""
+    """What every training step needs: settings, model, data, optimizer and device."""
 
     config: Config
     model: TrainableModel
@@ -59,12 +59,12 @@ class TrainingRun:
 
 
 def train(config: Config, model: TrainableModel, accelerator: Accelerator, samples: Samples | None = None) -> int:
-    """Train from the step of the saved state, if there is one, to the last one or to Ctrl+C; returns the step reached.
+    """Train from the saved state's step, if there is one, to the last step or Ctrl-C; returns the step reached.
 
-    Everything is written into the folder `config.output`: the state, the log, what has been trained, and samples.
+    Everything is written to the folder `config.output`: state, log, trained weights and samples.
 
     Raises:
-        ValueError: the data set or the saved state do not fit, or the loss is not a number any more.
+        ValueError: the dataset or the saved state does not fit, or the loss or its gradient is no longer finite.
     """
     clips = open_dataset(config.dataset, model.dit.config.text_width)
     optimizer = torch.optim.AdamW(model.parameters.values(), weight_decay=config.weight_decay)
@@ -87,30 +87,30 @@ def train(config: Config, model: TrainableModel, accelerator: Accelerator, sampl
             bar.update()
             last = stop or step == config.steps
             if is_main and (last or step % config.save_every == 0):
-                # In this order: with the state of the last step, there would be nothing left to run that writes it.
+                # In this order: once the last step's state is saved, no later run would write its weights.
                 model.write(step_stem(config.output, step))
                 save_state(config.output / STATE, step, model.parameters, optimizer, settings)
             if samples is not None and not stop and (last or step % samples.keys.every == 0):
                 make_samples(run, samples, step)
-    accelerator.wait_for_everyone()  # until the files are there: a launcher ends the others with the first that ends
+    accelerator.wait_for_everyone()  # until the files are written: a launcher ends all processes when the first one ends
     return step
 
 
 def fixed_settings(config: Config, accelerator: Accelerator) -> dict[str, str]:
-    """Settings that must not change when a training goes on, as text."""
+    """Settings that must not change when training resumes, as text."""
     keys = ("transformer", "quantize", "dtype", "seed", "batch_size", "gradient_accumulation")
     return {
         **{key: str(getattr(config, key)) for key in keys},
-        "lora": repr(config.lora),  # as states of earlier versions spell it
+        "lora": repr(config.lora),  # as in the states of earlier versions
         "the number of processes": str(accelerator.num_processes),
     }
 
 
 def take_step(run: TrainingRun, step: int, rate: float) -> float:
-    """Change the parameters once, and return the mean loss that they had before.
+    """Update the parameters once, and return the mean loss before the update.
 
     Raises:
-        ValueError: loss or gradients are no numbers any more; the parameters are as they were.
+        ValueError: the loss or gradients are no longer finite; the parameters are unchanged.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -120,20 +120,20 @@ def take_step(run: TrainingRun, step: int, rate: float) -> float:
     losses = [add_gradients(run, first + i * processes) for i in range(count)]
     loss, parameters = mean_of_processes(run, torch.stack(losses).sum()), list(run.model.parameters.values())
     for parameter in parameters:
-        # Not by wrapping the model for it, which would send the frozen weights around.
+        # Not by wrapping the model in DDP, which would broadcast the frozen weights.
         parameter.grad = mean_of_processes(run, cast(Tensor, parameter.grad))
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.gradient_clip)
     if not (loss.isfinite() and norm.isfinite()):
         raise ValueError(
-            f"The loss is {loss:.4g} and its gradient {norm:.4g} at step {step + 1}: the training has failed; lower "
-            "learning_rate, and start again from the last saved step."
+            f"The loss is {loss:.4g} and its gradient {norm:.4g} at step {step + 1}: training has diverged; lower "
+            "learning_rate, and resume from the last saved step."
         )
     run.optimizer.step()
     return loss.item()
 
 
 def add_gradients(run: TrainingRun, index: int) -> Tensor:
-    """Add the share of the `index`-th batch to the gradients, and return its share of the loss."""
+    """Add the contribution of the `index`-th batch to the gradients, and return its share of the loss."""
     config, dit = run.config, run.model.dit
     batch = batch_at(run.clips, config.batch_size, config.seed, index)
     tensors = example(batch, config.caption_dropout, config.seed, index, config.frame_levels)
@@ -146,12 +146,12 @@ def add_gradients(run: TrainingRun, index: int) -> Tensor:
 
 
 def mean_of_processes(run: TrainingRun, tensor: Tensor) -> Tensor:
-    """Mean of a tensor over all processes; the tensor itself if there is one process."""
+    """Mean of a tensor over all processes; the tensor itself if there is only one."""
     return cast(Tensor, run.accelerator.reduce(tensor, "mean"))
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Learning rate of a step: rises linearly over `warmup_steps`, then falls along half a cosine to 0."""
+    """Learning rate of a step: linear warmup over `warmup_steps`, then cosine decay to 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
@@ -168,13 +168,13 @@ def make_samples(run: TrainingRun, samples: Samples, step: int) -> None:
 
 
 def step_stem(folder: Path, step: int) -> Path:
-    """Path without suffix of the files that belong to a step."""
+    """Path, without suffix, of the files that belong to a step."""
     return folder / f"step_{step:06d}"
 
 
 @contextmanager
 def first_interrupt_caught(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Catch the first Ctrl+C: the yielded function then returns True, in every process at the same step."""
+    """Catch the first Ctrl-C: the yielded function then returns True, in every process at the same step."""
     usual = signal.getsignal(signal.SIGINT)
 
     def note(*_: object) -> None:

@@ -1,7 +1,7 @@
-"""LoRAs that are trained, and the two kinds of files they are written to.
+"""Train LoRAs, and write them in two file formats.
 
 The factors become parameters of the layer that they change, under Genmo's names, and a forward hook adds their product to
-the layer's output. peft would wrap `nn.Linear`, but not `QuantizedLinear`; a hook works on any layer.
+the layer's output. PEFT would wrap `nn.Linear`, but not `QuantizedLinear`; a hook works on any layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Factors = dict[str, nn.Parameter]
 
 
 def add_lora(dit: AsymmDiT, keys: LoraKeys, seed: int) -> Factors:
-    """Add a new LoRA to the attention of every block; the output stays the same, as all `lora_B` begin at zero."""
+    """Add a new LoRA to the attention of every block; the output is unchanged at first, as every `lora_B` is zero."""
     generator = torch.Generator().manual_seed(seed)
     factors: Factors = {}
     for name, layer in _target_layers(dit):
@@ -45,7 +45,7 @@ def add_lora(dit: AsymmDiT, keys: LoraKeys, seed: int) -> Factors:
 
 
 def rank_and_scale(keys: LoraKeys, layer: str) -> tuple[int, float]:
-    """Rank of a layer's factors, and alpha / rank, by which their product is multiplied."""
+    """Rank of a layer's factors, and alpha / rank, the scale of their product."""
     if layer.endswith(("qkv_x", "qkv_y")):
         return keys.qkv_proj_lora_rank, keys.qkv_proj_lora_alpha / keys.qkv_proj_lora_rank
     return keys.out_proj_lora_rank, keys.out_proj_lora_alpha / keys.out_proj_lora_rank
@@ -66,7 +66,7 @@ def _lora_hook(scale: float, layer: nn.Module, inputs: tuple[Tensor], out: Tenso
 
 
 def write_lora(stem: Path, factors: Factors, keys: LoraKeys, depth: int) -> list[Path]:
-    """Write STEM.lora.safetensors, Genmo's kind, and STEM.diffusers.safetensors, which diffusers and PEFT read."""
+    """Write STEM.lora.safetensors, in Genmo's format, and STEM.diffusers.safetensors, which diffusers and PEFT read."""
     tensors = {name: factor.detach().cpu() for name, factor in factors.items()}
     genmo, diffusers = (stem.with_name(f"{stem.name}.{kind}.safetensors") for kind in ("lora", "diffusers"))
     write_safetensors(genmo, from_state_dict(tensors), {"format": "pt", "kwargs": json.dumps(keys.model_dump())})
@@ -75,7 +75,7 @@ def write_lora(stem: Path, factors: Factors, keys: LoraKeys, depth: int) -> list
 
 
 def diffusers_factors(factors: dict[str, Tensor], keys: LoraKeys, depth: int) -> dict[str, Tensor]:
-    """A LoRA under diffusers' names: q, k and v get the same lora_A, and alpha / rank is multiplied into lora_B."""
+    """A LoRA under diffusers' names: q, k and v share a lora_A, and alpha / rank is multiplied into lora_B."""
     renamed = {}
     for rule in transformer_rules(depth):
         layer = rule.canonical.removesuffix(".weight")

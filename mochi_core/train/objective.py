@@ -1,4 +1,4 @@
-"""The training objective: squared error of the velocity, at any noise level, for any prompt."""
+"""The training objective: squared error of the velocity, at any noise level and for any prompt."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def velocity_loss(
     checkpointed_blocks: int = 0,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity, data - noise, as one float32 number.
+    """Mean squared error of the predicted velocity, data - noise, as a float32 scalar.
 
-    Frames without any noise do not count: their noise cannot be known, and no sampler moves them.
+    Frames without noise do not count: their noise is unknowable, and samplers do not move them.
 
     Args:
         latents: (B, C, T, H, W) clean latents in DiT space.
-        embeds, mask: (B, L, text_width) and (B, L) bool; an all-False row is the empty prompt, as a dropped caption is.
-        sigma: (B,) noise level in [0, 1], or (B, T) one of each latent frame.
+        embeds, mask: (B, L, text_width) and (B, L) bool; an all-False row is an empty prompt or a dropped caption.
+        sigma: (B,) noise levels in [0, 1], or (B, T) per-frame noise levels.
         noise: standard normal, shape of `latents`.
-        checkpointed_blocks: the first so many blocks keep nothing for the backward pass and are computed again there.
-        weights: shape of `sigma`; how much the errors at these levels count. None: all as much.
+        checkpointed_blocks: number of leading blocks that are recomputed in the backward pass to save memory.
+        weights: weights of the errors, shape of `sigma`; None weights all equally.
     """
     level = sigma.view(len(sigma), 1, -1, 1, 1)  # (B, 1, 1 or T, 1, 1)
     noisy = level * noise + (1 - level) * latents
@@ -48,7 +48,7 @@ def velocity_loss(
 
 
 def run_checkpointed(count: int, call: BlockCall) -> tuple[Tensor, Tensor]:
-    """Call one block; the first `count` are computed again in the backward pass instead of keeping their activations."""
+    """Call one block; the first `count` are recomputed in the backward pass instead of keeping their activations."""
     if call.index >= count:
         return run_block(call)
     arguments = call.x, call.y, call.modulation, call.context

@@ -1,4 +1,4 @@
-"""Draw the losses of trainings as a picture."""
+"""Plot the losses of training runs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ POINTS = 200
 
 
 def plot(logs: Sequence[Path], image: Path) -> None:
-    """Draw the losses of several logs beside each other, each averaged to at most `POINTS` points.
+    """Plot the losses of several logs side by side, each averaged to at most `POINTS` points.
 
     Raises:
-        ValueError: matplotlib is not installed, or a file is no log.
+        ValueError: matplotlib is not installed, or a file is not a log.
     """
     try:
         from matplotlib.figure import Figure
@@ -31,16 +31,16 @@ def plot(logs: Sequence[Path], image: Path) -> None:
 
 
 def read_losses(log: Path) -> tuple[list[int], list[float]]:
-    """Steps and losses of a log.csv; ValueError if it is none."""
+    """Steps and losses of a log.csv; ValueError if it is not one."""
     with log.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:
         return [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{log} is not the log of a training; give a log.csv.") from error
+        raise ValueError(f"{log} is not a training log; give a log.csv.") from error
 
 
 def averaged(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Means over equal parts of steps and losses; as many parts as `POINTS`, or as there are steps."""
+    """Means of steps and losses over equal parts: `POINTS` of them, or one per step if there are fewer."""
     parts = min(POINTS, max(1, len(steps)))
     return tuple([float(np.mean(part)) for part in np.array_split(values, parts)] for values in (steps, losses))  # pyright: ignore[reportReturnType]

@@ -22,22 +22,22 @@ from .dataset import SUFFIX, write_clip
 
 CAPTION_SUFFIX = ".txt"
 SOURCE = "source"
-"""Metadata key of a clip whose value says, as JSON, what the clip was made from."""
+"""Metadata key of a clip, under which JSON records what the clip was made from."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A video, its caption, and the file that its clip goes into."""
+    """A video, its caption, and the file of its clip."""
 
     video: Path
     caption: str
     clip: Path
     notes: dict[str, str]
-    """Metadata of the clip; a clip whose note under `SOURCE` differs is made anew."""
+    """Metadata of the clip; a clip whose note under `SOURCE` differs is made again."""
 
     @property
     def is_done(self) -> bool:
-        """Whether the clip is there and was made from the same video, caption and settings."""
+        """Whether the clip exists and was made from the same video, caption and settings."""
         try:
             return self.clip.exists() and open_checkpoint(self.clip).metadata.get(SOURCE) == self.notes[SOURCE]
         except ValueError:
@@ -45,13 +45,13 @@ class Source:
 
 
 def find_sources(videos: Path, dataset: Path, settings: dict[str, Any]) -> list[Source]:
-    """Every video of a folder that has a caption, name.mp4 and name.txt; the others are warned about.
+    """Every video in a folder that has a caption, name.mp4 and name.txt; warns about the others.
 
     Raises:
-        ValueError: there is no such folder, or no video with a caption in it.
+        ValueError: there is no such folder, or it has no video with a caption.
     """
     if not videos.is_dir():
-        raise ValueError(f"{videos} is not a folder; give the one that holds the videos and their captions.")
+        raise ValueError(f"{videos} is not a folder; give the folder with the videos and their captions.")
     sources = []
     for video in sorted(videos.iterdir()):
         if video.is_file() and video.suffix.lower() != CAPTION_SUFFIX and not video.name.startswith("."):
@@ -59,7 +59,7 @@ def find_sources(videos: Path, dataset: Path, settings: dict[str, Any]) -> list[
             if caption:
                 sources.append(_source(video, caption, dataset, settings))
             else:
-                warn(f"{video.name} is left out: {video.stem}.txt beside it must hold its caption.", stacklevel=2)
+                warn(f"{video.name} is skipped: its caption must be next to it in {video.stem}.txt.", stacklevel=2)
     if not sources:
         raise ValueError(f"There is no video with a caption in {videos}; put name.mp4 and name.txt there.")
     return sources
@@ -79,7 +79,7 @@ def _source(video: Path, caption: str, dataset: Path, settings: dict[str, Any]) 
 
 
 def fingerprint(path: Path) -> list[Any]:
-    """[name, size in bytes, modification time in ns] of a file."""
+    """A file's [name, size in bytes, modification time in ns]."""
     status = path.stat()
     return [path.name, status.st_size, status.st_mtime_ns]
 
@@ -106,7 +106,7 @@ def encode_videos(
         try:
             frames = read_video(source.video, size)
         except ValueError as error:
-            warn(f"{source.video.name} is left out: {error}", stacklevel=2)
+            warn(f"{source.video.name} is skipped: {error}", stacklevel=2)
         else:
             posterior = vae.encode(to_model_range(frames), device=device)
             write_clip(source.clip, posterior, embeds, source.notes)
@@ -116,7 +116,7 @@ def encode_videos(
 
 
 def other_clips(dataset: Path, sources: Sequence[Source]) -> list[Path]:
-    """Clips in a data set that come from none of these sources, or are outdated; a training would use them, too."""
+    """Clips in a dataset that come from none of these sources or are outdated; training would use them, too."""
     own = {source.clip for source in sources if source.is_done}
     return sorted(set(dataset.glob(f"*{SUFFIX}")) - own)
 
@@ -127,12 +127,12 @@ def to_model_range(frames: np.ndarray[Any, Any]) -> Tensor:
 
 
 def read_video(path: Path, size: VideoSize) -> np.ndarray[Any, Any]:
-    """The first frames of a video at 30 frames per second, cropped in the middle and resized, (F, H, W, 3) uint8.
+    """The first frames of a video at 30 frames per second, resized and centre-cropped, (F, H, W, 3) uint8.
 
     Raises:
-        ValueError: it is no video, or too short.
+        ValueError: it is not a readable video, or too short.
     """
     frames = read_frames(path, size.height, size.width, size.num_frames)
     if len(frames) < size.num_frames:
-        raise ValueError(f"it has {len(frames)} frames at {FPS} per second, and {size.num_frames} are wanted.")
+        raise ValueError(f"it has {len(frames)} frames at {FPS} per second, but {size.num_frames} are needed.")
     return frames

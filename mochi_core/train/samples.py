@@ -1,4 +1,4 @@
-"""Sample videos made during a training, to see what it is learning."""
+"""Sample videos made during training, to see what is being learned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .config import SampleKeys
 
 @dataclass(frozen=True)
 class Samples:
-    """Everything that sample videos need besides the denoiser; the autoencoder is in main memory between them."""
+    """Everything that sample videos need besides the denoiser; the autoencoder is kept in main memory between them."""
 
     keys: SampleKeys
     vae: AsymmVAE
@@ -29,7 +29,7 @@ class Samples:
 
 
 def prepare_samples(keys: SampleKeys) -> Samples:
-    """Load the autoencoder and encode the prompts, on the CPU, as they are few; the text encoder is freed at once."""
+    """Load the autoencoder and encode the prompts, on the CPU, as they are few; the text encoder is freed right away."""
     vae = load_vae(keys.vae)
     vae.check_decoder(keys.video_size.latent_shape())
     text_encoder = load_text_encoder(keys.t5, keys.tokenizer)
@@ -37,7 +37,7 @@ def prepare_samples(keys: SampleKeys) -> Samples:
 
 
 def write_samples(samples: Samples, dit: AsymmDiT, stem: Path, chosen: Iterable[int]) -> list[Path]:
-    """Make the videos of the prompts with the chosen indices: STEM-1.mp4 is that of index 0."""
+    """Make the videos of the prompts with the chosen indices; STEM-1.mp4 is the one for index 0."""
     keys, device, paths = samples.keys, dit.pos_frequencies.device, []
     noise = initial_noise(keys.video_size.latent_shape(), keys.seed)
     sigmas = linear_quadratic_schedule(keys.steps)

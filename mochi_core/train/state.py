@@ -1,4 +1,4 @@
-"""Files from which a training goes on: its state, and the log of its steps."""
+"""Files from which training resumes: its state, and the log of its steps."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ Settings = dict[str, str]
 def save_state(
     path: Path, step: int, parameters: Parameters, optimizer: torch.optim.Optimizer, settings: Settings
 ) -> None:
-    """Write the trained parameters, the optimizer's state, the step and the fixed settings into one file."""
+    """Write the trained parameters, the optimizer's state, the step and the fixed settings to one file."""
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
     optimized = optimizer.state_dict()["state"]
     replace_state(path, {"step": step, "weights": weights, "optimizer": optimized, "settings": settings})
 
 
 def replace_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a state file; an older one stays until the new one is complete."""
+    """Write a state file; an older one is kept until the new one is complete."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         try:
-            torch.save(state, file)  # not by the name: PyTorch's own writer says nothing of a disk that is full
+            torch.save(state, file)  # not by path: PyTorch's own writer does not report a full disk
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # the cause, which the end of the archive hides
+            if isinstance(error.__context__, OSError):  # the cause, masked by an error on closing the archive
                 raise error.__context__ from None
             raise
 
@@ -43,7 +43,7 @@ def load_state(path: Path, parameters: Parameters, optimizer: torch.optim.Optimi
     """Load a saved state into `parameters` and `optimizer`, and return its step; 0 if there is no file.
 
     Raises:
-        ValueError: it is damaged, or of a training of other parameters or with other settings.
+        ValueError: it is damaged, or from a training with other parameters or settings.
     """
     if not path.exists():
         return 0
@@ -51,17 +51,17 @@ def load_state(path: Path, parameters: Parameters, optimizer: torch.optim.Optimi
         state = torch.load(path, "cpu", weights_only=True)
         weights, before = state["weights"], state["settings"]
     except (RuntimeError, EOFError, KeyError, TypeError, UnpicklingError):
-        # Without the cause, whose text is PyTorch's advice to switch its check off.
+        # Without the cause, whose text is PyTorch's advice to turn its check off.
         raise ValueError(f"{path} cannot be read; delete it to start from the beginning.") from None
     if {name: value.shape for name, value in weights.items()} != {n: p.shape for n, p in parameters.items()}:
         raise ValueError(
-            f"{path} is of a training of other layers or ranks; choose another output, or delete it to start anew."
+            f"{path} is from a training with other layers or ranks; choose another output, or delete it to start over."
         )
     if changed := [key for key, value in settings.items() if before.get(key) != value]:
         key = changed[0]
         raise ValueError(
-            f"{path} is of a training with {key} {before.get(key)}, and now it is {settings[key]}; set it back, choose another "
-            "output, or delete the state to start anew."
+            f"{path} is from a training with {key} {before.get(key)}, but now it is {settings[key]}; set it back, choose another "
+            "output, or delete the state to start over."
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -72,7 +72,7 @@ def load_state(path: Path, parameters: Parameters, optimizer: torch.optim.Optimi
 
 @contextmanager
 def step_log(path: Path, step: int, *, enabled: bool) -> Iterator[Callable[[int, float, float, float], None]]:
-    """Open the CSV log of a training that goes on after `step`; lines of later steps, which are taken again, are dropped."""
+    """Open the CSV log of a training that resumes after `step`; drops lines of later steps, which will be repeated."""
     if not enabled:
         yield lambda *_: None
         return

@@ -1,4 +1,4 @@
-"""The model of a training: which parameters are trained, a LoRA's or all, and how they are written."""
+"""The model to train: which parameters are trained, a LoRA's or all, and how they are written."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from .lora import add_lora, write_lora
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """A denoiser, those of its parameters that are trained (float32, by name), and how they are written."""
+    """A denoiser, its trained parameters (float32, by name), and how they are written."""
 
     dit: AsymmDiT
     parameters: dict[str, nn.Parameter]
     write: Callable[[Path], list[Path]]
     """Writes the trained parameters to files whose names begin with the given stem; returns their paths."""
     autocast: bool
-    """Whether products round float32 parameters to bf16 (torch.autocast)."""
+    """Whether matrix products round float32 parameters to bf16 (torch.autocast)."""
 
 
 def lora_model(config: Config, device: torch.device) -> TrainableModel:
-    """Load a denoiser and add a new LoRA, whose factors alone are trained."""
+    """Load a denoiser and add a new LoRA; only its factors are trained."""
     dit = load_transformer(config.transformer, DTYPES[config.dtype], device, config.quantize)
     for layer in dit.modules():
         if isinstance(layer, QuantizedLinear):
-            layer.fp8_product = False  # a product in fp8 has no gradient
+            layer.fp8_product = False  # fp8 matrix products have no gradient
     factors = add_lora(dit, config.lora, config.seed)
     write = partial(write_lora, factors=factors, keys=config.lora, depth=dit.config.depth)
     return TrainableModel(dit, factors, write, autocast=False)
@@ -52,7 +52,7 @@ def full_model(config: Config, device: torch.device) -> TrainableModel:
     dit = load_transformer(config.transformer, torch.float32, device).requires_grad_(True)
     if list(dit.buffers()):
         raise ValueError(
-            f"The weights of {config.transformer.name} are quantised and cannot be trained; dequantise them first with: "
+            f"The weights of {config.transformer.name} are quantised, so they cannot be trained; dequantise them first with: "
             "python -m mochi_core convert ... --to canonical --dtype bf16."
         )
     dit.has_frame_levels |= config.frame_levels > 0
@@ -62,7 +62,7 @@ def full_model(config: Config, device: torch.device) -> TrainableModel:
 
 def _write_all(stem: Path, dit: AsymmDiT) -> Path:
     path = stem.with_name(f"{stem.name}.safetensors")
-    stored = AsymmDiT(dit.config, device="meta", dtype=torch.bfloat16)  # its parameters have the dtypes of a file
+    stored = AsymmDiT(dit.config, device="meta", dtype=torch.bfloat16)  # its parameters have the dtypes to store
     dtypes = {name: parameter.dtype for name, parameter in stored.named_parameters()}
     tensors = {name: value.detach().to("cpu", dtypes[name]) for name, value in dit.named_parameters()}
     note = {FRAME_LEVELS_KEY: "true"} if dit.has_frame_levels else {}

@@ -1,1 +1,1 @@
-"""The recipe of the tiny Mochi in `models/`: drawn clips, an autoencoder, a denoiser and a text encoder."""
+"""The recipe for the tiny Mochi in `models/`: procedural clips, an autoencoder, a denoiser and a text encoder."""

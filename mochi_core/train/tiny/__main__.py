@@ -1,12 +1,12 @@
 """Make the tiny Mochi that comes with the project: an autoencoder, then a denoiser and a text encoder together.
 
-The denoiser learns to make videos from text, then also from given frames, each with a noise level of its own, and at last
+The denoiser first learns to make videos from text, then also from given frames, with per-frame noise levels, and finally
 details, on more clips.
 
     python -m mochi_core.train.tiny FOLDER --tokenizer ComfyUI/comfy/text_encoders/t5_tokenizer
 
-takes three and a half hours on two CPU cores; run it again to go on where it stopped. FOLDER gets the weights, laid out as
-ComfyUI's model folders, and a CSV file of the losses for each of the five trainings.
+takes three and a half hours on two CPU cores; run it again to resume where it stopped. FOLDER receives the weights, laid out
+like ComfyUI's model folders, and a CSV file of losses for each of the five training stages.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ DECODER_LOOP = TrainLoop("decoder", steps=2500, learning_rate=4e-4, average=0.99
 DIT_LOOP = TrainLoop("dit", steps=5000, learning_rate=1e-3, average=0.999)
 FRAMES_LOOP = TrainLoop("frames", steps=2200, learning_rate=5e-4, average=0.998)
 WITH_FRAME_LEVELS = 0.5
-"""Share of the batches of `frames` and `details` whose latent frames have noise levels of their own; the others are as before."""
+"""Fraction of the batches of `frames` and `details` with per-frame noise levels; the others are as before."""
 DETAILS_LOOP = TrainLoop("details", steps=4400, learning_rate=8e-4, average=0.998)
 CLIPS = {"dit": (6000, 2000, 2000), "details": (20000, 5000, 7000)}
-"""Number of clips of each size in `tiny_dit.SIZES`; for details they are others than before."""
+"""Number of clips of each size in `tiny_dit.SIZES`; `details` uses different clips."""
 SKIPPED = ("encoder.embed_tokens.weight",)
-"""Tensors that are not written: transformers has T5's token table under two names."""
+"""Tensors that are not written: transformers holds T5's token embedding under two names."""
 METADATA = {
     "format": "pt",
     "title": "Tiny Mochi",
@@ -48,7 +48,7 @@ METADATA = {
 
 
 def main() -> int:
-    """Train what is not trained yet; 0 when all is done, 130 after Ctrl-C."""
+    """Train what is not trained yet; returns 0 when all is done, 130 after Ctrl-C."""
     interrupts.raise_again()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def make(folder: Path, tokenizer_folder: Path, device: torch.device) -> None:
-    """Train and write all three models, from the first step that is not done."""
+    """Train and write all three models, starting at the first unfinished step."""
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
@@ -81,7 +81,7 @@ def make(folder: Path, tokenizer_folder: Path, device: torch.device) -> None:
 
 
 def train_vae(folder: Path, device: torch.device) -> AsymmVAE:
-    """Train the whole autoencoder; its latents come near Mochi's statistics."""
+    """Train the whole autoencoder; its latents get close to Mochi's statistics."""
     torch.manual_seed(VAE_LOOP.seed)
     vae = tiny_vae.new_vae().to(device)
 
@@ -94,7 +94,7 @@ def train_vae(folder: Path, device: torch.device) -> AsymmVAE:
 
 
 def train_decoder(folder: Path, vae: AsymmVAE, device: torch.device) -> AsymmVAE:
-    """Scale the latents to Mochi's statistics, then train the decoder alone on them for sharper pictures."""
+    """Scale the latents to Mochi's statistics, then train only the decoder on them for sharper images."""
     assert vae.decoder is not None
     tiny_vae.standardize(vae, tiny_vae.captioned_batch(DECODER_LOOP.rng(DECODER_LOOP.steps), count=200).to(device))
     vae.decoder.requires_grad_(True)
@@ -109,7 +109,7 @@ def train_decoder(folder: Path, vae: AsymmVAE, device: torch.device) -> AsymmVAE
 
 
 def clips_of(folder: Path, loop: TrainLoop, vae: AsymmVAE, tokenizer: tiny_dit.Tokenizer) -> list[tiny_dit.Clips]:
-    """Encoded clips of each size for a training, read from `folder`; drawn and written there the first time."""
+    """Encoded clips of each size for a training stage, read from `folder`; drawn and written there the first time."""
     sets = []
     for number, (size, count) in enumerate(zip(tiny_dit.SIZES, CLIPS[loop.name], strict=True)):
         path = folder / f"clips_{loop.name}_{'x'.join(map(str, size))}.safetensors"
@@ -143,7 +143,7 @@ def train_on(
     tokenizer: tiny_dit.Tokenizer,
     device: torch.device,
 ) -> tiny_dit.TinyMochi:
-    """Train denoiser and text encoder further, with noise levels of single frames in some of the batches."""
+    """Train the denoiser and text encoder further, with per-frame noise levels in some of the batches."""
     details = loop is DETAILS_LOOP
 
     def loss_at(step: int) -> Tensor:
@@ -156,7 +156,7 @@ def train_on(
 
 
 def write_model(path: Path, model: nn.Module) -> None:
-    """Write the weights in bf16, `pos_frequencies` in float32, as published files have them."""
+    """Write the weights in bf16 and `pos_frequencies` in float32, as in published files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     dtypes = {"pos_frequencies": torch.float32}
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in SKIPPED}

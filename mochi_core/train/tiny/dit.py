@@ -34,26 +34,26 @@ T5_CONFIG = T5EncoderConfig(depth=2, width=64, num_heads=4, head_dim=16, mlp_siz
 SIZES = ((13, 64, 64), (13, 64, 96), (25, 64, 64))
 """(frames, height, width) of the clips, in pixels."""
 SHARES = (0.6, 0.2, 0.2)
-"""Share of the batches for each of `SIZES`."""
+"""Fraction of the batches for each of `SIZES`."""
 USUAL_ERRORS = {
     0.0: 0.5, 0.02: 0.33, 0.05: 0.2, 0.1: 0.123, 0.2: 0.0735, 0.3: 0.0555, 0.4: 0.047, 0.5: 0.0432,
     0.6: 0.044, 0.7: 0.051, 0.8: 0.074, 0.9: 0.178, 0.95: 0.397, 0.97: 0.573, 0.99: 0.697, 1.0: 0.717,
 }  # fmt: skip
-"""Squared error of the velocity by noise level, of 13 and 25 frames together: of clips that this denoiser had not seen, 1,800
+"""Squared error of the velocity by noise level, for 13 and 25 frames together, on clips that this denoiser had not seen, 1,800
 steps after `frames`."""
 EVEN_ERROR = 0.12
-"""What the errors of all noise levels are brought to in the training for details: about the loss of the trainings before."""
+"""Value to which the errors of all noise levels are weighted in the stage `details`: about the loss of the earlier stages."""
 FAINT = 0.3
-"""Noise levels below it count less and less: what is learned there is finer than what is seen."""
+"""Noise levels below this count less and less: what is learned there is too fine to be seen."""
 DETAIL_SHIFT = 2.0
-"""Factor on the odds sigma / (1 - sigma) of evenly drawn noise levels, in the training for details: more of the high ones."""
+"""Factor on the odds sigma / (1 - sigma) of uniformly drawn noise levels in the stage `details`, to get more high ones."""
 BATCH_TOKENS = 3200
 """Video tokens in a batch."""
 CAPTION_DROPOUT = 0.15
 ANGLES = (0.15, 2.0)
-"""Slowest and fastest rotation of a new model, in radians from one latent frame, or one patch, to the next."""
+"""Slowest and fastest rotation of a new model, in radians per latent frame or patch."""
 PATCH_DISTANCE = 48
-"""Distance of two patches in Mochi's coordinates, in which every grid has the same area: 4 x 4 patches are 192 wide."""
+"""Distance between patches in Mochi's coordinates, in which every grid has the same area: 4 x 4 patches are 192 wide."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class TinyMochi(nn.Module):
 
 
 def new_dit() -> AsymmDiT:
-    """A denoiser whose blocks begin by adding nothing and whose prediction begins at zero (adaLN-Zero, Peebles & Xie)."""
+    """A denoiser whose blocks initially add nothing and whose initial prediction is zero (adaLN-Zero, Peebles & Xie)."""
     dit = AsymmDiT(CONFIG)
     with torch.no_grad():
         for block in dit.joint_blocks():
@@ -132,10 +132,10 @@ def loss(
     *,
     details: bool = False,
 ) -> Tensor:
-    """Velocity loss of one random batch; its captions are equally long, so that nothing is padded, or all are dropped.
+    """Velocity loss of one random batch; its captions are equally long, to avoid padding, or all dropped.
 
-    `frame_levels` is the probability that its latent frames have noise levels of their own. For `details`, errors
-    count by `level_weights`: plainly, noise levels near 1 drown the others, where most of the error is what no denoiser can know.
+    `frame_levels` is the probability of per-frame noise levels. For `details`, errors are weighted by `level_weights`:
+    unweighted, noise levels near 1 would drown out the others, although most of their error is unpredictable for any denoiser.
     """
     device = tiny.dit.pos_frequencies.device
     count = BATCH_TOKENS * CONFIG.patch_size**2 // clips.latents[0, 0].numel()
@@ -145,7 +145,7 @@ def loss(
     if rng.random() < CAPTION_DROPOUT:
         mask = torch.zeros_like(mask)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    # One noise level in each of as many equal parts of [0, 1]: less noisy than independent ones.
+    # Stratified noise levels, one in each of `count` equal parts of [0, 1]: less variance than independent ones.
     sigma = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     latents, noise = clips.latents[chosen], torch.randn(clips.latents[chosen].shape, generator=generator)
     if rng.random() < frame_levels:
@@ -159,10 +159,10 @@ def loss(
 
 
 def level_weights(sigma: Tensor) -> Tensor:
-    """Weights, shape of `sigma`, by which errors at all noise levels from `FAINT` on come to `EVEN_ERROR`.
+    """Weights, shape of `sigma`, that bring the errors at all noise levels from `FAINT` up to `EVEN_ERROR`.
 
     After "Analyzing and Improving the Training Dynamics of Diffusion Models" (Karras et al., arXiv 2312.02696), where a small
-    network learns the usual errors; here they are a table.
+    network learns the usual errors; here they are tabulated.
     """
     levels, errors = (np.array([*part]) for part in (USUAL_ERRORS, USUAL_ERRORS.values()))
     usual = torch.from_numpy(np.interp(sigma.numpy(), levels, errors)).to(sigma.dtype)
@@ -170,24 +170,24 @@ def level_weights(sigma: Tensor) -> Tensor:
 
 
 def text_features(tiny: TinyMochi, tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """(B, L, 64) text features and (B, L) mask, all True, of captions of the same number of tokens."""
+    """Text features (B, L, 64) and an all-True mask (B, L) for captions with the same number of tokens."""
     ids = torch.tensor([tokenizer(caption).input_ids for caption in captions], device=tiny.dit.pos_frequencies.device)
     return tiny.t5(input_ids=ids).last_hidden_state, torch.ones_like(ids, dtype=torch.bool)
 
 
 def read_clips(path: Path) -> Clips:
-    """Clips from a file of `write_clips`."""
+    """Read clips from a file written by `write_clips`."""
     file = open_checkpoint(path)
     latents, lengths = (file.tensors[name].read() for name in ("latents", "lengths"))
     return Clips(latents, json.loads(file.metadata["captions"]), lengths)
 
 
 def write_clips(path: Path, clips: Clips) -> None:
-    """Write clips into one safetensors file, whole or not at all."""
+    """Write clips to one safetensors file, completely or not at all."""
     tensors = from_state_dict({"latents": clips.latents, "lengths": clips.lengths})
     write_safetensors(path, tensors, {"captions": json.dumps(clips.captions)})
 
 
 def choose_set(rng: np.random.Generator, sets: list[Clips]) -> Clips:
-    """One of the sets of clips at random, with probabilities `SHARES`."""
+    """Choose a random set of clips, with probabilities `SHARES`."""
     return sets[int(rng.choice(len(sets), p=SHARES))]

@@ -1,7 +1,7 @@
-"""The loop of the tiny model's recipe: any module, any loss, a running average of the weights.
+"""The training loop of the tiny model's recipe: any module, any loss, a running average of the weights.
 
 `train/loop.py` is the one for users: prepared clips, a YAML file, several processes, samples. Both can be stopped at any
-time and go on with the same steps in the same order, and both write a line of a CSV file for each step.
+time and resume with the same steps in the same order, and both log each step to a CSV file.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class TrainLoop:
-    """Length, learning rate and random numbers of one training."""
+    """Length, learning rate and random numbers of one training stage."""
 
     name: str
     steps: int
     learning_rate: float
     average: float
-    """Decay of the running average of the weights, which is what is kept."""
+    """Decay of the weights' running average, which is the result."""
     warmup: int = 100
     seed: int = 1
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step: a linear rise, times half a cosine down to zero."""
+        """Learning rate of a step: linear warmup times cosine decay to zero."""
         rise = min(1.0, (step + 1) / self.warmup)
         return self.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
     def rng(self, step: int) -> np.random.Generator:
-        """Random numbers that depend on the seed, the name and the step alone."""
+        """Random numbers that depend only on the seed, the name and the step."""
         return np.random.default_rng([self.seed, *self.name.encode(), step])
 
     def run(self, model: Model, loss_at: Callable[[int], Tensor], folder: Path) -> Model:
-        """Train `model`, or go on with it, and return it with averaged weights; `loss_at(step)` is the loss of a step."""
+        """Train `model`, resuming if possible, and return it with averaged weights; `loss_at(step)` is the loss of a step."""
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(self.average)
         averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)

@@ -1,7 +1,7 @@
-"""Procedural video: one or two coloured shapes that move over a plain or graded background, and captions that say so.
+"""Procedural video: one or two coloured shapes moving over a plain or graded background, with matching captions.
 
-Everything comes from a NumPy generator, so a seed is a clip. Positions and sizes are in units of the frame's height, so
-that one scene can be drawn at any size; time runs from 0 to 1 over the clip.
+Everything comes from a NumPy generator, so a seed determines a clip. Positions and sizes are in units of the frame height, so
+that a scene can be drawn at any size; time runs from 0 to 1 over the clip.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLORS: dict[str, Color] = {
     "white": (0.97, 0.97, 0.97),
 }
 NEW_COLORS: dict[str, Color] = {"purple": (0.60, 0.10, 0.85)}
-"""Never in the clips that a denoiser is trained on; something new for a LoRA to learn."""
+"""Never in the clips that a denoiser is trained on: something new for a LoRA to learn."""
 BACKGROUNDS: dict[str, Color] = {"black": (0.03, 0.03, 0.03), "gray": (0.32, 0.32, 0.32), "brown": (0.25, 0.17, 0.10)}
 MOTIONS: dict[str, tuple[str, ...]] = {
     "left": ("moving left", "moving to the left", "going left"),
@@ -41,11 +41,11 @@ SENTENCES = (
     "{background} background, a {shape} {motion}",
 )
 TRAVEL = (0.34, 0.46)
-"""Shortest and longest way of a shape over a clip, in frame heights."""
+"""Shortest and longest distance that a shape travels in a clip, in frame heights."""
 RADIUS = (0.13, 0.19)
 """Smallest and largest radius of a shape, in frame heights."""
 MARGIN = 0.03
-"""Least distance of a shape to the border, in frame heights."""
+"""Smallest distance of a shape from the border, in frame heights."""
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,27 @@ class Sprite:
     motion: str
     radius: float
     start: tuple[float, float]
-    """(y, x) of the centre at the first frame, from the middle of the frame."""
+    """(y, x) of the centre in the first frame, relative to the middle of the frame."""
     travel: float
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Shapes over a background, as `draw` takes them."""
+    """Shapes over a background, to be drawn by `draw`."""
 
     sprites: tuple[Sprite, ...]
     background: tuple[Color, Color]
-    """Colours at the top and at the bottom; equal for a plain background."""
+    """Colours at the top and the bottom; equal for a plain background."""
 
 
 def random_clip(rng: np.random.Generator, aspect: float = 1.0, *, two: float = 0.2) -> tuple[Scene, str]:
-    """A scene and its caption; `aspect` is width / height, `two` the share of scenes with two shapes."""
+    """A scene and its caption; `aspect` is width / height, `two` the fraction of scenes with two shapes."""
     names = [str(rng.choice(list(COLORS))) for _ in range(1 + (rng.random() < two))]
     return described_clip(rng, [(COLORS[name], name) for name in names], aspect)
 
 
 def described_clip(rng: np.random.Generator, colors: list[tuple[Color, str]], aspect: float = 1.0) -> tuple[Scene, str]:
-    """A scene with one shape of each colour, and its caption, in which colours go by the given names."""
+    """A scene with one shape of each colour, and its caption, which uses the given colour names."""
     sprites = [_sprite(rng, color, i, len(colors), aspect) for i, (color, _) in enumerate(colors)]
     background, background_name = _background(rng)
     parts = [
@@ -90,7 +90,7 @@ def described_clip(rng: np.random.Generator, colors: list[tuple[Color, str]], as
 
 
 def random_colors(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
-    """A scene in any colours, for an autoencoder that should know more than the captions do."""
+    """A scene in any colours, for an autoencoder that should know more colours than the captions use."""
     scene, _ = described_clip(rng, [(_any_color(rng), "") for _ in range(rng.integers(1, 3))], aspect)
     if rng.random() < 0.5:
         return scene
@@ -101,7 +101,7 @@ def random_colors(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
 def draw(
     scene: Scene, num_frames: int, height: int, width: int, window: tuple[slice, slice] | None = None
 ) -> NDArray[np.uint8]:
-    """Pixels (F, H, W, 3) of a scene, or of the rows and columns of it that a window shows."""
+    """Pixels (F, H, W, 3) of a scene, or of the rows and columns in a window."""
     rows, columns = window or (slice(0, height), slice(0, width))
     y = ((np.arange(rows.start, rows.stop) + 0.5 - height / 2) / height).astype(np.float32)[None, :, None]
     x = ((np.arange(columns.start, columns.stop) + 0.5 - width / 2) / height).astype(np.float32)[None, None]
@@ -122,14 +122,14 @@ def _sprite(rng: np.random.Generator, color: Color, index: int, count: int, aspe
     sprite = Sprite(str(rng.choice(list(OUTLINES))), color, motion, radius, (0.0, 0.0), travel)
     time = np.linspace(0, 1, 25, dtype=np.float32)
     y, x, size = (np.broadcast_to(part, time.shape) for part in _trajectory(sprite, time))
-    # Two shapes keep to their halves of the frame, if it is wide enough for that.
+    # Two shapes stay in their halves of the frame, if it is wide enough.
     left, right = -aspect / 2 + index * aspect / count, -aspect / 2 + (index + 1) * aspect / count
     start = _inside(rng, y, size, -0.5, 0.5), _inside(rng, x, size, left, right)
     return Sprite(sprite.shape, color, motion, radius, start, travel)
 
 
 def _inside(rng: np.random.Generator, path: Array, size: Array, low: float, high: float) -> float:
-    """A random start from which a path stays between two borders; the middle if there is no room."""
+    """A random start from which a path stays within two borders; the middle if there is no room."""
     first = low + MARGIN - float((path - size).min())
     last = high - MARGIN - float((path + size).max())
     return float(rng.uniform(first, last)) if first < last else (first + last) / 2
@@ -171,12 +171,12 @@ def _square(y: Array, x: Array, radius: Array) -> Array:
 
 
 def _triangle(y: Array, x: Array, radius: Array) -> Array:
-    """Triangle with one corner up."""
+    """Triangle with one corner at the top."""
     return np.maximum(y - 0.55 * radius, 0.866 * abs(x) - 0.5 * y - 0.5 * radius)
 
 
 def _star(y: Array, x: Array, radius: Array) -> Array:
-    """Star of five points, one of them up; the distance is measured to the nearer of a point's two edges."""
+    """Five-pointed star with one point up; the distance is to the nearer of a point's two edges."""
     outer, inner = 1.15 * radius, 0.5 * radius
     sector = np.pi / 5
     angle = np.abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)  # from the nearest point's direction
@@ -192,4 +192,4 @@ OUTLINES: dict[str, Callable[[Array, Array, Array], Array]] = {
     "triangle": _triangle,
     "star": _star,
 }
-"""Signed distance to the outline, negative inside, from offsets to the centre and a radius."""
+"""Signed distance to the outline, negative inside, from the offsets from the centre and the radius."""

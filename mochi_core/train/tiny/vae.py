@@ -26,7 +26,7 @@ CONFIG = AsymmVAEConfig(
     encoder_attention=(False, False, False, True, True),
 )
 KL_WEIGHT = 5e-5
-"""Twice the variance of an error of 32 dB, over the 96 values that become one latent: what a variational bound would have."""
+"""Twice the variance of a 32 dB error, over the 96 values that become one latent: the weight in a variational bound."""
 STATISTICS_WEIGHT = 0.01
 FIRST_LOGVAR = -6.0
 MEAN_SILU = 0.2066
@@ -38,9 +38,9 @@ CROP = 32
 
 @torch.no_grad()
 def new_vae() -> AsymmVAE:
-    """An autoencoder that begins with straight paths, which keep the size of what they pass on, and blocks that add nothing.
+    """An autoencoder initialised with magnitude-preserving direct paths and residual blocks that add nothing.
 
-    It begins with little noise, too: what is all noise would be ignored, and nothing would make it less noisy.
+    Its latents also start with little noise: pure noise would be ignored, and nothing would then make it less noisy.
     """
     vae = AsymmVAE(CONFIG)
     encoder: Any = vae.encoder
@@ -57,7 +57,7 @@ def new_vae() -> AsymmVAE:
     for layer in [*straight, decoder.output_proj]:
         nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
     for layer in [encoder.layers[0], *straight[: len(stages)]]:
-        # A norm forgets what is the same everywhere, unless there is something else to compare it with.
+        # A norm removes what is the same everywhere, unless there is something else to compare it with.
         nn.init.normal_(layer.bias, std=0.5)
     pixels, sines = encoder.layers[0].weight.tensor_split((RGB,), dim=1)
     pixels.normal_(std=RGB**-0.5)
@@ -69,17 +69,17 @@ def new_vae() -> AsymmVAE:
 
 
 def posterior_of(vae: AsymmVAE, video: Tensor) -> Posterior:
-    """The posterior of video (B, 3, 6k + 1, 8H, 8W) in [-1, 1], with gradients and in float32."""
+    """The posterior of video (B, 3, 6k + 1, 8H, 8W) in [-1, 1], in float32 and with gradients."""
     return Posterior.from_moments(vae.check_encoder(video)(video).float())
 
 
 def decoded(vae: AsymmVAE, latents: Tensor) -> Tensor:
-    """Video (B, 3, 6(T - 1) + 1, 8H, 8W) from latents (B, 12, T, H, W) in VAE space, with gradients and in float32."""
+    """Video (B, 3, 6(T - 1) + 1, 8H, 8W) from latents (B, 12, T, H, W) in VAE space, in float32 and with gradients."""
     return vae.check_decoder(latents.shape)(latents).float()
 
 
 def loss(vae: AsymmVAE, video: Tensor, generator: torch.Generator) -> Tensor:
-    """Squared error, divergence from the prior and from the statistics of Mochi's latents, as one number."""
+    """Squared error, plus divergence from the prior and from the statistics of Mochi's latents, as a scalar."""
     posterior = posterior_of(vae, video)
     logvar = posterior.logvar.clamp(*LOGVAR_RANGE)
     error = F.mse_loss(decoded(vae, posterior.sample(generator)), video)
@@ -91,10 +91,9 @@ def loss(vae: AsymmVAE, video: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def standardize(vae: AsymmVAE, video: Tensor) -> None:
-    """Give the latents of `video` exactly the statistics of Mochi's, and the decoder what undoes it.
+    """Give the latents of `video` exactly the statistics of Mochi's, and make the decoder undo the change.
 
-    The last layer of the encoder has no bias, so the feature that matters least to the latents becomes a constant, and what
-    it was worth is lost.
+    The encoder's last layer has no bias, so the feature that matters least to the latents is sacrificed and becomes a constant.
     """
     encoder: Any = vae.encoder
     decoder: Any = vae.decoder
@@ -125,19 +124,19 @@ def channel_deviations(latents: Tensor) -> Tensor:
 
 
 def decoder_loss(vae: AsymmVAE, video: Tensor) -> Tensor:
-    """Squared error of the decoder alone."""
+    """Squared error with gradients for the decoder only."""
     with torch.no_grad():
         latents = posterior_of(vae, video).mean
     return F.mse_loss(decoded(vae, latents), video)
 
 
 def captioned_batch(rng: np.random.Generator, count: int, width: int = 64) -> Tensor:
-    """Whole clips (count, 3, 13, 64, width) such as a denoiser is to make."""
+    """Whole clips (count, 3, 13, 64, width) like those that a denoiser will make."""
     return to_video([draw(random_clip(rng, width / 64)[0], 13, 64, width) for _ in range(count)])
 
 
 def batch(rng: np.random.Generator) -> Tensor:
-    """Clips (B, 3, F, H, W) in [-1, 1] in any colours: pieces of small crops, and now and then whole frames."""
+    """Clips (B, 3, F, H, W) in [-1, 1] in any colours: the starts of small crops, and sometimes whole clips."""
     if rng.random() < 0.2:
         return to_video([draw(random_colors(rng), 13, 64, 64) for _ in range(2)])
     return to_video([_crop(rng) for _ in range(8)])
@@ -151,5 +150,5 @@ def to_video(clips: list[np.ndarray[Any, Any]]) -> Tensor:
 def _crop(rng: np.random.Generator) -> np.ndarray:
     top, left = rng.integers(0, 64 - CROP + 1, 2).tolist()
     window = slice(top, top + CROP), slice(left, left + CROP)
-    # The first frames of a clip of 13, so that things move as fast as they do there.
+    # The first frames of a 13-frame clip, so that shapes move at the same speed as there.
     return draw(random_colors(rng), 13, 64, 64, window)[:7]
