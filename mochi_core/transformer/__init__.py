@@ -1,1 +1,1 @@
-"""AsymmDiT, the denoiser of Mochi 1: network, attention backends and offloading."""
+"""AsymmDiT, Mochi 1's denoiser: network, attention backends and offloading."""

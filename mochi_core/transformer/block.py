@@ -1,4 +1,4 @@
-"""One block of the denoiser: joint attention, feed-forwards, and how `denoise` calls it. For letters of shapes see `model`."""
+"""One block of the denoiser: joint attention, feed-forwards, and how `denoise` calls it. See `model` for the shape letters."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ QK_NORM_EPS = 1e-5
 """Added to the mean square in the norms of q and k: the default of `RMSNorm` in Genmo's joint_model/layers.py."""
 
 ROTATION_TOKEN_CHUNK = 7168
-"""Tokens at a time in q/k norms and rotations on a GPU: few, because all of q, k and v are there twice just then."""
+"""Tokens at a time in q/k norms and rotations on a GPU: few, because all of q, k and v are then in memory twice."""
 
 
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
     """Attend over visual and valid text tokens; (B, N + L, K, D) each to (B, N + L, K * D).
 
-    L is the largest of `context.lengths`; rows past a sample's own length come out as zeros. Samples with prompts of different
-    lengths are attended to one at a time, so that no padding takes part.
+    L is the largest of `context.lengths`; rows past a sample's own length are zero in the output. If prompts differ in length,
+    samples are processed one at a time, so that padding is never attended to.
     """
     padding = [max(context.lengths) - length for length in context.lengths]
     if not any(padding):
@@ -51,19 +51,19 @@ JointAttention = Callable[[Tensor, Tensor, Tensor, "BlockContext"], Tensor]
 
 @dataclass(frozen=True)
 class BlockContext:
-    """What all blocks of one forward share."""
+    """What all blocks share in one forward pass."""
 
     lengths: tuple[int, ...]
     """Valid text tokens of each sample."""
     rope: Rope
     attend: Attention
     joint_attention: JointAttention = joint_attention
-    """How each block attends; hosts wrap the function to change what goes in or comes out."""
+    """How each block attends; hosts wrap it to change its inputs or output."""
     negative_lengths: tuple[int, ...] = ()
-    """Valid tokens of each sample's negative prompt, where its text is there, too; see `TextConditioning`."""
+    """Valid tokens of each sample's negative prompt, if its text is included; see `TextConditioning`."""
 
     def to(self, device: torch.device | str | int) -> BlockContext:
-        """The context for a block on another device, as accelerate asks for it."""
+        """The context for a block on another device; called by accelerate."""
         return replace(self, rope=self.rope.to(device))
 
     def select(self, samples: Sequence[int]) -> BlockContext:
@@ -80,7 +80,7 @@ class AsymmetricAttention(nn.Module):
     def __init__(self, config: AsymmDiTConfig, *, update_y: bool, ops: Ops, **factory: Any) -> None:
         super().__init__()
         dx, dy, self.num_heads = config.hidden_size_x, config.hidden_size_y, config.num_heads
-        # Tiny, and decisive for sharp attention: the norm weights stay float32 in a bf16 model.
+        # The norm weights stay float32 in a bf16 model: they are tiny, and decisive for sharp attention.
         norm = {**factory, "dtype": torch.float32}
         self.qkv_x = ops.Linear(dx, 3 * dx, bias=False, **factory)
         self.qkv_y = ops.Linear(dy, 3 * dx, bias=False, **factory)
@@ -94,14 +94,14 @@ class AsymmetricAttention(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, scale_x: Tensor, scale_y: Tensor, context: BlockContext
     ) -> tuple[Tensor, Tensor | None]:
-        """What attention adds to either stream, before the gates.
+        """Attention's contribution to each stream, before the gates.
 
         Args:
             x, y: (B, N, Dx) and (B, L, Dy), not yet normed.
-            scale_x, scale_y: (B or 1, Dx), or by frame (B or 1, T, Dx), and (B or 1, Dy); the norms are multiplied by 1 + scale.
+            scale_x, scale_y: (B or 1, Dx), or per frame (B or 1, T, Dx), and (B or 1, Dy); the norms are multiplied by 1 + scale.
 
         Returns:
-            (B, N, Dx), and (B, L, Dy) or in the last block None.
+            (B, N, Dx), and (B, L, Dy), or None in the last block.
         """
         q, k, v = self._joint_heads(
             self.qkv_x(modulated_norm(x, scale_x)),  # (B, N, 3 * K * D)
@@ -116,7 +116,7 @@ class AsymmetricAttention(nn.Module):
     def _joint_heads(self, visual: Tensor, text: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of both streams, (B, N + L, K, D) each, with q and k normed and the visual ones rotated.
 
-        `visual` (B, N, 3 * K * D) and `text` (B, L, 3 * K * D) hold the q, k and v of one stream.
+        `visual` (B, N, 3 * K * D) and `text` (B, L, 3 * K * D) hold the packed q, k and v of each stream.
         """
         norms = self.q_norm_x, self.k_norm_x, self.q_norm_y, self.k_norm_y
         if kernels.fused(visual, text, rope.frames, *(norm.weight for norm in norms)):
@@ -130,7 +130,7 @@ class AsymmetricAttention(nn.Module):
         norms = (q, self.q_norm_x, self.q_norm_y), (k, self.k_norm_x, self.k_norm_y)
         for tokens, part in rope.chunks(token_chunk(visual, ROTATION_TOKEN_CHUNK)):
             for i, (joint, norm_x, _) in enumerate(norms):
-                # The table is made after the norm, and twice, so that less is held at a time.
+                # The table is computed after the norm, and twice, to hold less in memory at a time.
                 joint[:, tokens] = rotate(norm_x(visual[:, tokens, i].float()), part.table())
         for i, (joint, _, norm_y) in enumerate(norms):
             joint[:, num_tokens:] = norm_y(text[:, :, i].float())
@@ -141,8 +141,8 @@ class AsymmetricAttention(nn.Module):
 def _empty_heads(like: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v for `length` tokens, (B, length, K, D) each with the K and D of `like` (B, N, K, D).
 
-    A CPU's attention reads the keys and values of a head again and again: there, each head of theirs is in one piece. Its result
-    has the layout of q.
+    Attention on a CPU reads a head's keys and values repeatedly, so there each head of k and v is contiguous. The output has the
+    layout of q.
     """
     batch, _, heads, head_dim = like.shape
     q = like.new_empty(batch, length, heads, head_dim)
@@ -153,15 +153,15 @@ def _empty_heads(like: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def norm_weight(norm: nn.RMSNorm, device: torch.device) -> Tensor:
-    """The weight of an RMS norm in float32 on `device`, as the module applies it: a host may cast, patch or move it just then.
+    """The weight of an RMS norm in float32 on `device`, as the module applies it: a host may cast, patch or move it on use.
 
-    A large constant is normed to it exactly: its mean square is a power of four, beside which eps is nothing.
+    Norming a large constant gives exactly the weight: the mean square is a power of four, next to which eps vanishes.
     """
     return norm(torch.full(norm.normalized_shape, 2.0**20, device=device))
 
 
 class AsymmetricJointBlock(nn.Module):
-    """Attention and feed-forward for both streams; the last block leaves the text as it is."""
+    """Attention and feed-forward for both streams; the last block leaves the text unchanged."""
 
     def __init__(self, config: AsymmDiTConfig, *, update_y: bool, ops: Ops, **factory: Any) -> None:
         super().__init__()
@@ -177,12 +177,12 @@ class AsymmetricJointBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`x` (B, N, Dx) and `y` (B, L, Dy) to the new x and y.
 
-        `modulation` are the outputs of mod_x and mod_y: (B or 1, 4 * Dx) and (B or 1, 4 * Dy), in the last block (B or 1, Dy).
-        That of x may be by frame, (B or 1, T, 4 * Dx).
+        `modulation` holds the outputs of mod_x and mod_y: (B or 1, 4 * Dx) and (B or 1, 4 * Dy), or (B or 1, Dy) in the last
+        block. That of x may be per frame, (B or 1, T, 4 * Dx).
         """
         mod_x, mod_y = modulation
         if not kernels.fused(x, mod_x):
-            # One kernel each, where every scale and gate would start its own.
+            # One kernel each here, instead of one for every scale and gate.
             mod_x, mod_y = mod_x.float(), mod_y.float()
         scale_attn_x, gate_attn_x, scale_mlp_x, gate_mlp_x = mod_x.chunk(4, dim=-1)  # (B, Dx) or (B, T, Dx)
         if self.mlp_y is None:
@@ -200,7 +200,7 @@ class AsymmetricJointBlock(nn.Module):
 
 @dataclass(frozen=True)
 class BlockCall:
-    """One call of one block in a forward: the block, its index from 0, and the arguments that it is called with."""
+    """One call of a block in a forward pass: the block, its index from 0, and its arguments."""
 
     block: AsymmetricJointBlock
     index: int
@@ -209,14 +209,14 @@ class BlockCall:
     y: Tensor
     """(B, L, Dy), the text stream."""
     modulation: tuple[Tensor, Tensor]
-    """Outputs of the block's mod_x and mod_y, of B samples or of 1 for all."""
+    """Outputs of the block's mod_x and mod_y, for B samples or 1 for all."""
     context: BlockContext
 
 
 RunBlock = Callable[[BlockCall], tuple[Tensor, Tensor]]
-"""The new x and y of a block: how `denoise` calls each one, so that hosts and caches can wrap, replace or skip blocks."""
+"""Runs a block and returns its new x and y; `denoise` calls blocks through it, so that they can be wrapped, replaced or skipped."""
 
 
 def run_block(call: BlockCall) -> tuple[Tensor, Tensor]:
-    """Call the block as it is."""
+    """Call the block directly."""
     return call.block(call.x, call.y, call.modulation, call.context)

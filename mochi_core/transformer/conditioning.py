@@ -1,4 +1,4 @@
-"""What the denoiser is told besides the latents: prompts, and the noise level of each step, as modulation of its blocks.
+"""The denoiser's inputs besides the latents: prompts, and the noise level of each step, as modulation of its blocks.
 
 Shapes: B batch, T latent frames, L text tokens, Dx 3072, Dy 1536.
 """
@@ -16,25 +16,24 @@ class TextConditioning:
     """Prompts, cropped to their valid tokens and projected."""
 
     tokens: Tensor
-    """(B, L, Dy), L the longest prompt of the batch; tokens past a prompt's own length are never attended to."""
+    """(B, L, Dy), where L is the longest prompt of the batch; tokens past a prompt's own length are never attended to."""
     lengths: tuple[int, ...]
     """Valid tokens of each prompt."""
     pooled: Tensor
-    """(B or 1, Dx), one vector per prompt; one for all where they are the same."""
+    """(B or 1, Dx), one vector per prompt, or one for all if they are the same."""
     negative_lengths: tuple[int, ...] = ()
-    """Valid tokens of each negative prompt, whose tokens then are the second half of `tokens` (normalised attention guidance)."""
+    """Valid tokens of each negative prompt, whose text is then the second half of `tokens` (normalised attention guidance)."""
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """Scales and gates of every block, shift and scale of the final layer, for one forward.
+    """Scales and gates of every block, shift and scale of the final layer, for one forward pass.
 
-    Text has one for each sample, (B or 1, ...). Visual tokens have the same, or with a noise level for each latent frame
-    (B or 1, T, ...).
+    Text has one per sample, (B or 1, ...), and so do visual tokens, or (B or 1, T, ...) with per-frame noise levels.
     """
 
     blocks: tuple[tuple[Tensor, Tensor], ...]
-    """Outputs of each block's mod_x, (..., 4 * Dx), and mod_y, (..., 4 * Dy) or in the last block (..., Dy)."""
+    """Outputs of each block's mod_x, (..., 4 * Dx), and mod_y, (..., 4 * Dy), or (..., Dy) in the last block."""
     final: Tensor
     """(..., 2 * Dx), shift and scale of the final layer."""
 
@@ -43,7 +42,7 @@ class Modulation:
         return self.final.ndim == 3
 
     def of_frames(self, frames: list[int] | None) -> Modulation:
-        """Visual tokens modulated by these frames, one after the other; None leaves all as it is."""
+        """The modulation with visual tokens following these frames, in order; None changes nothing."""
         if frames is None:
             return self
         blocks = tuple((x[:, frames], y) for x, y in self.blocks)
@@ -52,12 +51,12 @@ class Modulation:
 
 @dataclass(frozen=True)
 class ScheduleModulation:
-    """Modulations of all steps of a schedule, each distinct noise level computed once."""
+    """Modulations for all steps of a schedule, with each distinct noise level computed once."""
 
     levels: Modulation
-    """The axes in front: visual tokens (levels, B or 1, ...), one for each distinct noise level; text (steps, B or 1, ...)."""
+    """With leading axes: visual tokens (levels, B or 1, ...), one per distinct noise level; text (steps, B or 1, ...)."""
     rows: Tensor | None
-    """(steps, T) int64, which of the levels each frame has in each step; None if all frames have that of the step."""
+    """(steps, T) int64, the index of each frame's level in each step; None if all frames have the step's level."""
 
     def at(self, step: int) -> Modulation:
         """Modulation of one step."""
@@ -69,7 +68,7 @@ class ScheduleModulation:
 
 
 def crop_to_valid(text_embeds: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move each prompt's valid tokens to the front, cut to the longest prompt and zero what is left of padding.
+    """Move each prompt's valid tokens to the front, cut to the longest prompt, and zero the remaining padding.
 
     `text_embeds` (B, L, W) and `text_mask` (B, L) bool to (B, longest, W) and (B, longest) bool; longest may be 0.
     """
@@ -80,7 +79,7 @@ def crop_to_valid(text_embeds: Tensor, text_mask: Tensor) -> tuple[Tensor, Tenso
 
 
 def distinct(sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """The noise levels that `sigmas` (steps, T) holds, each once, and the index of each of its own among them, (steps, T)."""
+    """The distinct noise levels in `sigmas` (steps, T), and the index of each entry among them, (steps, T)."""
     by_step = sigmas.tolist()
     index = {sigma: i for i, sigma in enumerate(dict.fromkeys(sigma for step in by_step for sigma in step))}
     return torch.tensor([*index]), torch.tensor([[index[sigma] for sigma in step] for step in by_step])

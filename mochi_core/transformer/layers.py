@@ -1,7 +1,7 @@
 """Small parts of the denoiser: norms and gates in float32, embedders, feed-forward, output layer.
 
-Every layer treats tokens one by one, so that members of a group may each have some of them; only attention relates them.
-Modules build their layers from an `Ops` namespace, torch.nn by default, so that a host can bring its own.
+Every layer treats tokens independently, so that they can be divided among the members of a group; only attention relates them.
+Modules build their layers from an `Ops` namespace, torch.nn by default, so that a host can supply its own.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ NORM_EPS = 1e-6
 """Added to mean squares and variances in norms without a weight: the default of `modulated_rmsnorm` and
 `residual_tanh_gated_rmsnorm`, and the LayerNorm before the output, in Genmo's joint_model/."""
 TIMESTEP_SCALE = 1000.0
-"""Timestep at the end of the way from noise to data: `timestep_scale` in Genmo's configuration of the denoiser, pipelines.py."""
+"""Timestep of clean data: `timestep_scale` in Genmo's configuration of the denoiser, pipelines.py."""
 TIMESTEP_PERIOD = 10000.0
 """Longest period of the timestep's sinusoids, over 2 pi: `max_period` of `timestep_embedding`, Genmo's joint_model/layers.py."""
 TOKEN_CHUNK = {"cpu": 256}
-"""Tokens at a time in norms, gates and rotations, by kind of device: as many as a CPU's caches hold in float32."""
+"""Tokens at a time in norms, gates and rotations, by device type: as many as fit in a CPU's caches in float32."""
 DEFAULT_TOKEN_CHUNK = 24576
-"""Tokens at a time on other devices, where every start of a kernel costs: copies of so many in float32 need no more memory than
-the attention of 163 frames of 848x480."""
+"""Tokens at a time on other devices, where every kernel launch costs: float32 copies of this many need no more memory than
+attention for 163 frames of 848x480."""
 FEED_FORWARD_TOKEN_CHUNK = 16384
-"""Tokens at a time in a feed-forward: many, because a layer may have to fetch or dequantise its weight for each call."""
+"""Tokens at a time in a feed-forward: many, because a layer may have to fetch or dequantise its weight on each call."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def token_chunk(x: Tensor, default: int = DEFAULT_TOKEN_CHUNK) -> int:
-    """How many tokens of each sample of `x` (B, L, ...) to work on at a time, so that little is held in float32.
+    """How many tokens of each sample of `x` (B, L, ...) to process at a time, so that little is held in float32.
 
-    `default` is for devices that `TOKEN_CHUNK` does not name.
-    All of them while compiling, because a compiler fuses the operations and so holds nothing in between.
+    `default` is for devices that `TOKEN_CHUNK` does not list. When compiling it is all tokens, because a compiler fuses the
+    operations and so has no intermediates.
     """
     if torch.compiler.is_compiling():
         return x.shape[1]
@@ -49,12 +49,12 @@ def token_chunk(x: Tensor, default: int = DEFAULT_TOKEN_CHUNK) -> int:
 
 
 def apply_chunked(function: Callable[..., Tensor], *tensors: Tensor, tokens: int | None = None) -> Tensor:
-    """function(*tensors) in the shape and dtype of the first, (B, L, D), for a function that treats all tokens alike.
+    """function(*tensors) in the shape and dtype of the first, (B, L, D), for a function that treats tokens independently.
 
-    It may return a dtype with more digits.
+    The function may return a wider dtype.
 
-    At most `tokens` tokens of the whole batch, by default `token_chunk` of each sample, are given to it at a time, so that
-    what it holds in between stays small. A gradient would hold it all, and take a copy of all for each part: it gets one.
+    It is given at most `tokens` tokens of the whole batch at a time, by default `token_chunk` of each sample, to keep its
+    intermediates small. With gradients it is called once: they would keep all intermediates, and copy everything per chunk.
     """
     batch, length = tensors[0].shape[:2]
     chunk = token_chunk(tensors[0]) if tokens is None else max(1, tokens // batch)
@@ -80,14 +80,14 @@ def scaled_rms_norm(x: Tensor, factor: Tensor) -> Tensor:
     """rms_norm(x) * factor in float32; `x` (B, L, D), `factor` (B, D) float32, or (1, D) for all samples."""
     if len(factor) > 1 or x.device.type == "cpu":
         return rms_norm(x) * factor[:, None]
-    # As the norm's weight: one kernel less. A CPU gains nothing.
+    # As the norm's weight, which saves a kernel. A CPU gains nothing.
     return F.rms_norm(x.float(), x.shape[-1:], factor[0], eps=NORM_EPS)
 
 
 def by_frame(streams: int) -> Callable[[Function], Function]:
-    """Let a function of `streams` tensors (B, L, D) and of modulations (B, D) take modulations by frame, (B or 1, T, D), too.
+    """Let a function of `streams` tensors (B, L, D) and modulations (B, D) also accept per-frame modulations (B or 1, T, D).
 
-    Tokens run over frames first: each frame of L / T tokens becomes a sample with a modulation of its own.
+    Tokens are ordered by frame: each frame of L / T tokens becomes a sample with its own modulation.
     """
 
     def decorate(function: Function) -> Function:
@@ -127,7 +127,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     out = torch.empty_like(x)
     for start in range(0, x.shape[1], token_chunk(x)):
         some = slice(start, start + token_chunk(x))
-        torch.add(x[:, some], scaled_rms_norm(branch[:, some], gate), out=out[:, some])  # no copy of x in float32
+        torch.add(x[:, some], scaled_rms_norm(branch[:, some], gate), out=out[:, some])  # without a float32 copy of x
     return out
 
 
@@ -163,7 +163,7 @@ def final_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """One token for each patch of each latent frame; tokens run over frames, rows, columns."""
+    """One token per patch of each latent frame, ordered by frame, row, column."""
 
     def __init__(self, channels: int, patch_size: int, width: int, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(ops.Linear(features, width, **factory), nn.SiLU(), ops.Linear(width, width, **factory))
 
     def forward(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
-        """`sigma` (...), noise levels in [0, 1], to (..., width) in `dtype`; the sinusoids are float32 whatever it is."""
+        """`sigma` (...), noise levels in [0, 1], to (..., width) in `dtype`; the sinusoids are always float32."""
         timestep = (1 - sigma.float()) * TIMESTEP_SCALE
         half = self.features // 2
         exponents = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
@@ -195,7 +195,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One vector per prompt, by attention with a single query: the mean token attends to itself and to all tokens."""
+    """One vector per prompt, by attention with a single query: the mean token attends to itself and all tokens."""
 
     def __init__(self, text_width: int, num_heads: int, width: int, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
@@ -226,12 +226,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (B, L, width) to the same shape."""
-        # No name for what w1 gives: it would be held until w2 is done.
+        # The result of w1 gets no name, which would keep it alive until w2 is done.
         return apply_chunked(lambda x: self.w2(swiglu(self.w1(x))), x, tokens=FEED_FORWARD_TOKEN_CHUNK)
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm without weight, and the projection of each token to the values of its patch."""
+    """Modulated LayerNorm without weights, and the projection of each token to the values of its patch."""
 
     def __init__(self, width: int, patch_features: int, *, ops: Ops, **factory: Any) -> None:
         super().__init__()
@@ -239,5 +239,5 @@ class FinalLayer(nn.Module):
         self.linear = ops.Linear(width, patch_features, **factory)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """`x` (B, N, width), `modulation` (B or 1, 2 * width), or by frame (B or 1, T, 2 * width), to (B, N, patch_features)."""
+        """`x` (B, N, width), `modulation` (B or 1, 2 * width), or per frame (B or 1, T, 2 * width), to (B, N, patch_features)."""
         return self.linear(final_norm(x, *modulation.chunk(2, dim=-1)))

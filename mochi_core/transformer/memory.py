@@ -1,4 +1,4 @@
-"""What denoising will take besides the weights, in bytes, counted from the sizes of the tensors that are alive at once."""
+"""Estimate the bytes that denoising takes besides the weights, from the sizes of the tensors alive at once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ SMALL_TENSORS = 48 * 2**20
 
 
 def working_bytes(config: AsymmDiTConfig, num_tokens: int, itemsize: int, conditions: int = 2) -> int:
-    """Most bytes at once in a forward over `num_tokens` visual tokens, for `conditions` prompts in one pass.
+    """Peak bytes of a forward pass over `num_tokens` visual tokens, for `conditions` prompts in one pass.
 
-    A block holds most either when it places packed q, k and v as joint ones, where 7 tensors of the width of the stream are
-    alive (the stream, 3 packed, 3 joint), or in the feed-forward: 3 of the stream's width, and 3 of the hidden width for a
-    chunk of tokens. Each further condition holds its stream meanwhile. At 848x480 this is 0 to 10 % above what was measured
-    with 77 text tokens: benchmarks/results/memory_cpu.md. Attention itself is taken to hold no matrix of tokens by tokens.
+    A block peaks either when it rearranges packed q, k and v to joint ones, with 7 tensors of the stream's width alive (the
+    stream, 3 packed, 3 joint), or in the feed-forward: 3 of the stream's width, and 3 of the hidden width for a chunk of tokens.
+    Each further condition holds its stream meanwhile. At 848x480 this is 0 to 10 % above what was measured with 77 text tokens:
+    benchmarks/results/memory_cpu.md. Attention is assumed not to hold a tokens-by-tokens matrix.
     """
     tokens = num_tokens + MAX_TEXT_TOKENS
     stream = tokens * config.hidden_size_x
@@ -25,7 +25,7 @@ def working_bytes(config: AsymmDiTConfig, num_tokens: int, itemsize: int, condit
 
 
 def modulation_bytes(config: AsymmDiTConfig, steps: int, itemsize: int, conditions: int = 2) -> int:
-    """Bytes of the prepared modulation of a schedule: scales and gates of all blocks and the final layer, for each prompt."""
+    """Bytes of a schedule's precomputed modulation: scales and gates of all blocks and the final layer, for each prompt."""
     both, width = 4 * (config.hidden_size_x + config.hidden_size_y), config.hidden_size_x
     last = 4 * width + config.hidden_size_y
     return ((config.depth - 1) * both + last + 2 * width) * steps * itemsize * conditions

@@ -1,11 +1,11 @@
-"""AsymmDiT, the denoiser of Mochi 1.
+"""AsymmDiT, Mochi 1's denoiser.
 
 Module and parameter names are those of Genmo's checkpoint. Suffix _x is the visual stream, _y the text stream.
 Shapes: B batch, C 12 latent channels, T latent frames, H W latent rows and columns, N = T * H/2 * W/2 visual tokens,
 L text tokens, Dx 3072, Dy 1536, K 24 heads of D 128.
 
-What does not depend on the noisy latents is computed by `prepare_text`, `modulation` and `rope`, once for a whole schedule,
-and used by `denoise`; `forward` calls all four.
+Everything that does not depend on the noisy latents is computed by `prepare_text`, `modulation` and `rope`, once for a whole
+schedule, and used by `denoise`; `forward` calls all four.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from .rope import Rope, rope_table
 
 
 class Share(Protocol):
-    """The tokens of a forward that are computed here, while others compute the rest: `parallel.sequence`."""
+    """The tokens of a forward pass that are computed here, while others compute the rest: see `parallel.sequence`."""
 
     @property
     def tokens(self) -> slice:
-        """Which ones."""
+        """The range of these tokens."""
         ...
 
     @property
     def frames(self) -> list[int] | None:
-        """The frame of each of the equal parts that they consist of, or None if nothing depends on frames."""
+        """The frame of each of their equal units, or None if nothing depends on frames."""
         ...
 
     def attention(self, attention: Attention) -> Attention:
-        """Attention over all tokens and the text, from q, k and v of these tokens and the text."""
+        """Attention over all tokens and the text, given q, k and v of these tokens and the text."""
         ...
 
     def gather(self, x: Tensor) -> Tensor:
-        """Values (B, n, F) of these tokens to those of all, (B, N, F)."""
+        """Gather values (B, n, F) of these tokens to (B, N, F) of all tokens."""
         ...
 
 
 class TokenGroup(Protocol):
-    """Those who share the tokens of a forward: `parallel.sequence.TokenSplit`."""
+    """The members that share the tokens of a forward pass: see `parallel.sequence.TokenSplit`."""
 
     def share(self, frames: int, per_frame: int, *, by_frame: bool = False) -> Share:
-        """This member's share of so many tokens; `by_frame` if modulations differ by frame."""
+        """This member's share of the tokens of `frames` latent frames; `by_frame` if modulations differ between frames."""
         ...
 
 
@@ -63,7 +63,7 @@ class AsymmDiT(nn.Module):
     """Predicts velocity = data - noise from noisy latents, noise level and prompt."""
 
     has_frame_levels = False
-    """Whether the weights were trained with a noise level of each latent frame; the network takes such levels with any."""
+    """Whether the weights were trained with per-frame noise levels; the network accepts them with any weights."""
 
     def __init__(
         self,
@@ -91,11 +91,11 @@ class AsymmDiT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are in and the network computes in, read from one that is never quantised or kept in float32."""
+        """Dtype of the weights and of the computation, read from a weight that is never quantised or kept in float32."""
         return self.x_embedder.proj.weight.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AsymmDiT:
-        """How `to`, `half`, `cuda` and the like change tensors: those that keep their dtype are only moved."""
+        """Apply `to`, `half`, `cuda` and the like; tensors with a fixed dtype are only moved."""
         fixed = list(self._tensors_of_fixed_dtype())
         kept = {id(tensor) for tensor in (*fixed, *(tensor.grad for tensor in fixed))}
 
@@ -107,7 +107,7 @@ class AsymmDiT(nn.Module):
         return super()._apply(convert, recurse)
 
     def _tensors_of_fixed_dtype(self) -> Iterator[Tensor]:
-        """Positions and q/k norms, float32 in a model of any dtype, and weights in their quantised form."""
+        """Position frequencies and q/k norms, float32 in a model of any dtype, and quantised weights."""
         yield self.pos_frequencies
         for module in self.modules():
             if isinstance(module, nn.RMSNorm):
@@ -122,7 +122,7 @@ class AsymmDiT(nn.Module):
 
         Args:
             latents: (B, C, T, H, W) noisy latents in DiT space; any H and W.
-            sigma: (B,) noise level in [0, 1], or (B, T) one for each latent frame.
+            sigma: (B,) noise levels in [0, 1], or (B, T) per-frame noise levels.
             text_embeds: (B, L, text_width) T5 output.
             text_mask: (B, L) bool, True for valid tokens; may be all False (an empty prompt).
             attention: (q, k, v) -> output, see `attention.Attention`.
@@ -140,9 +140,9 @@ class AsymmDiT(nn.Module):
         return TextConditioning(self.t5_yproj(tokens), lengths, self.t5_y_embedder(tokens, mask))
 
     def modulation(self, sigma: Tensor, pooled: Tensor) -> Modulation:
-        """Scales and gates for noise levels `sigma` (B,), or (B, T) by frame, and prompts `pooled` (B or 1, Dx).
+        """Scales and gates for noise levels `sigma` (B,), or per-frame (B, T), and prompts `pooled` (B or 1, Dx).
 
-        Noise levels by frame are those of Pusa (arXiv 2507.16116): visual tokens follow their frame, text the mean of all.
+        Per-frame noise levels are as in Pusa (arXiv 2507.16116): visual tokens follow their frame, text the mean of all.
         """
         level = self.t_embedder(sigma, pooled.dtype)  # (B, Dx) or (B, T, Dx)
         if sigma.ndim == 1:
@@ -150,7 +150,7 @@ class AsymmDiT(nn.Module):
         return self._modulation(level + pooled[:, None], level.mean(dim=1) + pooled)
 
     def schedule_modulation(self, sigmas: Tensor, pooled: Tensor) -> ScheduleModulation:
-        """What `modulation` gives at every step of `sigmas` (steps,), or (steps, T) by frame, for `pooled` (B or 1, Dx)."""
+        """`modulation` for every step of `sigmas` (steps,), or per-frame (steps, T), and prompts `pooled` (B or 1, Dx)."""
         levels, rows = (sigmas, None) if sigmas.ndim == 1 else distinct(sigmas)
         visual = text = self.t_embedder(levels.to(pooled.device), pooled.dtype)  # (levels, Dx)
         if rows is not None:
@@ -159,7 +159,7 @@ class AsymmDiT(nn.Module):
         return ScheduleModulation(self._modulation(visual[:, None] + pooled, text[:, None] + pooled), rows)
 
     def _modulation(self, visual: Tensor, text: Tensor) -> Modulation:
-        """Modulation from what visual tokens and text are conditioned on, (..., Dx) each."""
+        """Modulation from the conditioning vectors of visual tokens and text, (..., Dx) each."""
         visual, text = F.silu(visual), F.silu(text)
         blocks = tuple((block.mod_x(visual), block.mod_y(text)) for block in self.joint_blocks())
         return Modulation(blocks, self.final_layer.mod(visual))
@@ -181,7 +181,7 @@ class AsymmDiT(nn.Module):
         run_block: RunBlock = run_block,
         group: TokenGroup | None = None,
     ) -> Tensor:
-        """Velocity from prepared conditioning, in the shape of `latents` (B, C, T, H, W), which have the model's dtype."""
+        """Velocity from prepared conditioning, in the shape of `latents` (B, C, T, H, W), which must have the model's dtype."""
         (velocity,) = self.denoise_each(
             latents, [(text, modulation)], rope, attend=attend, run_blocks=[run_block], group=group
         )
@@ -197,11 +197,11 @@ class AsymmDiT(nn.Module):
         run_blocks: Sequence[RunBlock] | None = None,
         group: TokenGroup | None = None,
     ) -> list[Tensor]:
-        """Velocities (B, C, T, H, W) under each condition, in one pass over the blocks; `latents` have the model's dtype.
+        """Velocities (B, C, T, H, W) under each condition, in one pass over the blocks; `latents` must have the model's dtype.
 
-        A block takes one condition after the other: its weights are needed once, and no prompt is padded to another's
-        length. The residual streams are all that is held for every condition. `run_blocks` has one entry per condition.
-        With a `group`, all its members call this with the same arguments; each computes its share of the tokens, and gets all.
+        Each block processes the conditions in turn: its weights are needed once, and no prompt is padded to another's length.
+        Only the residual streams are held for every condition. `run_blocks` has one entry per condition. With a `group`, all its
+        members call this with the same arguments; each computes its share of the tokens, and all get the whole result.
         """
         _, _, num_latents, height, width = latents.shape
         latents = pad_to_patches(latents, self.config.patch_size)
@@ -215,7 +215,7 @@ class AsymmDiT(nn.Module):
             attend = share.attention(attend)
         streams: list[tuple[Tensor, Tensor]] = []  # (B, N, Dx), (B, L, Dy)
         for text, _ in conditions:
-            streams.append((embedded, text.tokens))  # no comprehension: what it uses, Dynamo cannot delete
+            streams.append((embedded, text.tokens))  # not a comprehension: Dynamo could not delete what it uses
         contexts = [
             BlockContext(text.lengths, rope, attend, negative_lengths=text.negative_lengths) for text, _ in conditions
         ]
@@ -229,26 +229,25 @@ class AsymmDiT(nn.Module):
             x = self.final_layer(x, modulation.final)  # (B, N, patch * patch * C)
             x = x if share is None else share.gather(x)
             velocity = self._unpatchify(x, num_latents, rows)[..., :height, :width]
-            velocities.append(velocity.to(latents.device))  # the last layer may lie on another device
+            velocities.append(velocity.to(latents.device))  # the last layer may be on another device
         return velocities
 
     def compile_blocks(self, **options: Any) -> None:
-        """Have `torch.compile`, which takes `options`, fuse the operations of each block when it is first called.
+        """Have `torch.compile`, which gets `options`, fuse the operations of each block on its first call.
 
-        Blocks take the plain operations then, unless `kernels.using("triton")` asks for ours, which the compiler leaves as they
-        are.
-        Blocks that are alike share the compiled code. LoRAs may come, go and change their strength, at the price of compiling
-        once more; hooks on a block, such as those of `offload`, stay outside.
+        Blocks then use the plain operations, unless `kernels.using("triton")` selects ours, which the compiler leaves unchanged.
+        Identical blocks share compiled code. LoRAs may be added, removed or change strength, at the cost of a recompilation;
+        hooks on a block, such as those of `offload`, stay outside the compiled code.
         """
         import torch._dynamo  # large
 
-        # By default hooks that come later would be ignored, and the ninth shape of the inputs or of a block is an error.
+        # By default, hooks added later are ignored, and the ninth shape of the inputs or of a block is an error.
         settings = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=64)
         for block in self.joint_blocks():
             block.forward = settings(torch.compile(block.forward, fullgraph=True, **options))
 
     def joint_blocks(self) -> list[AsymmetricJointBlock]:
-        """The blocks in order, with their type, which `nn.ModuleList` forgets."""
+        """The blocks in order, with their type, which `nn.ModuleList` loses."""
         return cast(list[AsymmetricJointBlock], list(self.blocks))
 
     def _unpatchify(self, tokens: Tensor, num_latents: int, rows: int) -> Tensor:
@@ -259,7 +258,7 @@ class AsymmDiT(nn.Module):
 
 
 def pad_to_patches(latents: Tensor, patch_size: int) -> Tensor:
-    """Repeat the last row and column of `latents` (B, C, T, H, W) where H or W is no multiple of the patch size."""
+    """Repeat the last row and column of `latents` (B, C, T, H, W) if H or W is not a multiple of the patch size."""
     height, width = latents.shape[-2:]
     bottom, right = -height % patch_size, -width % patch_size
     return F.pad(latents, (0, right, 0, bottom, 0, 0), mode="replicate") if bottom or right else latents

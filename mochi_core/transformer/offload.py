@@ -1,12 +1,11 @@
-"""Offloading: the weights stay in main memory and are on the device for a whole run, or block by block.
+"""Offloading: weights are kept in main memory, and are on the device for a whole run or block by block.
 
-It works by swapping `param.data`: a device copy is assigned for the duration, then the CPU tensor is put back; that one is
-never written. Weights of any kind, quantised ones and LoRAs beside a layer too, are handled alike. A tensor that somebody else
-assigns in the meantime, as a LoRA does whose strength is changed, is used from then on and stays; a LoRA that is loaded in the
-meantime goes with its layer.
+It works by swapping `param.data`: a device copy is assigned for the duration, then the CPU tensor, which is never written, is
+restored. All weights are handled alike, including quantised ones and LoRAs. A tensor that is assigned from outside in the
+meantime, as when a LoRA's strength changes, is used from then on and kept; a LoRA loaded in the meantime moves with its layer.
 
-mod_x and mod_y, 27 % of the weights, are called only when a run prepares its conditioning. Both ways of offloading have each
-of them on the device for that call alone.
+mod_x and mod_y, 27 % of the weights, are called only when a run prepares its conditioning. Both offloading modes have each of
+them on the device only for that call.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .model import AsymmDiT
 
 @contextmanager
 def offload_modulation(dit: AsymmDiT, device: torch.device | str) -> Iterator[None]:
-    """Have all of `dit` but mod_x and mod_y on `device` for the duration, and then all as it was."""
+    """Keep all of `dit` except mod_x and mod_y on `device` for the duration, then restore it."""
     check_mapped_files(dit)
     modulators = modulators_of(dit)
     with on_device(without(modulators, dit), device), on_device_when_called(modulators, device):
@@ -32,10 +31,10 @@ def offload_modulation(dit: AsymmDiT, device: torch.device | str) -> Iterator[No
 
 @contextmanager
 def stream_blocks(dit: AsymmDiT, device: torch.device | str) -> Iterator[None]:
-    """Have `dit` compute on `device` with at most two of its blocks there: one at work, the next being copied.
+    """Run `dit` on `device` with at most two of its blocks there: one in use, the next being copied.
 
-    Everything outside the blocks, 1 % of the weights, is there for the duration. Afterwards all is as it was, except that with
-    CUDA the blocks are in pinned memory.
+    Everything outside the blocks, 1 % of the weights, is on the device for the duration. Afterwards everything is restored,
+    except that with CUDA the blocks are in pinned memory.
     """
     check_mapped_files(dit)
     blocks, modulators = dit.joint_blocks(), modulators_of(dit)
@@ -55,31 +54,31 @@ class Weights:
     """Parameters and buffers that are swapped together between main memory and a device."""
 
     def __init__(self, find: Callable[[], Iterable[Tensor]]) -> None:
-        """`find` gives the parameters and buffers; it is asked before each swap, as LoRAs come and go."""
+        """`find` returns the parameters and buffers; it is called before each swap, as LoRAs come and go."""
         self.find = find
         self.originals = {tensor: tensor.data for tensor in find()}
-        # What they were last given here. Held, so that no other tensor can have the same address.
+        # What was last assigned to them here, kept alive so that no other tensor can have the same address.
         self.assigned = dict(self.originals)
 
     def pin(self) -> None:
-        """Move the originals, tensor by tensor, into pinned memory, which a device can read by itself."""
+        """Move the originals, tensor by tensor, to pinned memory, which a device can read directly."""
         for tensor, original in self.originals.items():
             tensor.data = self.originals[tensor] = self.assigned[tensor] = original.pin_memory()
 
     def copies(self, device: torch.device | str) -> dict[Tensor, Tensor]:
-        """Copies of the originals on `device`; from pinned memory, they may still be on their way."""
+        """Copies of the originals on `device`; from pinned memory, they may still be in flight."""
         self._keep_changes()
-        pinned = torch.device(device).type == "cuda"  # elsewhere a copy has to be complete when it is given out
+        pinned = torch.device(device).type == "cuda"  # elsewhere a copy must be complete when it is returned
         return {t: data.to(device, non_blocking=pinned, copy=True) for t, data in self.originals.items()}
 
     def assign(self, copies: dict[Tensor, Tensor], device: torch.device | str) -> None:
-        """Have the parameters and buffers use `copies`, made by `copies`; what is new or has changed since is copied now."""
+        """Make the parameters and buffers use `copies`, from the method `copies`; those new or changed since are copied now."""
         for tensor in self._keep_changes():
             copies[tensor] = self.originals[tensor].to(device)
         self._swap(copies)
 
     def restore(self) -> None:
-        """Have the parameters and buffers use the originals again."""
+        """Make the parameters and buffers use the originals again."""
         self._keep_changes()
         self._swap(self.originals)
 
@@ -88,7 +87,7 @@ class Weights:
             tensor.data = self.assigned[tensor] = tensors[tensor]
 
     def _keep_changes(self) -> list[Tensor]:
-        """Make what others have added or assigned since the last call the originals; returns which, and forgets what is gone."""
+        """Adopt tensors added or assigned from outside since the last call as originals; returns them, and forgets removed ones."""
         found = list(self.find())
         home = next((data.device for data in self.originals.values()), torch.device("cpu"))
         changed = [t for t in found if t not in self.assigned or t.data_ptr() != self.assigned[t].data_ptr()]
@@ -101,7 +100,7 @@ class Weights:
 
 @contextmanager
 def on_device(weights: Weights, device: torch.device | str) -> Iterator[None]:
-    """Have `weights` on `device` for the duration."""
+    """Keep `weights` on `device` for the duration."""
     try:
         weights.assign(weights.copies(device), device)
         yield
@@ -111,7 +110,7 @@ def on_device(weights: Weights, device: torch.device | str) -> Iterator[None]:
 
 @contextmanager
 def on_device_when_called(layers: dict[nn.Module, Weights], device: torch.device | str) -> Iterator[None]:
-    """Have the weights of each layer on `device` during its forward, for as long as the context lasts."""
+    """Keep the weights of each layer on `device` only during its forward, for as long as the context lasts."""
     hooks = []
     for layer, weights in layers.items():
         hooks.append(layer.register_forward_pre_hook(lambda *_, w=weights: w.assign(w.copies(device), device)))
@@ -126,7 +125,7 @@ def on_device_when_called(layers: dict[nn.Module, Weights], device: torch.device
 
 
 class BlockStream:
-    """Copies blocks to the device in order, each while the one before it is at work."""
+    """Copies blocks to the device in order, each while the previous one is running."""
 
     def __init__(self, blocks: list[Weights], device: torch.device) -> None:
         self.blocks, self.device = blocks, device
@@ -139,7 +138,7 @@ class BlockStream:
                 block.pin()
 
     def start(self, index: int) -> None:
-        """Have a block on the device, and begin to copy the one after it; after the last comes the first."""
+        """Put a block on the device, and start copying the next one; after the last comes the first."""
         if index == self.current:
             return
         self._end()
@@ -150,7 +149,7 @@ class BlockStream:
         self._prefetch((index + 1) % len(self.blocks))
 
     def stop(self) -> None:
-        """Put all blocks back, once the device has finished all work that was queued with the copies."""
+        """Restore all blocks, once the device has finished all queued work that uses the copies."""
         try:
             if self.copy_stream is not None:
                 torch.cuda.synchronize(self.device)
@@ -164,7 +163,7 @@ class BlockStream:
             self.current = None
 
     def _prefetch(self, index: int) -> None:
-        """Begin to copy a block, when the device is done with the block before, whose memory the copies take."""
+        """Start copying a block, once the device is done with the block before, whose memory the copies reuse."""
         self.prefetched = None
         if self.copy_stream is not None:
             self.copy_stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -186,7 +185,7 @@ def modulators_of(dit: AsymmDiT) -> dict[nn.Module, Weights]:
 
 
 def without(modulators: dict[nn.Module, Weights], module: nn.Module) -> Weights:
-    """The weights of `module` without those that belong to one of the modulators."""
+    """The weights of `module` without those of the modulators."""
 
     inside = [layer for layer in module.modules() if layer in modulators]
 

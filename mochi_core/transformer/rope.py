@@ -1,6 +1,6 @@
 """Rotary position embedding with learned frequencies.
 
-A visual token at latent frame t, row h and column w has feature pair f of head k rotated by the angle
+For a visual token at latent frame t, row h and column w, feature pair f of head k is rotated by the angle
 t * pos_frequencies[0, k, f] + h * pos_frequencies[1, k, f] + w * pos_frequencies[2, k, f].
 """
 
@@ -21,7 +21,7 @@ REFERENCE_AREA = 192 * 192
 class Rope:
     """Rotary table in factored form, as (cos, sin) pairs.
 
-    The rotation of the token at latent frame t and patch p is the complex product frames[t] * spatial[p]. The full table of
+    The rotation of the token at latent frame t and patch p is the complex product frames[t] * spatial[p]. The full table for
     163 frames of 848x480 would take 547 MB.
     """
 
@@ -30,9 +30,9 @@ class Rope:
     spatial: Tensor
     """(rows * columns, heads, head_dim / 2, 2) float32."""
     skipped: int = 0
-    """Tokens of the first frame that are left out."""
+    """Leading tokens of the first frame that are left out."""
     dropped: int = 0
-    """Tokens of the last frame that are left out."""
+    """Trailing tokens of the last frame that are left out."""
 
     def to(self, device: torch.device | str | int) -> Rope:
         return replace(self, frames=self.frames.to(device), spatial=self.spatial.to(device))
@@ -49,9 +49,9 @@ class Rope:
         return Rope(self.frames[first:end], self.spatial, start - first * per_frame, end * per_frame - stop)
 
     def chunks(self, tokens: int) -> Iterator[tuple[slice, Rope]]:
-        """Which tokens, and their part of the table, in chunks of whole frames.
+        """Yield tokens and their part of the table in chunks of whole frames.
 
-        A chunk has at most `tokens` tokens, but at least one frame, or what there is of it.
+        A chunk has at most `tokens` tokens, but at least one frame or the part of it that exists.
         """
         step = max(1, tokens // len(self.spatial)) * len(self.spatial)
         for start in range(-self.skipped, self.num_tokens, step):
@@ -65,9 +65,9 @@ class Rope:
 
 
 def axis_positions(num_latents: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions (T,), (rows,) and (columns,) along time, height and width, float64; rows and columns are counted in patches.
+    """Positions (T,), (rows,) and (columns,) along time, height and width, float64; rows and columns are in patches.
 
-    Frames count 0, 1, 2 ...; rows and columns are the centres of equal bins around zero, scaled so that every frame has
+    Frames are numbered 0, 1, 2 ...; rows and columns are the centres of equal bins around zero, scaled so that every frame has
     the area `REFERENCE_AREA`.
     """
     scale = math.sqrt(REFERENCE_AREA / (rows * columns))
@@ -79,9 +79,9 @@ def axis_positions(num_latents: int, rows: int, columns: int) -> tuple[Tensor, T
 
 
 def rope_table(pos_frequencies: Tensor, num_latents: int, rows: int, columns: int) -> Rope:
-    """Rotary table for tokens ordered frame, row, column, on the device of `pos_frequencies` (3, heads, head_dim / 2).
+    """Rotary table for tokens ordered by frame, row, column, on the device of `pos_frequencies` (3, heads, head_dim / 2).
 
-    The rotations of the three axes are made in float64 on the CPU and then multiplied as unit complex numbers: the result
+    The rotations of the three axes are computed in float64 on the CPU and then multiplied as unit complex numbers: the result
     is exact to float32 however large the angles are.
     """
     frequencies = pos_frequencies.to("cpu", torch.float64)
@@ -96,7 +96,7 @@ def rope_table(pos_frequencies: Tensor, num_latents: int, rows: int, columns: in
 def rotate(x: Tensor, freqs: Tensor) -> Tensor:
     """Rotate neighbouring pairs of the last axis of `x` (B, N, heads, head_dim) by `freqs` (N, heads, head_dim / 2, 2).
 
-    Unless a compiler is at work, `x` is overwritten.
+    `x` is overwritten, except under torch.compile.
     """
     pairs = x.unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
@@ -108,7 +108,7 @@ def rotate(x: Tensor, freqs: Tensor) -> Tensor:
 def complex_mul(a: Tensor, b: Tensor) -> Tensor:
     """Product of `a` and `b`, (..., 2) float32 each, as complex numbers (real, imaginary) or (cos, sin).
 
-    One complex product is several times as fast as its four real ones; but only those can be fused by a compiler.
+    One complex product is several times faster than four real ones, but a compiler can fuse only the latter.
     """
     if not torch.compiler.is_compiling():
         return torch.view_as_real(torch.view_as_complex(a) * torch.view_as_complex(b))
