@@ -15,7 +15,7 @@ def default_device() -> str:
 
 
 def named_device(name: torch.device | str | int) -> torch.device:
-    """The device of that name, wherever it is; ValueError if it is the name of none."""
+    """The device of that name, whether or not this machine has it; ValueError for an invalid name."""
     try:
         return torch.device(name)
     except RuntimeError:
@@ -25,13 +25,13 @@ def named_device(name: torch.device | str | int) -> torch.device:
 
 
 def check_device(name: torch.device | str | int) -> None:
-    """Raise a ValueError if this machine has no such device; a number is a card, as PyTorch counts them."""
+    """Raise a ValueError if this machine has no such device; a number is the index of a card."""
     device = named_device(name)
-    # PyTorch keeps the index in 8 bits with a sign.
+    # The index can be negative: PyTorch stores it in 8 signed bits.
     if not 0 <= (device.index or 0) < _count(device.type):
         there = ", ".join(kind for kind in KINDS if _count(kind))
         raise ValueError(
-            f"device is {shown(str(name))}, which is not on this machine or cannot be computed on; it has {there}."
+            f"device is {shown(str(name))}, which this machine does not have or cannot compute on; it has {there}."
         )
 
 

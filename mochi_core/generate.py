@@ -127,7 +127,7 @@ def load_pipeline(
 
 
 def check_models(options: argparse.Namespace, *, text: bool) -> None:
-    """Look at the headers of all files of the models, without T5 if not `text`, and at LoRAs.
+    """Check the headers of all model files, T5's only if `text`, and the LoRAs.
 
     Raises:
         ValueError, OSError: a file is missing, holds something else, or lacks a block to be skipped.
@@ -136,7 +136,7 @@ def check_models(options: argparse.Namespace, *, text: bool) -> None:
         open_part(options.t5, "t5")
         find_tokenizer(options.t5, options.tokenizer)
     config = empty_transformer(open_part(options.transformer, "transformer")).config
-    Guidance(tuple(getattr(options, "skip_block", ()))).check_depth(config.depth)  # which edits do not have
+    Guidance(tuple(getattr(options, "skip_block", ()))).check_depth(config.depth)  # edits have no such option
     for path, _ in options.lora:
         read_lora(path, config).report()
     merge([open_part(file, "vae") for file in options.vae])

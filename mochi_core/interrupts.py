@@ -1,6 +1,7 @@
-"""Ctrl-C while a command is still imported, which takes seconds: it ends like any other program, and shows no code.
+"""Handle Ctrl-C and termination signals.
 
-And a request to end while it runs (kill, a scheduler, a terminal that was closed), which leaves no half file behind.
+Ctrl-C while a command is still importing, which takes seconds, ends it like any other program, without a traceback. A
+termination signal while it runs (kill, a scheduler, a closed terminal) leaves no partial files behind.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def raise_again() -> None:
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """Have a request to end raise SystemExit, so that what was begun is cleaned up; the status is that of other programs."""
+    """Make termination signals raise SystemExit, so that unfinished work is cleaned up; the status is 128 + signal, as usual."""
     signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    changed = [number for number in signals if _handler_is(signal.SIG_DFL, number)]  # nohup has SIGHUP ignored
+    changed = [number for number in signals if _handler_is(signal.SIG_DFL, number)]  # nohup ignores SIGHUP
     for number in changed:
         signal.signal(number, _exit)
     try:
@@ -46,7 +47,7 @@ def _exit(number: int, _: object) -> None:
 
 
 def _handler_is(handler: object, number: int = signal.SIGINT) -> bool:
-    # Other threads may not set one.
+    # Only the main thread may set a signal handler.
     return threading.current_thread() is threading.main_thread() and signal.getsignal(number) is handler
 
 

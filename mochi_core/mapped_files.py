@@ -40,7 +40,7 @@ class FileState:
         return now.inode == self.inode and now != self
 
     def check_while_loading(self) -> None:
-        """Raise a ValueError if the file has changed since it was opened: reading a mapped file that shrank crashes the process."""
+        """Raise a ValueError if the file has changed since it was opened: reading a mapped file that shrank is a crash."""
         if self.changed:
             raise ValueError(f"{self.path.name} changed while it was being loaded; load it again when it is complete.")
 

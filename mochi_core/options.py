@@ -92,7 +92,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     add("--skip-block", type=int, action="append", default=[], metavar="N", help=skip)
     add("--skip-scale", type=float, default=1.0, help="scale of skip-layer guidance (default: %(default)s)")
     add("--cfg-zero", action="store_true", help="use CFG-Zero* for guidance, which skips the first 4 %% of the steps")
-    nag = "also steer attention away from the negative prompt, for models that need --guidance 1 (default: off; no value: %(const)s)"
+    nag = "also steer attention away from the negative prompt, for models that need --guidance 1 (default: off; bare: %(const)s)"
     add("--nag", type=float, nargs="?", const=5.0, default=1.0, metavar="SCALE", help=nag)
     add(
         "--cache",

@@ -10,7 +10,7 @@ from pathlib import Path
 from secrets import token_hex
 
 UNFINISHED: set[Path] = set()
-"""Temporary files of this process that are being written."""
+"""Temporary files that this process is writing."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -69,7 +69,7 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 def remove_unfinished() -> None:
-    """Remove what is not complete, for a process that is about to end at once."""
+    """Remove incomplete files, for a process that is about to end without cleaning up."""
     for temporary in (*UNFINISHED,):
         with suppress(OSError):
             temporary.unlink()

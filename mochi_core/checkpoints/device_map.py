@@ -14,7 +14,7 @@ Place = int | str
 
 
 def check_places(device_map: str | Mapping[str, Place]) -> None:
-    """Raise a ValueError if `device_map` names a device that this machine does not have, or none at all."""
+    """Raise a ValueError if `device_map` is another string than "auto", or names a device that this machine does not have."""
     if isinstance(device_map, str):
         if device_map != "auto":
             raise ValueError(f'device_map is {device_map!r}; use "auto", or the device of each module by its name.')
@@ -26,7 +26,7 @@ def check_places(device_map: str | Mapping[str, Place]) -> None:
 def place_on_devices(
     dit: AsymmDiT, device_map: str | Mapping[str, Place], max_memory: Mapping[Place, int | str] | None = None
 ) -> AsymmDiT:
-    """Move the parts of `dit` to devices that `check_places` has seen; accelerate moves what they are called with between them.
+    """Move the parts of `dit` to devices already checked by `check_places`; accelerate moves activations between them.
 
     Args:
         device_map: the device of each module by name; or "auto", to put as much on each card as `max_memory` allows.

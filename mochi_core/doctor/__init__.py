@@ -1,4 +1,4 @@
-"""A report to paste into a bug report: what this machine is, what works on it, and what model files would need."""
+"""A summary to paste into bug reports: what this machine is, what works on it, and what model files would need."""
 
 from .report import examine
 from .text import failures, render

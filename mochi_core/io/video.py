@@ -67,7 +67,7 @@ def video_file(path: str | Path, fps: int = FPS) -> Iterator[VideoWriter]:
 
 
 class VideoWriter:
-    """Writes the frames of a `video_file`: converted to limited-range BT.709 and tagged as such, so that players need not guess."""
+    """Writes the frames of a `video_file`, converted to limited-range BT.709 and tagged so that players need not guess."""
 
     def __init__(self, container: OutputContainer, fps: int) -> None:
         self.container = container

@@ -34,7 +34,7 @@ class Group(ABC):
     def start(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> Wait:
         """Start sending parts[p] to each member p, and receiving a tensor of shape shapes[p] and the same dtype from it.
 
-        All members call this in the same order. The parts may be views, and may be overwritten once the returned function is done.
+        All members call this in the same order. The parts may be views, and may be overwritten once the wait is over.
         """
         others = (part for p, part in enumerate(parts) if p != self.rank)
         self.sent += sum(part.numel() * part.element_size() for part in others)

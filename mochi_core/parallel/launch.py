@@ -44,7 +44,7 @@ def launched() -> bool:
 
 
 def own_device(device: str) -> torch.device:
-    """The device of this process: "cuda" means the card that the launcher gave it; ValueError if it is not there."""
+    """The device of this process: "cuda" means the card assigned by the launcher; ValueError if it does not exist."""
     check_device(device)
     found = torch.device(device)
     if found.type == "cuda" and found.index is None and launched():
@@ -160,7 +160,7 @@ def _wait_for_the_end(signals: socket.socket, watch: Watch) -> None:
 def _end(said: str) -> None:
     """End the process at once, after printing an error if there is one; called from a thread, as the main one may be blocked."""
     if said:
-        print(f"error: {said}", file=sys.stderr, flush=True)  # noqa: T201 - nobody else can
+        print(f"error: {said}", file=sys.stderr, flush=True)  # noqa: T201 - the caller cannot
     remove_unfinished()
     os._exit(2)
 

@@ -193,8 +193,8 @@ def edit(
         DiT-space latents, float32, on the device of `clean`.
 
     Raises:
-        ValueError: `clean` are not Mochi latents, prompts do not fit them, there is no step, noise levels rise, or numbers are not
-            finite.
+        ValueError: `clean` are not Mochi latents, prompts do not fit them, there is no step, noise levels rise, or a number is
+            not finite.
     """
     check_falling(sigmas)
     check_guidance("source_scale", source_scale)

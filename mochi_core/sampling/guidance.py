@@ -173,7 +173,7 @@ def run_with_nag(guidance: Guidance, rows: int) -> RunBlock:
     """The function that runs blocks with the text of `text_pair`, which has `rows` rows per prompt."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, context: BlockContext) -> Tensor:
-        """As `joint_attention`, for q, k, v (B, N + 2 * rows, K, D); each prompt's text attends to itself and the visual tokens."""
+        """As `joint_attention`, for q, k, v (B, N + 2 * rows, K, D); each prompt's text attends to visual tokens and itself."""
         visual, away = q.shape[1] - 2 * rows, context.negative_lengths
         near = visual + max(context.lengths)
         positive = joint_attention(q[:, :near], k[:, :near], v[:, :near], context)

@@ -214,7 +214,7 @@ class BlockCall:
 
 
 RunBlock = Callable[[BlockCall], tuple[Tensor, Tensor]]
-"""Runs a block and returns its new x and y; `denoise` calls blocks through it, so that they can be wrapped, replaced or skipped."""
+"""Runs a block and returns its new x and y; `denoise` calls blocks through it, so that they can be wrapped or skipped."""
 
 
 def run_block(call: BlockCall) -> tuple[Tensor, Tensor]:

@@ -15,14 +15,13 @@ from .quantized import gather_quantized, unknown_formats
 from .sizes import check_depth, count_by_place, count_numbers
 from .t5 import COMPANIONS, UMT5, canonical_t5
 
-# Inserted anywhere in a name by torch.compile, sharding and activation checkpointing; kohya's trainers turn dots into underscores.
+# Inserted anywhere in names by torch.compile, sharding and activation checkpointing; kohya's trainers turn dots to underscores.
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]")
 # Training state stored among the weights: counters and decay rates of moving averages.
 TRAINING_STATE = re.compile(r"(.*\.)?(n_averaged|num_updates|decay|initted|step|global_step|num_batches_tracked)")
 QUOTED_NAMES = 3
 FRAME_LEVELS_KEY = "frame_levels"
-"""Entry of a file's metadata: "true" for a transformer that was trained with a noise level of each latent frame. An empty tensor
-of that name says the same."""
+"""Metadata key: "true" for a transformer that was trained with per-frame noise levels. A tensor of that name means the same."""
 FRAME_LEVELS_CHOICES = {"auto": None, "on": True, "off": False}
 """User's choice of whether a transformer was trained with per-frame noise levels; auto decides by the file."""
 TRAINED_FOR_FRAME_LEVELS = "pusa"
@@ -84,7 +83,7 @@ def select_part(checkpoint: Checkpoint, part: str) -> Checkpoint:
         holds, wanted, name = content(checkpoint), PARTS[part], checkpoint.name
         message = f"{name} holds {holds.phrase}, not {wanted.phrase}; choose a file such as {wanted.example}."
         raise OtherModelError(message, name, holds)
-    if found.pop(FRAME_LEVELS_KEY, None):  # ComfyUI's save nodes write tensors, and no metadata of others
+    if found.pop(FRAME_LEVELS_KEY, None):  # ComfyUI's save nodes write tensors, but not our metadata
         checkpoint = replace(checkpoint, metadata={**checkpoint.metadata, FRAME_LEVELS_KEY: "true"})
     found = _without_companions(checkpoint, found, PARTS[part])
     if formats := unknown_formats(found):
