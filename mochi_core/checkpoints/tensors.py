@@ -102,7 +102,7 @@ class Checkpoint:
     """An opened weights file or folder, whose errors state its name."""
 
     name: str
-    """Its name in errors: the name of a file, the path of a folder, or "a and b" for two merged files."""
+    """Name in errors: the name of a file, the path of a folder, or "a and b" for two merged files."""
     path: Path
     """The file; the first of several merged ones."""
     tensors: LazyStateDict

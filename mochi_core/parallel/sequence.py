@@ -26,7 +26,7 @@ from .group import Alone, Group
 MOST_IDLE = 0.03
 """Fraction of time that members may idle when tokens are split into equal parts of a frame."""
 _current = threading.local()
-"""Its `attention` is the current one of a member running compiled blocks: operators cannot take functions as arguments."""
+"""`_current.attention` is that of a member running compiled blocks: operators cannot take functions as arguments."""
 
 
 @dataclass(frozen=True)

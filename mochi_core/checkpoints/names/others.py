@@ -23,7 +23,7 @@ class OtherFile:
 
     phrase: str
     sort: str
-    """Its role, whatever the model: diffusion model, autoencoder, text encoder ..."""
+    """Role, whatever the model: diffusion model, autoencoder, text encoder ..."""
     marks: tuple[str, ...]
     """Patterns that must all occur in the names, one name per line."""
 
