@@ -161,7 +161,7 @@ DIFFUSERS = {"time_embed.caption_proj.weight": (8, 8)}
 def test_more_blocks_than_any_model_has(tmp_path, name, shapes):
     weights = {name.format(i): torch.zeros(1) for i in range(limits.MAX_BLOCKS + 1)}
     save_file(weights | {key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "deep.safetensors")
-    with pytest.raises(ValueError, match=r"has 513 blocks; 512 are read at most"):
+    with pytest.raises(ValueError, match=r"has 513 blocks; at most 512 are allowed"):
         load_transformer(tmp_path / "deep.safetensors")
 
 

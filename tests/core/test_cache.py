@@ -174,9 +174,9 @@ def test_shell(tmp_path, capsys):
         "-o", tmp_path / "out.latent", "--device", "cpu",
     ]  # fmt: skip
     assert main([*map(str, arguments), "--cache", "teacache:0.09"]) == 0
-    assert "teacache with threshold 0.09 left out blocks in " in capsys.readouterr().err
+    assert "teacache with threshold 0.09 skipped blocks in " in capsys.readouterr().err
     for given, message in {
-        "teacache": "argument --cache: teacache is not METHOD:THRESHOLD; write such as teacache:0.06 or first_block:0.1.",
+        "teacache": "argument --cache: teacache is not METHOD:THRESHOLD; use e.g. teacache:0.06 or first_block:0.1.",
         "fora:0.1": "argument --cache: fora:0.1: The cache method is 'fora'; use one of teacache, first_block.",
     }.items():
         with pytest.raises(SystemExit):

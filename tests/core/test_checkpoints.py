@@ -107,7 +107,7 @@ def test_autoencoder_in_all_its_forms(vae, tmp_path):
         assert_same(loaded, vae)
     assert load_vae(decoder).encoder is None
     assert load_vae(encoder).decoder is None
-    with pytest.raises(ValueError, match="second time"):
+    with pytest.raises(ValueError, match="both hold"):
         load_vae([both, decoder])
 
 

@@ -133,7 +133,7 @@ def test_refusals(sources, tmp_path, capsys):
     source, destination = sources / "transformer.safetensors", tmp_path / "x.safetensors"
     destination.write_text("mine")
     run = ("convert", source, destination, "--to", "canonical")
-    assert "exists already" in refused(capsys, *run)
+    assert "already exists" in refused(capsys, *run)
     assert destination.read_text() == "mine"
     assert "must end in .safetensors" in refused(capsys, "convert", source, tmp_path / "new", "--to", "canonical")
     for to in ("diffusers", "canonical"):
@@ -156,23 +156,21 @@ def test_refusals(sources, tmp_path, capsys):
     )
     assert "There is no file" in refused(capsys, "convert", "gone.safetensors", tmp_path / "g", "--to", "diffusers")
     convert(*run[1:], "--dtype", "fp8_scaled", "--force")
-    assert "say with --dtype" in refused(
-        capsys, "convert", destination, tmp_path / "k.safetensors", "--to", "canonical"
-    )
+    assert "with --dtype" in refused(capsys, "convert", destination, tmp_path / "k.safetensors", "--to", "canonical")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_a_half_given_twice_is_refused(sources, tmp_path, capsys):
     half = sources / "decoder.safetensors"
-    assert "a second time" in refused(capsys, "convert", half, half, tmp_path / "x.safetensors", "--to", "canonical")
+    assert "both hold" in refused(capsys, "convert", half, half, tmp_path / "x.safetensors", "--to", "canonical")
 
 
 def test_folders_are_made_and_never_taken_for_files(sources, tmp_path, capsys):
     source, folder, text = sources / "transformer.safetensors", tmp_path / "x.safetensors", tmp_path / "text"
     folder.mkdir()
     text.write_text("mine")
-    assert "is no file" in refused(capsys, "convert", source, folder, "--to", "canonical", "--force")
-    assert "is no folder" in refused(capsys, "convert", source, text, "--to", "diffusers", "--force")
+    assert "is not a file" in refused(capsys, "convert", source, folder, "--to", "canonical", "--force")
+    assert "is not a folder" in refused(capsys, "convert", source, text, "--to", "diffusers", "--force")
     convert(source, tmp_path / "new" / "one" / "x.safetensors", "--to", "canonical")
     assert load_transformer(tmp_path / "new" / "one").config == DIT
 
@@ -183,7 +181,7 @@ def test_a_conversion_that_fails_leaves_nothing(sources, tmp_path, capsys):
     save_file(tensors, tmp_path / "nan.safetensors")
     for destination in ("x.safetensors", "folder", "new/folder"):
         run = ("convert", tmp_path / "nan.safetensors", tmp_path / destination, "--to", "diffusers")
-        assert "nan.safetensors holds NaN or infinite values in blocks.2.attn.proj_x.bias" in refused(capsys, *run)
+        assert "nan.safetensors has NaN or infinite values in blocks.2.attn.proj_x.bias" in refused(capsys, *run)
     assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]
 
 
@@ -197,7 +195,7 @@ def test_of_two_conversions_to_one_place_the_first_stays(sources, tmp_path, name
             convert(source, destination, "--to", "diffusers", "--force")
 
     with pytest.raises(
-        FileExistsError, match=r"has been written by another program meanwhile, and stays; choose another name\.$"
+        FileExistsError, match=r"has meanwhile been written by another program, and is kept; choose another name\.$"
     ):
         write_conversion(slow, destination, overtake, overwrite=False)
     convert(source, tmp_path / "alone" / name, "--to", "diffusers")

@@ -92,7 +92,7 @@ def test_refusals(t5, tmp_path, capsys):
     assert "choose one with --part" in refused(capsys, *run)
     options = ("--to", "diffusers", "--dtype", "fp8_scaled")
     message = refused(capsys, "convert", tmp_path / "t5.safetensors", tmp_path / "y.safetensors", *options)
-    assert "Scaled fp8 is for a transformer or T5 in canonical names" in message
+    assert "Scaled fp8 is for a transformer or T5 with canonical names" in message
     convert(*run[1:], "--part", "t5")
     assert_equal(tmp_path / "x.safetensors", t5)
 

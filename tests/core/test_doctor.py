@@ -72,7 +72,7 @@ def test_what_works_on_a_cpu_and_why_the_rest_does_not(found):
 
 
 def test_the_last_line_is_the_verdict(found):
-    assert render(found).splitlines()[-1] == 'Nothing has failed; "no" lines are other ways that are not there.'
+    assert render(found).splitlines()[-1] == 'Nothing failed; "no" marks alternatives that are not available here.'
     wrong = {**found["networks"], "denoiser": {"works": True, "ok": False, "error": 0.5}}
     assert render({**found, "networks": wrong}).endswith("\n1 check has FAILED: networks denoiser")
 
@@ -82,7 +82,7 @@ def test_convolutions_that_pytorch_takes_from_cudnn_are_named(monkeypatch, found
     monkeypatch.setattr(checks, "unfolds_conv3d", lambda x: x.dtype == torch.bfloat16)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     text = " ".join(render({**found, "convolutions": checks.convolutions(CPU)}).split())
-    said = f"PyTorch {torch.__version__} copies every value of those in three dimensions 27 times instead of using cuDNN 91002"
+    said = f"for 3D convolutions, PyTorch {torch.__version__} copies every value 27 times instead of using cuDNN 91002"
     assert f"convolutions: frame by frame, because {said}" in text
 
 
@@ -146,14 +146,14 @@ def test_a_run_is_forecast_in_one_sentence():
     assert denoising_bytes(config, size, 2, None, 2) > 1.8 * working
     weights = 20_055_467_768
     on_24 = memory_sentence(working, weights, 24 * GIB, "cuda:0")
-    assert on_24 == "about 2.1 GiB to sample, beside 18.7 GiB of weights; cuda:0 has 24.0 GiB"
+    assert on_24 == "about 2.1 GiB to sample, plus 18.7 GiB of weights; cuda:0 has 24.0 GiB"
     on_12 = memory_sentence(working, weights, 12 * GIB, "cuda:0")
-    assert on_12.endswith("cuda:0 has 12.0 GiB: weights that do not fit are fetched in every step")
-    too_little = "too little; make the video smaller or shorter"
+    assert on_12.endswith("cuda:0 has 12.0 GiB: weights that do not fit are transferred at every step")
+    too_little = "not enough; make the video smaller or shorter"
     assert memory_sentence(working, weights, 2 * GIB, "cuda:0").endswith(too_little)
     assert memory_sentence(working, weights, 12 * GIB, "cpu").endswith(too_little)
     unknown = memory_sentence(10 * 2**20, None, 2 * GIB, "cpu")
-    assert unknown == "about 10 MiB to sample, beside the weights; cpu has 2.0 GiB"
+    assert unknown == "about 10 MiB to sample, plus the weights; cpu has 2.0 GiB"
 
 
 PLANS = [(48, "resident"), (20, "offload=True"), (16.5, "offload=True"), (15, 'offload="stream"'), (2.5, None)]
@@ -228,9 +228,9 @@ def test_a_broken_probe_becomes_a_line_and_the_rest_stays(monkeypatch, name):
     report_of_it = examine("cpu", [ROOT / "none.safetensors"])
     assert report_of_it[name] == {"problem": "RuntimeError: no such thing"}
     text = render(report_of_it)
-    assert lines_about(text, f"{name}: could not be found out: RuntimeError: no such thing")
+    assert lines_about(text, f"{name}: could not be determined: RuntimeError: no such thing")
     assert lines_about(text, "file none.safetensors: There is no file none.safetensors; check the name.")
-    assert text.count("could not be found out") == 1
+    assert text.count("could not be determined") == 1
     assert text.endswith(f"\n2 checks have FAILED: {name}, file none.safetensors")
 
 
@@ -240,7 +240,7 @@ def test_a_part_of_a_probe_that_breaks_is_a_line_of_its_own(monkeypatch):
     monkeypatch.setattr(checks, "_decoder", broken)
     monkeypatch.setattr(machine, "_own_version", broken)
     text = render(examine("cpu"))
-    assert "device cpu: could not be found out: RuntimeError: no such thing" in text
+    assert "device cpu: could not be determined: RuntimeError: no such thing" in text
     assert text.count("FAILED: RuntimeError: no such thing") == len(BACKENDS) + 1
     assert lines_about(text, "denoiser     ok, ")
     assert lines_about(text, f"{len(BACKENDS) + 2} checks have FAILED: device cpu, networks decoder, attention ")
@@ -268,7 +268,7 @@ def test_a_home_that_is_everything_is_no_name_of_a_person(monkeypatch):
 def test_a_device_that_does_not_exist_leaves_the_machine_to_be_told():
     text = render(examine("nonsense", MODELS[:1]))
     assert lines_about(text, "versions: mochi-nodes 0.1.0")
-    assert lines_about(text, "attention: could not be found out: RuntimeError: ")
+    assert lines_about(text, "attention: could not be determined: RuntimeError: ")
     assert lines_about(text, "file mochi_tiny.safetensors: RuntimeError: ")
 
 
@@ -289,7 +289,7 @@ def test_bad_and_foreign_files_get_their_sentence(tmp_path):
     names = ("page", "flux", "cut")
     lines = render({**EMPTY, "files": examine("cpu", [tmp_path / f"{name}.safetensors" for name in names])["files"]})
     assert "file page.safetensors: page.safetensors is not a safetensors file but a web page; download" in lines
-    assert "file flux.safetensors: a FLUX transformer; no model of Mochi's" in lines
+    assert "file flux.safetensors: a FLUX transformer; not a Mochi model" in lines
     assert "  transformer: cut.safetensors does not fit the model: 1 missing" in lines
 
 

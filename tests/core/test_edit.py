@@ -141,17 +141,17 @@ def test_a_schedule_from_any_level(start, steps):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: schedule_below(0.0, 4), "noise to start from is 0.0; use a level"),
-        (lambda: schedule_below(math.nan, 4), "noise to start from is nan"),
+        (lambda: schedule_below(0.0, 4), "starting noise level is 0.0; use a level"),
+        (lambda: schedule_below(math.nan, 4), "starting noise level is nan"),
         (lambda: schedule_below(0.9, 0), "needs at least 1 step"),
-        (lambda: schedule_below(1e-9, 4), "4 steps from noise 1e-09 are too many; start from more"),
-        (lambda: rf_edit(curved(0), CLEAN, CLEAN, RISING, [0.0] * 9), "levels have to fall; turn the schedule round"),
-        (lambda: invert(curved(0), CLEAN, FALLING), "have to rise; turn the schedule round"),
-        (lambda: invert(curved(0), CLEAN, RISING[:1]), "one step needs two noise levels"),
-        (lambda: invert(curved(0), CLEAN, torch.tensor([0.5, 1.001])), "from 0.5 to 1.001, but noise alone is level 1"),
-        (lambda: invert(curved(0), CLEAN, torch.tensor([0.5, 1, 1.000001])), "from 1 to 1.000001, but noise alone"),
+        (lambda: schedule_below(1e-9, 4), "4 steps from noise level 1e-09 are too many; start from a higher level"),
+        (lambda: rf_edit(curved(0), CLEAN, CLEAN, RISING, [0.0] * 9), "levels must fall; reverse the schedule"),
+        (lambda: invert(curved(0), CLEAN, FALLING), "must rise; reverse the schedule"),
+        (lambda: invert(curved(0), CLEAN, RISING[:1]), r"give steps \+ 1 noise levels"),
+        (lambda: invert(curved(0), CLEAN, torch.tensor([0.5, 1.001])), "from 0.5 to 1.001, but pure noise is level 1"),
+        (lambda: invert(curved(0), CLEAN, torch.tensor([0.5, 1, 1.000001])), "from 1 to 1.000001, but pure noise"),
         (lambda: pulls(FALLING, math.inf, 1, 0), "eta is inf"),
-        (lambda: pulls(FALLING, 1.1, 1, 0), "eta is 1.1, but the pull goes from 0"),
+        (lambda: pulls(FALLING, 1.1, 1, 0), "eta is 1.1, but must be from 0"),
         (lambda: pulls(FALLING, 0.5, 1, 1.5), "down to noise level 1.5; use a level from 0 to 1"),
         (lambda: pulls(FALLING, 0.5, math.nan, 0), "from noise level nan"),
         (lambda: pulls(FALLING, 0.5, 0.2, 0.9), "start is 0.2, below the end 0.9"),
@@ -192,7 +192,7 @@ def test_an_edit_by_inversion_can_be_stopped_on_both_ways(dit, last):
         (torch.zeros(1, 11, 2, 4, 4), FALLING, 5.5, r"latents have shape \(1, 11, 2, 4, 4\)"),
         (CLEAN * math.nan, FALLING, 5.5, "latents"),
         (CLEAN, FALLING, math.nan, "^scale is nan"),
-        (CLEAN, RISING, 5.5, r"sigmas\[1\] is .* after .*, but from noise to a video levels have to fall"),
+        (CLEAN, RISING, 5.5, r"sigmas\[1\] is .* after .*, but from noise to a video, levels must fall"),
     ],
 )
 def test_what_cannot_be_edited_is_refused(dit, clean, sigmas, scale, message):
@@ -266,12 +266,12 @@ def test_command_line_edits_the_first_frames(source, capsys):
     ("options", "message"),
     [
         (["--video", "none.mp4"], "none.mp4 cannot be used: there is no such file"),
-        (["--video", "."], ". cannot be used: it is a folder; name a file."),
+        (["--video", "."], ". cannot be used: it is a folder; choose a file."),
         (["--frames", "8"], "num_frames is 8, but Mochi needs 6k + 1 frames"),
         (["--frames", "0"], "num_frames is 0, but Mochi needs 6k + 1 frames"),
-        (["--start-noise", "0"], "The noise to start from is 0.0; use a level"),
-        (["--guidance", "nan"], "guidance is nan, but guidance is a number"),
-        (["--inversion", "--eta", "5"], "eta is 5, but the pull goes from 0"),
+        (["--start-noise", "0"], "The starting noise level is 0.0; use a level"),
+        (["--guidance", "nan"], "guidance is nan, but must be finite"),
+        (["--inversion", "--eta", "5"], "eta is 5, but must be from 0"),
         (["--inversion", "--pull-until", "1.5"], "The pull is down to noise level 1.5; use a level from 0 to 1"),
     ],
 )
@@ -287,7 +287,7 @@ def test_a_video_that_is_too_long_is_refused_and_not_cut(source, capsys, monkeyp
     for most, refused in ((47, True), (48, False)):
         monkeypatch.setattr(geometry, "MAX_VIDEO_TOKENS", most)
         assert main(["edit", *models, *ASKED, *TINY, "--video", str(source)]) == 2
-        sentence = f"A video of 13 frames of 64 x 64 pixels would be more than the {most} tokens that are made at once"
+        sentence = f"A video of 13 frames of 64 x 64 pixels would exceed the limit of {most} tokens at once"
         assert (sentence in capsys.readouterr().err) == refused
 
 

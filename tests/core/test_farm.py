@@ -74,17 +74,17 @@ def jobs_of(path, *arguments):
         ),
         ('{"prompt": false}', "line 2: not a JSON object with a prompt"),
         ('{"text": "a kite"}', "line 2: not a JSON object with a prompt"),
-        ('{"prompt": "a", "hight": 480}', "line 2: hight is not a setting of a video; use prompt, negative_prompt, "),
+        ('{"prompt": "a", "hight": 480}', "line 2: hight is not a video setting; use prompt, negative_prompt, "),
         ('{"prompt": "a", "height": 33}', "line 2: height is 33"),
         ('{"prompt": "a", "frames": 8}', "line 2: num_frames is 8"),
         ('{"prompt": "a", "steps": 0}', "line 2: num_steps is 0"),
         ('{"prompt": "a", "guidance": NaN}', "line 2: guidance is nan"),
         ('{"prompt": "a", "seed": "one"}', "line 2: seed: invalid int value: 'one'"),
         ('{"prompt": "a", "seed": true}', "line 2: seed: expected one argument"),
-        ('{"prompt": "a", "seed": null}', "line 2: seed is null; write a text or a number, or leave it out"),
-        ('{"prompt": "a", "height": [32, 48]}', "line 2: height is [32, 48]; write a text or a number"),
+        ('{"prompt": "a", "seed": null}', "line 2: seed is null; write a string or a number, or leave it out"),
+        ('{"prompt": "a", "height": [32, 48]}', "line 2: height is [32, 48]; write a string or a number"),
         ('{"prompt": "a", "image": "none.png"}', "line 2: none.png"),
-        ('{"prompt": "here"}', "line 2 asks for the video of line 1; give it another seed"),
+        ('{"prompt": "here"}', "line 2 asks for the same video as line 1; give it another seed"),
     ],
 )
 def test_a_bad_line_is_refused_before_anything_is_loaded(tmp_path, capsys, line, message):
@@ -330,9 +330,9 @@ def test_a_worker_dies_and_every_video_is_made(tmp_path, capsys):
     killer.join()
 
     said = capsys.readouterr()
-    assert said.out.splitlines()[-1] == f"6 made, 1 there before, 1 failed: {output / REPORT}"
-    assert "failed: line 2 (a hole): skip_blocks names block 99" in said.err
-    assert "has ended; it is tried again" in said.err
+    assert said.out.splitlines()[-1] == f"6 made, 1 already there, 1 failed: {output / REPORT}"
+    assert "failed: line 2 (a hole): skip_blocks lists block 99" in said.err
+    assert "died; trying again" in said.err
     rows = json.loads((output / REPORT).read_text(encoding="utf-8"))
     assert [row["status"] for row in rows] == ["kept", "failed", *["made"] * 6]
     assert sum(row["attempts"] for row in rows) == 8  # seven, plus one retry
@@ -341,7 +341,7 @@ def test_a_worker_dies_and_every_video_is_made(tmp_path, capsys):
     compare(local_videos(wanted, tmp_path), output)
     dates = {file: file.stat().st_mtime_ns for file in output.glob("*.mp4")}
     assert main(["farm", str(write_prompts(tmp_path, [THERE, *PROMPTS])), *common, "--workers", "2"]) == 0
-    assert capsys.readouterr().out == f"7 there before: {output / REPORT}\n"
+    assert capsys.readouterr().out == f"7 already there: {output / REPORT}\n"
     assert {file: file.stat().st_mtime_ns for file in output.glob("*.mp4")} == dates
 
 
@@ -380,7 +380,7 @@ def test_an_interrupt_ends_the_workers(tmp_path, capsys):
     threading.Thread(target=interrupt).start()
     path = write_prompts(tmp_path, PROMPTS)
     assert main(["farm", str(path), *MODELS, *SMALL, "-o", str(tmp_path / "videos"), "--workers", "2"]) == 130
-    assert f"6 left out: {tmp_path / 'videos' / REPORT}" in capsys.readouterr().out
+    assert f"6 not started: {tmp_path / 'videos' / REPORT}" in capsys.readouterr().out
     wait_until(lambda: not members(), 10)
 
 
@@ -401,7 +401,7 @@ def test_two_processes_make_each_video_together(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == f"2 made, 1 failed: {output / REPORT}"
     assert re.search(
-        r"failed: line 1 \(a hole\): Member [01] \(cpu, host .*\) failed: skip_blocks names block 99", said.err
+        r"failed: line 1 \(a hole\): Member [01] \(cpu, host .*\) failed: skip_blocks lists block 99", said.err
     )
     compare(local_videos(jobs_of(path, *MODELS, *SMALL)[1:], tmp_path), output)
 

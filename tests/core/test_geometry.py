@@ -29,9 +29,9 @@ def test_frames_round_trip(num_latents):
         ((480, 848, 0), "num_frames is 0.* use 1"),
         (
             (1_600_000_000, 848, 163),
-            "more than the 16,777,216 tokens that are made at once; make it smaller or shorter",
+            "limit of 16,777,216 tokens at once; make it smaller or shorter",
         ),
-        ((480, 848, seconds_to_frames(1e12)), "A video of 30000000000001 frames of 848 x 480 pixels would be more"),
+        ((480, 848, seconds_to_frames(1e12)), "A video of 30000000000001 frames of 848 x 480 pixels would exceed"),
     ],
 )
 def test_invalid_sizes_name_the_nearest_valid_ones(size, message):
@@ -43,9 +43,9 @@ def test_half_an_hour_is_made_at_once_and_a_thousand_videos_are_not():
     size = VideoSize(480, 848, seconds_to_frames(2000))
     assert size.latent_shape() == (1, 12, 10_001, 60, 106)
     assert VideoSize(480, 848, size.most_frames).num_latents == 10_551  # of 1,590 tokens each
-    with pytest.raises(ValueError, match="more than the 16,777,216 tokens"):
+    with pytest.raises(ValueError, match="the limit of 16,777,216 tokens"):
         VideoSize(480, 848, size.most_frames + 6)
-    with pytest.raises(ValueError, match="1000 videos of 163 frames of 848 x 480 pixels would be more"):
+    with pytest.raises(ValueError, match="1000 videos of 163 frames of 848 x 480 pixels would exceed"):
         VideoSize().latent_shape(1000)
 
 
@@ -67,7 +67,7 @@ def test_seconds_become_frames_that_mochi_makes(seconds, frames):
 
 @pytest.mark.parametrize("seconds", [math.inf, -math.inf, math.nan])
 def test_endless_seconds_are_refused(seconds):
-    with pytest.raises(ValueError, match=f"seconds is {seconds}, but a video has a length"):
+    with pytest.raises(ValueError, match=f"seconds is {seconds}, but must be finite"):
         seconds_to_frames(seconds)
 
 

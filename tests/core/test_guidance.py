@@ -244,8 +244,8 @@ def test_compiled(dit, guidance):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"skip_blocks": (34,)}, "names block 34; this denoiser has the blocks 0 to 2"),
-        ({"skip_blocks": (-1,)}, "names block -1"),
+        ({"skip_blocks": (34,)}, "lists block 34, but this denoiser has blocks 0 to 2"),
+        ({"skip_blocks": (-1,)}, "lists block -1"),
         ({"skip_blocks": (1,), "skip_scale": math.nan}, "skip_scale is nan"),
         ({"nag_scale": math.inf}, "nag_scale is inf"),
         ({"nag_scale": 5, "nag_tau": 0}, "nag_tau is 0"),
@@ -272,4 +272,4 @@ def test_shell(tmp_path, capsys):
     assert len(set(videos)) == 4
     assert videos[0] == videos[4]
     assert main([*map(str, arguments), "--skip-block", "34", "-o", str(tmp_path / "x.latent")]) == 2
-    assert "names block 34; this denoiser has the blocks 0 to" in capsys.readouterr().err
+    assert "lists block 34, but this denoiser has blocks 0 to" in capsys.readouterr().err

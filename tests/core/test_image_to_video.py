@@ -95,7 +95,7 @@ def test_given_latents_are_those_of_the_frames_in_a_video(vae):
         ({"start": FRAMES[:25], "end": FRAMES[:1]}, {"keep": 25}, "fill 6 of the 6 latents"),
         ({"start": FRAMES[:1]}, {"start_noise": 1.5}, "start_noise is 1.5; use 0"),
         ({"end": FRAMES[:1]}, {"end_noise": float("nan")}, "end_noise is nan; use 0"),
-        ({"start": FRAMES[:1]}, {"keep": 0}, "keep is 0, but at least one frame is kept"),
+        ({"start": FRAMES[:1]}, {"keep": 0}, "keep is 0, but at least one frame must be kept"),
         ({"start": FRAMES[:0]}, {}, r"shape \(0, 32, 48, 3\)"),
         ({"start": FRAMES[0]}, {}, r"shape \(32, 48, 3\)"),
     ],
@@ -174,8 +174,8 @@ def test_a_pipeline_takes_images_in_any_form(pipe):
         ({"image": FRAMES[0] * 255}, "values from .* use 0 to 1, or uint8"),
         ({"image": FRAMES[0] * float("nan")}, "values from nan"),
         ({"image": FRAMES[0, 0]}, r"shape \(48, 3\)"),
-        ({"image": [FRAMES[0].numpy(), FRAMES[0, 1:].numpy()]}, "have different sizes; give them one"),
-        ({"video": FRAMES, "keep": 25}, "so nothing is left"),
+        ({"image": [FRAMES[0].numpy(), FRAMES[0, 1:].numpy()]}, "have different sizes; make them the same size"),
+        ({"video": FRAMES, "keep": 25}, "so there is nothing left"),
     ],
 )
 def test_what_a_pipeline_cannot_take_is_refused(pipe, arguments, message):
@@ -259,12 +259,12 @@ def test_sizes_of_rounds(frames, at_once, keep, expected):
         ((49, 24, 7), "num_frames is 24"),
         (
             (91, 13, 19),
-            "Rounds of 13 frames that keep 19 have no room for new ones; keep 7, or take rounds of 25 frames or more.",
+            "Rounds of 13 frames that keep 19 have no room for new ones; keep 7, or use rounds of 25 frames or more.",
         ),
-        ((49, 19, 19), "keep 13, or take rounds of 25 frames or more"),
-        ((49, 1, 8), "Rounds of 1 frames that keep 8 have no room for new ones; take rounds of 13 frames or more"),
+        ((49, 19, 19), "keep 13, or use rounds of 25 frames or more"),
+        ((49, 1, 8), "Rounds of 1 frames that keep 8 have no room for new ones; use rounds of 13 frames or more"),
         ((49, 19, 0), "keep is 0"),
-        ((7 + 6 * 10_000, 7, 1), "60007 frames are more than 10,000 rounds of 7 that keep 1 make; take longer rounds"),
+        ((7 + 6 * 10_000, 7, 1), "60007 frames are more than 10,000 rounds of 7 that keep 1 make; use longer rounds"),
     ],
 )
 def test_rounds_that_make_nothing_are_refused(arguments, message):
@@ -284,7 +284,7 @@ def test_command_line_makes_rounds(run, tmp_path, capsys):
     assert len(run("--frames", "31", "--round", "19", "--keep", "7")) == 31
     models = ["--transformer", "none", "--t5", "none", "--vae", "none", "--prompt", "x"]
     assert main(["generate", *models, "--round", "37", "-o", str(tmp_path / "x.latent")]) == 2
-    assert "Rounds make frames and no latents" in capsys.readouterr().err
+    assert "Rounds produce frames, not latents" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -293,9 +293,9 @@ def test_command_line_makes_rounds(run, tmp_path, capsys):
         (["--seconds", "3600", "--round", "163"], "There is no file none"),  # everything but T5's file is right
         (
             ["--seconds", "3600"],
-            "A video of 108001 frames of 848 x 480 pixels would be more than the 16,777,216 tokens",
+            "A video of 108001 frames of 848 x 480 pixels would exceed the limit of 16,777,216 tokens",
         ),
-        (["--seconds", "3600", "--round", "90001"], "A video of 90001 frames of 848 x 480 pixels would be more than"),
+        (["--seconds", "3600", "--round", "90001"], "A video of 90001 frames of 848 x 480 pixels would exceed"),
         (["--seconds", "1e12", "--round", "163"], "30000000000001 frames are more than 10,000 rounds of 163"),
         (["--round", "0"], "num_frames is 0, but Mochi needs 6k + 1 frames"),
     ],
@@ -313,16 +313,16 @@ def test_what_is_made_at_once_has_a_limit_and_not_what_is_made_in_rounds(tmp_pat
         (["--image", "{}/none.png"], "none.png cannot be used: there is no such file; check the name."),
         (
             ["--image", "{}/text.txt"],
-            "text.txt cannot be used: it is not an image, or of an unknown kind; save it as",
+            "text.txt cannot be used: it is not an image, or an unsupported type; save it as",
         ),
         (["--image", "{}/half.png"], "; save the image again, as PNG or JPEG."),
         (
             ["--video", "{}/text.txt"],
-            "(Invalid data found when processing input); choose a video, or make an mp4 of it.",
+            "(Invalid data found when processing input); choose a video, or convert it to mp4.",
         ),
-        (["--video", "{}"], "cannot be used: it is a folder; name a file."),
-        (["--video", "{}/empty.avi"], "empty.avi cannot be used: there are no frames in it; choose another video."),
-        (["--image", "/dev/zero"], "zero cannot be used: it is a pipe or a device; save what comes from it as a file"),
+        (["--video", "{}"], "cannot be used: it is a folder; choose a file."),
+        (["--video", "{}/empty.avi"], "empty.avi cannot be used: it has no frames; choose another video."),
+        (["--image", "/dev/zero"], "zero cannot be used: it is a pipe or a device; save its output to a file"),
         (["--last-image", "{}/pipe"], "pipe cannot be used: it is a pipe or a device"),
         (["--video", "{}/pipe"], "pipe cannot be used: it is a pipe or a device"),
         (["--image", "{}/text.txt", "--video", "{}/text.txt"], "--image and --video are both given"),

@@ -35,7 +35,7 @@ def no_interpreter(monkeypatch):
 
 def test_a_cpu_takes_plain_kernels():
     assert kernels.chosen(CPU) == "plain"
-    assert kernels.reason(CPU) == "the kernels in Triton are for CUDA and ROCm, not for cpu"
+    assert kernels.reason(CPU) == "the Triton kernels are for CUDA and ROCm, not for cpu"
     assert not kernels.fused(torch.ones(1))
 
 
@@ -53,7 +53,7 @@ def test_choices_hold_for_the_duration_and_for_one_thread():
         assert kernels.chosen(CUDA) == "triton"
         assert kernels.reason(CUDA) is None
         with kernels.using("plain"):
-            assert kernels.reason(CUDA) == "plain kernels were asked for"
+            assert kernels.reason(CUDA) == "plain kernels were requested"
         thread = threading.Thread(target=lambda: seen.append(kernels.chosen(CPU)))
         thread.start()
         thread.join()
@@ -73,7 +73,7 @@ def test_the_default_of_the_process():
 
 @pytest.mark.parametrize("choose", [kernels.set_default, lambda name: kernels.using(name).__enter__()])
 def test_unknown_choices_are_refused(choose):
-    with pytest.raises(ValueError, match="auto, triton, plain; 'fast' is none of them"):
+    with pytest.raises(ValueError, match="one of auto, triton, plain, not 'fast'"):
         choose("fast")
 
 

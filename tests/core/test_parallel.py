@@ -99,7 +99,7 @@ def test_noise_levels_by_frame(run, plan, size):
 
 def test_shares():
     assert shares(77, 4) == [20, 19, 19, 19]
-    with pytest.raises(ValueError, match=r"^3 tokens cannot be shared out to 4 members; use fewer of them\.$"):
+    with pytest.raises(ValueError, match=r"^3 tokens cannot be divided among 4 members; use fewer members\.$"):
         shares(3, 4)
     # 28 latent frames of 848 x 480 over 2, 4, 8 and 3; 5 over 4.
     assert [unit_of(28, 1590, members) for members in (2, 4, 8, 3)] == [1590, 1590, 795, 1590 // 2]
@@ -189,7 +189,7 @@ def test_the_change_is_that_of_all_tokens():
 
 def test_decisions_that_differ_are_an_error(pool):
     said = pool.run(2, "run_with_a_bent_decision", "ulysses=2")
-    sentence = "Members decided differently about the block cache; give all of them the same cache and video."
+    sentence = "Members made different block cache decisions; give all of them the same cache and video."
     assert said == [f"RuntimeError: {sentence}"] * 2
 
 
@@ -234,15 +234,15 @@ def test_plans_are_chosen():
 REFUSED = {
     (6, "guidance=2,ulysses=4"): "6 GPUs: guidance=2 x ulysses=4 needs 8; use --parallel auto (guidance=2, ulysses=3).",
     (5, "ulysses=5"): "ulysses=5 does not divide Mochi's 24 heads; use 1, 2, 3, 4, 6, 8, 12 or 24, or ring=5.",
-    (3, "guidance=3"): "guidance=3 is not a plan; guidance is 1 or 2, ulysses and ring are 1 or more.",
+    (3, "guidance=3"): "guidance=3 is not a valid plan; guidance must be 1 or 2, ulysses and ring 1 or more.",
     (
         2,
         "guidance=two",
-    ): "'guidance=two' is not a plan; use auto, or one such as guidance=2,ulysses=4 or guidance=2,ring=2.",
+    ): "'guidance=two' is not a plan; use auto, or e.g. guidance=2,ulysses=4 or guidance=2,ring=2.",
     (
         1,
         "ring=1,heads=2",
-    ): "'ring=1,heads=2' is not a plan; use auto, or one such as guidance=2,ulysses=4 or guidance=2,ring=2.",
+    ): "'ring=1,heads=2' is not a plan; use auto, or e.g. guidance=2,ulysses=4 or guidance=2,ring=2.",
 }
 
 
@@ -251,7 +251,7 @@ def test_plans_that_do_not_fit_are_refused(members, plan):
     with pytest.raises(ValueError, match=re.escape(REFUSED[members, plan])):
         Plan.parse(plan).check(members)
     with pytest.raises(
-        ValueError, match=r"^guidance=2 is for steps with guidance, and there are none; .*\(ulysses=2\)\.$"
+        ValueError, match=r"^guidance=2 is for steps with guidance, but there are none; .*\(ulysses=2\)\.$"
     ):
         Plan(guidance=2).check(2, guided=False)
 
@@ -300,7 +300,7 @@ def test_a_member_that_does_not_come_is_an_error(monkeypatch):
         time.sleep(0.5 * group.rank)
         group.total(torch.ones(2))
 
-    with pytest.raises(Stopped, match=r"^Another member did not come\.$"):
+    with pytest.raises(Stopped, match=r"^Another member did not arrive in time\.$"):
         Threads(2).run(work)
 
 
@@ -314,7 +314,7 @@ def test_a_member_that_ends_early_ends_all(early):
                 return
             assert group.total(torch.ones(2)).tolist() == [3, 3]
 
-    assert repr(error_of(Threads(3), work)) == "Stopped('Another member has ended already.')"
+    assert repr(error_of(Threads(3), work)) == "Stopped('Another member has already ended.')"
 
 
 def test_a_member_without_a_thread_ends_all():

@@ -134,7 +134,7 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_read(pipe):
         *(partial(load, "gone") for load in loaders),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="which is not on this machine"):
+        with pytest.raises(ValueError, match="which this machine does not have"):
             call(device=device)
 
 
@@ -174,7 +174,7 @@ def test_saved_video_can_be_read_back(tmp_path):
     assert np.abs(frames[..., 0].mean((1, 2)) - 255 * np.linspace(0, 1, 7)).max() < 8
     with pytest.raises(ValueError, match="one video is"):
         save_video(np.zeros((2, 7, 32, 48, 3)), tmp_path / "y.mp4")
-    with pytest.raises(ValueError, match="frames have 33 x 32 pixels"):
+    with pytest.raises(ValueError, match="frames are 33 x 32 pixels"):
         save_video(np.zeros((7, 32, 33, 3)), tmp_path / "y.mp4")
     assert not (tmp_path / "y.mp4").exists()
 
@@ -267,7 +267,7 @@ def test_command_line_latents_and_decode(models, tokenizer, tmp_path, capsys):
     assert read_frames(direct.read_bytes()).shape == (13, 32, 48, 3)
     assert direct.read_bytes() == decoded.read_bytes()
     assert main(["decode", str(models["--vae"]), *vae, "-o", str(tmp_path / "x.mp4")]) == 2
-    assert "could be latents; it must hold one" in capsys.readouterr().err
+    assert "could be latents; it must hold exactly one" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["direct.mp4", "kite.latent", "kite.mp4"]
 
 
@@ -322,7 +322,7 @@ def test_a_block_to_skip_is_looked_for_before_anything_is_loaded(models, tokeniz
     ]
     assert main(["generate", *options, "--prompt", "a kite", "--device", "cpu", "--skip-block", "60"]) == 2
     said = capsys.readouterr().err
-    assert "skip_blocks names block 60" in said
+    assert "skip_blocks lists block 60" in said
     assert "loading" not in said
 
 
@@ -361,10 +361,10 @@ def test_the_name_of_an_output_says_what_is_written(capsys, command, name, endin
         ("junk", "device is junk, which is not a device; use cpu"),
         ("", "device is , which is not a device"),
         ("cud\x1b", "device is cud\\x1b, which is not a device"),
-        ("meta", "device is meta, which is not on this machine"),
-        ("cpu:128", "device is cpu:128, which is not on this machine"),
-        ("cpu:1", "device is cpu:1, which is not on this machine or cannot be computed on; it has cpu"),
-        (f"cuda:{torch.cuda.device_count()}", "which is not on this machine"),
+        ("meta", "device is meta, which this machine does not have"),
+        ("cpu:128", "device is cpu:128, which this machine does not have"),
+        ("cpu:1", "device is cpu:1, which this machine does not have or cannot compute on; it has cpu"),
+        (f"cuda:{torch.cuda.device_count()}", "which this machine does not have"),
     ],
 )
 def test_a_device_is_one_of_the_machine(tmp_path, capsys, device, message):
@@ -379,7 +379,7 @@ def test_a_device_is_one_of_the_machine(tmp_path, capsys, device, message):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--seed", str(2**70), "is too large; use a seed of 64 bits."),
+        ("--seed", str(2**70), "is out of range; use a seed of 64 bits."),
         ("--fps", "0", "0 is not a frame rate; use 1 to 1000 frames per second."),
     ],
 )
@@ -403,7 +403,7 @@ def test_an_amount_of_memory_is_a_number(capsys, gibibytes):
         (torch.zeros(0, 12, 3, 4, 6), r"shape \(0, 12, 3, 4, 6\)"),
         (torch.zeros(1, 12, 0, 4, 6), "with at least one of each"),
         (torch.zeros(1, 12, 3, 0, 6), "with at least one of each"),
-        (torch.full((1, 12, 3, 4, 6), torch.nan), "864 values of 864 that are infinite or not a number"),
+        (torch.full((1, 12, 3, 4, 6), torch.nan), "864 infinite or NaN values out of 864"),
         (torch.zeros(1, 12, 3, 4, 6, dtype=torch.int32), "latents are int32"),
     ],
 )
@@ -448,7 +448,7 @@ def test_a_disk_that_is_full_is_one_sentence_and_leaves_what_was_there(tmp_path,
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(
-            OSError, match=rf"There is no room for \S*{name} \(.*\); free some, or choose another place.$"
+            OSError, match=rf"There is no room for \S*{name} \(.*\); free some space, or choose another place.$"
         ):
             write(tmp_path / name)
     finally:
@@ -622,7 +622,7 @@ def test_encoded_text_needs_no_text_encoder(pipe, t5):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": []}, "There is no prompt; pass one text, or a list of one or more."),
+        ({"prompt": []}, "There is no prompt; pass a string, or a list of one or more."),
         ({"prompt": None}, "There is no prompt"),
         ({"negative_prompt": []}, "There is no negative_prompt"),
         ({"prompt_embeds": torch.zeros(1, 4, TEXT_WIDTH)}, "prompt and prompt_embeds are both given"),
@@ -630,9 +630,9 @@ def test_encoded_text_needs_no_text_encoder(pipe, t5):
             {"prompt": None, "prompt_embeds": torch.zeros(4, TEXT_WIDTH)},
             r"shapes \(4, 96\) and \(4, 96\)|pass \(B, L, width\)",
         ),
-        ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 3)}, f"width 3; this denoiser reads {TEXT_WIDTH}"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 4, 3)}, f"width 3; this denoiser needs {TEXT_WIDTH}"),
         ({"prompt_attention_mask": torch.ones(1, 4)}, "prompt_attention_mask is for prompt_embeds"),
-        ({"negative_prompt": "fog"}, "There is no text encoder here; pass prompt_embeds"),
+        ({"negative_prompt": "fog"}, "This pipeline has no text encoder; pass prompt_embeds"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt is 0; use 1 or more"),
     ],
 )
@@ -686,9 +686,9 @@ def test_loras_by_name(tmp_path, t5):
     pipe.set_adapters(["dense fog", "kites"], [0.5, 1.0])
     assert torch.equal(pipe("a kite", **TEXT), both)
     for call, message in {
-        lambda: pipe.load_lora_weights(paths["kites"]): "There is a LoRA kites already; pass another adapter_name",
+        lambda: pipe.load_lora_weights(paths["kites"]): "There is already a LoRA kites; pass another adapter_name",
         lambda: pipe.set_adapters(["kites", "rain"]): "There is no LoRA rain; there are: kites, dense fog.",
-        lambda: pipe.set_adapters(["kites"], [1, 2]): "There are 1 names and 2 strengths",
+        lambda: pipe.set_adapters(["kites"], [1, 2]): "There are 1 names, but 2 strengths",
         lambda: pipe.set_adapters(["kites", "dense fog"], [0, float("nan")]): "The strength of a LoRA is nan",
     }.items():
         with pytest.raises(ValueError, match=message):

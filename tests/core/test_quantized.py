@@ -65,7 +65,7 @@ def test_layer_equals_a_linear_layer_of_the_dequantized_weight(kind, dtype):
 
 
 def test_rows_that_are_no_whole_number_of_blocks_are_refused():
-    with pytest.raises(ValueError, match="no whole number of Q4_0 blocks"):
+    with pytest.raises(ValueError, match="not a whole number of Q4_0 blocks"):
         _ = QuantizedWeight(torch.zeros(2, 19, dtype=torch.uint8), block_type="Q4_0").shape
-    with pytest.raises(ValueError, match="no whole number of Q4_0 blocks of 32; use fp8 or int8"):
+    with pytest.raises(ValueError, match="not a whole number of Q4_0 blocks of 32; use fp8 or int8"):
         QUANTIZERS["q4_0"](gaussian(2, 33))

@@ -94,7 +94,7 @@ def test_one_prompt_serves_a_batch(dit):
 
 
 def test_prompt_count_must_fit(dit):
-    with pytest.raises(ValueError, match="prompts for 2 videos but noise for 3"):
+    with pytest.raises(ValueError, match="prompts for 2 videos, but noise for 3"):
         sample(dit, NOISE.repeat(3, 1, 1, 1, 1), SIGMAS, prompt(6, batch=2), None, 1.0)
 
 
@@ -106,18 +106,18 @@ def test_scale_count_must_fit(dit):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"sigmas": SIGMAS[:0]}, r"sigmas have shape \(0,\), but one step needs two"),
-        ({"sigmas": SIGMAS[:1]}, r"sigmas have shape \(1,\), but one step needs two"),
+        ({"sigmas": SIGMAS[:0]}, r"sigmas have shape \(0,\), but must be one-dimensional"),
+        ({"sigmas": SIGMAS[:1]}, r"sigmas have shape \(1,\), but must be one-dimensional"),
         ({"sigmas": torch.tensor([1.0, math.nan, 0.0])}, r"sigmas\[1\] is nan"),
-        ({"sigmas": torch.tensor([1.0, 0.0, 0.5])}, r"sigmas\[2\] is 0.5 after 0, but .* levels have to fall"),
-        ({"sigmas": torch.tensor([14.6, 3.0, 0.0])}, r"sigmas\[0\] is 14.6, but noise levels are numbers from 1"),
+        ({"sigmas": torch.tensor([1.0, 0.0, 0.5])}, r"sigmas\[2\] is 0.5 after 0, but .* levels must fall"),
+        ({"sigmas": torch.tensor([14.6, 3.0, 0.0])}, r"sigmas\[0\] is 14.6, but noise levels go from 1"),
         ({"guidance_scale": math.nan}, "guidance_scale is nan"),
         ({"guidance_scale": [4.5, 4.5, 4.5, 4.5, math.inf]}, "guidance_scale is inf"),
         ({"noise": NOISE[:0]}, r"latents have shape \(0, 12, "),
         ({"noise": NOISE[..., :0, :]}, "with at least one of each"),
         ({"noise": NOISE[:, :4]}, r"Mochi's are \(batch, 12, T, H, W\)"),
-        ({"noise": NOISE.long()}, "latents are int64, but they have to be real numbers"),
-        ({"noise": NOISE * math.nan}, "that are infinite or not a number"),
+        ({"noise": NOISE.long()}, "latents are int64, but must be floating point"),
+        ({"noise": NOISE * math.nan}, "infinite or NaN values out of"),
         ({"cache": {"threshold": math.inf}}, "threshold is inf"),
         ({"cache": {"threshold": 0.1, "start": math.nan}}, "start is nan"),
     ],

@@ -41,7 +41,7 @@ def test_all_steps_linear():
         ((0,), "num_steps is 0"),
         ((8, 0.0), "threshold_noise is 0.0"),
         ((8, 1.0), "threshold_noise is 1.0"),
-        ((10**12,), "num_steps is 1000000000000, but 1,000,000 are taken at most"),
+        ((10**12,), "num_steps is 1000000000000, but must be at most 1,000,000"),
         ((8, 0.025, 0), "linear_steps is 0"),
         ((8, 0.025, 9), "linear_steps is 9"),
         ((8, 0.9, 2), "rise again"),
@@ -59,7 +59,7 @@ def test_nonsense_is_refused(arguments, message):
         ((4.5, math.inf), "cfg_end is inf"),
         ((4.5, None, math.nan), "start is nan"),
         ((4.5, None, 0.0, math.inf), "end is inf"),
-        ((4.5, None, 0.0, 1.5), "end is 1.5, but it is a share"),
+        ((4.5, None, 0.0, 1.5), "end is 1.5, but it is a fraction"),
     ],
 )
 def test_guidance_is_made_of_numbers(arguments, message):

@@ -253,7 +253,7 @@ def test_smallest_plan_that_fails_says_how_much_is_missing(vae):
     hopeless.load_state_dict(vae.state_dict())
     with pytest.raises(OutOfMemory, match=r"frames of 3 x 5 latents need .* even one row at a time; make the video"):
         hopeless.decode(latents(*LATENT))
-    with pytest.raises(OutOfMemory, match=r"need 0.00 GiB besides .* one row at a time, 0.00 GiB more than there is"):
+    with pytest.raises(OutOfMemory, match=r"need 0.00 GiB besides .* one row at a time, 0.00 GiB more than is free"):
         hopeless.decode(latents(*LATENT), memory_limit=1)
     with pytest.raises(OutOfMemory, match=r"frames of 24 x 40 pixels need"):
         hopeless.encode(pixels(*PIXELS))

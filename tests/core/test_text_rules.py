@@ -22,7 +22,7 @@ def test_prompts_that_fit_stay_whole(length):
 def test_longer_ones_keep_their_end_token_and_quote_what_is_lost(length, lost):
     tokens, warning = cut_tokens(list(range(length)), spell)
     assert tokens == [*range(255), length - 1]
-    assert warning == f"The prompt has {length} tokens and Mochi reads 256; cut off: “{lost}”"
+    assert warning == f"The prompt has {length} tokens, but Mochi reads 256; cut off: “{lost}”"
 
 
 def test_a_warning_quotes_at_most_a_line():
@@ -31,7 +31,7 @@ def test_a_warning_quotes_at_most_a_line():
     )
     assert tokens == [*range(255), 999]
     assert warning.startswith(
-        "The prompt has more than 1000 tokens and Mochi reads 256; cut off: “first so \\x1b[31m long so"
+        "The prompt has more than 1000 tokens, but Mochi reads 256; cut off: “first so \\x1b[31m long so"
     )
     assert warning.endswith("long last of all”")
     assert len(warning) < 250
@@ -64,7 +64,7 @@ def test_megabytes_are_cut(prompt, text):
 
 def test_half_of_a_character_is_named():
     with pytest.raises(
-        ValueError, match=r"half of a character, U\+D83D, at place 7; delete it, or write the whole character"
+        ValueError, match=r"half of a character, U\+D83D, at position 7; delete it, or write the whole character"
     ):
         cut_text("A kite\ud83d")
 

@@ -71,7 +71,7 @@ def test_two_processes_make_the_video_of_one(single, tmp_path):
 
 @pytest.mark.usefixtures("with_all")
 def test_four_processes_make_the_video_of_one(single, tmp_path):
-    check_video(single, tmp_path, 4, "guidance=2,ring=2", "guidance=2, ring=2, as asked for")
+    check_video(single, tmp_path, 4, "guidance=2,ring=2", "guidance=2, ring=2, as requested")
 
 
 @pytest.mark.usefixtures("with_all")

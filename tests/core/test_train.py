@@ -160,9 +160,11 @@ def test_steps_after_the_saved_state_are_taken_and_logged_again(tmp_path, accele
 
 def test_a_state_of_other_ranks_or_none_at_all_is_refused(tmp_path, accelerator):
     run(config(tmp_path), accelerator)
-    with pytest.raises(ValueError, match=r"state.pt is of a training of other layers or ranks; choose another output"):
+    with pytest.raises(
+        ValueError, match=r"state.pt is from a training with other layers or ranks; choose another output"
+    ):
         run(config(tmp_path, lora=SIZES), accelerator)
-    with pytest.raises(ValueError, match=r"state.pt is of a training with seed 0, and now it is 7; set it back"):
+    with pytest.raises(ValueError, match=r"state.pt is from a training with seed 0, but now it is 7; set it back"):
         run(config(tmp_path, seed=7, steps=8), accelerator)
     (tmp_path / "out" / STATE).write_bytes(b"no state")
     with pytest.raises(ValueError, match=r"state.pt cannot be read; delete it to start from the beginning."):
@@ -333,14 +335,14 @@ def test_data_that_does_not_fit_is_refused(tmp_path, accelerator):
     with pytest.raises(ValueError, match=r"clip0.* was prepared with a text encoder of width 65, but .* takes 64"):
         run(config(tmp_path, dataset=str(wide)), accelerator)
     save_file({"mean": torch.zeros(1)}, wide / "a.safetensors")
-    with pytest.raises(ValueError, match=r"a.safetensors is not a clip; keep nothing but what `prepare` writes"):
+    with pytest.raises(ValueError, match=r"a.safetensors is not a clip; keep only files written by `prepare`"):
         run(config(tmp_path, dataset=str(wide)), accelerator)
 
 
 def test_a_training_that_fails_says_so_and_keeps_the_last_good_state(tmp_path, accelerator):
     settings = config(tmp_path, learning_rate=1e30, warmup_steps=0, save_every=1)
     with pytest.raises(
-        ValueError, match=r"The loss is \S+ and its gradient \S+ at step \d: the training has failed; lower"
+        ValueError, match=r"The loss is \S+ and its gradient \S+ at step \d: training has diverged; lower"
     ):
         run(settings, accelerator)
     assert all(value.isfinite().all() for value in saved_weights(settings).values())
@@ -350,7 +352,7 @@ def test_quantised_weights_cannot_be_trained_themselves(tmp_path, accelerator):
     path = tmp_path / "fp8.safetensors"
     scaled_fp8(random_dit().state_dict(), path)
     with pytest.raises(
-        ValueError, match=r"The weights of fp8.safetensors are quantised and cannot be trained; dequantise"
+        ValueError, match=r"The weights of fp8.safetensors are quantised, so they cannot be trained; dequantise"
     ):
         run(config(tmp_path, transformer=str(path)), accelerator, full_model)
 

@@ -19,4 +19,4 @@ def test_logs_become_a_picture(tmp_path):
 def test_other_files_are_refused_with_a_sentence(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
     assert main(["plot", str(tmp_path / "a.csv"), "-o", str(tmp_path / "loss.png")]) == 2
-    assert "a.csv is not the log of a training; give a log.csv." in capsys.readouterr().err
+    assert "a.csv is not a training log; give a log.csv." in capsys.readouterr().err

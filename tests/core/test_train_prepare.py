@@ -142,17 +142,17 @@ def test_what_cannot_be_used_is_left_out_with_a_sentence(videos, models, capsys)
     assert prepare(videos, models) == 0
     warnings = sorted(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
     assert warnings == [
-        "warning: broken.mp4 is left out: it cannot be read (Invalid data found when processing input); choose a video, or "
-        "make an mp4 of it.",
-        "warning: short.mp4 is left out: it has 5 frames at 30 per second, and 7 are wanted.",
-        "warning: silent.mp4 is left out: silent.txt beside it must hold its caption.",
+        "warning: broken.mp4 is skipped: it cannot be read (Invalid data found when processing input); choose a video, or "
+        "convert it to mp4.",
+        "warning: short.mp4 is skipped: it has 5 frames at 30 per second, but 7 are needed.",
+        "warning: silent.mp4 is skipped: its caption must be next to it in silent.txt.",
     ]
     assert len(list((videos.parent / "clips").iterdir())) == 2
 
 
 def test_folders_and_sizes_that_will_not_do(videos, models, tmp_path, capsys):
     assert prepare(tmp_path / "nowhere", models) == 2
-    assert "nowhere is not a folder; give the one that holds the videos" in capsys.readouterr().err
+    assert "nowhere is not a folder; give the folder with the videos" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert prepare(tmp_path / "empty", models) == 2
     assert "There is no video with a caption in" in capsys.readouterr().err
@@ -182,7 +182,7 @@ def test_from_videos_to_a_lora_in_a_shell(videos, models, tmp_path):
         process.send_signal(signal.SIGINT)
         output = process.communicate()[0]
     assert process.returncode == 130
-    assert "of 40; the same command goes on from there." in output
+    assert "of 40; the same command resumes from there." in output
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "40 steps are done; see out." in done.stdout
