@@ -25,7 +25,7 @@ def stored_name(checkpoint: Checkpoint) -> str:
 def weights_choice(stored: str, held: str, asked: bool, device: torch.device) -> str:
     """`stored` is the file's format, `held` the one in memory; `asked` if the user chose it."""
     if asked:
-        return f"weights {held}, as asked for"
+        return f"weights {held}, as requested"
     return f"weights {held}, as in the file" if held == stored else f"weights {held}, which suits {device} best"
 
 

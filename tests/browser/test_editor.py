@@ -29,7 +29,7 @@ WATCH_ERRORS = """
 QUEUE_TEXT = "(prompt => window.comfyAPI.api.api.queuePrompt(0, prompt))"
 CAPTURE = "app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState();"  # as after a key press
 
-MEMORY = re.compile(r"^about \S+ .iB to sample, beside \S+ .iB of weights; cpu has \S+ GiB$")
+MEMORY = re.compile(r"^about \S+ .iB to sample, plus \S+ .iB of weights; cpu has \S+ GiB$")
 FEW_TOKENS = re.compile(r"^[3-6] of 256 tokens$")
 # A second node for the first one's subgraph, with the same values.
 SECOND_USE = """() => {
@@ -307,7 +307,7 @@ def test_what_will_happen_is_said_before_it_does(editor):
     editor.load(editor_form("tiny_mochi"), "tiny")
     editor.page.get_by_text("9 of 256 tokens", exact=True).wait_for()
     set_widget(editor, "Mochi1T5Encode", "prompt", "a red kite over the sea " * 60)
-    editor.page.get_by_text("The prompt has 481 tokens and Mochi reads 256; cut off: “").wait_for()
+    editor.page.get_by_text("The prompt has 481 tokens, but Mochi reads 256; cut off: “").wait_for()
     editor.page.get_by_text("empty: no text at all, as in Genmo's code").wait_for()
     editor.page.get_by_text(MEMORY).wait_for()
     small = line(editor, "Mochi1Sampler")

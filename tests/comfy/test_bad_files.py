@@ -80,7 +80,7 @@ def test_bad_bytes_and_no_numbers(comfy_client, comfy_server, refusal, folder):
     for value in (torch.nan, torch.inf) if everything else (torch.nan,):
         broken = {**good, name: torch.full_like(good[name], value)}
         message = refusal(folder, lambda path, broken=broken: save_file(broken, path))
-        assert f"holds NaN or infinite values in {name}" in message
+        assert f"has NaN or infinite values in {name}" in message
     assert_healthy(comfy_client)
     assert not stays_open(comfy_client, comfy_server)
 
@@ -113,7 +113,7 @@ def test_a_file_that_changes_while_it_loads(comfy_client, comfy_server, refusal)
         message = refusal("diffusion_models", write)
     finally:
         done.set()
-    assert "bad.safetensors changed while it was loaded; load it again when it is complete." in message
+    assert "bad.safetensors changed while it was being loaded; load it again when it is complete." in message
     assert_healthy(comfy_client)
 
 

@@ -159,7 +159,7 @@ def test_threshold_0_is_exact(runs_of, method):
     out, log = runs_of(EXACT, method, 0)
     assert torch.equal(out["first"], out["plain"])
     assert out["first calls"] == out["plain calls"] == 4 * STEPS * 6
-    assert f"Mochi cache: {method} with threshold 0 left out blocks in 0 of {4 * STEPS} forwards (0%)." in log
+    assert f"Mochi cache: {method} with threshold 0 skipped blocks in 0 of {4 * STEPS} forward passes (0%)." in log
 
 
 @pytest.mark.parametrize("method", LOOSE)
@@ -247,7 +247,8 @@ def test_in_a_graph(latents_of, comfy_server):
     assert torch.equal(twice, plain), "the last cache counts"
     assert not torch.equal(on, plain)
     assert (
-        "Mochi cache: teacache with threshold 1 left out blocks in 20 of 24 forwards (83%)." in comfy_server.log_tail()
+        "Mochi cache: teacache with threshold 1 skipped blocks in 20 of 24 forward passes (83%)."
+        in comfy_server.log_tail()
     )
 
 

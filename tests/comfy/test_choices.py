@@ -16,11 +16,11 @@ def test_every_loader_and_the_decoder_say_what_they_chose(said):
     transformer, t5, vae, decode = (
         next(line for line in lines if line.startswith(what)) for what in ("transformer", "T5", "VAE", "decode")
     )
-    kernels = "kernels plain (the kernels in Triton are for CUDA and ROCm, not for cpu)"
+    kernels = "kernels plain (the Triton kernels are for CUDA and ROCm, not for cpu)"
     attention = "attention sdpa (PyTorch's own on cpu; the server's is sub_quad)."
-    assert transformer == f"transformer: weights bf16, as asked for; arithmetic fp32 on cpu; {kernels}; {attention}"
-    assert t5 == "T5: weights bf16, as asked for; arithmetic fp32 on cpu."
-    assert vae == "VAE: weights fp32, as asked for; arithmetic fp32 on cpu."
+    assert transformer == f"transformer: weights bf16, as requested; arithmetic fp32 on cpu; {kernels}; {attention}"
+    assert t5 == "T5: weights bf16, as requested; arithmetic fp32 on cpu."
+    assert vae == "VAE: weights fp32, as requested; arithmetic fp32 on cpu."
     assert decode.endswith("0.25 GiB are allowed.")
 
 

@@ -186,4 +186,4 @@ def test_another_device_gets_weights_of_its_own(found, kind):
 def test_two_threads_share_the_record_of_a_cache(found):
     shared = found["two threads"]
     assert (shared["wrong"], shared["alive"], shared["kept"]) == ([], [False, False], 16)
-    assert "left out blocks in 0 of 16000 forwards" in shared["report"]
+    assert "skipped blocks in 0 of 16000 forward passes" in shared["report"]

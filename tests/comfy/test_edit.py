@@ -278,16 +278,16 @@ def test_stopped_half_way_and_back(out, dit, rising):
 
 
 MESSAGES = {
-    "above noise": "sigmas go on from 0.5 to 1.5, but noise alone is level 1",
+    "above noise": "sigmas continue from 0.5 to 1.5, but pure noise is level 1",
     "cfg": "cfg is nan",
     "empty": "The LATENT is empty, and there is nothing to edit",
     "eta": "eta is nan",
-    "falling": "noise levels have to rise; turn the schedule round (FlipSigmas)",
+    "falling": "noise levels must rise; reverse the schedule (FlipSigmas)",
     "gamma": "gamma is inf, but it goes from 0 (follows the model) to 1",
     "nothing to invert": "The LATENT is empty, and there is nothing to invert",
-    "rising": "sigmas[1] is 0.2944 after 0.0001, but from noise to a video levels have to fall",
+    "rising": "sigmas[1] is 0.2944 after 0.0001, but from noise to a video, levels must fall",
     "size": "connect the video that was inverted",
-    "start": "The noise to start from is 0.0",
+    "start": "The starting noise level is 0.0",
     "window": "start is 0.2, below the end 0.9",
 }
 

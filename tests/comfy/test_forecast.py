@@ -35,7 +35,7 @@ def test_tokens_are_those_that_the_node_reads(ask, comfy_client, comfy_server):
     assert ask("tokens", {"prompt": ""}) == "empty: no text at all, as in Genmo's code"
     before = comfy_server.log.stat().st_size
     cut = ask("tokens", {"prompt": LONG})
-    assert re.match("The prompt has 481 tokens and Mochi reads 256; cut off: “.*sea”$", cut)
+    assert re.match("The prompt has 481 tokens, but Mochi reads 256; cut off: “.*sea”$", cut)
     assert cut not in comfy_server.log.read_bytes()[before:].decode()  # counting tokens does not encode
     t5 = node("Mochi1LoadT5", t5_name="t5xxl_fp16.safetensors", dtype="auto")
     encoded = node("Mochi1T5Encode", clip=["t5", 0], prompt=LONG)
@@ -45,7 +45,7 @@ def test_tokens_are_those_that_the_node_reads(ask, comfy_client, comfy_server):
 
 def sampled(sentence):
     """Bytes for sampling and for the weights, read from a sentence."""
-    numbers = re.match(r"about (\S+) (.)iB to sample, beside (\S+) (.)iB of weights; cpu has \S+ GiB$", sentence)
+    numbers = re.match(r"about (\S+) (.)iB to sample, plus (\S+) (.)iB of weights; cpu has \S+ GiB$", sentence)
     assert numbers, sentence
     unit = {"M": 2**20, "G": 2**30}
     return float(numbers[1]) * unit[numbers[2]], float(numbers[3]) * unit[numbers[4]]
@@ -63,14 +63,14 @@ def test_memory_is_that_of_the_file_and_the_size(ask):
     assert memory(window=15) == memory(num_frames=85)
     assert memory(batch_size=2)[0] > 1.5 * working
     released = ask("memory", {})
-    assert re.match(r"about 2\.1 GiB to sample, beside the weights; cpu has \S+ GiB", released)
+    assert re.match(r"about 2\.1 GiB to sample, plus the weights; cpu has \S+ GiB", released)
 
 
 @pytest.mark.parametrize(
     ("route", "question", "problem"),
     [
         ("tokens", {"prompt": 5}, "The prompt is not text."),
-        ("tokens", {"prompt": "a\ud800"}, "The prompt has half of a character, U+D800, at place 2;"),
+        ("tokens", {"prompt": "a\ud800"}, "The prompt has half of a character, U+D800, at position 2;"),
         ("memory", {"width": 100}, "width is 100, but Mochi needs a multiple of 16; use 96 or 112."),
         ("memory", {"batch_size": "2"}, "batch_size is not a whole number of 0 or more."),
         ("memory", {"model_name": ["a"]}, "model_name and weight_dtype are not text."),

@@ -148,7 +148,7 @@ def test_a_device_without_fp8_products_dequantizes_the_weights_and_the_console_s
         dequantized.get_submodule(name).fp8_product = False
     assert relative_error(results["refused"], velocity(dequantized)) < 1e-5
     first, *_, last = (folder / "said.txt").read_text().splitlines()
-    assert "weights fp8_rowwise, as asked for; arithmetic fp32 on cpu, products in fp8;" in first
+    assert "weights fp8_rowwise, as requested; arithmetic fp32 on cpu, products in fp8;" in first
     assert (
         "arithmetic fp32 on cpu; weights are dequantised, because this device cannot multiply in fp8 (cpu is too old);"
         in last

@@ -214,7 +214,7 @@ def test_masks_of_one_frame_and_of_other_sizes(made):
 
 def test_what_is_wrong_is_one_sentence(made):
     tensors, told = made
-    assert told["no image"] == "There is no image to make a video from; give a first one, a last one or both."
+    assert told["no image"] == "There is no image to make a video from; give a first image, a last one or both."
     assert told["frames of a mask"].startswith("The mask has 3 frames and the video 26; give one mask")
     assert tensors["values of a mask"].eq(1).all(), "a mask is from 0 to 1"
     for name in ("no number in a mask", "no number in a noise mask"):

@@ -162,7 +162,7 @@ def test_on_quantised_weights(latents_of, dit, write_lora, with_checkpoint, dtyp
     ("content", "message"),
     [
         ({"double_blocks.0.img_attn.qkv.lora_A.weight": torch.zeros(4, 8)}, "holds a LoRA for FLUX or HunyuanVideo"),
-        ({"blocks.0.attn.qkv_x.lora_A": torch.zeros(4, 8)}, "has one half of blocks.0.attn.qkv_x only"),
+        ({"blocks.0.attn.qkv_x.lora_A": torch.zeros(4, 8)}, "has only one half of blocks.0.attn.qkv_x"),
         ({"t5_yproj.weight": torch.zeros(4, 8)}, "holds a Mochi transformer"),
         ("<html>Not found</html>", "is not a safetensors file"),
     ],
@@ -192,7 +192,7 @@ def test_names_without_a_place_are_logged(comfy_client, comfy_server, dit):
     graph[SAMPLER]["inputs"]["model"] = ["lora", 0]
     assert comfy_client.run(graph).outcome == "execution_success"
     assert (
-        "stray.safetensors: Mochi has no place for 1 of its names, left out: blocks.7.attn.qkv_x."
+        "stray.safetensors: Mochi has no layers for 1 of its names, which are ignored: blocks.7.attn.qkv_x."
         in comfy_server.log_tail(200)
     )
 
@@ -297,6 +297,6 @@ def test_weight_streaming_and_the_stock_loaders_model(comfy_path, dit, tmp_path)
     ]  # fmt: skip
     assert refusal == "The MODEL is Identity, not Mochi; connect Load Mochi Transformer."
     for strength, told in (("nan", nan), ("inf", infinite)):
-        assert told == f"The strength of a LoRA is {strength}, but must be a number; 1 is as trained."
+        assert told == f"The strength of a LoRA is {strength}, but must be finite; 1 is as trained."
     for name in HOSTS_FILES:
         assert_equal_to_the_hosts_loader(tmp_path, name, dit)

@@ -79,13 +79,13 @@ def says(part):
 
 def compare(name, model, run=sample, split="auto", add=on_both, plain=None, **options):
     said.clear()
-    latents[f"{name}/one"], counted = run(plain or model, **options), says("left out blocks")
+    latents[f"{name}/one"], counted = run(plain or model, **options), says("skipped blocks")
     both = add(model, split)
     said.clear(), ran.clear()
     hooks = [watch(both, 0), watch(clone_of(both), 1)]
     latents[f"{name}/both"] = run(both, **options)
     [hook.remove() for hook in hooks]
-    found[name] = {"ran": sorted(map(list, ran)), "said": says("Mochi parallel"), "counted": [counted, says("left out blocks")]}
+    found[name] = {"ran": sorted(map(list, ran)), "said": says("Mochi parallel"), "counted": [counted, says("skipped blocks")]}
 
 def guide(model):
     guider = make_guider(model, positive, negative, 4.5, 0.0, 0.0, 0.5)
@@ -278,7 +278,7 @@ def test_what_cases_add_changes_the_latents(done, case):
 def test_a_cache_leaves_out_and_counts_what_it_does_on_one_device(found, case):
     (one,), (both,) = found[case]["counted"]
     assert one == both
-    assert "left out blocks in 0 of" not in both
+    assert "skipped blocks in 0 of" not in both
 
 
 def test_what_the_console_says(found):

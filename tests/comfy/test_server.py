@@ -65,7 +65,7 @@ def test_run_shows_progress(comfy_client):
             "height is 50, but Mochi needs a multiple of 16; use 48 or 64. "
             "num_frames is 24, but Mochi needs 6k + 1 frames (7, 13, 19, ... 163); use 19 or 25.",
         ),
-        ({"cfg": math.nan}, "cfg is nan, but guidance is a number; use 1 (off) or more, such as 4.5."),
+        ({"cfg": math.nan}, "cfg is nan, but must be finite; use 1 (off) or more, such as 4.5."),
         ({"denoise": math.nan}, "denoise is nan, but it is a share of the schedule; use a value above 0 and up to 1."),
     ],
 )
@@ -114,10 +114,10 @@ def test_empty_latents_of_other_models_get_mochis_size(latents_of):
     [
         ("latent", "sixteen channels", "latents have shape (1, 16, 1, 8, 12), but Mochi's are (batch, 12, T, H, W)"),
         ("latent", "no frames", "latents have shape (1, 12, 0, 4, 4), but Mochi's are (batch, 12, T, H, W)"),
-        ("latent", "no number", "latents hold 1 values of 192 that are infinite or not a number"),
-        ("sigmas", "no step", "sigmas have shape (1,), but one step needs two noise levels in a row"),
-        ("sigmas", "no level", "sigmas have shape (0,), but one step needs two noise levels in a row"),
-        ("decode", "no number", "latents hold 1 values of 192 that are infinite or not a number"),
+        ("latent", "no number", "latents contain 1 infinite or NaN values out of 192"),
+        ("sigmas", "no step", "sigmas have shape (1,), but must be one-dimensional"),
+        ("sigmas", "no level", "sigmas have shape (0,), but must be one-dimensional"),
+        ("decode", "no number", "latents contain 1 infinite or NaN values out of 192"),
         ("decode", "no frames", "latents have shape (1, 12, 0, 4, 4), but Mochi's are (batch, 12, T, H, W)"),
         ("stock decode", "no frames", "latents have shape (1, 12, 0, 4, 4), but Mochi's are (batch, 12, T, H, W)"),
     ],

@@ -73,7 +73,7 @@ def test_what_a_prompt_has_too_much_is_told_in_a_line(done):
     assert max(map(len, warnings)) < 300
     assert sum("w199" in line for line in warnings) == sum("w199999" in line for line in warnings) + 2 == 4
     assert "indexing errors" not in log
-    assert log.count("The prompt has half of a character, U+D83D, at place 7;") == 2 * (1 + len(CONVERTED))
+    assert log.count("The prompt has half of a character, U+D83D, at position 7;") == 2 * (1 + len(CONVERTED))
 
 
 @pytest.mark.parametrize("dtype", CONVERTED)

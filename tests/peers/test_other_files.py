@@ -38,7 +38,7 @@ DIFFUSERS = {
 TRANSFORMERS = {
     "CLIPTextModelWithProjection": ("a CLIP text encoder", "CLIPTextConfig"),
     "CLIPVisionModelWithProjection": ("a CLIP vision model", "CLIPVisionConfig"),
-    "LlamaForCausalLM": ("a language model as text encoder", "LlamaConfig"),
+    "LlamaForCausalLM": ("a language model used as a text encoder", "LlamaConfig"),
     "UMT5EncoderModel": ("a umT5 text encoder", "UMT5Config"),
 }
 COMFYUI = {
