@@ -13,7 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     0: success. 1: some videos of `farm` or some checks of `doctor` failed. 2: an error, with one sentence on stderr about what
-    to change. 130: Ctrl-C.
+    to change. 130: Ctrl-C. 128 + its number: a termination signal.
     """
     options = _parser().parse_args(arguments)
     from .commands import run  # imports PyTorch, which takes seconds: argument errors have been reported by now

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import interrupts
 from .autoencoder.model import AsymmVAE
-from .autoencoder.streaming import OutOfMemory, is_out_of_memory
+from .autoencoder.streaming import OutOfMemory, is_out_of_memory, memory_problem
 from .checkpoints import load_vae
 from .checkpoints.convert import plan_conversion, write_conversion
 from .checkpoints.inspect import inspect as inspect_file
@@ -27,12 +27,12 @@ from .dtypes import DTYPES
 from .edit_video import edit_file
 from .farm.run import farm
 from .generate import (
+    SMALLER,
     Bars,
     check_rounds,
     load_pipeline,
     loading,
     make_file,
-    memory_sentence,
     pipeline_arguments,
     say,
 )
@@ -58,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"error: {memory_sentence(error)}", file=sys.stderr)
+        remedy = SMALLER if "offload" in options else "Close other programs that use it."
+        print(f"error: {memory_problem(error)} {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .autoencoder.model import OnProgress
-from .checkpoints import empty_transformer, load_transformer, load_vae, merge, open_part
+from .checkpoints import empty_transformer, empty_vae, load_transformer, load_vae, merge, open_part
 from .checkpoints.names.detect import FRAME_LEVELS_CHOICES
 from .devices import check_device
 from .dtypes import DTYPES
@@ -32,6 +32,9 @@ from .shown import shown
 from .text_encoder import find_tokenizer, load_text_encoder
 from .transformer.attention import choose_attention
 
+SMALLER = "Use fewer frames, a smaller size, --quantize or, if the device is full, --offload."
+"""What helps where memory is full."""
+
 
 def pipeline_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """A prompt and its settings as arguments of `in_rounds`; without rounds, the whole video is made at once.
@@ -39,7 +42,7 @@ def pipeline_arguments(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: Mochi cannot make such a video, or a file cannot be read.
     """
-    frames = options.frames if options.seconds is None else seconds_to_frames(options.seconds)
+    frames = num_frames(options)
     at_once = frames if options.round is None else options.round
     size = VideoSize(options.height, options.width, min(frames, at_once))
     round_sizes(frames, at_once, options.keep)
@@ -139,7 +142,21 @@ def check_models(options: argparse.Namespace, *, text: bool) -> None:
     Guidance(tuple(getattr(options, "skip_block", ()))).check_depth(config.depth)  # edits have no such option
     for path, _ in options.lora:
         read_lora(path, config).report()
-    merge([open_part(file, "vae") for file in options.vae])
+    check_halves(options)
+
+
+def check_halves(options: argparse.Namespace) -> None:
+    """Raise a ValueError if the autoencoder lacks a half that the video needs, or its files are not one."""
+    vae = empty_vae(merge([open_part(file, "vae") for file in options.vae]))
+    given = any(getattr(options, name, None) for name in ("image", "last_image", "video"))
+    if given or ("round" in options and options.round is not None and num_frames(options) > options.round):
+        vae.check_encoder(torch.empty(1, 3, 1, 16, 16, device="meta"))
+    if options.output.suffix not in LATENT_SUFFIXES:
+        vae.check_decoder((1, vae.config.latent_channels, 1, 2, 2))
+
+
+def num_frames(options: argparse.Namespace) -> int:
+    return options.frames if options.seconds is None else seconds_to_frames(options.seconds)
 
 
 def loading(what: str, *files: Path) -> str:
@@ -207,13 +224,6 @@ class Bars:
         if self.coding is not None:
             self.coding.close()
             self.coding = None
-
-
-def memory_sentence(error: BaseException) -> str:
-    """The message for a failed allocation."""
-    # PyTorch's CUDA message goes on about its settings, and the CPU allocator's begins with a line of its code.
-    said = str(error).split(" GPU ")[0] if isinstance(error, torch.OutOfMemoryError) else "Main memory is full."
-    return f"{said} Use fewer frames, a smaller size, --quantize or --offload."
 
 
 def say(line: str) -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 PACKAGE, COMMANDS = "mochi_core", ("mochi", "mochi.exe")
+TERMINATION = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 
 def end_at_once() -> None:
@@ -31,15 +34,23 @@ def raise_again() -> None:
 @contextmanager
 def ended_in_order() -> Iterator[None]:
     """Make termination signals raise SystemExit, so that unfinished work is cleaned up; the status is 128 + signal, as usual."""
-    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    changed = [number for number in signals if _handler_is(signal.SIG_DFL, number)]  # nohup ignores SIGHUP
-    for number in changed:
-        signal.signal(number, _exit)
+    with handled_by(_exit):
+        yield
+
+
+@contextmanager
+def handled_by(handler: Handler) -> Iterator[None]:
+    """Set the handler of termination signals for the duration, except of ignored ones: nohup ignores SIGHUP."""
+    before = {number: signal.getsignal(number) for number in TERMINATION if not _handler_is(signal.SIG_IGN, number)}
+    if threading.current_thread() is not threading.main_thread():  # only it may set a handler
+        before = {}
+    for number in before:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for number in changed:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler_before in before.items():
+            signal.signal(number, signal.SIG_DFL if handler_before is None else handler_before)
 
 
 def _exit(number: int, _: object) -> None:

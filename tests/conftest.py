@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,11 @@ sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 # Long files first, so that with several processes none is left with one of them at the end.
 FOLDERS = ("semantics", "browser", "comfy", "static", "peers", "gpu", "migrate", "core")
+
+
+def pytest_configure():
+    """On SIGTERM, end in order: fixtures stop the servers that they have started."""
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("told to end", 128 + signal.SIGTERM))
 
 
 def pytest_collection_modifyitems(items):

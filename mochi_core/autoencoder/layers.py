@@ -18,8 +18,8 @@ from ..ops import Ops
 
 # Source of both: genmoai/mochi, src/genmo/mochi_preview/vae/models.py (GroupNormSpatial, ResBlock).
 NORM_GROUPS = 32
-# CUDA rejects attention over more batch entries than fit a 16-bit grid dimension, and every pixel is a batch entry; Genmo's code
-# in the same file splits at the same number.
+# CUDA rejects attention over more batch entries than fit a 16-bit grid dimension, and every pixel is a batch entry; Genmo's
+# models.py splits at the same number.
 MAX_ATTENTION_BATCH = 2**15
 CONV_SIZE = 3
 RGB = 3

@@ -24,6 +24,9 @@ ALLOCATION_FAILED = (
     "out of memory", "alloc_failed", "unable to find an engine", "can't allocate memory", "not enough memory",
 )  # fmt: skip
 
+MAIN_MEMORY_FULL = ("can't allocate memory", "not enough memory")
+"""Phrases of PyTorch's allocator for the CPU."""
+
 Neighbour = Callable[[nn.GroupNorm, Tensor], Tensor | None]
 """(norm, x) -> the two convolution input frames that precede `x` (B, C, f, H, W), normed and activated, or None at the start of
 a clip. They may be on another device; in exchange, the last frames of `x` are sent on."""
@@ -179,6 +182,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(phrase in said for phrase in ALLOCATION_FAILED)
     )
+
+
+def memory_problem(error: BaseException) -> str:
+    """One or two sentences for an error that `is_out_of_memory`: which memory is full."""
+    said = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return said.split(" GPU ")[0]  # what follows is about PyTorch's settings
+    in_main_memory = isinstance(error, MemoryError) or any(phrase in said.lower() for phrase in MAIN_MEMORY_FULL)
+    return "Main memory is full." if in_main_memory else "The device is out of memory."
 
 
 def empty_cache(x: Tensor, frames: int, device: torch.device) -> Tensor:

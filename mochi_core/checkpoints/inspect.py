@@ -11,7 +11,7 @@ from ..config import AsymmDiTConfig, AsymmVAEConfig, T5EncoderConfig, TinyVAECon
 from ..shown import sentence, shown, shown_names
 from .formats.reader import open_checkpoint
 from .loading import NOT_FLOATING, model_spec, state_dict_diff
-from .names.detect import describe, find_parts, select_part
+from .names.detect import describe, find_parts, has_frame_levels, select_part
 from .tensors import Checkpoint, LazyStateDict
 
 SHOWN_NAMES = 20
@@ -42,13 +42,14 @@ def _inspect_part(file: Checkpoint, part: str) -> dict[str, Any]:
         return {"problem": str(error)}
     released = model.config in (AsymmDiTConfig(), AsymmVAEConfig(), T5EncoderConfig(), TinyVAEConfig())
     differences = state_dict_diff(model.parameters, found.tensors)
-    return {"released_sizes": released, "config": asdict(model.config), **differences}
+    report = {"released_sizes": released, "config": asdict(model.config), **differences}
+    return report | ({"frame_levels": has_frame_levels(found)} if part == "transformer" else {})
 
 
 def _stored(tensors: LazyStateDict) -> dict[str, dict[str, int]]:
     """Number of tensors and bytes for each dtype or block type."""
     counts, sizes = Counter[str](), Counter[str]()
-    for tensor in tensors.values():
+    for tensor in (tensor for tensor in tensors.values() if tensor.numel):  # empty ones are marks
         counts[tensor.stored_dtype] += 1
         sizes[tensor.stored_dtype] += tensor.num_bytes
     return {dtype: {"tensors": count, "bytes": sizes[dtype]} for dtype, count in counts.most_common()}
@@ -72,6 +73,7 @@ def _render_part(part: str, found: dict[str, Any]) -> list[str]:
         return [part, f"  {found['problem']}"]
     lines = [part + (", sizes of the released model" if found["released_sizes"] else "")]
     lines += [f"  {key} = {value}" for key, value in found["config"].items()]
+    lines += ["  trained with per-frame noise levels"] if found.get("frame_levels") else []
     kinds = ("missing", "unexpected", "misshapen", NOT_FLOATING)
     complete = not any(found[kind] for kind in kinds)
     lines += ["  complete: no tensor is missing or unknown"] if complete else []

@@ -41,8 +41,9 @@ def examine(device: torch.device | str, files: Sequence[str | Path] = ()) -> dic
     found |= {name: attempt(_on, device, check) for name, check in CHECKS.items()}
     found["files"] = [{"file": Path(file).name, **attempt(_on, device, file_needs, file)} for file in files]
     private = {str(Path(file).parent) + os.sep: "" for file in files if Path(file).parent != Path()}
-    private |= {str(ROOT): "<pack>", tempfile.gettempdir(): "<temporary>", str(Path.home()): "~"}
-    private.pop(Path.home().anchor, None)  # "/" is the home of an unnamed user in a container, and of nobody
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home raises an error for a user without one
+    private |= {str(ROOT): "<pack>", tempfile.gettempdir(): "<temporary>", home: "~"}
+    private.pop(Path(home).anchor, None)  # "/" is the home of an unnamed user in a container, and of nobody
     return without_folders(found, private)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..autoencoder.streaming import OutOfMemory, is_out_of_memory
-from ..generate import load_pipeline, make_file, memory_sentence
+from ..autoencoder.streaming import OutOfMemory, is_out_of_memory, memory_problem
+from ..generate import SMALLER, load_pipeline, make_file
 from ..parallel.launch import MemberError, join, own_device, together
 from ..pipeline import MochiPipeline
 from ..shown import sentence
@@ -118,4 +118,8 @@ def ended_by(failure: Exception, session: ExitStack) -> Exception:
 def sentence_of(error: Exception) -> str:
     if isinstance(error, (*EXPECTED, MemberError)):
         return sentence(error)
-    return memory_sentence(error) if is_out_of_memory(error) else sentence(f"{type(error).__name__}: {error}")
+    return (
+        f"{memory_problem(error)} {SMALLER}"
+        if is_out_of_memory(error)
+        else sentence(f"{type(error).__name__}: {error}")
+    )

@@ -128,8 +128,8 @@ class LoraLayer(nn.Module):
     """One delta attached to its linear layer: buffers that move with the layer but are not in its state dict.
 
     `up` is None where `down` changes the whole weight. With DoRA, the row factors are multiplied into `up`, and
-    `dora_scale_minus_1` (rows of the layer,) scales what they add to the layer's own output; it is zero for rows that the delta
-    does not change.
+    `dora_scale_minus_1` (rows of the layer,) is the multiple of the layer's own output, without its bias, that they add; it is
+    zero for rows that the delta does not change.
     """
 
     def __init__(self, layer: nn.Module, delta: LoraDelta | ParameterDelta, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from .. import interrupts
 from ..devices import check_device
 from ..output_files import remove_unfinished
 from .group import MEETING_TIMEOUT, Group, Processes
@@ -81,14 +82,16 @@ def _start(device: torch.device) -> None:
     os.environ[ALLOCATOR] = ",".join(settings)
     timeout = timedelta(seconds=MEETING_TIMEOUT)
     if device.type != "cuda":
-        dist.init_process_group("gloo", timeout=timeout)
+        with interrupts.handled_by(signal.SIG_DFL):  # a handler in Python would wait for the meeting to end
+            dist.init_process_group("gloo", timeout=timeout)
         return
     if not dist.is_nccl_available():
         raise ValueError(
             "This PyTorch has no NCCL, which several processes with GPUs need; on Windows use WSL, or ComfyUI."
         )
     torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+    with interrupts.handled_by(signal.SIG_DFL):
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
 
 
 def _version(package: str) -> str:
@@ -139,21 +142,21 @@ def _ended_with_a_sentence(watch: Watch) -> Iterator[None]:
     told.setblocking(False)
     threading.Thread(target=_wait_for_the_end, args=(signals, watch), daemon=True).start()
     told_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        yield
+        with interrupts.handled_by(lambda *_: None):
+            yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
         signal.set_wakeup_fd(told_before)
         told.close()
 
 
 def _wait_for_the_end(signals: socket.socket, watch: Watch) -> None:
-    """End the process on SIGTERM; return once the writing end of `signals` is closed."""
+    """End the process on a termination signal; return once the writing end of `signals` is closed."""
     with signals:
         while number := signals.recv(1):
-            if number[0] == signal.SIGTERM:
-                said = f"{watch.place} was told to end (SIGTERM), as launchers do when another member has ended"
+            if number[0] in interrupts.TERMINATION:
+                name = signal.Signals(number[0]).name
+                said = f"{watch.place} was told to end ({name}), as launchers do when another member has ended"
                 _end(f"{said}; all stop." if watch.is_first(said, wait=False) else "")
 
 

@@ -69,7 +69,7 @@ def invert(
         velocity: under the prompt of the video or an empty one; without guidance, which cannot be inverted.
         clean: (B, C, T, H, W) in DiT space, at noise level sigmas[0].
         sigmas: (steps + 1,) rising noise levels; only the last may be 1.
-        gamma: 0 follows the velocity, 1 goes straight to `noise`, which is needed above 0.
+        gamma: 0 follows the velocity, 1 goes straight to `noise`, without which it is ignored.
         noise: (B, C, T, H, W), standard normal.
         on_step: called as on_step(step, latents) after each step; returning True stops.
 

@@ -2,7 +2,7 @@
 
 - Skip-layer guidance, STG-R of arXiv 2411.18664: steers away from the network's velocity without some of its blocks. The
   authors' figures for Mochi are for block 34 and scale 1.0.
-- CFG-Zero*, arXiv 2503.18886: the unconditional velocity is scaled by its projection coefficient on the conditional one, and the
+- CFG-Zero*, arXiv 2503.18886: the unconditional velocity is scaled to the projection of the conditional one onto it, and the
   first steps have zero velocity (zero-init).
 - Normalised attention guidance (NAG), arXiv 2505.21179: steers away from the negative prompt in every attention, so that
   distilled models need no unconditional velocity. Visual tokens are computed once; they attend to each prompt.

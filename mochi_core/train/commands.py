@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from .. import interrupts
-from ..autoencoder.streaming import OutOfMemory, is_out_of_memory
+from ..autoencoder.streaming import OutOfMemory, is_out_of_memory, memory_problem
 from ..checkpoints import load_vae
 from ..devices import default_device
 from ..dtypes import DTYPES
@@ -41,8 +41,8 @@ def run(options: argparse.Namespace) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        asked = str(error).split(". ")[0] if isinstance(error, torch.OutOfMemoryError) else "main memory is full"
-        print(f"error: {asked}; see gradient_checkpointing, quantize and batch_size in docs/train.md.", file=sys.stderr)
+        remedy = "See gradient_checkpointing, quantize and batch_size in docs/train.md."
+        print(f"error: {memory_problem(error)} {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -40,7 +40,7 @@ def _expanded(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise ValueError("there is no such home folder.") from error
+        raise ValueError("no such home folder") from error
 
 
 # The descriptions complete the sentences of `_sentence`: "steps is 0, but must be a whole number, 1 or more."

@@ -87,7 +87,7 @@ class Weights:
             tensor.data = self.assigned[tensor] = tensors[tensor]
 
     def _keep_changes(self) -> list[Tensor]:
-        """Adopt tensors added or assigned from outside since the last call as originals, forget removed ones; return the new."""
+        """Adopt tensors added or assigned from outside since the last call as originals and return them; forget removed ones."""
         found = list(self.find())
         home = next((data.device for data in self.originals.values()), torch.device("cpu"))
         changed = [t for t in found if t not in self.assigned or t.data_ptr() != self.assigned[t].data_ptr()]

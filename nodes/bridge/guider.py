@@ -38,7 +38,7 @@ class ScheduledGuider(comfy.samplers.CFGGuider):
 
 
 def scaled_to_projection(given: dict):
-    """CFG-Zero*'s correction of the host's guided prediction: uncond scaled to its projection onto cond, as velocities.
+    """CFG-Zero*'s correction of the host's guided prediction: uncond scaled to the projection of cond onto it, as velocities.
 
     The host predicts the video; x minus the video is the velocity times the noise level.
     """

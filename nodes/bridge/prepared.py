@@ -26,7 +26,7 @@ SIGMA_CHUNK = 64
 MAX_PROMPT_BATCHES = 8
 """Number of prompt batches that are kept."""
 CONDITIONING_WEIGHTS = {"pos_frequencies", "t_embedder", "t5_y_embedder", "t5_yproj", "mod_x", "mod_y", "mod"}
-"""Substrings of the names of all weights that the conditioning is computed from."""
+"""Components of the names of all weights that the conditioning is computed from."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from tests.harness.demo import open_browser, small_prompt
 from tests.harness.frames import read_frames
 from tests.harness.templates import TITLES
-from workflows.api.client import main
+from workflows.api.client import download, main, queue
 
 CLIENT = Path(__file__).parents[2] / "workflows" / "api" / "client.py"
 WORKFLOW = CLIENT.with_name("text_to_video.json")
@@ -174,3 +176,45 @@ def test_serve_opens_a_browser_only_where_there_are_windows(tmp_path, monkeypatc
     monkeypatch.setenv("DISPLAY", ":0")
     open_browser("http://127.0.0.1:1/?template=b")
     assert asked.read_text(encoding="utf-8") == "http://127.0.0.1:1/?template=b"
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Answers for a ComfyUI that is not there."""
+
+    def do_POST(self):
+        self.send_response(502)
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"a video")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def proxy():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>Bad gateway</html>", b'{"detail": "no"}', b'{"error": "Unauthorized"}', b"[1]"]
+)
+def test_what_a_proxy_answers_is_one_sentence(proxy, body):
+    proxy.body = body
+    with pytest.raises(RuntimeError, match=f"{proxy.url} answers 502 Bad Gateway"):
+        queue({}, proxy.url, "me")
+
+
+def test_a_download_stays_in_its_folder(proxy, tmp_path):
+    (tmp_path / "inside").mkdir()
+    path = download({"filename": "../../a.mp4", "type": "output"}, proxy.url, tmp_path / "inside")
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.mp4")] == ["inside/a.mp4"]
+    assert Path(path).read_bytes() == b"a video"

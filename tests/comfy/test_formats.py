@@ -98,7 +98,7 @@ changing.write_bytes(b"")
 try:
     tensors["blocks.0.mod_x.weight"].read()
 except ValueError as error:
-    results["change noticed"] = torch.tensor("changing.safetensors changed while it was loaded" in str(error))
+    results["change noticed"] = torch.tensor("changing.safetensors changed while it was being loaded" in str(error))
 save_file({name: t.clone().contiguous() for name, t in results.items()}, folder / "results.safetensors")
 '''
 

@@ -65,7 +65,7 @@ def test_a_refusal_says_why_and_what_else_there_is():
     with pytest.raises(ValueError, match="attention is 'xformers'; use one of auto, cudnn, flash,"):
         choose_attention("xformers", "cpu", torch.float32)
     assert unsupported_reason("flash", torch.zeros(1, 1, 8, 32, dtype=torch.int8)).startswith(
-        "it takes torch.float16 and torch.bf"
+        "it supports torch.float16 and torch.bf"
     )
 
 

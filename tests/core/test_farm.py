@@ -25,7 +25,7 @@ from mochi_core.farm.cluster import Worker, cluster
 from mochi_core.farm.jobs import read_jobs, video_name
 from mochi_core.farm.member import Member, outcome_of
 from mochi_core.farm.run import REPORT, Farm
-from mochi_core.generate import load_pipeline, make_file, pipeline_arguments
+from mochi_core.generate import SMALLER, load_pipeline, make_file, pipeline_arguments
 from mochi_core.options import add_farm
 from tests.harness import trained
 
@@ -211,12 +211,12 @@ def test_without_ray(tmp_path, capsys, monkeypatch):
             torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24 GiB."
             ),
-            "CUDA out of memory. Tried to allocate 2.00 GiB. Use fewer frames, a smaller size, --quantize or --offload.",
+            f"CUDA out of memory. Tried to allocate 2.00 GiB. {SMALLER}",
             False,
         ),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
-            "Main memory is full. Use fewer frames, a smaller size, --quantize or --offload.",
+            f"Main memory is full. {SMALLER}",
             False,
         ),
         (

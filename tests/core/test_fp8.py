@@ -84,7 +84,7 @@ def test_parts_of_a_longer_tensor_and_no_rows_at_all():
 
 def test_sizes_that_gpus_cannot_multiply_are_refused():
     for rows, columns in ((24, 32), (32, 24)):
-        with pytest.raises(ValueError, match=f"{rows} x {columns} cannot be multiplied in fp8.*use fp8 or int8"):
+        with pytest.raises(ValueError, match=f"{rows} x {columns} weight cannot be multiplied in fp8.*use fp8 or int8"):
             QUANTIZERS["fp8_rowwise"](gaussian(rows, columns))
 
 

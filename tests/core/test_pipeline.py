@@ -9,9 +9,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from mochi_core import AsymmDiT, MochiPipeline, denormalize_latents, load_text_encoder, save_video
@@ -326,6 +327,42 @@ def test_a_block_to_skip_is_looked_for_before_anything_is_loaded(models, tokeniz
     assert "loading" not in said
 
 
+@pytest.mark.parametrize(
+    ("half", "options", "said"),
+    [
+        ("encoder", [], "This autoencoder has no decoder"),
+        ("decoder", ["--image", "first.png"], "This autoencoder has no encoder"),
+        ("decoder", ["--frames", "25", "--round", "13", "--keep", "7"], "This autoencoder has no encoder"),
+        ("encoder", ["-o", "x.latent"], None),
+        ("decoder", ["--frames", "13", "--round", "13", "--keep", "7"], None),
+    ],
+)
+def test_the_half_of_an_autoencoder_that_is_needed_is_there_before_anything_is_loaded(
+    models, tokenizer, tmp_path, capsys, monkeypatch, half, options, said
+):
+    weights = {name: tensor for name, tensor in load_file(models["--vae"]).items() if name.startswith(half)}
+    save_file(weights, tmp_path / "half.safetensors")
+    monkeypatch.chdir(tmp_path)
+    PIL.Image.new("RGB", (48, 32)).save("first.png")
+    files = [*map(str, (part for pair in {**models, "--vae": "half.safetensors"}.items() for part in pair))]
+    command = [
+        "generate",
+        *files,
+        "--tokenizer",
+        str(tokenizer),
+        "--prompt",
+        "a kite",
+        "--device",
+        "cpu",
+        "--steps",
+        "1",
+    ]
+    size = ["--height", "32", "--width", "48", "--frames", "7"]
+    assert main([*command, *size, *options]) == (2 if said else 0)
+    text = capsys.readouterr().err
+    assert (said in text and "loading" not in text) if said else "loading" in text
+
+
 @pytest.mark.parametrize("missing", ["--transformer", "--t5", "--tokenizer", "--lora", "--vae"])
 def test_files_of_models_are_looked_at_before_one_is_loaded(models, tokenizer, tmp_path, capsys, missing):
     lora = write_adapter(tmp_path / "lora.safetensors", random_adapter(random_dit().state_dict()), "comfyui")
@@ -533,23 +570,34 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(tmp_pa
             "Main memory is full.",
         ),
         (MemoryError(), "Main memory is full."),
+        (RuntimeError("CUDA error: out of memory"), "The device is out of memory."),
+        (RuntimeError("MPS backend out of memory (allocated 9 GB)"), "The device is out of memory."),
     ],
-    ids=["GPU", "CPU", "Python"],
+    ids=["GPU", "CPU", "Python", "driver", "Apple"],
 )
 def test_memory_that_is_full_is_one_sentence_with_a_remedy(monkeypatch, tmp_path, capsys, error, said):
     def full(*_, **__):
         raise error
 
     monkeypatch.setattr("mochi_core.commands.load_latents", full)
-    assert main(["decode", "x.latent", "--vae", "none", "-o", str(tmp_path / "x.mp4"), "--device", "cpu"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {said}")
-    assert line.endswith("Use fewer frames, a smaller size, --quantize or --offload.")
+    monkeypatch.setattr("mochi_core.commands.load_pipeline", full)
+    models = ["--transformer", "a", "--t5", "c", "--prompt", "x"]
+    for command, remedy in (
+        (["decode", "x.latent"], "Close other programs"),
+        (["generate", *models], "Use fewer frames"),
+    ):
+        assert main([*command, "--vae", "none", "-o", str(tmp_path / "x.mp4"), "--device", "cpu"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {said}")
+        assert remedy in line
 
 
 def test_an_error_of_another_kind_is_not_hidden(monkeypatch):
-    monkeypatch.setattr("mochi_core.commands.load_latents", lambda _: [][0])
-    with pytest.raises(IndexError):
+    def broken(_):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr("mochi_core.commands.load_latents", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
         main(["decode", "x.latent", "--vae", "none", "--device", "cpu"])
 
 

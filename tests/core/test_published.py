@@ -179,6 +179,14 @@ KERNELS = {
 }
 
 
+@pytest.mark.parametrize("hip", [None, "6.4"])
+def test_cudnn_is_for_nvidia(monkeypatch, hip):
+    """An MI300 has the numbers of a Hopper, by PyTorch's count."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 4))
+    assert attention._order(torch.device("cuda")) == (attention.FLASH_FIRST if hip else attention.CUDNN_FIRST)
+
+
 @pytest.mark.parametrize(("capability", "order"), PREFERENCES.items(), ids=str)
 def test_attention_preferred_by_architecture(monkeypatch, capability, order):
     """On a GPU of that compute capability, with more and more of the kernels failing."""

@@ -147,6 +147,30 @@ def test_a_member_that_is_told_to_end_does_so_while_its_main_thread_waits():
     assert "error: " not in others
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be told to end there, only be ended")
+def test_a_member_that_is_told_to_end_does_so_while_it_waits_for_the_others():
+    code = "from mochi_core import interrupts\nfrom mochi_core.parallel.launch import join\n"
+    code += "with interrupts.ended_in_order():\n    join('cpu')"
+    with socket.create_server(("127.0.0.1", 0)) as first_member:
+        first_member.settimeout(60)
+        launch = {
+            "WORLD_SIZE": "2",
+            "RANK": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(first_member.getsockname()[1]),
+        }
+        member = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **launch}, stderr=subprocess.PIPE
+        )
+        connection, _ = first_member.accept()
+        with connection:
+            member.terminate()
+            try:
+                assert member.wait(20) == -signal.SIGTERM
+            finally:
+                member.kill()
+
+
 def test_without_a_launcher_there_is_a_sentence(capsys, tmp_path):
     assert main([*GENERATE, "-o", str(tmp_path / "a.mp4"), "--parallel", "auto"]) == 2
     assert capsys.readouterr().err == (

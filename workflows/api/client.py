@@ -43,15 +43,23 @@ def queue(graph, server, client_id):
     try:
         answer = json.load(request.urlopen(f"{server}/prompt", body))
     except error.HTTPError as refusal:
-        try:
-            answer = json.load(refusal)
-        except ValueError:  # an error page of a proxy
+        answer = refused(refusal)
+        if "node_errors" not in answer:  # an answer by something in front of ComfyUI
             raise RuntimeError(f"{server} answers {refusal.code} {refusal.reason}.") from None
     # Even an accepted run can have problems: the server makes the outputs that it can.
     problems = [problem for node in answer["node_errors"].values() for problem in node["errors"]]
     if problems or "error" in answer:
         raise RuntimeError("\n".join(f"{p['message']}: {p['details']}" for p in problems or [answer["error"]]))
     return answer["prompt_id"]
+
+
+def refused(refusal):
+    """The server's answer with an HTTP error, if it is an object in JSON."""
+    try:
+        answer = json.load(refusal)
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
 
 
 def follow(events, prompt_id, graph):

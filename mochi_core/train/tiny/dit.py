@@ -159,7 +159,7 @@ def loss(
 
 
 def level_weights(sigma: Tensor) -> Tensor:
-    """Weights, shape of `sigma`, that bring the errors at all noise levels from `FAINT` up to `EVEN_ERROR`.
+    """Weights, shape of `sigma`, that bring the errors at noise levels of `FAINT` and above to `EVEN_ERROR`; below, they fall.
 
     After "Analyzing and Improving the Training Dynamics of Diffusion Models" (Karras et al., arXiv 2312.02696), where a small
     network learns the usual errors; here they are tabulated.
