@@ -25,6 +25,7 @@ from mochi_core.checkpoints import (
     transformer_rules,
     vae_config,
 )
+from mochi_core.checkpoints.inspect import inspect, render
 from mochi_core.checkpoints.tensors import quantized_weight
 from mochi_core.quantization.weights import QuantizedWeight
 from tests.harness.tiny_models import DIT, VAE, random_dit, random_t5, random_vae
@@ -250,6 +251,9 @@ def test_an_empty_tensor_says_that_a_transformer_has_frame_levels(dit, tmp_path)
         marks[name] = loaded.has_frame_levels
         assert torch.equal(loaded.t5_yproj.weight, dit.t5_yproj.weight.bfloat16())
         assert describe(open_checkpoint(path)) == "a Mochi transformer, 3 blocks, bfloat16"
+        report = inspect(path)
+        assert list(report["stored"]) == ["bfloat16"]
+        assert ("per-frame noise levels" in render(report)) == bool(mark)
     assert marks == {"plain": False, "marked": True}
 
 
