@@ -130,7 +130,7 @@ def _transformer(found: dict[str, Any]) -> list[str]:
     ]
     return [
         f"  weights on the device in {found['dtype']}: {weights}",
-        f"  working memory, guided: {'; '.join(lengths)}",
+        f"  working memory at 848x480, guided: {'; '.join(lengths)}",
     ]
 
 

@@ -105,7 +105,8 @@ def as_frames(frames: Any) -> Tensor:
     """Frames (F, H, W, 3) in [0, 1], float32 on the CPU, from an image or a video.
 
     Args:
-        frames: an array or tensor (H, W, 3) or (F, H, W, 3), floats in [0, 1] or uint8; or one or several PIL images.
+        frames: an array or tensor (H, W, 3), (F, H, W, 3) or (1, F, H, W, 3), floats in [0, 1] or uint8; or one or several PIL
+            images.
 
     Raises:
         ValueError: the shape or values are wrong.
@@ -114,6 +115,8 @@ def as_frames(frames: Any) -> Tensor:
         array = _as_array(frames)
     except ValueError as error:
         raise ValueError("Images of a clip have different sizes; make them the same size.") from error
+    if array.ndim == 5 and len(array) == 1:
+        array = array[0]
     if array.ndim not in (3, 4) or array.shape[-1] not in (3, 4) or 0 in array.shape:
         raise ValueError(f"An image has shape {array.shape}; give (height, width, 3), or (frames, height, width, 3).")
     scaled = torch.from_numpy(array[..., :3].astype(np.float32) / (255 if array.dtype == np.uint8 else 1))

@@ -151,6 +151,8 @@ def read_config(path: Path, *, full: bool = False) -> Config:
         ValueError: it is not YAML, or a key is unknown, missing or invalid.
         FileNotFoundError: there is no such file.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; docs/train_lora.yaml is an example.")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{path} has {size:,} bytes; a training configuration may have at most {MAX_BYTES:,}.")
     try:

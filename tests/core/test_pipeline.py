@@ -187,6 +187,7 @@ def test_frames_may_have_any_floating_point_dtype(tmp_path):
     one, other = (path.read_bytes() for path in tmp_path.iterdir())
     assert one == other
     torch.testing.assert_close(as_frames(frames), frames.float(), rtol=0, atol=0)
+    assert torch.equal(as_frames(frames[None]), as_frames(frames)), "as a pipeline returns them"
 
 
 def test_the_same_frames_make_the_same_file(tmp_path):
