@@ -25,7 +25,7 @@ UPRIGHT = {
 }
 
 
-def read_image(path: Path) -> np.ndarray[Any, Any]:
+def read_image(path: str | Path) -> np.ndarray[Any, Any]:
     """An image as one frame (1, H, W, 3) uint8, rotated upright according to its EXIF orientation.
 
     Raises:
@@ -33,7 +33,7 @@ def read_image(path: Path) -> np.ndarray[Any, Any]:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError  # optional outside ComfyUI
 
-    _check_file(path)
+    _check_file(Path(path))
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image) or image
@@ -44,7 +44,7 @@ def read_image(path: Path) -> np.ndarray[Any, Any]:
         raise ValueError(f"it cannot be read ({error}); save the image again, as PNG or JPEG.") from error
 
 
-def read_frames(path: Path, height: int, width: int, most: int | None = None) -> np.ndarray[Any, Any]:
+def read_frames(path: str | Path, height: int, width: int, most: int | None = None) -> np.ndarray[Any, Any]:
     """The first frames of a video at 30 frames per second, resized and centre-cropped, (F, height, width, 3) uint8.
 
     `most` is the maximum number of frames, None for all.
@@ -55,7 +55,7 @@ def read_frames(path: Path, height: int, width: int, most: int | None = None) ->
     import av  # optional outside ComfyUI, and slow to import
     from av.error import FFmpegError
 
-    _check_file(path)
+    _check_file(Path(path))
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
