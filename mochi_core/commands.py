@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from . import interrupts
+from . import interrupts, packages
 from .autoencoder.model import AsymmVAE
 from .autoencoder.streaming import OutOfMemory, is_out_of_memory, memory_problem
 from .checkpoints import load_vae
@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     if "device" in options and options.device is None:
         options.device = default_device()
     try:
+        packages.require(options.command)
         with interrupts.ended_in_order():
             return COMMANDS[options.command](options) or 0
     except (ValueError, OSError, SafetensorError, OutOfMemory, MemberError) as error:

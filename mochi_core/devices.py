@@ -24,8 +24,10 @@ def named_device(name: torch.device | str | int) -> torch.device:
         ) from None
 
 
-def check_device(name: torch.device | str | int) -> None:
-    """Raise a ValueError if this machine has no such device; a number is the index of a card."""
+def check_device(name: torch.device | str | int | None) -> None:
+    """Raise a ValueError if this machine lacks a device; a number is a card, as PyTorch counts them, None the default device."""
+    if name is None:
+        return
     device = named_device(name)
     # The index can be negative: PyTorch stores it in 8 signed bits.
     if not 0 <= (device.index or 0) < _count(device.type):

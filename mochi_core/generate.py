@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .autoencoder.model import OnProgress
+from .autoencoder.model import AsymmVAE, OnProgress
 from .checkpoints import empty_transformer, empty_vae, load_transformer, load_vae, merge, open_part
 from .checkpoints.names.detect import FRAME_LEVELS_CHOICES
 from .devices import check_device
@@ -139,20 +139,25 @@ def check_models(options: argparse.Namespace, *, text: bool) -> None:
         open_part(options.t5, "t5")
         find_tokenizer(options.t5, options.tokenizer)
     config = empty_transformer(open_part(options.transformer, "transformer")).config
-    Guidance(tuple(getattr(options, "skip_block", ()))).check_depth(config.depth)  # edits have no such option
     for path, _ in options.lora:
         read_lora(path, config).report()
-    check_halves(options)
-
-
-def check_halves(options: argparse.Namespace) -> None:
-    """Raise a ValueError if the autoencoder lacks a half that the video needs, or its files are not one."""
     vae = empty_vae(merge([open_part(file, "vae") for file in options.vae]))
+    if "prompts" not in options:  # the lines of a farm's file have settings of their own
+        Guidance(tuple(getattr(options, "skip_block", ()))).check_depth(config.depth)  # edits have no such option
+        check_halves(vae, options)
+
+
+def check_halves(vae: AsymmVAE, options: argparse.Namespace) -> None:
+    """Raise a ValueError if an autoencoder lacks a half that the video needs."""
     given = any(getattr(options, name, None) for name in ("image", "last_image", "video"))
     if given or ("round" in options and options.round is not None and num_frames(options) > options.round):
         vae.check_encoder(torch.empty(1, 3, 1, 16, 16, device="meta"))
-    if options.output.suffix not in LATENT_SUFFIXES:
+    if not is_latent_file(options.output):
         vae.check_decoder((1, vae.config.latent_channels, 1, 2, 2))
+
+
+def is_latent_file(output: Path) -> bool:
+    return output.suffix.lower() in LATENT_SUFFIXES
 
 
 def num_frames(options: argparse.Namespace) -> int:
@@ -178,7 +183,7 @@ def make_file(
     """
     check_rounds(arguments, output)
     arguments = {**arguments, "on_step": lambda *_: on_step() and False, "on_decode": on_decode}
-    if output.suffix in LATENT_SUFFIXES:
+    if is_latent_file(output):
         del arguments["at_once"]
         latents = pipe(**arguments, output_type="latent")
         if pipe.is_first:
@@ -234,6 +239,6 @@ def say(line: str) -> None:
 def check_rounds(arguments: dict[str, Any], output: Path) -> int:
     """Number of rounds that a video takes; ValueError if there are several and the output is latents."""
     rounds = len(round_sizes(arguments["num_frames"], arguments["at_once"], arguments["keep"]))
-    if rounds > 1 and output.suffix in LATENT_SUFFIXES:
+    if rounds > 1 and is_latent_file(output):
         raise ValueError(f"Rounds produce frames, not latents; choose an mp4 file instead of {output.name}.")
     return rounds

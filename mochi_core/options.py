@@ -202,7 +202,7 @@ def _add_output(command: argparse.ArgumentParser, what: str, *others: str) -> No
 
     def named(text: str) -> Path:
         endings = (VIDEO_SUFFIX, *others)
-        if (path := Path(text)).suffix not in endings:
+        if (path := Path(text)).suffix.lower() not in endings:
             raise argparse.ArgumentTypeError(f"{shown(text)} must end in {' or '.join(endings)}.")
         return path
 

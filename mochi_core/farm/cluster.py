@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import interrupts
 from .member import Member, Outcome
 
 NEEDS_RAY = 'The farm needs Ray: python -m pip install "ray>=2.52"'
@@ -67,7 +68,8 @@ def cluster(address: str | None) -> Iterator[None]:
         where = f"at {address}" if address else "on this machine"
         raise ValueError(f"Ray cannot be used {where}: {error}") from error
     try:
-        yield
+        with interrupts.ended_in_order():  # Ray has set a handler of its own
+            yield
     finally:
         ray.shutdown()
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from .. import interrupts
+from .. import interrupts, packages
 from ..autoencoder.streaming import OutOfMemory, is_out_of_memory, memory_problem
 from ..checkpoints import load_vae
 from ..devices import default_device
@@ -33,7 +35,9 @@ def run(options: argparse.Namespace) -> int:
     interrupts.raise_again()
     warnings.showwarning = lambda message, *_, **__: tqdm.write(f"warning: {sentence(message)}", file=sys.stderr)
     try:
-        with interrupts.ended_in_order():
+        packages.require(options.command)
+        # A process that waits for others runs no handlers in Python.
+        with interrupts.ended_in_order() if os.environ.get("WORLD_SIZE", "1") == "1" else nullcontext():
             return COMMANDS[options.command](options)
     except (ValueError, OSError, SafetensorError, OutOfMemory) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)

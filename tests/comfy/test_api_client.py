@@ -182,7 +182,7 @@ class Proxy(BaseHTTPRequestHandler):
     """Answers for a ComfyUI that is not there."""
 
     def do_POST(self):
-        self.send_response(502)
+        self.send_response(self.server.status)
         self.end_headers()
         self.wfile.write(self.server.body)
 
@@ -207,9 +207,10 @@ def proxy():
 @pytest.mark.parametrize(
     "body", [b"<html>Bad gateway</html>", b'{"detail": "no"}', b'{"error": "Unauthorized"}', b"[1]"]
 )
-def test_what_a_proxy_answers_is_one_sentence(proxy, body):
-    proxy.body = body
-    with pytest.raises(RuntimeError, match=f"{proxy.url} answers 502 Bad Gateway"):
+@pytest.mark.parametrize("status", [502, 200])
+def test_what_a_proxy_answers_is_one_sentence(proxy, body, status):
+    proxy.body, proxy.status = body, status
+    with pytest.raises(RuntimeError, match=f"{proxy.url} answers {status} .*, and not as ComfyUI does"):
         queue({}, proxy.url, "me")
 
 

@@ -307,6 +307,15 @@ def test_settings_are_looked_at_before_anything_is_loaded(tmp_path, capsys, opti
     assert f"error: {message}" in capsys.readouterr().err
 
 
+def test_a_suffix_in_capitals_is_the_same_suffix(models, tokenizer, tmp_path):
+    files = [
+        str(word) for pair in {**models, "--tokenizer": tokenizer, "-o": tmp_path / "x.LATENT"}.items() for word in pair
+    ]
+    size = ["--height", "32", "--width", "48", "--frames", "7", "--steps", "1", "--device", "cpu"]
+    assert main(["generate", *files, "--prompt", "a kite", *size]) == 0
+    assert load_latents(tmp_path / "x.LATENT").shape == (1, 12, 2, 4, 6)
+
+
 def test_a_lora_of_another_model_is_told_before_anything_is_loaded(models, tokenizer, tmp_path, capsys):
     files = {**models, "--tokenizer": tokenizer, "--lora": models["--vae"], "-o": tmp_path / "x.mp4"}
     options = [str(word) for option in files.items() for word in option]

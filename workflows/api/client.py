@@ -41,11 +41,12 @@ def queue(graph, server, client_id):
     """Queue a workflow on the server; returns the id of the run."""
     body = json.dumps({"prompt": graph, "client_id": client_id}).encode()
     try:
-        answer = json.load(request.urlopen(f"{server}/prompt", body))
+        response = request.urlopen(f"{server}/prompt", body)
     except error.HTTPError as refusal:
-        answer = refused(refusal)
-        if "node_errors" not in answer:  # an answer by something in front of ComfyUI
-            raise RuntimeError(f"{server} answers {refusal.code} {refusal.reason}.") from None
+        response = refusal
+    answer = parsed(response)
+    if "node_errors" not in answer:  # something in front of ComfyUI has answered
+        raise RuntimeError(f"{server} answers {response.status} {response.reason}, and not as ComfyUI does.")
     # Even an accepted run can have problems: the server makes the outputs that it can.
     problems = [problem for node in answer["node_errors"].values() for problem in node["errors"]]
     if problems or "error" in answer:
@@ -53,10 +54,10 @@ def queue(graph, server, client_id):
     return answer["prompt_id"]
 
 
-def refused(refusal):
-    """The server's answer with an HTTP error, if it is an object in JSON."""
+def parsed(response):
+    """A JSON object; empty for any other answer."""
     try:
-        answer = json.load(refusal)
+        answer = json.load(response)
     except ValueError:
         return {}
     return answer if isinstance(answer, dict) else {}
