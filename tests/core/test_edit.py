@@ -255,9 +255,7 @@ def test_command_line_edits_the_first_frames(source, capsys):
     said = capsys.readouterr()
     assert said.out.splitlines() == [str(source.with_name("edited.mp4"))]
     assert said.err.count("loading the ") == 3
-    encoded, decoded = said.err.split("loading the autoencoder")[1].split(" 1/4 ", 1)
-    assert "part/s" in encoded
-    assert "7/7" in decoded
+    assert said.err.index("part/s") < said.err.index("4/4") < said.err.index("7/7"), "encoding, steps, decoding"
     other = edited(source, "--frames", "7", "--inversion", "--pull-until", "0.98")
     assert np.abs(other - after).mean() > 1
 
